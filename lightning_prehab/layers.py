@@ -1,0 +1,123 @@
+"""Drop-in low-rank modules."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prehab.errors import ArgumentError
+from lightning_prehab.linalg import weighted_low_rank
+
+
+class LowRankLinear(nn.Module):
+    """A linear layer whose weight is the product of two factors: ``y = B(A(x)) + bias``.
+
+    The children ``A`` (``in_features -> rank``, no bias) and ``B`` (``rank -> out_features``) are ordinary
+    ``nn.Linear`` modules, so quantizers, adapters and FLOP counters understand them. ``weight`` and ``bias`` can be
+    read as on ``nn.Linear`` (``nn.MultiheadAttention``, the fast path of ``nn.TransformerEncoderLayer`` and T5 do
+    that); ``weight`` is then the dense product, differentiable, computed anew at each access.
+
+    Args:
+        in_features: Size of the last dimension of the input.
+        out_features: Size of the last dimension of the output.
+        rank: Inner size, at least 1. Ranks above ``break_even_rank(out_features, in_features)`` hold more parameters
+            than the dense layer; they are allowed here, the surgery never makes them.
+        bias: Whether ``B`` has a bias.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ArgumentError: If ``rank`` is outside ``[1, min(in_features, out_features)]``.
+
+    Shape:
+        ``(*, in_features) -> (*, out_features)``
+
+    >>> layer = LowRankLinear(16, 8, rank=2)
+    >>> layer(torch.zeros(5, 16)).shape, layer.weight.shape, sum(p.numel() for p in layer.parameters())
+    (torch.Size([5, 8]), torch.Size([8, 16]), 56)
+    """
+
+    if TYPE_CHECKING:  # properties below; said here because nn.Module.__getattr__ hides their types
+        A: nn.Linear
+        B: nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= rank <= min(in_features, out_features):
+            raise ArgumentError(
+                f"rank must lie in [1, {min(in_features, out_features)}] for a {out_features}x{in_features} layer, "
+                f"got {rank}."
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.A = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.B = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """Dense product ``B A`` of shape ``(out_features, in_features)``; read-only."""
+        return self.B.weight @ self.A.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias of shape ``(out_features,)``, or None; read-only."""
+        return self.B.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``(*, in_features)`` to ``(*, out_features)``."""
+        y: Tensor = self.B(self.A(x))
+        return y
+
+    def extra_repr(self) -> str:
+        """Sizes for ``repr``."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+    @classmethod
+    def from_factors(cls, a: Tensor, b: Tensor, like: nn.Linear) -> "LowRankLinear":
+        """A layer that holds the given factors and *shares* the bias parameter of ``like``.
+
+        Args:
+            a: Shape ``(rank, in_features)``.
+            b: Shape ``(out_features, rank)``.
+            like: The dense layer; device, dtype, ``requires_grad``, train/eval mode and the bias object are taken from
+                it.
+        """
+        weight = like.weight
+        layer = cls(a.shape[1], b.shape[0], a.shape[0], bias=False, device="meta", dtype=weight.dtype)
+        for child, factor in ((layer.A, a), (layer.B, b)):
+            data = factor.detach().to(device=weight.device, dtype=weight.dtype, copy=True).contiguous()
+            child.weight = nn.Parameter(data, requires_grad=weight.requires_grad)
+        layer.B.bias = like.bias
+        return layer.train(like.training)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, rank: int) -> "LowRankLinear":
+        """Truncated SVD of a dense layer, whose bias parameter is shared; the dense layer is left as it was.
+
+        Raises:
+            ArgumentError: If ``rank`` is outside ``[1, min(in_features, out_features)]``.
+            NumericalError: If the weight holds NaN or Inf.
+        """
+        a, b = weighted_low_rank(linear.weight, rank)
+        return cls.from_factors(a, b, like=linear)
+
+    def to_linear(self) -> nn.Linear:
+        """A dense ``nn.Linear`` with the same function; its parameters are copies."""
+        with torch.no_grad():
+            weight = self.weight
+        linear = nn.Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=weight.dtype
+        )
+        linear.weight = nn.Parameter(weight, requires_grad=self.A.weight.requires_grad)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        return linear.train(self.training)

@@ -1,0 +1,61 @@
+"""Optimizer state of the factors from the optimizer state of the dense weight: pure functions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: States that are linear in the past gradients: Adam and its family; SGD and Muon.
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+#: States that average squared gradients, each entry for itself: Adam and its family; RMSprop.
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
+
+
+def factor_states(state: Mapping[str, Any], a: Tensor, b: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """States of ``A`` and ``B`` from the state of ``W``, for ``W ~ B A``.
+
+    The gradients are ``dA = B^T dW`` and ``dB = dW A^T``, so a first moment, being linear in them, moves exactly:
+    ``exp_avg_A = B^T exp_avg_W`` and ``exp_avg_B = exp_avg_W A^T``. A second moment moves as if the entries of ``dW``
+    were uncorrelated, ``(B * B)^T v``, and is then raised to the square of the first moment where that is larger:
+    without that, correlated gradients would make the first steps larger than the learning rate.
+
+    Args:
+        state: ``optimizer.state[W]``.
+        a: Shape ``(rank, in_features)``.
+        b: Shape ``(out_features, rank)``.
+
+    Returns:
+        ``(state of A, state of B)``. Both are empty, a fresh start, if the state holds a matrix of unknown meaning.
+
+    >>> state = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, 2), "exp_avg_sq": torch.ones(2, 2)}
+    >>> for_a, for_b = factor_states(state, a=torch.ones(1, 2), b=torch.ones(2, 1))
+    >>> for_a["exp_avg"], for_b["exp_avg"].mT
+    (tensor([[2., 2.]]), tensor([[2., 2.]]))
+    """
+    shape = (b.shape[0], a.shape[1])
+    for_a: dict[str, Any] = {}
+    for_b: dict[str, Any] = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            for_a[key] = value.clone() if isinstance(value, Tensor) else value
+            for_b[key] = value.clone() if isinstance(value, Tensor) else value
+        elif key in FIRST_MOMENTS and value.shape == shape:
+            for_a[key] = _product(b.mT, value, value.dtype)
+            for_b[key] = _product(value, a.mT, value.dtype)
+        elif key in SECOND_MOMENTS and value.shape == shape:
+            for_a[key] = _product(b.square().mT, value, value.dtype)
+            for_b[key] = _product(value, a.square().mT, value.dtype)
+        else:
+            return {}, {}
+    for moved in (for_a, for_b):
+        for key in SECOND_MOMENTS:
+            if key in moved and "exp_avg" in moved:
+                moved[key] = torch.maximum(moved[key], moved["exp_avg"].square())
+    return for_a, for_b
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """A product in float64 (float32 where the device has no float64), rounded to ``dtype``."""
+    wide = torch.float32 if left.device.type == "mps" else torch.float64
+    return (left.detach().to(wide) @ right.detach().to(wide)).to(dtype)

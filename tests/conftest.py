@@ -1,0 +1,96 @@
+"""Tiny models that differ in the shape of their trouble, and a quiet Trainer."""
+
+import logging
+import os
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+class LitRegressor(pl.LightningModule):
+    """A plain module that knows nothing of this package; logs its loss."""
+
+    def __init__(self, net: nn.Module, optimizer: Any = None) -> None:
+        super().__init__()
+        self.net = net
+        self.make_optimizer = optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=0.05))
+        self.losses: list[float] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = nn.functional.mse_loss(self.net(x), y)
+        self.log("train_loss", loss)
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return self.make_optimizer(self.parameters())
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 14), nn.Tanh(), nn.Linear(14, 6))
+
+
+@pytest.fixture
+def data() -> TensorDataset:
+    x = torch.randn(96, 12) @ torch.diag(torch.linspace(2, 0.1, 12))
+    return TensorDataset(x, torch.tanh(x @ torch.randn(12, 6)))
+
+
+@pytest.fixture
+def loader(data: TensorDataset) -> DataLoader:
+    return DataLoader(data, batch_size=16)
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    def make(**settings: Any) -> pl.Trainer:
+        defaults = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "default_root_dir": tmp_path,
+            "max_epochs": 1,
+        }
+        return pl.Trainer(**{**defaults, **settings})
+
+    return make
+
+
+@pytest.fixture
+def lit(mlp: nn.Sequential) -> LitRegressor:
+    return LitRegressor(mlp)
+
+
+@pytest.fixture
+def lit_class() -> type[LitRegressor]:
+    return LitRegressor
+
+
+@pytest.fixture
+def scaled_precision():
+    """The loss scaling of fp16 training around float32 arithmetic."""
+
+    def make(scale: float) -> MixedPrecision:
+        plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=scale))
+        plugin.autocast_context_manager = lambda: torch.autocast("cpu", enabled=False)
+        return plugin
+
+    return make
