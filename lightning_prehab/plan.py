@@ -1,0 +1,257 @@
+"""What will happen to each layer: decided here, printable, changed nowhere."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lightning_prehab.errors import ArgumentError, PlanError, PrehabError
+from lightning_prehab.factorizations import Factorization, KroneckerSVD
+from lightning_prehab.linalg import break_even_rank
+from lightning_prehab.rank_policies import LayerChoices, ParameterBudget, RankPolicy, RankRatio
+from lightning_prehab.rank_policies.base import parameter_budget
+from lightning_prehab.statistics import LayerStatistics
+from lightning_prehab.tables import format_table
+from lightning_prehab.targets import Targets, match_names
+
+#: For a layer: a rank (int), a share of its parameters (float), or "dense".
+RankOverride = int | float | str
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The decision for one target.
+
+    Attributes:
+        name: Dotted name.
+        out_features: ``m``.
+        in_features: ``n``.
+        rank: Rank of the factors, or None if the layer stays dense.
+        relative_error: Predicted ``|error| / |W|`` in the metric of the factorization, in [0, 1]; 0 for a dense layer.
+        reason: Why the layer stays dense, or None.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    rank: int | None
+    relative_error: float = 0.0
+    reason: str | None = None
+
+    @property
+    def dense_parameters(self) -> int:
+        """Weight parameters before: ``m n``."""
+        return self.out_features * self.in_features
+
+    @property
+    def parameters(self) -> int:
+        """Weight parameters after: ``r (m + n)``, or ``m n`` if the layer stays dense."""
+        return self.dense_parameters if self.rank is None else self.rank * (self.out_features + self.in_features)
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """The decisions for a model. Nothing has changed yet; :func:`~lightning_prehab.apply_plan_` carries it out.
+
+    Attributes:
+        layers: One entry for each target, in model order.
+        factorization: How the factors will be computed.
+        skipped: ``{name: reason}`` for the layers that are not targets.
+        model_parameters: Parameters of the whole model before, or None if unknown.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    factorization: Factorization
+    skipped: Mapping[str, str]
+    model_parameters: int | None = None
+
+    @property
+    def ranks(self) -> dict[str, int | None]:
+        """The rank of each target by name; None for those that stay dense."""
+        return {layer.name: layer.rank for layer in self.layers}
+
+    @property
+    def dense_parameters(self) -> int:
+        """Weight parameters of the targets before."""
+        return sum(layer.dense_parameters for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        """Weight parameters of the targets after."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def keep(self) -> float:
+        """Achieved share of the targets' weight parameters, in (0, 1]."""
+        return self.parameters / self.dense_parameters
+
+    @property
+    def model_keep(self) -> float | None:
+        """Achieved share of all parameters of the model, or None if their number is unknown."""
+        if self.model_parameters is None:
+            return None
+        return 1.0 - (self.dense_parameters - self.parameters) / self.model_parameters
+
+    def __str__(self) -> str:
+        rows = [
+            [
+                layer.name,
+                f"{layer.out_features}x{layer.in_features}",
+                "dense" if layer.rank is None else str(layer.rank),
+                f"{layer.dense_parameters:,}",
+                f"{layer.parameters:,}",
+                "" if layer.rank is None else f"{layer.relative_error:.3f}",
+                layer.reason or "",
+            ]
+            for layer in self.layers
+        ]
+        rows += [[name, "", "left", "", "", "", reason] for name, reason in self.skipped.items()]
+        header = ["layer", "shape", "rank", "before", "after", "predicted error", "why"]
+        return f"{format_table(header, rows)}\n{self.summary()}"
+
+    def summary(self) -> str:
+        """One line: achieved keep of the targets and of the whole model."""
+        whole = ""
+        if self.model_parameters is not None and self.model_keep is not None:
+            after = self.model_parameters - self.dense_parameters + self.parameters
+            whole = f"; whole model {self.model_parameters:,} -> {after:,} parameters (keep {self.model_keep:.3f})"
+        return (
+            f"{self.factorization}: targets {self.dense_parameters:,} -> {self.parameters:,} parameters "
+            f"(keep {self.keep:.3f}){whole}"
+        )
+
+
+def default_policy(keep: float, factorization: Factorization) -> RankPolicy:
+    """One budget for all layers if spectra are comparable between layers, the same ratio in each if not."""
+    return ParameterBudget(keep) if factorization.comparable else RankRatio(keep)
+
+
+def make_plan(
+    targets: Mapping[str, nn.Linear],
+    policy_or_keep: RankPolicy | float,
+    factorization: Factorization | None = None,
+    statistics: Mapping[str, LayerStatistics] | None = None,
+    rank_overrides: Mapping[str, RankOverride] | None = None,
+    rank_multiple_of: int = 1,
+) -> CompressionPlan:
+    """Decides the rank of each target. The model is not changed.
+
+    Args:
+        targets: ``{name: layer}``, as from :func:`~lightning_prehab.find_targets`.
+        policy_or_keep: A rank policy, or the share of the targets' parameters to keep, in ``(0, 1]``. A share means
+            ``ParameterBudget`` if spectra of the factorization are comparable between layers, else ``RankRatio``.
+        factorization: How the factors will be computed; None means ``KroneckerSVD()``.
+        statistics: ``{name: LayerStatistics}`` for factorizations that read them. A target that the calibration did not
+            reach is left alone, with the reason.
+        rank_overrides: ``{pattern: rank}``: an int is a rank, a float a share of the layer's parameters, ``"dense"``
+            keeps the layer. Later patterns win.
+        rank_multiple_of: Ranks are multiples of this; layers whose break-even rank is smaller than it are free.
+
+    Returns:
+        The plan; its achieved ``keep`` is never above the asked one.
+
+    Raises:
+        ArgumentError: If a value is out of range.
+        PlanError: If the wish cannot be met.
+        NumericalError: If a weight or a statistic is not finite (the layer is named).
+    """
+    if factorization is None:
+        factorization = KroneckerSVD()
+    policy = policy_or_keep if isinstance(policy_or_keep, RankPolicy) else default_policy(policy_or_keep, factorization)
+    if rank_multiple_of < 1:
+        raise ArgumentError(f"rank_multiple_of must be at least 1, got {rank_multiple_of}.")
+    if factorization.needs_statistics and statistics is None:
+        raise PlanError(f"{factorization} needs calibration statistics; pass batches, or choose SVD().")
+
+    skipped = dict(targets.skipped) if isinstance(targets, Targets) else {}
+    usable = dict(targets)
+    if factorization.needs_statistics:
+        for name in targets:
+            reason = _unusable(name, statistics, factorization)
+            if reason is not None:
+                skipped[name] = reason
+                del usable[name]
+    if not usable:
+        raise PlanError(f"No target can be cut: {'; '.join(f'{name}: {why}' for name, why in skipped.items())}.")
+
+    overrides = _resolve_overrides(rank_overrides or {}, usable)
+    choices = [
+        _choices(name, layer, factorization, statistics, overrides.get(name), rank_multiple_of)
+        for name, layer in usable.items()
+    ]
+    ranks = policy(choices)
+    layers = tuple(_layer_plan(layer, ranks[layer.name], overrides.get(layer.name)) for layer in choices)
+    plan = CompressionPlan(layers, factorization, skipped, getattr(targets, "model_parameters", None))
+    keep = getattr(policy, "keep", None)
+    if isinstance(keep, int | float) and plan.parameters > parameter_budget(choices, keep):
+        raise PlanError(
+            f"The asked keep of {keep} cannot be met: the smallest choice holds {plan.parameters:,} of "
+            f"{plan.dense_parameters:,} parameters (keep {plan.keep:.4f}). Raise keep, lower rank_multiple_of or the "
+            "overridden ranks, or exclude small layers with exclude_modules."
+        )
+    return plan
+
+
+def _unusable(name: str, statistics: Mapping[str, LayerStatistics] | None, factorization: Factorization) -> str | None:
+    if statistics is None or name not in statistics:
+        return "no statistics were collected for it"
+    return statistics[name].missing(gradients=factorization.needs_gradients)
+
+
+def _choices(
+    name: str,
+    layer: nn.Linear,
+    factorization: Factorization,
+    statistics: Mapping[str, LayerStatistics] | None,
+    override: int | str | None,
+    multiple: int,
+) -> LayerChoices:
+    """What a rank policy may choose from for one layer."""
+    m, n = layer.out_features, layer.in_features
+    try:
+        spectrum = factorization.spectrum(layer.weight, statistics[name] if statistics and name in statistics else None)
+    except PrehabError as error:
+        raise type(error)(f"Layer {name!r} ({m}x{n}): {error}") from error
+    if override == "dense":
+        ranks: tuple[int, ...] = ()
+    elif isinstance(override, int):
+        ranks = (override,)
+    else:
+        limit = break_even_rank(m, n)
+        ranks = tuple(range(multiple, limit + 1, multiple)) or tuple(range(1, limit + 1))
+    dense = override is None or override == "dense"
+    return LayerChoices(name, m, n, spectrum.detach().to("cpu", torch.float64), ranks, dense)
+
+
+def _layer_plan(layer: LayerChoices, rank: int | None, override: int | str | None) -> LayerPlan:
+    reason = None
+    if rank is None:
+        reason = "rank_overrides" if override == "dense" else "every rank below break-even costs more than it saves"
+    retained = layer.retained()
+    dropped = 0.0 if rank is None else float((1.0 - retained[rank] / retained[-1].clamp_min(1e-300)).clamp(0.0, 1.0))
+    return LayerPlan(layer.name, layer.out_features, layer.in_features, rank, dropped**0.5, reason)
+
+
+def _resolve_overrides(overrides: Mapping[str, RankOverride], targets: Mapping[str, nn.Linear]) -> dict[str, int | str]:
+    """A rank or "dense" for each layer that a pattern names."""
+    resolved: dict[str, int | str] = {}
+    for pattern, wish in overrides.items():
+        for name in match_names(pattern, list(targets), "rank_overrides"):
+            resolved[name] = _resolve_override(name, wish, targets[name])
+    return resolved
+
+
+def _resolve_override(name: str, wish: RankOverride, layer: nn.Linear) -> int | str:
+    m, n = layer.out_features, layer.in_features
+    limit = break_even_rank(m, n)
+    if wish == "dense":
+        return "dense"
+    if isinstance(wish, float) and 0.0 < wish < 1.0:
+        wish = max(int(wish * m * n / (m + n)), 1)
+    if isinstance(wish, bool) or not isinstance(wish, int) or not 1 <= wish <= limit:
+        raise ArgumentError(
+            f"rank_overrides: {wish!r} does not suit layer {name!r} ({m}x{n}); give a rank from 1 to {limit} "
+            "(break-even), a share in (0, 1), or 'dense'."
+        )
+    return wish

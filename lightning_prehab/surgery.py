@@ -1,0 +1,238 @@
+"""The only file that changes a model or an optimizer.
+
+Everything is computed and checked before the first change; the changes themselves are assignments that cannot fail
+halfway.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prehab.errors import NumericalError, PlanError, PrehabError, UnsupportedError
+from lightning_prehab.factorizations import Factors
+from lightning_prehab.layers import LowRankLinear
+from lightning_prehab.moments import factor_states
+from lightning_prehab.plan import CompressionPlan, LayerPlan
+from lightning_prehab.report import CompressionReport
+from lightning_prehab.statistics import LayerStatistics
+from lightning_prehab.targets import clean_name, count_parameters
+
+
+def apply_plan_(
+    model: nn.Module,
+    plan: CompressionPlan,
+    statistics: Mapping[str, LayerStatistics] | None = None,
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+) -> CompressionReport:
+    """Replaces the planned layers by :class:`~lightning_prehab.LowRankLinear`, in place.
+
+    Args:
+        model: The module that the plan was made for.
+        plan: From :func:`~lightning_prehab.make_plan`.
+        statistics: The same statistics as for the plan, for factorizations that read them.
+        optimizers: Optimizers that hold the weights. Each weight is replaced by its factors at the same place of its
+            group, first moments are carried over exactly, learning-rate schedulers go on undisturbed.
+
+    Returns:
+        The report. Biases stay the same parameter objects.
+
+    Raises:
+        PlanError: If the plan does not fit the model.
+        NumericalError: If factors are not finite (the layer is named).
+        UnsupportedError: If an optimizer cannot be edited.
+        PrehabError: Whatever a factorization raises. The model and the optimizers are then as they were.
+    """
+    return swap_(model, plan, compute_factors(model, plan, statistics), optimizers)
+
+
+def compute_factors(
+    model: nn.Module,
+    plan: CompressionPlan,
+    statistics: Mapping[str, LayerStatistics] | None = None,
+    names: Iterable[str] | None = None,
+) -> dict[str, Factors]:
+    """Factors for the layers that the plan cuts (or for those of ``names``), in the dtype of their weights."""
+    layers = _planned_layers(model, plan)
+    wanted = set(layers) if names is None else set(names)
+    return {
+        cut.name: _checked_factors(cut, layer, plan, None if statistics is None else statistics.get(cut.name))
+        for cut, layer in layers.values()
+        if cut.name in wanted
+    }
+
+
+def swap_(
+    model: nn.Module,
+    plan: CompressionPlan,
+    factors: Mapping[str, Factors],
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+) -> CompressionReport:
+    """Puts factors in the place of the planned layers; see :func:`apply_plan_`."""
+    layers = _planned_layers(model, plan)
+    before = count_parameters(model)
+    cuts = [_prepare(cut.name, layer, factors[cut.name]) for cut, layer in layers.values()]
+    edits = [edit for optimizer in optimizers for edit in _optimizer_edits(optimizer, cuts)]
+    slots = _slots(model, cuts)
+    errors = {cut.name: cut.weight_error() for cut in cuts}
+
+    with torch.no_grad():
+        for cut in cuts:
+            if cut.bias is not None:
+                cut.old.bias.copy_(cut.bias)
+    for parent, key, new in slots:
+        parent._modules[key] = new
+    for edit in edits:
+        edit.commit()
+    after = count_parameters(model)
+    return CompressionReport(plan, errors, before, after)
+
+
+@dataclass
+class _Cut:
+    """One layer, its replacement, and the new value of its bias if that changes."""
+
+    name: str
+    old: nn.Linear
+    new: LowRankLinear
+    bias: Tensor | None
+
+    def parameters(self) -> dict[str, Tensor]:
+        """What takes the place of the weight in an optimizer, by suffix. An old bias object stays where it is."""
+        found: dict[str, Tensor] = {"A.weight": self.new.A.weight, "B.weight": self.new.B.weight}
+        bias = self.new.bias
+        if bias is not None and _bias(self.old) is None:
+            found["B.bias"] = bias
+        return found
+
+    @torch.no_grad()
+    def weight_error(self) -> float:
+        """``|W - B A|_F / |W|_F``; 0 for a zero weight."""
+        weight = self.old.weight.float()
+        error = (weight - self.new.B.weight.float() @ self.new.A.weight.float()).norm()
+        return float(error / weight.norm().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+@dataclass
+class _GroupEdit:
+    """The new content of one parameter group."""
+
+    optimizer: torch.optim.Optimizer
+    group: dict[str, Any]
+    params: list[Tensor]
+    names: list[str]
+    removed: list[Tensor]
+    states: dict[Tensor, dict[str, Any]]
+
+    def commit(self) -> None:
+        self.group["params"][:] = self.params
+        if "param_names" in self.group:
+            self.group["param_names"][:] = self.names
+        for parameter in self.removed:
+            self.optimizer.state.pop(parameter, None)
+        self.optimizer.state.update(self.states)
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raises :class:`UnsupportedError` for an optimizer whose state cannot follow a change of parameters."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UnsupportedError(
+            "LBFGS keeps one flat history over all parameters and cannot follow the surgery; use another optimizer, or "
+            "compress after training with compress_()."
+        )
+
+
+def _planned_layers(model: nn.Module, plan: CompressionPlan) -> dict[str, tuple[LayerPlan, nn.Linear]]:
+    """The layers that are to be cut, checked against the plan."""
+    modules = {clean_name(name): module for name, module in model.named_modules()}
+    found = {}
+    for cut in plan.layers:
+        layer = modules.get(cut.name)
+        if type(layer) is not nn.Linear or (layer.out_features, layer.in_features) != (
+            cut.out_features,
+            cut.in_features,
+        ):
+            have = "nothing" if layer is None else repr(layer)
+            raise PlanError(
+                f"Layer {cut.name!r}: the plan expects a {cut.out_features}x{cut.in_features} nn.Linear, the model has "
+                f"{have}. Make the plan for this very model, before any surgery."
+            )
+        if cut.rank is not None:
+            found[cut.name] = (cut, layer)
+    return found
+
+
+def _checked_factors(
+    cut: LayerPlan, layer: nn.Linear, plan: CompressionPlan, statistics: LayerStatistics | None
+) -> Factors:
+    assert cut.rank is not None
+    where = f"Layer {cut.name!r} ({cut.out_features}x{cut.in_features}): "
+    try:
+        a, b, shift = plan.factorization(layer.weight.detach(), cut.rank, statistics)
+    except PrehabError as error:
+        raise type(error)(f"{where}{error}") from error
+    if a.shape != (cut.rank, cut.in_features) or b.shape != (cut.out_features, cut.rank):
+        raise PlanError(
+            f"{where}{plan.factorization} returned factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, "
+            f"expected {(cut.rank, cut.in_features)} and {(cut.out_features, cut.rank)}."
+        )
+    a, b = a.to(layer.weight), b.to(layer.weight)
+    shift = None if shift is None else shift.to(layer.weight)
+    if not all(bool(torch.isfinite(part).all()) for part in (a, b, shift) if part is not None):
+        raise NumericalError(f"{where}{plan.factorization} returned factors with NaN or Inf at rank {cut.rank}.")
+    return Factors(a, b, shift)
+
+
+def _prepare(name: str, layer: nn.Linear, factors: Factors) -> _Cut:
+    new = LowRankLinear.from_factors(factors.A, factors.B, like=layer)
+    bias = None
+    if factors.bias_shift is not None:
+        old = _bias(layer)
+        if old is None:
+            new.B.bias = nn.Parameter(factors.bias_shift.clone(), requires_grad=layer.weight.requires_grad)
+        else:
+            bias = old.detach() + factors.bias_shift
+    return _Cut(name, layer, new, bias)
+
+
+def _bias(layer: nn.Linear) -> nn.Parameter | None:
+    return layer._parameters["bias"]
+
+
+def _slots(model: nn.Module, cuts: Sequence[_Cut]) -> list[tuple[nn.Module, str, LowRankLinear]]:
+    """Every place in the model where one of the layers hangs; shared modules hang in several."""
+    replacement = {id(cut.old): cut.new for cut in cuts}
+    return [
+        (parent, key, replacement[id(child)])
+        for parent in model.modules()
+        for key, child in parent._modules.items()
+        if id(child) in replacement
+    ]
+
+
+def _optimizer_edits(optimizer: torch.optim.Optimizer, cuts: Sequence[_Cut]) -> list[_GroupEdit]:
+    check_optimizer(optimizer)
+    by_weight = {id(cut.old.weight): cut for cut in cuts}
+    biases = {id(bias) for cut in cuts if (bias := _bias(cut.old)) is not None}
+    edits = []
+    for group in optimizer.param_groups:
+        names = group.get("param_names", [""] * len(group["params"]))
+        edit = _GroupEdit(optimizer, group, [], [], [], {})
+        for parameter, name in zip(group["params"], names, strict=True):
+            cut = by_weight.get(id(parameter))
+            if cut is None:
+                edit.params.append(parameter)
+                edit.names.append(f"{name.removesuffix('bias')}B.bias" if id(parameter) in biases else name)
+                continue
+            new = cut.parameters()
+            edit.params.extend(new.values())
+            edit.names.extend(name.removesuffix("weight") + suffix for suffix in new)
+            edit.removed.append(parameter)
+            state = optimizer.state.get(parameter)
+            if state:
+                for_a, for_b = factor_states(state, cut.new.A.weight, cut.new.B.weight)
+                edit.states.update({p: s for p, s in ((new["A.weight"], for_a), (new["B.weight"], for_b)) if s})
+        edits.append(edit)
+    return edits
