@@ -1,0 +1,39 @@
+"""SVD compression of neural networks in three acts, as PyTorch Lightning callbacks: prehab, surgery, rehab."""
+
+from lightning_prehab.calibration import collect_statistics
+from lightning_prehab.callbacks import CompressionCallback, PrehabCallback, RehabSchedule
+from lightning_prehab.compress import compress_
+from lightning_prehab.errors import PrehabError
+from lightning_prehab.factorizations import SVD, KroneckerSVD, WhitenedSVD
+from lightning_prehab.layers import LowRankLinear
+from lightning_prehab.plan import CompressionPlan, LayerPlan, make_plan
+from lightning_prehab.rank_policies import ParameterBudget, RankRatio
+from lightning_prehab.regularizers import StableRank, TailEnergy
+from lightning_prehab.report import CompressionReport
+from lightning_prehab.statistics import LayerStatistics
+from lightning_prehab.surgery import apply_plan_
+from lightning_prehab.targets import find_targets
+
+__all__ = [
+    "SVD",
+    "CompressionCallback",
+    "CompressionPlan",
+    "CompressionReport",
+    "KroneckerSVD",
+    "LayerPlan",
+    "LayerStatistics",
+    "LowRankLinear",
+    "ParameterBudget",
+    "PrehabCallback",
+    "PrehabError",
+    "RankRatio",
+    "RehabSchedule",
+    "StableRank",
+    "TailEnergy",
+    "WhitenedSVD",
+    "apply_plan_",
+    "collect_statistics",
+    "compress_",
+    "find_targets",
+    "make_plan",
+]

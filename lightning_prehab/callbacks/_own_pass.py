@@ -1,0 +1,100 @@
+"""Calibration by a short pass of our own, for a surgery that comes before any training step."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from lightning_prehab.calibration import Collector
+from lightning_prehab.callbacks._trainer import gradient_scale, uses_loss_scaling
+from lightning_prehab.errors import StatisticsError, UnsupportedError
+from lightning_prehab.statistics import LayerStatistics
+from lightning_prehab.targets import find_targets
+
+
+def collect_in_own_pass(
+    trainer: "pl.Trainer", pl_module: "pl.LightningModule", names: Sequence[str], *, gradients: bool, batches: int
+) -> dict[str, LayerStatistics]:
+    """Runs ``training_step`` on the first training batches, on a copy of the module in eval mode.
+
+    The user's module, metrics, logs, data order and random state stay untouched. Sums are of this process alone.
+
+    Raises:
+        UnsupportedError: With manual optimization, whose ``training_step`` would step the optimizers.
+        StatisticsError: If the training data has no batches.
+    """
+    if not pl_module.automatic_optimization:
+        raise UnsupportedError(
+            "With manual optimization, calibration rides on training steps only; the surgery needs at least one epoch "
+            "before it. Use CompressionCallback(epoch=1, ...) or later, or factorization=SVD(), which needs no data."
+        )
+    clone = copy.deepcopy(pl_module).eval()
+    clone.trainer = trainer
+    clone.log = clone.log_dict = _ignore  # type: ignore[method-assign]
+    targets = find_targets(clone, names)
+    weights = [layer.weight.requires_grad_() for layer in targets.values()]
+    collector = Collector(targets, gradients=gradients, drop_overflow=uses_loss_scaling(trainer))
+    collector.attach()
+    seen = 0
+    with isolate_rng(), torch.set_grad_enabled(gradients), _fresh_batches(trainer) as loader:
+        for index, raw in enumerate(islice(loader, batches)):
+            batch = clone._on_before_batch_transfer(trainer.precision_plugin.convert_input(raw), dataloader_idx=0)
+            batch = clone._apply_batch_transfer_handler(batch, device=trainer.strategy.root_device)
+            collector.begin_batch(batch)
+            collector.loss_scale = gradient_scale(trainer)
+            with trainer.precision_plugin.train_step_context():
+                loss = _loss(_training_step(trainer, clone, batch, index))
+            if gradients and loss is not None:
+                torch.autograd.grad(loss * collector.loss_scale, weights, allow_unused=True)
+            collector.end_batch()
+            seen += 1
+    if seen == 0:
+        raise StatisticsError("The training data has no batches; calibration needs at least one.")
+    return collector.statistics
+
+
+def _training_step(trainer: "pl.Trainer", clone: "pl.LightningModule", batch: Any, index: int) -> Any:
+    arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, index)
+    return type(clone).training_step(clone, *arguments.values())
+
+
+def _loss(output: Any) -> Tensor | None:
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    return loss if isinstance(loss, Tensor) else None
+
+
+def _ignore(*_args: Any, **_kwargs: Any) -> None:
+    """Stands in for ``log`` on the copy."""
+
+
+@contextmanager
+def _fresh_batches(trainer: "pl.Trainer") -> Iterator[Iterator[Any]]:
+    """An iterator over the training batches beside the one that the fit loop has already made for its first epoch."""
+    combined = trainer.fit_loop._combined_loader
+    assert combined is not None
+    generators = [
+        generator
+        for loader in combined.flattened
+        for owner in (loader, getattr(loader, "sampler", None))
+        if isinstance(generator := getattr(owner, "generator", None), torch.Generator)
+    ]
+    states = [generator.get_state() for generator in generators]
+    persistent = [(loader, loader._iterator) for loader in combined.flattened if hasattr(loader, "_iterator")]
+    try:
+        for loader, _ in persistent:
+            loader._iterator = None
+        fresh = CombinedLoader(combined.iterables, combined._mode)
+        yield (batch for batch, _, _ in fresh)
+    finally:
+        for loader, iterator in persistent:
+            loader._iterator = iterator
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

@@ -1,0 +1,59 @@
+"""What the callbacks need to know of a Trainer, in one place."""
+
+from typing import TypeVar
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from lightning_prehab.errors import UnsupportedError
+
+CallbackT = TypeVar("CallbackT", bound=pl.Callback)
+
+
+def check_strategy(trainer: "pl.Trainer", who: pl.Callback) -> None:
+    """Raises :class:`UnsupportedError` unless the strategy is single-device or DDP."""
+    if isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        return
+    raise UnsupportedError(
+        f"{type(who).__name__} supports one device and DDP, not {type(trainer.strategy).__name__}: sharded weights and "
+        "flat optimizer states cannot follow it. Prepare and compress with strategy='ddp' or on one device, then "
+        "continue from there."
+    )
+
+
+def callbacks_of(trainer: "pl.Trainer") -> list[pl.Callback]:
+    """``trainer.callbacks``, an attribute that Lightning sets without declaring it."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def find_callback(trainer: "pl.Trainer", kind: type[CallbackT]) -> CallbackT | None:
+    """The first callback of a kind in ``trainer.callbacks``, or None."""
+    return next((callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None)
+
+
+def move_to_front(trainer: "pl.Trainer", callback: pl.Callback) -> None:
+    """Makes a callback act before the others. The list is replaced, not edited: Lightning may be iterating over it."""
+    others = [other for other in callbacks_of(trainer) if other is not callback]
+    trainer.callbacks = [callback, *others]  # type: ignore[attr-defined]
+
+
+def gradient_scale(trainer: "pl.Trainer") -> float:
+    """The factor of the GradScaler in fp16 training, 1 otherwise. On a GPU, reading it waits for the device."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def loss_scale(trainer: "pl.Trainer") -> float:
+    """The factor by which the loss in ``on_before_backward`` differs from the loss that the user returned."""
+    return gradient_scale(trainer) / trainer.accumulate_grad_batches
+
+
+def uses_loss_scaling(trainer: "pl.Trainer") -> bool:
+    """Whether gradients may overflow by design (fp16 with a GradScaler)."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
+def closes_window(trainer: "pl.Trainer", batch_idx: int) -> bool:
+    """Whether the optimizer steps at this batch, given gradient accumulation."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch

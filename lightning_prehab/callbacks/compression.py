@@ -1,0 +1,270 @@
+"""The surgery, at an epoch boundary of an ordinary training run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch import callbacks as pl_callbacks
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_prehab.calibration import Collector
+from lightning_prehab.callbacks._distributed import decide_on_rank_zero, rewrap, share_factors, sum_statistics_
+from lightning_prehab.callbacks._own_pass import collect_in_own_pass
+from lightning_prehab.callbacks._trainer import (
+    callbacks_of,
+    check_strategy,
+    loss_scale,
+    move_to_front,
+    uses_loss_scaling,
+)
+from lightning_prehab.errors import ArgumentError, UnsupportedError
+from lightning_prehab.factorizations import Factorization, KroneckerSVD
+from lightning_prehab.plan import CompressionPlan, RankOverride, default_policy, make_plan
+from lightning_prehab.rank_policies import RankPolicy
+from lightning_prehab.report import CompressionReport
+from lightning_prehab.statistics import LayerStatistics
+from lightning_prehab.surgery import check_optimizer, swap_
+from lightning_prehab.targets import Patterns, Targets, find_targets
+
+#: Callbacks that hold a copy of the dense parameters and pair it with the live ones by position.
+_AVERAGING = tuple(
+    kind
+    for name in ("StochasticWeightAveraging", "WeightAveraging")
+    if (kind := getattr(pl_callbacks, name, None)) is not None
+)
+
+
+class CompressionCallback(pl.Callback):
+    """Replaces layers by their low-rank factors at the start of an epoch, in the middle of training.
+
+    In the epoch before, hooks ride on the last ``calibration_batches`` ordinary training steps and collect what the
+    factorization needs; no extra data pass is made. (A surgery at epoch 0 makes a short pass of its own, on a copy of
+    the module.) Then the ranks are planned, all factors computed, the modules swapped, the optimizers edited in place
+    with their first moments carried over, and a DDP wrapper rebuilt. Learning-rate schedulers go on as if nothing had
+    happened. If anything fails before the swap, the model is as it was. A table of what was done is printed once;
+    ``compression/keep`` and ``compression/model_keep`` are logged.
+
+    Any callback or the LightningModule may define ``on_surgery(trainer, pl_module, report)``; it is called right after.
+
+    Args:
+        epoch: The surgery happens before the first batch of this epoch (counted from 0).
+        keep: Share of the targets' weight parameters to keep, in ``(0, 1]``: 0.4 keeps 40 %. Ignored if a policy is
+            given.
+        policy: Rank policy; None means one global :class:`~lightning_prehab.ParameterBudget` for factorizations whose
+            spectra compare between layers (the default one), :class:`~lightning_prehab.RankRatio` for the others.
+        factorization: How factors are computed; None means :class:`~lightning_prehab.KroneckerSVD`, the best in our
+            benchmarks.
+        calibration_batches: Training batches whose statistics are used, at least 1; at most the length of one epoch
+            (twice this number of the last batches where the length of an epoch is not known).
+        target_modules: Names or fnmatch patterns of the layers to cut; None takes all that can be cut.
+        exclude_modules: Names or fnmatch patterns of the layers to leave.
+        rank_overrides: ``{pattern: rank}``: an int is a rank, a float a share of the layer's parameters, ``"dense"``
+            keeps it.
+        rank_multiple_of: Ranks are multiples of this; multiples of 8 to 32 run faster on most hardware.
+
+    Attributes:
+        report: The :class:`~lightning_prehab.CompressionReport` once the surgery is done, else None.
+
+    Raises:
+        ArgumentError: If a value is out of range, or ``epoch`` is never reached.
+        TargetError: When fit starts, if no layer matches.
+        UnsupportedError: When fit starts, for strategies, optimizers or callbacks that cannot follow a change of
+            parameters.
+
+    Example::
+
+        trainer = L.Trainer(max_epochs=12, callbacks=[CompressionCallback(epoch=6, keep=0.4)])
+    """
+
+    def __init__(
+        self,
+        epoch: int,
+        keep: float = 0.5,
+        *,
+        policy: RankPolicy | None = None,
+        factorization: Factorization | None = None,
+        calibration_batches: int = 64,
+        target_modules: Patterns = None,
+        exclude_modules: Patterns = None,
+        rank_overrides: Mapping[str, RankOverride] | None = None,
+        rank_multiple_of: int = 1,
+    ) -> None:
+        super().__init__()
+        if epoch < 0:
+            raise ArgumentError(f"epoch counts from 0, got {epoch}.")
+        if calibration_batches < 1:
+            raise ArgumentError(f"calibration_batches must be at least 1, got {calibration_batches}.")
+        if rank_multiple_of < 1:
+            raise ArgumentError(f"rank_multiple_of must be at least 1, got {rank_multiple_of}.")
+        self.epoch = epoch
+        self.factorization = KroneckerSVD() if factorization is None else factorization
+        self.policy = default_policy(keep, self.factorization) if policy is None else policy
+        self.calibration_batches = calibration_batches
+        self.target_modules = target_modules
+        self.exclude_modules = exclude_modules
+        self.rank_overrides = rank_overrides
+        self.rank_multiple_of = rank_multiple_of
+        self.report: CompressionReport | None = None
+        self._operated_on: pl.LightningModule | None = None
+        self._collector: Collector | None = None
+        self._older: dict[str, LayerStatistics] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the surgery has happened."""
+        return self.report is not None
+
+    def find_targets(self, pl_module: "pl.LightningModule") -> Targets:
+        """The layers that this callback is going to cut, and why others are left."""
+        return find_targets(pl_module, self.target_modules, self.exclude_modules)
+
+    def make_plan(self, targets: Targets, statistics: Mapping[str, LayerStatistics] | None) -> CompressionPlan:
+        """What the surgery would do, given these statistics."""
+        return make_plan(
+            targets, self.policy, self.factorization, statistics, self.rank_overrides, self.rank_multiple_of
+        )
+
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Refuses what cannot work, before anything has been trained."""
+        if stage != "fit":
+            return
+        check_strategy(trainer, self)
+        if trainer.max_epochs is not None and trainer.max_epochs != -1 and self.epoch >= trainer.max_epochs:
+            raise ArgumentError(
+                f"CompressionCallback(epoch={self.epoch}) is never reached: epochs count from 0 and max_epochs is "
+                f"{trainer.max_epochs}. Choose an epoch from 0 to {trainer.max_epochs - 1}."
+            )
+        for other in callbacks_of(trainer):
+            if isinstance(other, _AVERAGING):
+                raise UnsupportedError(
+                    f"{type(other).__name__} pairs a copy of the dense parameters with the live ones by position and "
+                    "cannot follow the surgery. Remove it, or average in a second run after the compression."
+                )
+        if getattr(trainer.strategy, "_ddp_comm_state", None) is not None:
+            raise UnsupportedError(
+                "A DDP communication hook with state remembers the dense gradients; remove ddp_comm_state, or compress "
+                "in a run without it."
+            )
+        if self._operated_on is not pl_module:
+            self.report = None
+        move_to_front(
+            trainer, self
+        )  # LearningRateMonitor and others then see the compressed model from its first epoch on
+
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Checks targets and optimizers, which exist only now."""
+        if not self.done:
+            self.find_targets(pl_module)
+            for optimizer in trainer.optimizers:
+                check_optimizer(optimizer)
+
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Operates at epoch 0, and on a resume that enters an epoch without its start hook."""
+        self._operate_if_due(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Operates when the epoch has come: the last checkpoint of the epoch before is a whole dense model."""
+        self._operate_if_due(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Starts counting what this step sends through the targets, shortly before the surgery."""
+        if self.done or trainer.current_epoch != self.epoch - 1 or not self.factorization.needs_statistics:
+            return
+        length = trainer.num_training_batches
+        if isinstance(length, int) and batch_idx < length - self.calibration_batches:
+            return
+        if self._collector is not None and not isinstance(length, int) and batch_idx % self.calibration_batches == 0:
+            self._older = self._stop_collecting()  # unknown length: the last full window and the running one
+        if self._collector is None:
+            self._collector = Collector(
+                self.find_targets(pl_module),
+                gradients=self.factorization.needs_gradients,
+                drop_overflow=uses_loss_scaling(trainer),
+            )
+            self._collector.attach()
+        self._collector.begin_batch(batch)
+
+    def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: torch.Tensor) -> None:
+        """Notes the scale of this loss, to take it out of the gradients again."""
+        if self._collector is not None:
+            self._collector.loss_scale = loss_scale(trainer)
+
+    def on_train_batch_end(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stops counting, so that validation batches are not counted."""
+        if self._collector is not None:
+            self._collector.end_batch()
+
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Takes the hooks off if training ended before the surgery."""
+        self._stop_collecting()
+        if not self.done:
+            rank_zero_warn(
+                f"Training ended in epoch {trainer.current_epoch}, before the surgery at epoch {self.epoch}: the model "
+                "is still dense."
+            )
+
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        """Takes the hooks off."""
+        self._stop_collecting()
+
+    def _operate_if_due(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if not self.done and trainer.current_epoch >= self.epoch:
+            self._operate(trainer, pl_module)
+
+    def _operate(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        targets = self.find_targets(pl_module)
+        statistics = self._statistics(trainer, pl_module, targets)
+        plan = decide_on_rank_zero(trainer, lambda: self.make_plan(targets, statistics))
+        factors = share_factors(trainer, pl_module, plan, statistics)
+        report = swap_(pl_module, plan, factors, trainer.optimizers)
+        rewrap(trainer, pl_module)
+        self.report, self._operated_on = report, pl_module
+        pl_module.print(f"\n{report}")
+        pl_module.log_dict({"compression/keep": report.keep, "compression/model_keep": report.model_keep})
+        for listener in (*callbacks_of(trainer), pl_module):
+            on_surgery = getattr(listener, "on_surgery", None)
+            if callable(on_surgery):
+                on_surgery(trainer, pl_module, report)
+
+    def _statistics(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", targets: Targets
+    ) -> dict[str, LayerStatistics] | None:
+        """What the ride has collected, or a pass of our own, summed over the processes."""
+        if not self.factorization.needs_statistics:
+            return None
+        statistics, older = self._stop_collecting(), self._older
+        self._older = None
+        if statistics is None:
+            statistics = collect_in_own_pass(
+                trainer,
+                pl_module,
+                list(targets),
+                gradients=self.factorization.needs_gradients,
+                batches=self.calibration_batches,
+            )
+        elif older is not None:
+            statistics = {name: layer.merge_(older[name]) for name, layer in statistics.items()}
+        sum_statistics_(trainer, statistics)
+        _warn_if_few_tokens(statistics)
+        return statistics
+
+    def _stop_collecting(self) -> dict[str, LayerStatistics] | None:
+        collector, self._collector = self._collector, None
+        if collector is None:
+            return None
+        collector.detach()
+        return collector.statistics
+
+
+def _warn_if_few_tokens(statistics: Mapping[str, LayerStatistics]) -> None:
+    few = [name for name, layer in statistics.items() if 0 < int(layer.tokens) < 4 * layer.in_features]
+    if few:
+        rank_zero_warn(
+            f"{len(few)} of {len(statistics)} layers saw fewer calibration tokens than four times their input size "
+            f"(first: {few[0]!r}). Raise calibration_batches, or the shrinkage of the factorization."
+        )

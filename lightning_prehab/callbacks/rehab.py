@@ -1,0 +1,224 @@
+"""Learning-rate warm-up after the surgery, on top of whatever scheduler the user has."""
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prehab.callbacks._trainer import find_callback, move_to_front
+from lightning_prehab.callbacks.compression import CompressionCallback
+from lightning_prehab.errors import ArgumentError, UnsupportedError
+from lightning_prehab.report import CompressionReport
+from lightning_prehab.schedules import Shape, warmup_factor
+
+
+class RehabSchedule(pl.Callback):
+    """Warms the learning rate up after the surgery: effective rate = the user's rate times a factor.
+
+    The factor rises from ``start_factor`` at the first step after the surgery to ``peak_factor`` at the end of the
+    warm-up and stays there. It is applied around ``optimizer.step`` alone and undone before any scheduler steps, so the
+    user's scheduler runs exactly as without it and checkpoints hold the user's own rate; LearningRateMonitor shows the
+    rate that is used. The surgery announces
+    itself: there is no epoch number to repeat here.
+
+    Args:
+        warmup_steps: Length in optimizer steps.
+        warmup_epochs: Length in epochs, may be a fraction; one epoch if neither length is given.
+        start_factor: Factor at the first step, at least 0.
+        peak_factor: Factor from the end of the warm-up on, above 0.
+        shape: ``"linear"`` or ``"cosine"``.
+
+    Raises:
+        ArgumentError: If a value is out of range, or both lengths are given.
+        UnsupportedError: When fit starts, if there is no CompressionCallback.
+
+    Example::
+
+        trainer = L.Trainer(callbacks=[CompressionCallback(epoch=6), RehabSchedule(warmup_steps=200)])
+    """
+
+    def __init__(
+        self,
+        warmup_steps: int | None = None,
+        warmup_epochs: float | None = None,
+        *,
+        start_factor: float = 0.1,
+        peak_factor: float = 1.0,
+        shape: Shape = "linear",
+    ) -> None:
+        super().__init__()
+        if warmup_steps is not None and warmup_epochs is not None:
+            raise ArgumentError("Give warmup_steps or warmup_epochs, not both.")
+        if warmup_steps is not None and warmup_steps < 0:
+            raise ArgumentError(f"warmup_steps must not be negative, got {warmup_steps}.")
+        if warmup_epochs is not None and not 0 <= warmup_epochs < math.inf:
+            raise ArgumentError(f"warmup_epochs must be finite and not negative, got {warmup_epochs}.")
+        if not 0 <= start_factor < math.inf or not 0 < peak_factor < math.inf:
+            raise ArgumentError(
+                f"start_factor must be >= 0 and peak_factor > 0, both finite, got {start_factor} and {peak_factor}."
+            )
+        if shape not in ("linear", "cosine"):
+            raise ArgumentError(f"shape must be 'linear' or 'cosine', got {shape!r}.")
+        self.warmup_steps = warmup_steps
+        self.warmup_epochs = 1.0 if warmup_steps is None and warmup_epochs is None else warmup_epochs
+        self.start_factor = start_factor
+        self.peak_factor = peak_factor
+        self.shape: Shape = shape
+        self._length: int | None = None  # of the warm-up, in steps, once the surgery is done
+        self._scaled: list[_ScaledRate] = []
+        self._done: list[int] = []
+
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Looks for the surgery, and moves before LearningRateMonitor."""
+        if stage != "fit":
+            return
+        if find_callback(trainer, CompressionCallback) is None:
+            raise UnsupportedError("RehabSchedule warms up after a surgery; add a CompressionCallback to the Trainer.")
+        move_to_front(trainer, self)
+
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Forgets the warm-up of an earlier model."""
+        compression = find_callback(trainer, CompressionCallback)
+        if compression is not None and not compression.done:
+            self._length, self._done = None, []
+
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Puts the step hooks on the optimizers; they are idle until the surgery."""
+        if self.warmup_epochs is not None and math.isinf(trainer.num_training_batches):
+            raise UnsupportedError("The length of an epoch is not known here; give RehabSchedule(warmup_steps=...).")
+        self._done = self._done or [0] * len(trainer.optimizers)
+        self._scaled = [_ScaledRate(self, index, optimizer) for index, optimizer in enumerate(trainer.optimizers)]
+
+    def on_surgery(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", report: CompressionReport) -> None:
+        """Starts the warm-up."""
+        if self.warmup_steps is not None:
+            self._length = self.warmup_steps
+        else:
+            assert self.warmup_epochs is not None
+            steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+            self._length = round(self.warmup_epochs * steps_per_epoch)
+        self._done = [0] * len(trainer.optimizers)
+        self._apply()
+
+    def factor(self, optimizer_index: int = 0) -> float:
+        """The factor on the learning rate of the next step of an optimizer; 1 before the surgery."""
+        if self._length is None:
+            return 1.0
+        return warmup_factor(self._done[optimizer_index], self._length, self.start_factor, self.peak_factor, self.shape)
+
+    def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Shows LearningRateMonitor the rate that the epoch starts with."""
+        self._apply()
+
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Shows LearningRateMonitor the rate of the step to come."""
+        self._apply()
+
+    def on_before_optimizer_step(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
+    ) -> None:
+        """Takes the factor back where loss scaling may skip the step; the step applies it again itself."""
+        for scaled in self._scaled:
+            if scaled.optimizer is optimizer and not scaled.in_step:
+                scaled.restore()
+
+    def on_train_batch_end(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Hands the user's own rates back, for checkpoints."""
+        self._restore()
+
+    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Hands the user's own rates back, for checkpoints."""
+        self._restore()
+
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Takes the hooks off the optimizers."""
+        self._remove()
+
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        """Hands the user's own rates back and takes the hooks off."""
+        self._remove()
+
+    def count_step(self, optimizer_index: int) -> None:
+        """Notes that an optimizer has made a step; called by its step hook."""
+        if self._length is not None:
+            self._done[optimizer_index] += 1
+
+    def _apply(self) -> None:
+        for scaled in self._scaled:
+            scaled.apply()
+
+    def _restore(self) -> None:
+        for scaled in self._scaled:
+            scaled.restore()
+
+    def _remove(self) -> None:
+        for scaled in self._scaled:
+            scaled.remove()
+        self._scaled = []
+
+
+class _ScaledRate:
+    """The learning rates of one optimizer, multiplied while it steps."""
+
+    def __init__(self, schedule: RehabSchedule, index: int, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self._depth = 0  # a subclass of an optimizer that calls super().step() runs the hooks twice, nested
+        self._schedule = schedule
+        self._index = index
+        self._own: list[tuple[dict[str, Any], float]] = []  # groups and the user's rates while ours are in place
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the optimizer is inside ``step``."""
+        return self._depth > 0
+
+    def apply(self) -> None:
+        """Multiplies the rates, once."""
+        factor = self._schedule.factor(self._index)
+        if self._own or factor == 1.0:
+            return
+        for group in self.optimizer.param_groups:
+            rate = float(group["lr"])
+            self._own.append((group, rate))
+            _set_rate(group, rate * factor)
+
+    def restore(self) -> None:
+        """Puts the user's rates back."""
+        for group, rate in self._own:
+            _set_rate(group, rate)
+        self._own = []
+
+    def remove(self) -> None:
+        """Puts the user's rates back and takes the hooks off."""
+        self.restore()
+        for handle in self._handles:
+            handle.remove()
+
+    def _before_step(self, *_: Any) -> None:
+        self._depth += 1
+        self.apply()
+
+    def _after_step(self, *_: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.restore()
+            self._schedule.count_step(self._index)
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate

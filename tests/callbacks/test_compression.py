@@ -1,0 +1,406 @@
+import copy
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torchmetrics import MeanMetric
+
+import lightning_prehab as lp
+from lightning_prehab.callbacks._trainer import callbacks_of
+from lightning_prehab.errors import ArgumentError, NumericalError, PlanError, TargetError, UnsupportedError
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=0.01)
+
+
+class AtSurgery(pl.Callback):
+    """What the world looks like right after the cut."""
+
+    def __init__(self):
+        self.calls = []
+
+    def on_surgery(self, trainer, pl_module, report):
+        self.calls.append((trainer.current_epoch, trainer.global_step, report))
+
+
+def low_rank(module):
+    return {name: child for name, child in module.named_modules() if isinstance(child, lp.LowRankLinear)}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"precision": "bf16-mixed"},
+        {"accumulate_grad_batches": 4},
+        {"gradient_clip_val": 0.1},
+        {"precision": "64-true"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_the_cut_in_the_middle_of_a_run(settings, epoch, mlp, loader, make_trainer, lit_class):
+    lit, watch = lit_class(mlp, adam), AtSurgery()
+    compression = lp.CompressionCallback(epoch=epoch, keep=0.5)
+    if settings.get("precision") == "64-true":
+        loader = DataLoader(TensorDataset(*(t.double() for t in loader.dataset.tensors)), 16)
+    trainer = make_trainer(max_epochs=5, callbacks=[compression, watch], **settings)
+    trainer.fit(lit, loader)
+    assert len(watch.calls) == 1
+    assert watch.calls[0][0] == epoch
+    assert watch.calls[0][2] is compression.report
+    assert set(low_rank(lit)) == {name for name, rank in compression.report.ranks.items() if rank is not None}
+    assert sum(lit.losses[-6:]) < sum(lit.losses[6 * epoch : 6 * epoch + 6])
+    assert compression.report.keep <= 0.5
+    assert trainer.callback_metrics["compression/keep"] == pytest.approx(compression.report.keep)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("scale", [None, 1024.0])
+def test_the_ride_collects_what_a_pass_over_the_data_would(
+    accumulate, scale, mlp, loader, make_trainer, lit_class, data, scaled_precision
+):
+    """With a learning rate of 0 the last epoch can be repeated by hand, and the plan comes out the same."""
+    lit = lit_class(mlp, lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    targets = lp.find_targets(lit)
+    dense = copy.deepcopy(mlp)
+
+    def loss(model, batch):
+        return nn.functional.mse_loss(mlp(batch[0]), batch[1])
+
+    statistics = lp.collect_statistics(lit, targets, [data.tensors], forward=loss, gradients=True)
+    plan = lp.make_plan(targets, 0.4, statistics=statistics)
+    compression = lp.CompressionCallback(epoch=1, keep=0.4)
+    settings = {"plugins": scaled_precision(scale)} if scale else {}
+    make_trainer(max_epochs=2, accumulate_grad_batches=accumulate, callbacks=[compression], **settings).fit(lit, loader)
+    assert compression.report.ranks == plan.ranks
+    for ours, theirs in zip(compression.report.plan.layers, plan.layers, strict=True):
+        assert ours.relative_error == pytest.approx(theirs.relative_error, rel=1e-3)
+    assert str(compression.report.plan).splitlines()[0] == str(plan).splitlines()[0]
+    report = lp.apply_plan_(nn.ModuleDict({"net": dense}), plan, statistics)
+    for name, error in report.weight_errors.items():
+        assert compression.report.weight_errors[name] == pytest.approx(error, rel=1e-3)
+
+
+def test_only_the_last_batches_before_the_surgery_count(mlp, data, make_trainer, lit_class):
+    class Spy(lp.KroneckerSVD):
+        def metric(self, statistics):
+            seen.append((int(statistics.tokens), int(statistics.samples)))
+            return super().metric(statistics)
+
+    seen = []
+    fit = {"val_dataloaders": DataLoader(data, 16), "train_dataloaders": DataLoader(data, 16)}
+    compression = lp.CompressionCallback(epoch=1, calibration_batches=4, factorization=Spy())
+    make_trainer(max_epochs=2, callbacks=[compression], val_check_interval=0.5).fit(lit_class(mlp), **fit)
+    assert set(seen) == {(64, 64)}
+
+
+def test_a_loader_of_unknown_length(mlp, data, make_trainer, lit_class):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(zip(*data.tensors, strict=True))
+
+    class Spy(lp.KroneckerSVD):
+        def metric(self, statistics):
+            seen.add(int(statistics.tokens))
+            return super().metric(statistics)
+
+    seen = set()
+    lit = lit_class(mlp)
+    compression = lp.CompressionCallback(epoch=1, calibration_batches=4, factorization=Spy())
+    make_trainer(max_epochs=2, callbacks=[compression]).fit(lit, DataLoader(Stream(), 16))
+    assert seen == {96}  # batches 0-3 as the older window, 4-5 as the running one
+    assert all(not module._forward_hooks for module in lit.modules())
+
+
+def test_manual_optimization(mlp, loader, make_trainer, lit_class):
+    class Manual(lit_class):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    lit = Manual(mlp, adam)
+    compression = lp.CompressionCallback(epoch=1)
+    make_trainer(max_epochs=3, callbacks=[lp.PrehabCallback(), compression, lp.RehabSchedule(4)]).fit(lit, loader)
+    assert low_rank(lit)
+    with pytest.raises(UnsupportedError, match="manual optimization.*epoch=1.*SVD"):
+        make_trainer(callbacks=[lp.CompressionCallback(epoch=0)]).fit(
+            Manual(nn.Sequential(nn.Linear(12, 6)), adam), loader
+        )
+    lit = Manual(nn.Sequential(nn.Linear(12, 6)), adam)
+    make_trainer(callbacks=[lp.CompressionCallback(epoch=0, factorization=lp.SVD())]).fit(lit, loader)
+    assert low_rank(lit)
+
+
+def test_epoch_zero_disturbs_neither_data_nor_randomness_nor_metrics(data, make_trainer):
+    class Noisy(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 6))
+            self.mean = MeanMetric()
+            self.seen = []
+
+        def training_step(self, batch, batch_idx):
+            self.seen.append(batch[0].clone())
+            loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
+            self.mean(loss)
+            self.log("loss", loss, on_step=True)
+            return {"loss": loss}
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    runs = []
+    for callbacks in ([], [lp.CompressionCallback(epoch=0, keep=0.6)]):
+        torch.manual_seed(3)
+        lit = Noisy()
+        generator = torch.Generator().manual_seed(5)
+        loader = DataLoader(data, 16, sampler=RandomSampler(data, generator=generator))
+        make_trainer(callbacks=callbacks, max_epochs=2).fit(lit, loader)
+        runs.append(
+            (torch.stack(lit.seen), torch.get_rng_state(), lit.mean.weight.item(), lit.net[1].num_batches_tracked)
+        )
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+
+
+SCHEDULERS = {
+    "StepLR": lambda o: torch.optim.lr_scheduler.StepLR(o, 7, 0.5),
+    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.05, total_steps=24),
+    "CosineAnnealingLR": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 24),
+    "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (step + 1)),
+    "ExponentialLR": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+    "ReduceLROnPlateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5),
+}
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_learning_rates_go_on_as_without_surgery(name, interval, mlp, loader, make_trainer, lit_class):
+    class Rates(pl.Callback):
+        def __init__(self):
+            self.rates = []
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+    class Scheduled(lit_class):
+        def configure_optimizers(self):
+            groups = [{"params": [p for p in self.parameters() if p.dim() == d], "lr": 0.01 * d} for d in (1, 2)]
+            optimizer = torch.optim.Adam(groups)
+            schedule = {"scheduler": SCHEDULERS[name](optimizer), "interval": interval, "monitor": "train_loss"}
+            if name == "ReduceLROnPlateau":
+                schedule["strict"] = False
+            return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("train_loss", 1.0)  # the same plateau in both runs
+            return loss
+
+    rates = []
+    for callbacks in ([], [lp.CompressionCallback(epoch=2)]):
+        watch, lit = Rates(), Scheduled(copy.deepcopy(mlp))
+        make_trainer(max_epochs=4, callbacks=[*callbacks, watch]).fit(lit, loader)
+        rates.append(watch.rates)
+        assert bool(low_rank(lit)) == bool(callbacks)
+    assert rates[0] == rates[1]
+
+
+def test_first_moments_are_carried_exactly(mlp, loader, make_trainer, lit_class):
+    before = {}
+
+    class Remember(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            for name, layer in lp.find_targets(pl_module).items() if trainer.current_epoch == 0 else ():
+                before[name] = trainer.optimizers[0].state[layer.weight]["exp_avg"].clone()
+
+        def on_surgery(self, trainer, pl_module, report):
+            state = trainer.optimizers[0].state
+            for name, layer in low_rank(pl_module).items():
+                a, b = layer.A.weight.detach(), layer.B.weight.detach()
+                torch.testing.assert_close(state[layer.A.weight]["exp_avg"], b.mT @ before[name], atol=1e-6, rtol=1e-6)
+                torch.testing.assert_close(state[layer.B.weight]["exp_avg"], before[name] @ a.mT, atol=1e-6, rtol=1e-6)
+                before[name] = None
+
+    make_trainer(max_epochs=2, callbacks=[lp.CompressionCallback(epoch=1), Remember()]).fit(
+        lit_class(mlp, adam), loader
+    )
+    assert None in before.values()
+
+
+def test_torch_compile_of_the_whole_module(mlp, loader, make_trainer, lit_class):
+    lit = torch.compile(lit_class(mlp), backend="eager")
+    compression = lp.CompressionCallback(epoch=1, keep=0.5, factorization=lp.SVD())
+    make_trainer(max_epochs=2, callbacks=[compression]).fit(lit, loader)
+    assert low_rank(mlp)
+
+
+@pytest.mark.parametrize("name", ["before", "after"])
+def test_the_surgery_comes_once_and_a_new_module_gets_its_own(name, mlp, loader, make_trainer, lit_class):
+    lit, compression, watch = lit_class(copy.deepcopy(mlp)), lp.CompressionCallback(epoch=1), AtSurgery()
+    trainer = make_trainer(max_epochs=2, callbacks=[compression, watch])
+    trainer.fit(lit, loader)
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(lit, loader)  # goes on
+    assert len(watch.calls) == 1
+    make_trainer(max_epochs=2, callbacks=[compression, watch]).fit(lit_class(mlp), loader)
+    assert len(watch.calls) == 2
+
+
+def test_the_table_is_printed_once(mlp, loader, make_trainer, lit_class, capsys):
+    compression = lp.CompressionCallback(epoch=1)
+    make_trainer(max_epochs=3, callbacks=[compression]).fit(lit_class(mlp), loader)
+    assert capsys.readouterr().out.count(str(compression.report)) == 1
+
+
+def test_the_surgery_acts_before_other_callbacks_of_its_epoch(mlp, loader, make_trainer, lit_class):
+    seen = []
+
+    class Early(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            seen.append(bool(low_rank(pl_module)))
+
+    compression = lp.CompressionCallback(epoch=1)
+    trainer = make_trainer(max_epochs=2, callbacks=[Early(), compression])
+    trainer.fit(lit_class(mlp), loader)
+    assert seen == [False, True]
+    assert callbacks_of(trainer)[0] is compression
+
+
+def snapshot(lit, trainer):
+    return (
+        str(lit),
+        [p.clone() for p in lit.parameters()],
+        [id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]],
+    )
+
+
+@pytest.mark.parametrize("failure", ["weight", "budget", "own"])
+def test_a_failed_surgery_leaves_the_module_untouched(failure, mlp, loader, make_trainer, lit_class):
+    class Own(lp.SVD):
+        def __call__(self, weight, rank, statistics=None):
+            raise MemoryError("no memory")
+
+    lit, states = lit_class(mlp), []
+
+    class Watch(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if failure == "weight":
+                with torch.no_grad():
+                    pl_module.net[2].weight[0, 0] = float("nan")
+            states.append(snapshot(pl_module, trainer))
+
+        def on_exception(self, trainer, pl_module, exception):
+            states.append(snapshot(pl_module, trainer))
+
+    arguments, error, match = {
+        "weight": ({}, NumericalError, r"Layer 'net.2' \(14x16\): The weight has 1 NaN"),
+        "budget": ({"keep": 0.001}, PlanError, "the budget is 0"),
+        "own": ({"factorization": Own()}, MemoryError, "no memory"),
+    }[failure]
+    with pytest.raises(error, match=match):
+        make_trainer(max_epochs=2, callbacks=[lp.CompressionCallback(epoch=1, **arguments), Watch()]).fit(lit, loader)
+    (text, parameters, held), (text_after, parameters_after, held_after) = states
+    assert text == text_after
+    assert held == held_after
+    torch.testing.assert_close(parameters, parameters_after, equal_nan=True, rtol=0, atol=0)
+    assert all(not module._forward_hooks for module in lit.modules())
+
+
+def test_no_target_lists_near_names_before_training(mlp, loader, make_trainer, lit_class):
+    lit = lit_class(mlp)
+    with pytest.raises(TargetError, match="'net.00' matches no layer. Near names: .*net.0"):
+        make_trainer(max_epochs=2, callbacks=[lp.CompressionCallback(1, target_modules="net.00")]).fit(lit, loader)
+    assert lit.losses == []
+
+
+@pytest.mark.parametrize("epoch", [2, 9])
+def test_an_epoch_that_is_never_reached(epoch, mlp, loader, make_trainer, lit_class):
+    with pytest.raises(
+        ArgumentError, match=rf"epoch={epoch}\) is never reached: .* max_epochs is 2. Choose an epoch from 0 to 1"
+    ):
+        make_trainer(max_epochs=2, callbacks=[lp.CompressionCallback(epoch)]).fit(lit_class(mlp), loader)
+
+
+def test_a_run_that_ends_early_says_so(mlp, loader, make_trainer, lit_class):
+    lit = lit_class(mlp)
+    with pytest.warns(UserWarning, match="before the surgery at epoch 3: the model is still dense"):
+        make_trainer(max_epochs=5, max_steps=8, callbacks=[lp.CompressionCallback(3)]).fit(lit, loader)
+    assert not low_rank(lit)
+
+
+def test_few_tokens_are_warned_about(mlp, loader, make_trainer, lit_class):
+    with pytest.warns(UserWarning, match="3 of 3 layers saw fewer calibration tokens than four times"):
+        make_trainer(max_epochs=2, callbacks=[lp.CompressionCallback(1, calibration_batches=2)]).fit(
+            lit_class(mlp), loader
+        )
+
+
+@pytest.mark.parametrize("kind", [lambda: StochasticWeightAveraging(1e-2), WeightAveraging])
+def test_weight_averaging_is_refused(kind, mlp, loader, make_trainer, lit_class):
+    with pytest.raises(UnsupportedError, match="pairs a copy of the dense parameters.*Remove it"):
+        make_trainer(max_epochs=2, callbacks=[lp.CompressionCallback(1), kind()]).fit(lit_class(mlp), loader)
+
+
+@pytest.mark.parametrize("callback", [lp.CompressionCallback(1), lp.PrehabCallback()], ids=lambda c: type(c).__name__)
+def test_sharded_strategies_are_refused(callback, lit, make_trainer):
+    class FakeTrainer:
+        strategy = FSDPStrategy()
+        callbacks = ()
+        max_epochs = 5
+
+    with pytest.raises(UnsupportedError, match="supports one device and DDP, not FSDPStrategy: .*strategy='ddp'"):
+        callback.setup(FakeTrainer(), lit, "fit")
+
+
+def test_lbfgs_is_refused_before_training(mlp, loader, make_trainer, lit_class):
+    lit = lit_class(mlp, torch.optim.LBFGS)
+    with pytest.raises(UnsupportedError, match="LBFGS"):
+        make_trainer(max_epochs=2, callbacks=[lp.CompressionCallback(1)]).fit(lit, loader)
+    assert lit.losses == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epoch": -1},
+        {"epoch": 1, "keep": 0.0},
+        {"epoch": 1, "keep": 1.2},
+        {"epoch": 1, "calibration_batches": 0},
+        {"epoch": 1, "rank_multiple_of": 0},
+    ],
+    ids=str,
+)
+def test_wrong_settings(wrong):
+    with pytest.raises(ArgumentError, match="got"):
+        lp.CompressionCallback(**wrong)
+
+
+def test_validation_and_prediction_are_not_touched(mlp, loader, make_trainer, lit_class):
+    lit = lit_class(mlp)
+    lit.predict_step = lambda batch, batch_idx: lit.net(batch[0])
+    make_trainer(callbacks=[lp.CompressionCallback(7), lp.PrehabCallback(), lp.RehabSchedule(3)]).predict(lit, loader)
+    assert not low_rank(lit)
+
+
+def test_evaluation_after_the_surgery(mlp, loader, make_trainer, lit_class):
+    lit = lit_class(mlp, adam)
+    lit.validation_step = lambda batch, batch_idx: lit.log("val", nn.functional.mse_loss(lit.net(batch[0]), batch[1]))
+    trainer = make_trainer(max_epochs=2, callbacks=[lp.CompressionCallback(1)])
+    trainer.fit(lit, loader, loader)
+    assert trainer.validate(lit, loader, verbose=False)[0]["val"] == pytest.approx(
+        trainer.callback_metrics["val"].item()
+    )

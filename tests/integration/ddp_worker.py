@@ -1,0 +1,254 @@
+"""Started by torchrun in two processes; every check runs on both ranks. Rank 0 prints the name of each that passed."""
+
+import copy
+import logging
+import sys
+import tempfile
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import distributed, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_prehab as lp
+from lightning_prehab.errors import PrehabError
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore")
+torch.set_num_threads(1)
+STRENGTH = 0.3
+EXACT = lp.StableRank(first_steps=3000, steps=100)
+
+
+def make_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 14), nn.Tanh(), nn.Linear(14, 6))
+
+
+def make_data():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(192, 12, generator=generator) @ torch.diag(torch.linspace(2, 0.1, 12))
+    return x, torch.tanh(x @ torch.randn(12, 6, generator=generator))
+
+
+class RecordingSGD(torch.optim.SGD):
+    seen: list
+
+    def step(self, closure=None):
+        loss = closure() if closure is not None else None
+        self.seen.append([None if p.grad is None else p.grad.clone() for g in self.param_groups for p in g["params"]])
+        super().step()
+        return loss
+
+
+class Lit(pl.LightningModule):
+    def __init__(self, net, optimizer, unused=False, manual=False):
+        super().__init__()
+        self.net = net
+        self.unused = nn.Linear(5, 4) if unused else None
+        self.optimizer = optimizer
+        self.automatic_optimization = not manual
+        self.batches, self.losses = [], []
+
+    def training_step(self, batch, batch_idx):
+        loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        self.batches.append(batch)
+        self.losses.append(loss.detach())
+        if self.automatic_optimization:
+            return loss
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return None
+
+    def configure_optimizers(self):
+        optimizer = self.optimizer(self.parameters())
+        optimizer.seen = []
+        return optimizer
+
+
+def fit(lit, callbacks, epochs, strategy=None, **settings):
+    x, y = make_data()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=DDPStrategy(process_group_backend="gloo", **(strategy or {})),
+        max_epochs=epochs,
+        callbacks=callbacks,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=tempfile.gettempdir(),
+        **settings,
+    )
+    trainer.fit(lit, DataLoader(TensorDataset(x, y), 16))
+    return trainer
+
+
+def on_all_ranks(tensor):
+    """The tensors of all ranks, stacked."""
+    gathered = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(gathered, tensor.contiguous())
+    return torch.stack(gathered)
+
+
+def assert_ranks_identical(module):
+    for name, parameter in module.named_parameters():
+        first, second = on_all_ranks(parameter.detach())
+        assert torch.equal(first, second), name
+
+
+def exact_penalty(layers):
+    values = [torch.linalg.svdvals(layer.weight) for layer in layers]
+    return STRENGTH * torch.stack([s.square().sum() / s[0].square() for s in values]).mean()
+
+
+def check_penalty(unused, accumulate=1, **strategy):
+    """The gradient that the optimizers see is that of the task averaged over ranks, plus the penalty once."""
+    lit = Lit(make_net(), lambda p: RecordingSGD(p, lr=0.0), unused)
+    reference = copy.deepcopy(lit)
+    prehab = lp.PrehabCallback(EXACT, STRENGTH)
+    trainer = fit(lit, [prehab], 1, strategy, accumulate_grad_batches=accumulate)
+    assert prehab._into_loss != bool(strategy.get("find_unused_parameters"))
+    window = lit.batches[:accumulate]
+    task = sum(nn.functional.mse_loss(reference.net(x), y) for x, y in window) / accumulate
+    layers = [module for module in reference.modules() if type(module) is nn.Linear]
+    assert len(layers) == 3 + unused
+    mine = torch.autograd.grad(task, list(reference.net.parameters()))
+    extra = torch.autograd.grad(exact_penalty(layers), list(reference.parameters()), allow_unused=True)
+    seen = trainer.optimizers[0].seen[0]
+    for index, penalty in enumerate(extra):
+        expected = torch.zeros_like(list(reference.parameters())[index]) if penalty is None else penalty
+        if index < len(mine):
+            expected = expected + on_all_ranks(mine[index]).mean(0)
+        ours = torch.zeros_like(expected) if seen[index] is None else seen[index]
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
+
+
+def check_surgery(manual, **strategy):
+    """Ranks stay bit-identical after every epoch, the loss goes on falling, the first moments are carried exactly."""
+    moments = {}
+
+    class Watch(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            assert_ranks_identical(pl_module)
+            assert trainer.strategy.model.module is pl_module
+            if trainer.current_epoch == 1:
+                for name, layer in lp.find_targets(pl_module).items():
+                    moments[name] = trainer.optimizers[0].state[layer.weight]["exp_avg"].clone()
+
+        def on_surgery(self, trainer, pl_module, report):
+            assert_ranks_identical(pl_module)
+            state = trainer.optimizers[0].state
+            for name, rank in report.ranks.items():
+                if rank is not None:
+                    low = pl_module.get_submodule(name)
+                    a, b = low.A.weight.detach(), low.B.weight.detach()
+                    torch.testing.assert_close(
+                        state[low.A.weight]["exp_avg"], b.mT @ moments[name], atol=1e-6, rtol=1e-6
+                    )
+                    torch.testing.assert_close(
+                        state[low.B.weight]["exp_avg"], moments[name] @ a.mT, atol=1e-6, rtol=1e-6
+                    )
+
+    lit = Lit(make_net(), lambda p: torch.optim.Adam(p, lr=5e-3), manual=manual)
+    compression = lp.CompressionCallback(2, keep=0.5, calibration_batches=4)
+    prehab = lp.PrehabCallback(lp.TailEnergy(), 0.01, space="loss")
+    fit(lit, [prehab, compression, lp.RehabSchedule(6), Watch()], 6, strategy)
+    assert compression.report.keep <= 0.5
+    assert any(isinstance(module, lp.LowRankLinear) for module in lit.modules())
+    epochs = on_all_ranks(torch.stack(lit.losses)).mean(0).reshape(6, -1).mean(1)
+    assert epochs[5] < epochs[3] < epochs[0], epochs
+
+
+def check_gradients_after_surgery():
+    """After the surgery the wrapper averages the gradients of the new parameters over the ranks."""
+    lit = Lit(make_net(), lambda p: RecordingSGD(p, lr=0.0))
+    trainer = fit(lit, [lp.CompressionCallback(1, keep=0.5)], 2)
+    loss = nn.functional.mse_loss(lit.net(lit.batches[-1][0]), lit.batches[-1][1])
+    local = torch.autograd.grad(loss, list(lit.net.parameters()))
+    for ours, mine in zip(trainer.optimizers[0].seen[-1], local, strict=True):
+        torch.testing.assert_close(ours, on_all_ranks(mine).mean(0), atol=1e-7, rtol=1e-5)
+
+
+def check_statistics(epoch):
+    """Two ranks plan and cut as one process does that sees the data of both."""
+    x, y = make_data()
+    lit = Lit(make_net(), lambda p: torch.optim.SGD(p, lr=0.0))
+    reference = nn.ModuleDict({"net": copy.deepcopy(lit.net)})
+    compression = lp.CompressionCallback(epoch, keep=0.4)
+    fit(lit, [compression], 2)
+    targets = lp.find_targets(reference)
+    statistics = lp.collect_statistics(
+        reference, targets, [(x, y)], lambda m, b: nn.functional.mse_loss(m["net"](b[0]), b[1]), gradients=True
+    )
+    report = lp.apply_plan_(reference, lp.make_plan(targets, 0.4, statistics=statistics), statistics)
+    assert compression.report.ranks == report.ranks
+    for name, rank in report.ranks.items():
+        if rank is not None:
+            ours, theirs = lit.get_submodule(name).weight, reference.get_submodule(name).weight
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+class FailsOnRankOne(lp.SVD):
+    def __call__(self, weight, rank, statistics=None):
+        if distributed.get_rank() == 1:
+            raise MemoryError("no memory on this rank")
+        return super().__call__(weight, rank, statistics)
+
+
+def check_an_error_on_one_rank_reaches_all():
+    """No rank hangs, and no model is changed."""
+    lit = Lit(make_net(), lambda p: torch.optim.SGD(p, lr=0.0))
+    before = copy.deepcopy(lit.net)
+    plan_error = lp.CompressionCallback(1, keep=0.0005)
+    for callback, message in (
+        (lp.CompressionCallback(1, factorization=FailsOnRankOne()), "no memory"),
+        (plan_error, "budget"),
+    ):
+        with pytest.raises((PrehabError, MemoryError), match=message):
+            fit(lit, [callback], 2)
+    for ours, theirs in zip(lit.net.parameters(), before.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert all(not module._forward_hooks for module in lit.modules())
+
+
+def check_centered_whitening_shares_the_bias():
+    lit = Lit(nn.Sequential(nn.Linear(12, 10, bias=False), nn.Linear(10, 6)), torch.optim.Adam)
+    fit(lit, [lp.CompressionCallback(1, keep=0.6, factorization=lp.WhitenedSVD(centered=True))], 3)
+    assert lit.net[0].bias is not None
+    assert_ranks_identical(lit)
+
+
+CHECKS = {
+    "penalty": lambda: check_penalty(False),
+    "penalty, accumulation": lambda: check_penalty(False, accumulate=3),
+    "penalty, gradients as bucket views": lambda: check_penalty(False, gradient_as_bucket_view=True),
+    "penalty, find_unused_parameters": lambda: check_penalty(False, find_unused_parameters=True),
+    "penalty, unused layer": lambda: check_penalty(True, find_unused_parameters=True),
+    "penalty, unused layer, bucket views": lambda: check_penalty(
+        True, find_unused_parameters=True, gradient_as_bucket_view=True
+    ),
+    "surgery": lambda: check_surgery(manual=False),
+    "surgery, manual": lambda: check_surgery(manual=True),
+    "surgery, manual, static graph": lambda: check_surgery(manual=True, static_graph=True),
+    "surgery, find_unused_parameters": lambda: check_surgery(manual=False, find_unused_parameters=True),
+    "gradients after surgery": check_gradients_after_surgery,
+    "statistics of ordinary steps": lambda: check_statistics(1),
+    "statistics of an own pass": lambda: check_statistics(0),
+    "error on one rank": check_an_error_on_one_rank_reaches_all,
+    "bias shift": check_centered_whitening_shares_the_bias,
+}
+
+if __name__ == "__main__":
+    for name, check in CHECKS.items():
+        check()
+        if distributed.get_rank() == 0:
+            print(f"passed: {name}", flush=True)
+    distributed.destroy_process_group()
+    sys.exit(0)

@@ -1,0 +1,73 @@
+"""The three callbacks from a LightningCLI YAML, in a process of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+MAIN = """
+import lightning_prehab
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel, DemoModel, RandomDataset
+import torch
+
+class Lit(BoringModel):
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.layer = torch.nn.Sequential(torch.nn.Linear(32, width), torch.nn.Linear(width, 16))
+
+if __name__ == "__main__":
+    LightningCLI(Lit, save_config_callback=None)
+"""
+CONFIG = """
+trainer:
+  max_epochs: 3
+  limit_train_batches: 8
+  limit_val_batches: 1
+  accelerator: cpu
+  logger: false
+  enable_progress_bar: false
+  enable_checkpointing: false
+  callbacks:
+    - class_path: lightning_prehab.PrehabCallback
+      init_args:
+        regularizer: {class_path: lightning_prehab.TailEnergy, init_args: {refresh: 5}}
+        strength: 0.1
+        space: loss
+    - class_path: lightning_prehab.CompressionCallback
+      init_args:
+        epoch: 1
+        policy: {class_path: lightning_prehab.ParameterBudget, init_args: {keep: 0.4}}
+        factorization: {class_path: lightning_prehab.KroneckerSVD, init_args: {gradient_shrinkage: 0.01}}
+        rank_overrides: {"layer.*": 5}
+    - class_path: RehabSchedule
+      init_args:
+        warmup_steps: 4
+"""
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    (folder / "main.py").write_text(MAIN)
+    (folder / "config.yaml").write_text(CONFIG)
+    return subprocess.run(
+        [sys.executable, "main.py", "fit", "--config", "config.yaml", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"},
+    )
+
+
+def test_a_run_from_yaml(tmp_path):
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "layer.0  32x32     5" in done.stdout
+    assert "KroneckerSVD(gradient_shrinkage=0.01" in done.stdout
+
+
+def test_a_wrong_value_is_named(tmp_path):
+    done = run(tmp_path, "--trainer.callbacks+=lightning_prehab.RehabSchedule", "--trainer.callbacks.shape=square")
+    assert done.returncode != 0
+    assert "square" in done.stderr

@@ -1,0 +1,79 @@
+"""The public names are a contract."""
+
+import inspect
+
+import lightning_prehab as lp
+
+NAMES = {
+    "SVD",
+    "CompressionCallback",
+    "CompressionPlan",
+    "CompressionReport",
+    "KroneckerSVD",
+    "LayerPlan",
+    "LayerStatistics",
+    "LowRankLinear",
+    "ParameterBudget",
+    "PrehabCallback",
+    "PrehabError",
+    "RankRatio",
+    "RehabSchedule",
+    "StableRank",
+    "TailEnergy",
+    "WhitenedSVD",
+    "apply_plan_",
+    "collect_statistics",
+    "compress_",
+    "find_targets",
+    "make_plan",
+}
+
+
+def test_public_names():
+    assert set(lp.__all__) == NAMES
+    assert all(inspect.getdoc(getattr(lp, name)) for name in NAMES)
+
+
+def test_signatures_of_the_callbacks():
+    def arguments(function):
+        return [name for name in inspect.signature(function).parameters if name != "self"]
+
+    assert arguments(lp.PrehabCallback) == [
+        "regularizer",
+        "strength",
+        "ramp_steps",
+        "space",
+        "start_epoch",
+        "stop_epoch",
+        "every_n_steps",
+        "injection",
+        "target_modules",
+        "exclude_modules",
+    ]
+    assert arguments(lp.CompressionCallback) == [
+        "epoch",
+        "keep",
+        "policy",
+        "factorization",
+        "calibration_batches",
+        "target_modules",
+        "exclude_modules",
+        "rank_overrides",
+        "rank_multiple_of",
+    ]
+    assert arguments(lp.RehabSchedule) == ["warmup_steps", "warmup_epochs", "start_factor", "peak_factor", "shape"]
+
+
+def test_defaults_are_what_the_documentation_says():
+    compression = lp.CompressionCallback(epoch=3)
+    assert compression.factorization == lp.KroneckerSVD()
+    assert compression.policy == lp.ParameterBudget(0.5)
+    assert lp.CompressionCallback(epoch=3, keep=0.3, factorization=lp.SVD()).policy == lp.RankRatio(0.3)
+
+
+def test_every_error_is_a_prehab_error():
+    from lightning_prehab import errors
+
+    kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
+    assert len(kinds) > 3
+    assert all(issubclass(kind, lp.PrehabError) for kind in kinds)
