@@ -1,0 +1,50 @@
+"""What the README says, runs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_there_are_python_blocks():
+    assert len(BLOCKS) >= 3
+
+
+@pytest.mark.parametrize("index", range(len(BLOCKS)))
+def test_python_blocks_run(index, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(BLOCKS[index], f"README.md, python block {index}", "exec"), {"__name__": "readme"})
+
+
+def test_ci_runs_the_two_commands():
+    commands = re.findall(r"^python3 -m venv \.venv && .*$", README, flags=re.MULTILINE)
+    assert len(commands) == 2
+    assert "examples/vit_digits.py" in commands[0]
+    assert "pytest" in commands[1]
+
+
+def test_the_example_in_a_fast_run():
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "vit_digits.py"), "--fast", "--accelerator", "cpu"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "accuracy before" in run.stdout
+    assert run.stdout.count("keep 0.") >= 3
+
+
+def test_the_version_is_in_the_changelog():
+    from lightning_prehab.__about__ import __version__
+
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
