@@ -21,6 +21,10 @@ class StatisticsError(PrehabError, ValueError):
     """Calibration statistics are missing or do not fit the layer."""
 
 
+class CheckpointError(PrehabError, RuntimeError):
+    """A file or a state dict is damaged, or does not fit the model that it is loaded into."""
+
+
 class NumericalError(PrehabError, ArithmeticError):
     """A weight or a statistic holds NaN or Inf, or a decomposition did not converge."""
 

@@ -4,8 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_prehab.plan import CompressionPlan
+from lightning_prehab.errors import CheckpointError
+from lightning_prehab.factorizations import Factorization
+from lightning_prehab.plan import CompressionPlan, LayerPlan
 from lightning_prehab.tables import format_table
+
+#: Of the dictionary form.
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class CompressionReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, ready for JSON."""
         return {
-            "version": 1,
+            "version": VERSION,
             "factorization": repr(self.plan.factorization),
             "keep": self.keep,
             "model_keep": self.model_keep,
@@ -63,6 +68,29 @@ class CompressionReport:
             ],
             "skipped": dict(self.plan.skipped),
         }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], factorization: Factorization) -> "CompressionReport":
+        """The report that :meth:`to_dict` has written; the factorization is given, since only its text is stored.
+
+        Raises:
+            CheckpointError: If the data is of an unknown version.
+        """
+        if data.get("version") != VERSION:
+            raise CheckpointError(
+                f"A compression report of version {data.get('version')!r} cannot be read, only version {VERSION}; "
+                "update lightning_prehab."
+            )
+        layers = tuple(
+            LayerPlan(
+                layer["name"], m, n, layer["rank"], relative_error=layer["predicted_error"], reason=layer["reason"]
+            )
+            for layer in data["layers"]
+            for m, n in [layer["shape"]]
+        )
+        plan = CompressionPlan(layers, factorization, data["skipped"], data["parameters_before"])
+        errors = {layer["name"]: layer["weight_error"] for layer in data["layers"] if layer["rank"] is not None}
+        return cls(plan, errors, data["parameters_before"], data["parameters_after"])
 
     def __str__(self) -> str:
         rows = [

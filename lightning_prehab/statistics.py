@@ -1,6 +1,6 @@
 """What calibration remembers of one layer: sums, so that batches, passes and processes merge exactly."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -123,6 +123,24 @@ class LayerStatistics:
             tensor = getattr(self, name)
             if tensor is not None:
                 yield name, tensor
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copies of all sums by name: plain tensors for a checkpoint."""
+        return {name: tensor.clone() for name, tensor in self.tensors()}
+
+    @torch.no_grad()
+    def restore_(self, sums: Mapping[str, Tensor]) -> "LayerStatistics":
+        """Takes over the sums of a :meth:`snapshot`.
+
+        Raises:
+            StatisticsError: If they belong to another layer.
+        """
+        mine = dict(self.tensors())
+        if {name: tensor.shape for name, tensor in mine.items()} != {name: t.shape for name, t in sums.items()}:
+            raise StatisticsError(f"The stored sums do not belong to {self!r}.")
+        for name, tensor in mine.items():
+            tensor.copy_(sums[name])
+        return self
 
     @torch.no_grad()
     def merge_(self, other: "LayerStatistics") -> "LayerStatistics":

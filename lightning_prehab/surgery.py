@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prehab.errors import NumericalError, PlanError, PrehabError, UnsupportedError
+from lightning_prehab.errors import CheckpointError, NumericalError, PlanError, PrehabError, UnsupportedError
 from lightning_prehab.factorizations import Factors
 from lightning_prehab.layers import LowRankLinear
 from lightning_prehab.moments import factor_states
@@ -75,7 +75,7 @@ def swap_(
     before = count_parameters(model)
     cuts = [_prepare(cut.name, layer, factors[cut.name]) for cut, layer in layers.values()]
     edits = [edit for optimizer in optimizers for edit in _optimizer_edits(optimizer, cuts)]
-    slots = _slots(model, cuts)
+    slots = _slots(model, {id(cut.old): cut.new for cut in cuts})
     errors = {cut.name: cut.weight_error() for cut in cuts}
 
     with torch.no_grad():
@@ -88,6 +88,96 @@ def swap_(
         edit.commit()
     after = count_parameters(model)
     return CompressionReport(plan, errors, before, after)
+
+
+def follow_state_dict_(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Gives a model the structure of a state dict, in both directions, without an optimizer.
+
+    Where the state dict holds factors, an ``nn.Linear`` (or a :class:`~lightning_prehab.LowRankLinear` of another rank)
+    is replaced by one that fits; where it holds a dense weight, a ``LowRankLinear`` is replaced by an ``nn.Linear``.
+
+    Args:
+        model: The module that the state dict is going to be loaded into.
+        state_dict: Keys without ``prefix`` are names in ``model``.
+        prefix: What the keys start with.
+
+    Returns:
+        The names of the replaced layers.
+
+    Raises:
+        CheckpointError: If the shapes do not fit (the layer is named); the model is then as it was.
+    """
+    factored = stored_factors(state_dict, prefix)
+    replacement: dict[int, nn.Module] = {}
+    names = []
+    for name, module in model.named_modules():
+        new: nn.Module | None = None
+        if name in factored and (type(module) is nn.Linear or isinstance(module, LowRankLinear)):
+            new = _low_rank_like(name, module, factored[name])
+        elif isinstance(module, LowRankLinear) and f"{prefix}{name}.weight" in state_dict:
+            new = _dense_like(module, bias=f"{prefix}{name}.bias" in state_dict)
+        if new is not None:
+            replacement[id(module)] = new
+            names.append(name)
+    for parent, key, new in _slots(model, replacement):
+        parent._modules[key] = new
+    return names
+
+
+def densify_(model: nn.Module, names: Iterable[str]) -> None:
+    """Replaces the named low-rank layers by dense ones with the same function."""
+    wanted = set(names)
+    replacement: dict[int, nn.Module] = {
+        id(module): _dense_like(module, bias=module.bias is not None)
+        for name, module in model.named_modules()
+        if name in wanted and isinstance(module, LowRankLinear)
+    }
+    for parent, key, new in _slots(model, replacement):
+        parent._modules[key] = new
+
+
+def stored_factors(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Factors]:
+    """The factors that a state dict holds, by layer name; ``bias_shift`` is the stored bias."""
+    found = {}
+    for key, a in state_dict.items():
+        name = key.removeprefix(prefix).removesuffix(".A.weight")
+        b = state_dict.get(f"{prefix}{name}.B.weight")
+        if key == f"{prefix}{name}.A.weight" and isinstance(a, Tensor) and isinstance(b, Tensor):
+            found[name] = Factors(a, b, state_dict.get(f"{prefix}{name}.B.bias"))
+    return found
+
+
+def _low_rank_like(name: str, layer: nn.Linear | LowRankLinear, stored: Factors) -> LowRankLinear | None:
+    """A layer for the stored factors, or None if ``layer`` fits them already."""
+    a, b, bias = stored
+    m, n = layer.out_features, layer.in_features
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != n or b.shape[0] != m or a.shape[0] != b.shape[1] or 0 in a.shape:
+        raise CheckpointError(
+            f"Layer {name!r}: the checkpoint holds factors of shapes {tuple(b.shape)} and {tuple(a.shape)}, the model "
+            f"has a {m}x{n} layer. Build the model with the same sizes as the one that was saved."
+        )
+    has_bias = layer.bias is not None
+    if isinstance(layer, LowRankLinear) and layer.rank == a.shape[0] and has_bias == (bias is not None):
+        return None
+    dense = layer if isinstance(layer, nn.Linear) else _dense_like(layer, bias=has_bias)
+    new = LowRankLinear.from_factors(a, b, like=dense)
+    if not has_bias and bias is not None:
+        value = bias.detach().to(dense.weight, copy=True)
+        new.B.bias = nn.Parameter(value, requires_grad=dense.weight.requires_grad)
+    elif bias is None:
+        new.B.register_parameter("bias", None)
+    return new
+
+
+def _dense_like(layer: LowRankLinear, bias: bool) -> nn.Linear:
+    """The dense product, with or without a bias."""
+    dense = layer.to_linear()
+    if not bias:
+        dense.register_parameter("bias", None)
+    elif layer.bias is None:
+        zeros = dense.weight.new_zeros(layer.out_features)
+        dense.bias = nn.Parameter(zeros, requires_grad=dense.weight.requires_grad)
+    return dense
 
 
 @dataclass
@@ -201,9 +291,8 @@ def _bias(layer: nn.Linear) -> nn.Parameter | None:
     return layer._parameters["bias"]
 
 
-def _slots(model: nn.Module, cuts: Sequence[_Cut]) -> list[tuple[nn.Module, str, LowRankLinear]]:
-    """Every place in the model where one of the layers hangs; shared modules hang in several."""
-    replacement = {id(cut.old): cut.new for cut in cuts}
+def _slots(model: nn.Module, replacement: Mapping[int, nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Every place where a module hangs that is to be replaced (by id); shared modules hang in several."""
     return [
         (parent, key, replacement[id(child)])
         for parent in model.modules()

@@ -60,6 +60,7 @@ def test_signatures_of_the_callbacks():
         "exclude_modules",
         "rank_overrides",
         "rank_multiple_of",
+        "reset_scores",
     ]
     assert arguments(lp.RehabSchedule) == ["warmup_steps", "warmup_epochs", "start_factor", "peak_factor", "shape"]
 

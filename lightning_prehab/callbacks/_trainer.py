@@ -1,8 +1,11 @@
 """What the callbacks need to know of a Trainer, in one place."""
 
+import math
 from typing import TypeVar
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_prehab.errors import UnsupportedError
@@ -36,6 +39,19 @@ def move_to_front(trainer: "pl.Trainer", callback: pl.Callback) -> None:
     """Makes a callback act before the others. The list is replaced, not edited: Lightning may be iterating over it."""
     others = [other for other in callbacks_of(trainer) if other is not callback]
     trainer.callbacks = [callback, *others]  # type: ignore[attr-defined]
+
+
+def reset_scores_(trainer: "pl.Trainer") -> None:
+    """Makes ModelCheckpoint and EarlyStopping start comparing anew; nothing on disk is touched."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, EarlyStopping):
+            callback.wait_count = 0
+            callback.best_score = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
+        elif isinstance(callback, ModelCheckpoint):
+            callback.best_k_models = {}
+            callback.best_model_path = callback.kth_best_model_path = ""
+            callback.best_model_score = callback.current_score = None
+            callback.kth_value = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
 
 
 def gradient_scale(trainer: "pl.Trainer") -> float:

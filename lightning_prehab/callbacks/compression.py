@@ -7,8 +7,17 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch import callbacks as pl_callbacks
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.calibration import Collector
+from lightning_prehab.callbacks._checkpoint import (
+    DenseShell,
+    check_version,
+    dump_statistics,
+    follow_on_load,
+    plan_of_factors,
+    restore_statistics_,
+)
 from lightning_prehab.callbacks._distributed import decide_on_rank_zero, rewrap, share_factors, sum_statistics_
 from lightning_prehab.callbacks._own_pass import collect_in_own_pass
 from lightning_prehab.callbacks._trainer import (
@@ -16,10 +25,12 @@ from lightning_prehab.callbacks._trainer import (
     check_strategy,
     loss_scale,
     move_to_front,
+    reset_scores_,
     uses_loss_scaling,
 )
 from lightning_prehab.errors import ArgumentError, UnsupportedError
-from lightning_prehab.factorizations import Factorization, KroneckerSVD
+from lightning_prehab.factorizations import Factorization, Factors, KroneckerSVD
+from lightning_prehab.layers import LowRankLinear
 from lightning_prehab.plan import CompressionPlan, RankOverride, default_policy, make_plan
 from lightning_prehab.rank_policies import RankPolicy
 from lightning_prehab.report import CompressionReport
@@ -27,6 +38,8 @@ from lightning_prehab.statistics import LayerStatistics
 from lightning_prehab.surgery import check_optimizer, swap_
 from lightning_prehab.targets import Patterns, Targets, find_targets
 
+#: Of the state in checkpoints.
+STATE_VERSION = 1
 #: Callbacks that hold a copy of the dense parameters and pair it with the live ones by position.
 _AVERAGING = tuple(
     kind
@@ -62,6 +75,8 @@ class CompressionCallback(pl.Callback):
         rank_overrides: ``{pattern: rank}``: an int is a rank, a float a share of the layer's parameters, ``"dense"``
             keeps it.
         rank_multiple_of: Ranks are multiples of this; multiples of 8 to 32 run faster on most hardware.
+        reset_scores: Make ModelCheckpoint and EarlyStopping forget the scores of the dense model at the surgery; files
+            that are written already stay. Otherwise "best" can remain a dense checkpoint, and patience counts on.
 
     Attributes:
         report: The :class:`~lightning_prehab.CompressionReport` once the surgery is done, else None.
@@ -89,6 +104,7 @@ class CompressionCallback(pl.Callback):
         exclude_modules: Patterns = None,
         rank_overrides: Mapping[str, RankOverride] | None = None,
         rank_multiple_of: int = 1,
+        reset_scores: bool = False,
     ) -> None:
         super().__init__()
         if epoch < 0:
@@ -105,10 +121,14 @@ class CompressionCallback(pl.Callback):
         self.exclude_modules = exclude_modules
         self.rank_overrides = rank_overrides
         self.rank_multiple_of = rank_multiple_of
+        self.reset_scores = reset_scores
         self.report: CompressionReport | None = None
-        self._operated_on: pl.LightningModule | None = None
         self._collector: Collector | None = None
         self._older: dict[str, LayerStatistics] | None = None
+        self._restored: dict[str, Any] = {}
+        self._shell: DenseShell | None = None
+        self._following: RemovableHandle | None = None
+        self._world_size = 1
 
     @property
     def done(self) -> bool:
@@ -126,8 +146,9 @@ class CompressionCallback(pl.Callback):
         )
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        """Refuses what cannot work, before anything has been trained."""
+        """Refuses what cannot work, before anything has been trained, and prepares for what may be loaded."""
         if stage != "fit":
+            self._following = follow_on_load(pl_module)
             return
         check_strategy(trainer, self)
         if trainer.max_epochs is not None and trainer.max_epochs != -1 and self.epoch >= trainer.max_epochs:
@@ -146,14 +167,22 @@ class CompressionCallback(pl.Callback):
                 "A DDP communication hook with state remembers the dense gradients; remove ddp_comm_state, or compress "
                 "in a run without it."
             )
-        if self._operated_on is not pl_module:
-            self.report = None
-        move_to_front(
-            trainer, self
-        )  # LearningRateMonitor and others then see the compressed model from its first epoch on
+        cuts = [] if self.report is None else [name for name, rank in self.report.ranks.items() if rank is not None]
+        modules = dict(pl_module.named_modules())
+        if not all(isinstance(modules.get(name), LowRankLinear) for name in cuts):
+            self.report, cuts = None, []  # another module, or one that has followed a dense checkpoint since
+        self._restored, self._world_size = {}, trainer.world_size
+        self._shell = DenseShell(pl_module, cuts)
+        move_to_front(trainer, self)  # others then see the compressed model from its first epoch on
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Checks targets and optimizers, which exist only now."""
+        """Repeats the surgery that a loaded checkpoint has had; else checks targets and optimizers."""
+        assert self._shell is not None
+        loaded, factors = self._shell.loaded, self._shell.close()
+        if loaded:
+            self.report = None
+        if factors:
+            self._replay(trainer, pl_module, factors)
         if not self.done:
             self.find_targets(pl_module)
             for optimizer in trainer.optimizers:
@@ -161,6 +190,13 @@ class CompressionCallback(pl.Callback):
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Operates at epoch 0, and on a resume that enters an epoch without its start hook."""
+        if not self.done and self._restored.get("statistics"):
+            self._collector = self._new_collector(trainer, pl_module)
+            restore_statistics_(self._collector.statistics, self._restored["statistics"], trainer.global_rank)
+            if self._restored["older"]:
+                self._older = self._new_collector(trainer, pl_module, attach=False).statistics
+                restore_statistics_(self._older, self._restored["older"], trainer.global_rank)
+        self._restored = {}
         self._operate_if_due(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -179,12 +215,7 @@ class CompressionCallback(pl.Callback):
         if self._collector is not None and not isinstance(length, int) and batch_idx % self.calibration_batches == 0:
             self._older = self._stop_collecting()  # unknown length: the last full window and the running one
         if self._collector is None:
-            self._collector = Collector(
-                self.find_targets(pl_module),
-                gradients=self.factorization.needs_gradients,
-                drop_overflow=uses_loss_scaling(trainer),
-            )
-            self._collector.attach()
+            self._collector = self._new_collector(trainer, pl_module)
         self._collector.begin_batch(batch)
 
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: torch.Tensor) -> None:
@@ -211,6 +242,47 @@ class CompressionCallback(pl.Callback):
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Takes the hooks off."""
         self._stop_collecting()
+        self._close()
+
+    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Takes the loading hooks off."""
+        self._close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the report, and the sums that were being collected; plain data only."""
+        collecting = None if self._collector is None else self._collector.statistics
+        return {
+            "version": STATE_VERSION,
+            "report": None if self.report is None else self.report.to_dict(),
+            "statistics": dump_statistics(collecting, self._world_size),
+            "older": dump_statistics(self._older, self._world_size),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the state for the start of fit; the structure itself is read from the weights."""
+        check_version(state_dict, STATE_VERSION, type(self).__name__)
+        self._restored = state_dict
+
+    def _replay(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", factors: Mapping[str, Factors]) -> None:
+        """The same edits of modules and optimizers, with stored factors; nobody is told, since it is no new surgery."""
+        report = swap_(pl_module, plan_of_factors(factors, self.factorization), factors, trainer.optimizers)
+        rewrap(trainer, pl_module)
+        stored = self._restored.get("report")
+        self.report = report if stored is None else CompressionReport.from_dict(stored, self.factorization)
+
+    def _close(self) -> None:
+        if self._shell is not None:
+            self._shell.close()
+        if self._following is not None:
+            self._following.remove()
+        self._shell = self._following = None
+
+    def _new_collector(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", attach: bool = True) -> Collector:
+        gradients, scaling = self.factorization.needs_gradients, uses_loss_scaling(trainer)
+        collector = Collector(self.find_targets(pl_module), gradients=gradients, drop_overflow=scaling)
+        if attach:
+            collector.attach()
+        return collector
 
     def _operate_if_due(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if not self.done and trainer.current_epoch >= self.epoch:
@@ -223,7 +295,9 @@ class CompressionCallback(pl.Callback):
         factors = share_factors(trainer, pl_module, plan, statistics)
         report = swap_(pl_module, plan, factors, trainer.optimizers)
         rewrap(trainer, pl_module)
-        self.report, self._operated_on = report, pl_module
+        self.report = report
+        if self.reset_scores:
+            reset_scores_(trainer)
         pl_module.print(f"\n{report}")
         pl_module.log_dict({"compression/keep": report.keep, "compression/model_keep": report.model_keep})
         for listener in (*callbacks_of(trainer), pl_module):

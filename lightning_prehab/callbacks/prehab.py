@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_prehab.calibration import Collector
+from lightning_prehab.callbacks._checkpoint import check_version, dump_statistics, restore_statistics_
 from lightning_prehab.callbacks._distributed import decide_on_rank_zero, sum_statistics_
 from lightning_prehab.callbacks._trainer import (
     check_strategy,
@@ -21,7 +22,7 @@ from lightning_prehab.callbacks._trainer import (
     uses_loss_scaling,
 )
 from lightning_prehab.callbacks.compression import CompressionCallback
-from lightning_prehab.errors import ArgumentError, PrehabError, TargetError, UnsupportedError
+from lightning_prehab.errors import ArgumentError, CheckpointError, PrehabError, TargetError, UnsupportedError
 from lightning_prehab.linalg import gram_root, singular_values, spectral_ranks
 from lightning_prehab.regularizers import Memory, Penalty, StableRank
 from lightning_prehab.schedules import ramp
@@ -31,6 +32,8 @@ from lightning_prehab.targets import Patterns, Targets, find_targets
 Space = Literal["weight", "activation", "loss"]
 Injection = Literal["auto", "loss", "gradient"]
 
+#: Of the state in checkpoints.
+STATE_VERSION = 1
 #: Training batches that statistics are taken from where no CompressionCallback says how many.
 CALIBRATION_BATCHES = 64
 
@@ -129,12 +132,15 @@ class PrehabCallback(pl.Callback):
         self._layers: list[_Layer] = []
         self._ready = False
         self._into_loss = True
+        self._restored: dict[str, Any] = {}
+        self._world_size = 1
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Refuses what cannot work, before anything has been trained."""
         if stage != "fit":
             return
         check_strategy(trainer, self)
+        self._restored, self._world_size = {}, trainer.world_size
         compression = find_callback(trainer, CompressionCallback)
         if self.regularizer.needs_rank and compression is None and getattr(self.regularizer, "rank", None) is None:
             raise ArgumentError(
@@ -148,9 +154,11 @@ class PrehabCallback(pl.Callback):
         compression = find_callback(trainer, CompressionCallback)
         if compression is not None and compression.done:
             return
-        self._steps = 0
         self._targets = self._find_targets(pl_module, compression)
         self._into_loss = self._injects_into_loss(trainer, pl_module)
+        self._steps = 0
+        if self._restored:
+            self._restore(trainer)
 
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
@@ -165,9 +173,7 @@ class PrehabCallback(pl.Callback):
             if not inputs and not gradients:
                 self._prepare(trainer, None)
             elif self._collector is None:
-                scaling = uses_loss_scaling(trainer)
-                self._collector = Collector(self._targets, gradients=gradients, drop_overflow=scaling)
-                self._collector.attach()
+                self._collect(trainer, gradients)
         if self._collector is not None:
             self._collector.begin_batch(batch)
 
@@ -244,6 +250,44 @@ class PrehabCallback(pl.Callback):
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Takes the hooks off."""
         self._release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on bit by bit: steps, metrics, ranks, warm starts; plain data only."""
+        collecting = None if self._collector is None else self._collector.statistics
+        return {
+            "version": STATE_VERSION,
+            "steps": self._steps,
+            "ready": self._ready,
+            "layers": {layer.name: layer.state_dict() for layer in self._layers},
+            "collected": self._collected,
+            "statistics": dump_statistics(collecting, self._world_size),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the state for the start of fit, when the targets are known."""
+        check_version(state_dict, STATE_VERSION, type(self).__name__)
+        self._restored = state_dict
+
+    def _restore(self, trainer: "pl.Trainer") -> None:
+        assert self._targets is not None
+        state, self._restored = self._restored, {}
+        self._steps, self._ready, self._collected = state["steps"], state["ready"], state["collected"]
+        for name, stored in state["layers"].items():
+            if name not in self._targets:
+                raise CheckpointError(
+                    f"PrehabCallback: the checkpoint holds the state of layer {name!r}, which is not a target now. "
+                    "Resume with the target_modules and exclude_modules that the checkpoint was written with."
+                )
+            self._layers.append(_Layer.from_state_dict(name, self._targets[name], stored))
+        if state["statistics"]:
+            self._collect(trainer, all("gradient_gram" in sums for sums in state["statistics"].values()))
+            assert self._collector is not None
+            restore_statistics_(self._collector.statistics, state["statistics"], trainer.global_rank)
+
+    def _collect(self, trainer: "pl.Trainer", gradients: bool) -> None:
+        assert self._targets is not None
+        self._collector = Collector(self._targets, gradients=gradients, drop_overflow=uses_loss_scaling(trainer))
+        self._collector.attach()
 
     def _find_targets(self, pl_module: "pl.LightningModule", compression: CompressionCallback | None) -> Targets:
         own = self.target_modules is not None or self.exclude_modules is not None
@@ -357,6 +401,18 @@ class _Layer:
         self._left = left
         self._right = right
         self._memory: Memory = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rank, metric and memory as plain data."""
+        memory = {key: value.clone() for key, value in self._memory.items()}
+        return {"rank": self._rank, "left": self._left, "right": self._right, "memory": memory}
+
+    @classmethod
+    def from_state_dict(cls, name: str, module: nn.Linear, state: Mapping[str, Any]) -> "_Layer":
+        """The layer that :meth:`state_dict` describes."""
+        layer = cls(name, module, state["rank"], state["left"], state["right"])
+        layer._memory = dict(state["memory"])
+        return layer
 
     def penalty(self, regularizer: Penalty) -> Tensor:
         """R(L^T W S) in float32."""

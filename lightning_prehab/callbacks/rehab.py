@@ -9,11 +9,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_prehab.callbacks._checkpoint import check_version
 from lightning_prehab.callbacks._trainer import find_callback, move_to_front
 from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.errors import ArgumentError, UnsupportedError
 from lightning_prehab.report import CompressionReport
 from lightning_prehab.schedules import Shape, warmup_factor
+
+#: Of the state in checkpoints.
+STATE_VERSION = 1
 
 
 class RehabSchedule(pl.Callback):
@@ -69,6 +73,7 @@ class RehabSchedule(pl.Callback):
         self.peak_factor = peak_factor
         self.shape: Shape = shape
         self._length: int | None = None  # of the warm-up, in steps, once the surgery is done
+        self._module: pl.LightningModule | None = None
         self._scaled: list[_ScaledRate] = []
         self._done: list[int] = []
 
@@ -76,15 +81,11 @@ class RehabSchedule(pl.Callback):
         """Looks for the surgery, and moves before LearningRateMonitor."""
         if stage != "fit":
             return
+        if self._module is not pl_module:
+            self._module, self._length, self._done = pl_module, None, []
         if find_callback(trainer, CompressionCallback) is None:
             raise UnsupportedError("RehabSchedule warms up after a surgery; add a CompressionCallback to the Trainer.")
         move_to_front(trainer, self)
-
-    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Forgets the warm-up of an earlier model."""
-        compression = find_callback(trainer, CompressionCallback)
-        if compression is not None and not compression.done:
-            self._length, self._done = None, []
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Puts the step hooks on the optimizers; they are idle until the surgery."""
@@ -145,6 +146,15 @@ class RehabSchedule(pl.Callback):
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Hands the user's own rates back and takes the hooks off."""
         self._remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the warm-up has come; plain data only."""
+        return {"version": STATE_VERSION, "length": self._length, "done": list(self._done)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where the checkpoint was written."""
+        check_version(state_dict, STATE_VERSION, type(self).__name__)
+        self._length, self._done = state_dict["length"], list(state_dict["done"])
 
     def count_step(self, optimizer_index: int) -> None:
         """Notes that an optimizer has made a step; called by its step hook."""

@@ -1,0 +1,117 @@
+"""Checkpoints from the other side of the surgery: the module follows them while Lightning loads its state dict.
+
+Lightning loads the weights before it calls any hook of a callback with the checkpoint, so the only clean place is a
+pre-hook of ``load_state_dict``. The hooks are plain functions: a deep copy of the module would copy a callback behind a
+bound method.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, distributed, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prehab.errors import CheckpointError
+from lightning_prehab.factorizations import Factorization, Factors
+from lightning_prehab.plan import CompressionPlan, LayerPlan
+from lightning_prehab.statistics import LayerStatistics
+from lightning_prehab.surgery import densify_, follow_state_dict_, stored_factors
+
+
+def follow_on_load(pl_module: "pl.LightningModule") -> RemovableHandle:
+    """For validate, test and predict: the module takes the structure of whatever is loaded."""
+
+    def follow(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        follow_state_dict_(module, state_dict, prefix)
+
+    return _before_load(pl_module, follow)
+
+
+class DenseShell:
+    """For fit: the module stays dense while it is loaded, and the factors are kept for a replay of the surgery.
+
+    ``configure_optimizers`` then sees the dense module, as it did in the run that wrote the checkpoint, and the replay
+    edits the parameter groups as the surgery did: the stored optimizer state fits, however the groups were made.
+
+    Args:
+        pl_module: The module that is about to be loaded.
+        own: Names of the low-rank layers that an earlier surgery of the same callback has made.
+    """
+
+    def __init__(self, pl_module: "pl.LightningModule", own: Iterable[str]) -> None:
+        self.factors: dict[str, Factors] = {}
+        self.loaded = False
+        self._handle = _before_load(pl_module, _shell_hook(self, frozenset(own)))
+
+    def close(self) -> dict[str, Factors]:
+        """Takes the hook off; returns the factors that the checkpoint held."""
+        self._handle.remove()
+        factors, self.factors = self.factors, {}
+        return factors
+
+
+def _before_load(module: nn.Module, hook: Callable[..., None]) -> RemovableHandle:
+    handle: RemovableHandle = module.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+    return handle
+
+
+def _shell_hook(shell: DenseShell, own: frozenset[str]) -> Callable[..., None]:
+    def take_factors(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        shell.loaded = True
+        densify_(module, own)
+        modules = dict(module.named_modules())
+        for name, stored in stored_factors(state_dict, prefix).items():
+            dense = modules.get(name)
+            if type(dense) is not nn.Linear:
+                continue
+            if stored.A.shape[1:] != (dense.in_features,) or stored.B.shape[:1] != (dense.out_features,):
+                raise CheckpointError(
+                    f"Layer {name!r}: the checkpoint holds factors of shapes {tuple(stored.B.shape)} and "
+                    f"{tuple(stored.A.shape)}, the model has a {dense.out_features}x{dense.in_features} layer. Resume "
+                    "with the module and the settings that the checkpoint was written with."
+                )
+            has_bias = dense._parameters["bias"] is not None
+            shell.factors[name] = stored._replace(bias_shift=None if has_bias else stored.bias_shift)
+            del state_dict[f"{prefix}{name}.A.weight"], state_dict[f"{prefix}{name}.B.weight"]
+            bias = state_dict.pop(f"{prefix}{name}.B.bias", None)
+            state_dict[f"{prefix}{name}.weight"] = dense.weight.detach()
+            if has_bias and bias is not None:
+                state_dict[f"{prefix}{name}.bias"] = bias
+
+    return take_factors
+
+
+def plan_of_factors(factors: Mapping[str, Factors], factorization: Factorization) -> CompressionPlan:
+    """The plan that a replay carries out: the stored ranks, whatever policy once chose them."""
+    layers = tuple(LayerPlan(name, f.B.shape[0], f.A.shape[1], f.A.shape[0]) for name, f in factors.items())
+    return CompressionPlan(layers, factorization, {})
+
+
+def dump_statistics(statistics: Mapping[str, LayerStatistics] | None, world_size: int) -> dict[str, dict[str, Tensor]]:
+    """Sums over all processes, as plain tensors for a checkpoint; every process has to call this."""
+    dumped = {name: layer.snapshot() for name, layer in (statistics or {}).items()}
+    if world_size > 1:
+        for sums in dumped.values():
+            for tensor in sums.values():
+                distributed.all_reduce(tensor)
+    return dumped
+
+
+def restore_statistics_(
+    statistics: Mapping[str, LayerStatistics], dumped: Mapping[str, Mapping[str, Tensor]], global_rank: int
+) -> None:
+    """Puts stored sums back: on rank 0 alone, since they are sums over all processes."""
+    for name, layer in statistics.items():
+        if name in dumped and global_rank == 0:
+            layer.restore_({key: torch.as_tensor(value) for key, value in dumped[name].items()})
+
+
+def check_version(state: Mapping[str, Any], version: int, who: str) -> None:
+    """Raises :class:`CheckpointError` for the state of a version that is not known here."""
+    if state.get("version") != version:
+        raise CheckpointError(
+            f"The checkpoint holds a {who} state of version {state.get('version')!r}, this is version {version}; "
+            "update lightning_prehab."
+        )

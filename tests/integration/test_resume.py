@@ -1,0 +1,299 @@
+"""A run that is stopped and resumed ends bit by bit like one that is not, wherever the checkpoint was written."""
+
+import copy
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_prehab as lp
+from lightning_prehab.errors import CheckpointError
+
+EPOCHS, STEPS, SURGERY = 5, 6, 2
+
+
+class Lit(pl.LightningModule):
+    def __init__(self, grouping="flat", bias=True):
+        super().__init__()
+        self.grouping = grouping
+        self.net = nn.Sequential(nn.Linear(12, 16, bias=bias), nn.LayerNorm(16), nn.Linear(16, 14), nn.Linear(14, 6))
+        self.rows = []
+
+    def training_step(self, batch, batch_idx):
+        loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        self.rows.append((loss.item(), self.trainer.optimizers[0].param_groups[0]["lr"]))
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+
+    def predict_step(self, batch, batch_idx):
+        return self.net(batch[0])
+
+    def configure_optimizers(self):
+        if self.grouping == "flat":
+            groups = list(self.parameters())
+        elif self.grouping == "name":
+            groups = [
+                {"params": [p for n, p in self.named_parameters() if n.endswith("weight")], "weight_decay": 0.1},
+                {"params": [p for n, p in self.named_parameters() if not n.endswith("weight")], "weight_decay": 0.0},
+            ]
+        else:
+            inside = [p for m in self.modules() if isinstance(m, nn.Linear) for p in m.parameters()]
+            outside = [p for p in self.parameters() if all(p is not q for q in inside)]
+            groups = [{"params": inside, "lr": 0.02}, {"params": outside}]
+        optimizer = torch.optim.AdamW(groups, lr=0.01)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def loader():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(96, 12, generator=generator)
+    return DataLoader(TensorDataset(x, torch.tanh(x @ torch.randn(12, 6, generator=generator))), 16)
+
+
+def acts(space="loss", **settings):
+    return [
+        lp.PrehabCallback(lp.TailEnergy(refresh=4), 0.1, space=space, ramp_steps=8),
+        lp.CompressionCallback(SURGERY, 0.5, calibration_batches=4, **settings),
+        lp.RehabSchedule(warmup_epochs=1.5),
+    ]
+
+
+def fit(folder, callbacks, ckpt_path=None, lit=None, epochs=EPOCHS, **arguments):
+    torch.manual_seed(0)
+    lit = Lit(**arguments) if lit is None else lit
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        max_epochs=epochs,
+        num_sanity_val_steps=0,
+        callbacks=callbacks,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+    )
+    trainer.fit(lit, loader(), loader(), ckpt_path=ckpt_path)
+    return lit, trainer
+
+
+def assert_same_end(one, other, steps=None):
+    (lit, trainer), (reference, reference_trainer) = one, other
+    assert str(lit) == str(reference)
+    for (name, ours), (_, theirs) in zip(lit.state_dict().items(), reference.state_dict().items(), strict=True):
+        assert torch.equal(ours, theirs), name
+    ours, theirs = trainer.optimizers[0].state_dict(), reference_trainer.optimizers[0].state_dict()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert lit.rows == reference.rows[-len(lit.rows) :] if lit.rows else True
+    assert steps is None or len(lit.rows) == steps
+
+
+class SaveEverywhere(pl.Callback):
+    """One checkpoint at each kind of moment of each epoch's end."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def save(self, trainer, moment):
+        trainer.save_checkpoint(self.folder / f"{moment}-{trainer.current_epoch}.ckpt")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == STEPS - 1:
+            self.save(trainer, "batch")
+
+    def on_validation_end(self, trainer, pl_module):
+        self.save(trainer, "validation")
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.save(trainer, "epoch")
+
+
+@pytest.fixture(scope="module", params=["flat", "name", "type"])
+def uninterrupted(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return folder, request.param, fit(folder, [*acts(), SaveEverywhere(folder)], grouping=request.param)
+
+
+@pytest.mark.parametrize("epoch", range(EPOCHS - 1))
+@pytest.mark.parametrize("moment", ["batch", "validation", "epoch"])
+def test_resume_from_every_kind_of_checkpoint(moment, epoch, uninterrupted, tmp_path):
+    folder, grouping, reference = uninterrupted
+    file = folder / f"{moment}-{epoch}.ckpt"
+    resumed = fit(tmp_path, acts(), file, grouping=grouping)
+    assert_same_end(resumed, reference, steps=(EPOCHS - 1 - epoch) * STEPS)
+    assert resumed[1].callbacks[1].report is not None
+
+
+def test_the_report_survives(uninterrupted, tmp_path):
+    folder, grouping, reference = uninterrupted
+    ours = next(c.report for c in reference[1].callbacks if isinstance(c, lp.CompressionCallback))
+    callbacks = acts()
+    fit(tmp_path, callbacks, folder / "epoch-3.ckpt", grouping=grouping)
+    assert str(callbacks[1].report) == str(ours)
+    assert callbacks[1].report.to_dict() == ours.to_dict()
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_resume_with_the_same_objects_goes_back_and_forth(epoch, tmp_path):
+    """A compressed module takes a dense checkpoint (and is cut again), or an earlier compressed one."""
+    callbacks = acts()
+    lit, trainer = fit(tmp_path, [*callbacks, SaveEverywhere(tmp_path)])
+    reference = copy.deepcopy(lit), trainer
+    lit.rows = []
+    again = fit(tmp_path, callbacks, tmp_path / f"epoch-{epoch}.ckpt", lit=lit)
+    assert_same_end(again, reference, steps=(EPOCHS - 1 - epoch) * STEPS)
+
+
+def test_surgery_at_epoch_zero_and_a_new_bias(tmp_path):
+    def callbacks():
+        return [lp.CompressionCallback(0, 0.6, factorization=lp.WhitenedSVD(centered=True)), lp.RehabSchedule(9)]
+
+    reference = fit(tmp_path, [*callbacks(), SaveEverywhere(tmp_path)], bias=False)
+    assert reference[0].net[0].bias is not None
+    assert_same_end(fit(tmp_path, callbacks(), tmp_path / "epoch-1.ckpt", bias=False), reference)
+
+
+def test_a_loader_of_unknown_length_keeps_both_windows(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(loader().dataset)
+
+    def run(callbacks, ckpt_path=None):
+        torch.manual_seed(0)
+        lit = Lit()
+        trainer = pl.Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_epochs=3,
+            enable_checkpointing=False, limit_val_batches=0, callbacks=callbacks, default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(lit, DataLoader(Stream(), 16), ckpt_path=ckpt_path)
+        return lit, trainer
+
+    def callbacks():
+        return [lp.CompressionCallback(2, 0.5, calibration_batches=4)]
+
+    reference = run([*callbacks(), SaveEverywhere(tmp_path)])
+    assert torch.load(tmp_path / "epoch-1.ckpt", weights_only=True)["callbacks"]["CompressionCallback"]["older"]
+    assert_same_end(run(callbacks(), tmp_path / "epoch-1.ckpt"), reference)
+
+
+def test_files_are_plain_data(uninterrupted):
+    folder, _, _ = uninterrupted
+    for file in folder.glob("*.ckpt"):
+        states = torch.load(file, weights_only=True)["callbacks"]
+        assert {"PrehabCallback", "CompressionCallback", "RehabSchedule"} <= set(states)
+        assert all(states[name]["version"] == 1 for name in ("PrehabCallback", "CompressionCallback", "RehabSchedule"))
+
+
+def logits(lit):
+    with torch.no_grad():
+        return lit.eval().net(loader().dataset.tensors[0])
+
+
+@pytest.mark.parametrize("callbacks", [0, 1, 2], ids=["all", "compression only", "fresh"])
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_evaluation_follows_the_checkpoint_in_both_directions(stage, callbacks, tmp_path):
+    lit, trainer = fit(tmp_path, [*acts(), SaveEverywhere(tmp_path)])
+    others = tmp_path / "others"
+    other, _ = fit(tmp_path, [lp.CompressionCallback(1, 0.3), SaveEverywhere(others)])
+    files = {
+        "dense": tmp_path / "epoch-0.ckpt",
+        "compressed": tmp_path / "epoch-4.ckpt",
+        "other ranks": others / "epoch-4.ckpt",
+    }
+    expected = {"compressed": logits(lit), "other ranks": logits(other)}
+    lit.test_step = lit.validation_step
+    if callbacks:
+        trainer = pl.Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[lp.CompressionCallback(SURGERY)]
+        )
+    module = lit if callbacks < 2 else Lit()
+    module.test_step = module.validation_step
+    for name in ("dense", "compressed", "other ranks", "compressed", "other ranks", "dense"):
+        getattr(trainer, stage)(module, loader(), ckpt_path=files[name])
+        low = any(isinstance(m, lp.LowRankLinear) for m in module.modules())
+        assert low == (name != "dense")
+        assert not module._load_state_dict_pre_hooks
+        if name == "dense":
+            saved = torch.load(files[name], weights_only=True)["state_dict"]
+            assert all(torch.equal(value, saved[key]) for key, value in module.state_dict().items())
+        else:
+            assert torch.equal(logits(module), expected[name])
+
+
+def test_best_may_be_dense(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path / "best", monitor="val", mode="max")  # the first epoch is "best"
+    lit, trainer = fit(tmp_path, [*acts(), checkpoint])
+    assert any(isinstance(m, lp.LowRankLinear) for m in lit.modules())
+    trainer.validate(lit, loader(), ckpt_path="best", verbose=False)
+    assert not any(isinstance(m, lp.LowRankLinear) for m in lit.modules())
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_scores_across_the_surgery(reset, tmp_path):
+    """Without the option a dense score stays "best" and patience counts on; with it both start anew at the surgery."""
+
+    class Watch(pl.Callback):
+        def on_surgery(self, trainer, pl_module, report):
+            best.append(checkpoint.best_model_score)
+            waits.append(stopping.wait_count)
+
+    best, waits = [], []
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val", mode="max", save_top_k=2)
+    stopping = EarlyStopping("val", mode="max", patience=9)
+    compression = lp.CompressionCallback(SURGERY, reset_scores=reset)
+    _, trainer = fit(tmp_path, [compression, Watch(), checkpoint, stopping])
+    assert waits == [0 if reset else 1]
+    assert (best == [None]) == reset
+    compressed = [m for m in torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"] if ".A." in m]
+    assert bool(compressed) == reset
+    assert trainer.current_epoch == EPOCHS
+
+
+def test_learning_rate_finder_beside_us(tmp_path):
+    lit, _ = fit(tmp_path, [LearningRateFinder(num_training_steps=5, attr_name="lr"), *acts()], lit=WithRate())
+    assert any(isinstance(m, lp.LowRankLinear) for m in lit.modules())
+    assert len(lit.rows) >= EPOCHS * STEPS
+
+
+class WithRate(Lit):
+    lr = 0.01
+
+
+def test_a_checkpoint_that_does_not_fit(tmp_path):
+    fit(tmp_path, [*acts(), SaveEverywhere(tmp_path)])
+    file = tmp_path / "epoch-4.ckpt"
+
+    class Wider(Lit):
+        def __init__(self):
+            super().__init__()
+            self.net[0] = nn.Linear(13, 16)
+
+    with pytest.raises(CheckpointError, match=r"Layer 'net.0': the checkpoint holds factors .* has a 16x13 layer"):
+        fit(tmp_path, acts(), file, lit=Wider())
+    module = Wider()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=acts())
+    with pytest.raises(CheckpointError, match=r"Layer 'net.0'"):
+        trainer.validate(module, loader(), ckpt_path=file)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert not module._load_state_dict_pre_hooks
+
+    checkpoint = torch.load(file, weights_only=True)
+    for name in ("CompressionCallback", "PrehabCallback", "RehabSchedule"):
+        changed = copy.deepcopy(checkpoint)
+        changed["callbacks"][name]["version"] = 99
+        torch.save(changed, tmp_path / "future.ckpt")
+        with pytest.raises(CheckpointError, match=f"a {name} state of version 99, this is version 1"):
+            fit(tmp_path, acts(), tmp_path / "future.ckpt")
+
+
+def test_a_prehab_layer_that_is_gone_is_named(tmp_path):
+    fit(tmp_path, [*acts(), SaveEverywhere(tmp_path)])
+    with pytest.raises(CheckpointError, match="'net.0', which is not a target now"):
+        fit(tmp_path, acts(exclude_modules="net.0"), tmp_path / "epoch-1.ckpt")
