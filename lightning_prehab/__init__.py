@@ -6,10 +6,12 @@ from lightning_prehab.compress import compress_
 from lightning_prehab.errors import PrehabError
 from lightning_prehab.factorizations import SVD, KroneckerSVD, WhitenedSVD
 from lightning_prehab.layers import LowRankLinear
+from lightning_prehab.loading import LowRankCheckpointMixin, load_from_checkpoint
 from lightning_prehab.plan import CompressionPlan, LayerPlan, make_plan
 from lightning_prehab.rank_policies import ParameterBudget, RankRatio
 from lightning_prehab.regularizers import StableRank, TailEnergy
 from lightning_prehab.report import CompressionReport
+from lightning_prehab.serialization import load_compressed, save_compressed
 from lightning_prehab.statistics import LayerStatistics
 from lightning_prehab.surgery import apply_plan_
 from lightning_prehab.targets import find_targets
@@ -22,6 +24,7 @@ __all__ = [
     "KroneckerSVD",
     "LayerPlan",
     "LayerStatistics",
+    "LowRankCheckpointMixin",
     "LowRankLinear",
     "ParameterBudget",
     "PrehabCallback",
@@ -35,5 +38,8 @@ __all__ = [
     "collect_statistics",
     "compress_",
     "find_targets",
+    "load_compressed",
+    "load_from_checkpoint",
     "make_plan",
+    "save_compressed",
 ]

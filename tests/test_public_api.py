@@ -12,6 +12,7 @@ NAMES = {
     "KroneckerSVD",
     "LayerPlan",
     "LayerStatistics",
+    "LowRankCheckpointMixin",
     "LowRankLinear",
     "ParameterBudget",
     "PrehabCallback",
@@ -25,7 +26,10 @@ NAMES = {
     "collect_statistics",
     "compress_",
     "find_targets",
+    "load_compressed",
+    "load_from_checkpoint",
     "make_plan",
+    "save_compressed",
 }
 
 
