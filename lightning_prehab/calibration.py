@@ -1,5 +1,6 @@
 """Collects layer statistics with temporary hooks, from a loop of its own or from somebody else's training steps."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -48,13 +49,16 @@ class Collector:
 
     def attach(self) -> None:
         """Puts the hooks on the layers; they are idle between batches."""
+        _recompile()
         for name, layer in self._targets.items():
-            self._handles.append(layer.register_forward_hook(self._hook(self.statistics[name])))
+            self._handles.append(layer.register_forward_hook(_run_eagerly(self._hook(self.statistics[name]))))
 
     def detach(self) -> None:
         """Takes the hooks off again."""
         for handle in self._handles:
             handle.remove()
+        if self._handles:
+            _recompile()
         self._handles.clear()
         self._counting = False
 
@@ -151,6 +155,20 @@ def collect_statistics(
     if seen == 0:
         raise StatisticsError("batches is empty; calibration needs at least one batch.")
     return collector.statistics
+
+
+def _run_eagerly(hook: Callable[..., None]) -> Callable[..., None]:
+    """Keeps the hook out of compiled graphs, where there are any."""
+    if "torch._dynamo" not in sys.modules:
+        return hook
+    eager: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return eager
+
+
+def _recompile() -> None:
+    """Makes ``torch.compile`` look at the modules again: code compiled before does not see hooks that come or go."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def batch_size(batch: Any) -> int:
