@@ -8,11 +8,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_prehab.calibration import Collector
 from lightning_prehab.callbacks._checkpoint import check_version, dump_statistics, restore_statistics_
 from lightning_prehab.callbacks._distributed import decide_on_rank_zero, sum_statistics_
+from lightning_prehab.callbacks._penalized import PenalizedLayer, Space, is_reached
 from lightning_prehab.callbacks._trainer import (
     check_strategy,
     closes_window,
@@ -22,14 +23,13 @@ from lightning_prehab.callbacks._trainer import (
     uses_loss_scaling,
 )
 from lightning_prehab.callbacks.compression import CompressionCallback
-from lightning_prehab.errors import ArgumentError, CheckpointError, PrehabError, TargetError, UnsupportedError
-from lightning_prehab.linalg import gram_root, singular_values, spectral_ranks
-from lightning_prehab.regularizers import Memory, Penalty, StableRank
+from lightning_prehab.errors import ArgumentError, CheckpointError, TargetError, UnsupportedError
+from lightning_prehab.linalg import singular_values, spectral_ranks
+from lightning_prehab.regularizers import Penalty, StableRank
 from lightning_prehab.schedules import ramp
 from lightning_prehab.statistics import LayerStatistics
 from lightning_prehab.targets import Patterns, Targets, find_targets
 
-Space = Literal["weight", "activation", "loss"]
 Injection = Literal["auto", "loss", "gradient"]
 
 #: Of the state in checkpoints.
@@ -129,7 +129,7 @@ class PrehabCallback(pl.Callback):
         self._targets: Targets | None = None
         self._collector: Collector | None = None
         self._collected = 0  # batches
-        self._layers: list[_Layer] = []
+        self._layers: list[PenalizedLayer] = []
         self._ready = False
         self._into_loss = True
         self._restored: dict[str, Any] = {}
@@ -278,7 +278,7 @@ class PrehabCallback(pl.Callback):
                     f"PrehabCallback: the checkpoint holds the state of layer {name!r}, which is not a target now. "
                     "Resume with the target_modules and exclude_modules that the checkpoint was written with."
                 )
-            self._layers.append(_Layer.from_state_dict(name, self._targets[name], stored))
+            self._layers.append(PenalizedLayer.from_state_dict(name, self._targets[name], stored))
         if state["statistics"]:
             self._collect(trainer, all("gradient_gram" in sums for sums in state["statistics"].values()))
             assert self._collector is not None
@@ -323,7 +323,7 @@ class PrehabCallback(pl.Callback):
     def _strength(self) -> float:
         return self.strength * ramp(self._steps, self.ramp_steps)
 
-    def _penalty(self, pl_module: "pl.LightningModule", layers: "list[_Layer]") -> Tensor | None:
+    def _penalty(self, pl_module: "pl.LightningModule", layers: list[PenalizedLayer]) -> Tensor | None:
         """Sum over the trainable ones of some layers, divided by the number of all; logged."""
         values = [layer.penalty(self.regularizer) for layer in layers if layer.module.weight.requires_grad]
         if not values:
@@ -350,9 +350,9 @@ class PrehabCallback(pl.Callback):
             plan = decide_on_rank_zero(trainer, lambda: compression.make_plan(targets, statistics))
             ranks = {name: rank for name, rank in plan.ranks.items() if rank is not None}
         self._layers = [
-            _Layer(name, module, ranks.get(name), *self._metric(name, statistics))
+            PenalizedLayer.seen_in(self.space, name, module, ranks.get(name), statistics)
             for name, module in targets.items()
-            if (compression is None or name in ranks) and self._usable(name, statistics)
+            if (compression is None or name in ranks) and is_reached(self.space, name, statistics)
         ]
         if not self._layers:
             rank_zero_warn(
@@ -361,21 +361,6 @@ class PrehabCallback(pl.Callback):
             self._release()
             return
         self._ready = True
-
-    def _usable(self, name: str, statistics: Mapping[str, LayerStatistics] | None) -> bool:
-        if self.space == "weight" or statistics is None:
-            return True
-        return statistics[name].missing(gradients=self.space == "loss") is None
-
-    def _metric(
-        self, name: str, statistics: Mapping[str, LayerStatistics] | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if self.space == "weight" or statistics is None:
-            return None, None
-        layer = statistics[name]
-        right = gram_root(layer.input_second_moment())[0].float()
-        left = gram_root(layer.gradient_second_moment())[0].float() if self.space == "loss" else None
-        return left, right
 
     def _stop_collecting(self) -> dict[str, LayerStatistics] | None:
         collector, self._collector = self._collector, None
@@ -387,41 +372,3 @@ class PrehabCallback(pl.Callback):
     def _release(self) -> None:
         self._stop_collecting()
         self._targets, self._layers, self._ready, self._collected = None, [], False, 0
-
-
-class _Layer:
-    """A target with the metric it is seen in, its target rank and the memory of its penalty."""
-
-    def __init__(
-        self, name: str, module: nn.Linear, rank: int | None, left: Tensor | None, right: Tensor | None
-    ) -> None:
-        self.name = name
-        self.module = module
-        self._rank = rank
-        self._left = left
-        self._right = right
-        self._memory: Memory = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Rank, metric and memory as plain data."""
-        memory = {key: value.clone() for key, value in self._memory.items()}
-        return {"rank": self._rank, "left": self._left, "right": self._right, "memory": memory}
-
-    @classmethod
-    def from_state_dict(cls, name: str, module: nn.Linear, state: Mapping[str, Any]) -> "_Layer":
-        """The layer that :meth:`state_dict` describes."""
-        layer = cls(name, module, state["rank"], state["left"], state["right"])
-        layer._memory = dict(state["memory"])
-        return layer
-
-    def penalty(self, regularizer: Penalty) -> Tensor:
-        """R(L^T W S) in float32."""
-        matrix = self.module.weight.float()
-        if self._left is not None:
-            matrix = self._left.to(matrix.device) @ matrix
-        if self._right is not None:
-            matrix = matrix @ self._right.to(matrix.device)
-        try:
-            return regularizer(matrix, self._rank, self._memory)
-        except PrehabError as error:
-            raise type(error)(f"Layer {self.name!r}: {error}") from error
