@@ -51,7 +51,9 @@ class Collector:
         """Puts the hooks on the layers; they are idle between batches."""
         _recompile()
         for name, layer in self._targets.items():
-            self._handles.append(layer.register_forward_hook(_run_eagerly(self._hook(self.statistics[name]))))
+            self._handles.append(
+                layer.register_forward_hook(_run_eagerly(self._hook(self.statistics[name])), with_kwargs=True)
+            )
 
     def detach(self) -> None:
         """Takes the hooks off again."""
@@ -74,14 +76,16 @@ class Collector:
         """Stops counting until the next batch begins."""
         self._counting, self._mask = False, None
 
-    def _hook(self, statistics: LayerStatistics) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def count(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _hook(self, statistics: LayerStatistics) -> Callable[..., None]:
+        def count(module: nn.Module, args: tuple[Any, ...], settings: dict[str, Any], output: Any) -> None:
             if not self._counting:
                 return
-            x = args[0].detach()
+            x = (args[0] if args else settings["input"]).detach()
             if not self._gradients:
                 statistics.update_inputs(self._tokens(x))
             elif output.requires_grad:
+                if torch.is_autocast_enabled(x.device.type) or not module.weight.requires_grad:
+                    x = x.clone()  # autograd does not guard this tensor itself: it may be changed in place later
                 output.register_hook(lambda gradient: self._add(statistics, x, gradient))
             elif torch.is_grad_enabled():  # frozen: there will be no gradient
                 statistics.update_inputs(self._tokens(x))
@@ -133,6 +137,8 @@ def collect_statistics(
     Raises:
         StatisticsError: If there are no batches, or no loss can be found.
     """
+    if isinstance(batches, Tensor):
+        raise ArgumentError("batches is one tensor; give an iterable of batches, for example batches=[tensor].")
     collector = Collector(targets, gradients=gradients)
     generator = torch.Generator().manual_seed(0)
     weights = [cast(nn.Parameter, layer.weight) for layer in targets.values()]
@@ -147,7 +153,9 @@ def collect_statistics(
                     output = _call(model, batch) if forward is None else forward(model, batch)
                     if gradients:
                         loss = _loss_of(output, batch_size(batch), generator)
-                        torch.autograd.grad(loss, weights, allow_unused=True)
+                        # Not autograd.grad: reentrant checkpointing does not support it.
+                        loss.backward()  # type: ignore[no-untyped-call]
+                        model.zero_grad(set_to_none=True)
                 collector.end_batch()
                 seen += 1
         finally:
@@ -198,12 +206,18 @@ def padding_mask(batch: Any) -> Tensor | None:
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    if isinstance(batch, Tensor):
-        return model(batch)
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        if isinstance(batch, tuple | list):
+            return model(*batch)
+        if isinstance(batch, Tensor):
+            return model(batch)
+    except TypeError as error:
+        raise ArgumentError(
+            f"The model cannot be called on a batch of type {type(batch).__name__} ({error}); pass forward= or loss=, "
+            "a function of (model, batch)."
+        ) from error
     raise ArgumentError(
         f"A batch must be a mapping, a tuple, a list or a tensor, got {type(batch).__name__}; pass forward= or "
         "loss= to call the model yourself."
@@ -232,10 +246,12 @@ def _loss_of(output: Any, size: int, generator: torch.Generator) -> Tensor:
 @contextmanager
 def _as_found(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
     """Eval mode and differentiable weights inside; everything as before outside."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     flags = [(weight, weight.requires_grad) for weight in weights]
     try:
         model.eval()
+        model.zero_grad(set_to_none=True)
         for weight in weights:
             weight.requires_grad_(True)
         yield
@@ -244,15 +260,22 @@ def _as_found(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[Non
             module.training = training
         for weight, requires_grad in flags:
             weight.requires_grad_(requires_grad)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
+    """The batch on the device; its type is kept wherever it can be."""
+    if all(tensor.device == device for tensor in _tensors(batch)):
+        return batch
+    if hasattr(batch, "to"):
         return batch.to(device)
     if isinstance(batch, Mapping):
         return {key: _to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_to_device(value, device) for value in batch))
     if isinstance(batch, tuple | list):
-        return [_to_device(value, device) for value in batch]
+        return type(batch)(_to_device(value, device) for value in batch)
     return batch
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_prehab.calibration import collect_statistics
 from lightning_prehab.factorizations import SVD, Factorization, KroneckerSVD
-from lightning_prehab.plan import make_plan
+from lightning_prehab.plan import check_method, make_plan
 from lightning_prehab.rank_policies import RankPolicy
 from lightning_prehab.report import CompressionReport
 from lightning_prehab.surgery import apply_plan_
@@ -51,6 +51,7 @@ def compress_(
     >>> report.keep <= 0.5, type(model[0]).__name__
     (True, 'LowRankLinear')
     """
+    check_method(factorization, policy)
     targets = find_targets(model, target_modules, exclude_modules)
     if factorization is None:
         factorization = SVD() if batches is None else KroneckerSVD()

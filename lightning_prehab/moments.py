@@ -8,8 +8,8 @@ from torch import Tensor
 
 #: States that are linear in the past gradients: Adam and its family; SGD and Muon.
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
-#: States that average squared gradients, each entry for itself: Adam and its family; RMSprop.
-SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
+#: States that average or sum squared gradients, each entry for itself: Adam and its family; RMSprop; Adagrad.
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 
 
 def factor_states(state: Mapping[str, Any], a: Tensor, b: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:

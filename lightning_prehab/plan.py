@@ -1,10 +1,10 @@
 """What will happen to each layer: decided here, printable, changed nowhere."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prehab.errors import ArgumentError, PlanError, PrehabError
 from lightning_prehab.factorizations import Factorization, KroneckerSVD
@@ -28,6 +28,7 @@ class LayerPlan:
         out_features: ``m``.
         in_features: ``n``.
         rank: Rank of the factors, or None if the layer stays dense.
+        new_bias: Parameters of a bias that the factorization adds to a layer without one.
         relative_error: Predicted ``|error| / |W|`` in the metric of the factorization, in [0, 1]; 0 for a dense layer.
         reason: Why the layer stays dense, or None.
     """
@@ -38,6 +39,7 @@ class LayerPlan:
     rank: int | None
     relative_error: float = 0.0
     reason: str | None = None
+    new_bias: int = 0
 
     @property
     def dense_parameters(self) -> int:
@@ -46,8 +48,10 @@ class LayerPlan:
 
     @property
     def parameters(self) -> int:
-        """Weight parameters after: ``r (m + n)``, or ``m n`` if the layer stays dense."""
-        return self.dense_parameters if self.rank is None else self.rank * (self.out_features + self.in_features)
+        """Parameters after: ``r (m + n)`` and a new bias, or ``m n`` if the layer stays dense."""
+        if self.rank is None:
+            return self.dense_parameters
+        return self.rank * (self.out_features + self.in_features) + self.new_bias
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,7 @@ def make_plan(
     """
     if factorization is None:
         factorization = KroneckerSVD()
+    check_method(factorization, None)
     policy = policy_or_keep if isinstance(policy_or_keep, RankPolicy) else default_policy(policy_or_keep, factorization)
     if rank_multiple_of < 1:
         raise ArgumentError(f"rank_multiple_of must be at least 1, got {rank_multiple_of}.")
@@ -175,22 +180,54 @@ def make_plan(
     if not usable:
         raise PlanError(f"No target can be cut: {'; '.join(f'{name}: {why}' for name, why in skipped.items())}.")
 
-    overrides = _resolve_overrides(rank_overrides or {}, usable)
-    choices = [
-        _choices(name, layer, factorization, statistics, overrides.get(name), rank_multiple_of)
-        for name, layer in usable.items()
-    ]
+    overrides = _resolve_overrides(rank_overrides or {}, targets)
+    choices = []
+    for name, layer in usable.items():
+        spectrum = _spectrum(name, layer, factorization, statistics)
+        choices.append(_choices(name, layer, spectrum, factorization, overrides.get(name), rank_multiple_of))
     ranks = policy(choices)
     layers = tuple(_layer_plan(layer, ranks[layer.name], overrides.get(layer.name)) for layer in choices)
     plan = CompressionPlan(layers, factorization, skipped, getattr(targets, "model_parameters", None))
-    keep = getattr(policy, "keep", None)
-    if isinstance(keep, int | float) and plan.parameters > parameter_budget(choices, keep):
-        raise PlanError(
-            f"The asked keep of {keep} cannot be met: the smallest choice holds {plan.parameters:,} of "
-            f"{plan.dense_parameters:,} parameters (keep {plan.keep:.4f}). Raise keep, lower rank_multiple_of or the "
-            "overridden ranks, or exclude small layers with exclude_modules."
-        )
+    _require_budget(policy, choices, plan.parameters)
     return plan
+
+
+def check_wish(
+    targets: Mapping[str, nn.Linear],
+    policy: RankPolicy,
+    factorization: Factorization,
+    rank_overrides: Mapping[str, RankOverride] | None = None,
+    rank_multiple_of: int = 1,
+) -> None:
+    """Raises what :func:`make_plan` would raise whatever the weights are: wrong overrides, too small a budget."""
+    overrides = _resolve_overrides(rank_overrides or {}, targets)
+    choices = []
+    for name, layer in targets.items():
+        flat = torch.ones(min(layer.out_features, layer.in_features), dtype=torch.float64)
+        choices.append(_choices(name, layer, flat, factorization, overrides.get(name), rank_multiple_of))
+    ranks = policy(choices)
+    _require_budget(policy, choices, sum(layer.parameters(ranks[layer.name]) for layer in choices))
+
+
+def _require_budget(policy: RankPolicy, choices: Sequence[LayerChoices], parameters: int) -> None:
+    """Raises :class:`PlanError` if a policy that promises to keep a share has chosen more."""
+    keep = getattr(policy, "keep", None)
+    if isinstance(keep, int | float) and parameters > parameter_budget(choices, keep):
+        dense = sum(layer.parameters(None) for layer in choices)
+        raise PlanError(
+            f"The asked keep of {keep} cannot be met: the smallest choice holds {parameters:,} of {dense:,} parameters "
+            f"(keep {parameters / dense:.4f}). Raise keep, lower rank_multiple_of or the overridden ranks, or exclude "
+            "small layers with exclude_modules. (RankRatio takes nothing from other layers for what an override adds; "
+            "ParameterBudget does.)"
+        )
+
+
+def check_method(factorization: object, policy: object) -> None:
+    """Raises :class:`ArgumentError` for a class in place of an instance, or for something else altogether."""
+    for value, kind in ((factorization, Factorization), (policy, RankPolicy)):
+        if value is not None and not isinstance(value, kind):
+            hint = f"; write {value.__name__}(...)" if isinstance(value, type) else ""
+            raise ArgumentError(f"Expected a {kind.__name__}, got {value!r}{hint}.")
 
 
 def _unusable(name: str, statistics: Mapping[str, LayerStatistics] | None, factorization: Factorization) -> str | None:
@@ -199,29 +236,36 @@ def _unusable(name: str, statistics: Mapping[str, LayerStatistics] | None, facto
     return statistics[name].missing(gradients=factorization.needs_gradients)
 
 
+def _spectrum(
+    name: str, layer: nn.Linear, factorization: Factorization, statistics: Mapping[str, LayerStatistics] | None
+) -> Tensor:
+    """The spectrum of one layer; errors name it."""
+    try:
+        return factorization.spectrum(layer.weight, statistics[name] if statistics and name in statistics else None)
+    except PrehabError as error:
+        raise type(error)(f"Layer {name!r} ({layer.out_features}x{layer.in_features}): {error}") from error
+
+
 def _choices(
     name: str,
     layer: nn.Linear,
+    spectrum: Tensor,
     factorization: Factorization,
-    statistics: Mapping[str, LayerStatistics] | None,
     override: int | str | None,
     multiple: int,
 ) -> LayerChoices:
     """What a rank policy may choose from for one layer."""
     m, n = layer.out_features, layer.in_features
-    try:
-        spectrum = factorization.spectrum(layer.weight, statistics[name] if statistics and name in statistics else None)
-    except PrehabError as error:
-        raise type(error)(f"Layer {name!r} ({m}x{n}): {error}") from error
+    new_bias = m if factorization.adds_bias and layer._parameters["bias"] is None else 0
     if override == "dense":
         ranks: tuple[int, ...] = ()
     elif isinstance(override, int):
         ranks = (override,)
     else:
-        limit = break_even_rank(m, n)
+        limit = max(m * n - new_bias - 1, 0) // (m + n)  # the break-even rank, with the new bias counted
         ranks = tuple(range(multiple, limit + 1, multiple)) or tuple(range(1, limit + 1))
     dense = override is None or override == "dense"
-    return LayerChoices(name, m, n, spectrum.detach().to("cpu", torch.float64), ranks, dense)
+    return LayerChoices(name, m, n, spectrum.detach().to("cpu", torch.float64), ranks, dense, new_bias)
 
 
 def _layer_plan(layer: LayerChoices, rank: int | None, override: int | str | None) -> LayerPlan:
@@ -230,7 +274,15 @@ def _layer_plan(layer: LayerChoices, rank: int | None, override: int | str | Non
         reason = "rank_overrides" if override == "dense" else "every rank below break-even costs more than it saves"
     retained = layer.retained()
     dropped = 0.0 if rank is None else float((1.0 - retained[rank] / retained[-1].clamp_min(1e-300)).clamp(0.0, 1.0))
-    return LayerPlan(layer.name, layer.out_features, layer.in_features, rank, dropped**0.5, reason)
+    return LayerPlan(
+        layer.name,
+        layer.out_features,
+        layer.in_features,
+        rank,
+        dropped**0.5,
+        reason,
+        0 if rank is None else layer.new_bias,
+    )
 
 
 def _resolve_overrides(overrides: Mapping[str, RankOverride], targets: Mapping[str, nn.Linear]) -> dict[str, int | str]:

@@ -83,7 +83,13 @@ class CompressionReport:
             )
         layers = tuple(
             LayerPlan(
-                layer["name"], m, n, layer["rank"], relative_error=layer["predicted_error"], reason=layer["reason"]
+                layer["name"],
+                m,
+                n,
+                layer["rank"],
+                relative_error=layer["predicted_error"],
+                reason=layer["reason"],
+                new_bias=0 if layer["rank"] is None else layer["parameters_after"] - layer["rank"] * (m + n),
             )
             for layer in data["layers"]
             for m, n in [layer["shape"]]

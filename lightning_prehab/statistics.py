@@ -108,7 +108,8 @@ class LayerStatistics:
     def missing(self, *, gradients: bool) -> str | None:
         """Why a data-driven factorization cannot use these sums, or None if it can."""
         if int(self.tokens) == 0:
-            return "no input reached it during calibration"
+            what = "no input with a gradient" if gradients else "no input"
+            return f"{what} reached it during calibration"
         if float(self.input_gram.diagonal().sum()) == 0.0:
             return "its input was zero during calibration"
         if gradients and self.gradient_gram is None:

@@ -130,7 +130,7 @@ def densify_(model: nn.Module, names: Iterable[str]) -> None:
     replacement: dict[int, nn.Module] = {
         id(module): _dense_like(module, bias=module.bias is not None)
         for name, module in model.named_modules()
-        if name in wanted and isinstance(module, LowRankLinear)
+        if clean_name(name) in wanted and isinstance(module, LowRankLinear)
     }
     for parent, key, new in _slots(model, replacement):
         parent._modules[key] = new
@@ -231,6 +231,13 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         raise UnsupportedError(
             "LBFGS keeps one flat history over all parameters and cannot follow the surgery; use another optimizer, or "
             "compress after training with compress_()."
+        )
+    if (
+        type(optimizer).__name__ == "ZeroRedundancyOptimizer"
+    ):  # not imported: it exists only where torch.distributed does
+        raise UnsupportedError(
+            "ZeroRedundancyOptimizer has assigned the parameters to ranks once and for all and would never step the "
+            "factors; use the plain optimizer until the compression is done."
         )
 
 

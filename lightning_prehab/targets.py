@@ -83,9 +83,10 @@ def find_targets(model: nn.Module, target_modules: Patterns = None, exclude_modu
         elif isinstance(module, nn.Linear):
             layers[name] = module
     if not layers:
-        listed = (
-            "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:8]) or "it has no weight matrices"
-        )
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:8])
+        if _has_matrix(model):
+            listed = "a layer that is the model itself cannot be replaced; wrap it, for example in nn.Sequential"
+        listed = listed or "it has no weight matrices"
         raise TargetError(f"{type(model).__name__} has no layer to cut ({listed}).")
     return Targets(layers, skipped, count_parameters(model))
 
@@ -137,8 +138,8 @@ def _has_matrix(module: nn.Module) -> bool:
         return True
     if is_parametrized(module) or _REPARAMETRIZED & module._parameters.keys():
         return True
-    weight = module._parameters.get("weight")
-    return weight is not None and (is_lazy(weight) or weight.dim() >= 2)
+    weights = [p for name, p in module._parameters.items() if name.startswith("weight") and p is not None]
+    return any(is_lazy(weight) or weight.dim() >= 2 for weight in weights)
 
 
 def _why_not(module: nn.Module, owners: dict[int, set[int]]) -> str | None:

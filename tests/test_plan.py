@@ -132,7 +132,7 @@ def test_missing_statistics(mlp, prepared):
         name: lp.LayerStatistics(layer.in_features, layer.out_features, gradients=True)
         for name, layer in targets.items()
     }
-    with pytest.raises(PlanError, match="No target can be cut: 0: no input reached it"):
+    with pytest.raises(PlanError, match="No target can be cut: 0: no input with a gradient reached it"):
         lp.make_plan(targets, 0.5, statistics=empty)
     wrong = {**statistics, "0": statistics["2"]}
     with pytest.raises(StatisticsError, match="Layer '0' .16x12.*does not belong"):

@@ -18,6 +18,7 @@ from lightning_prehab.factorizations import Factorization, Factors
 from lightning_prehab.plan import CompressionPlan, LayerPlan
 from lightning_prehab.statistics import LayerStatistics
 from lightning_prehab.surgery import densify_, follow_state_dict_, stored_factors
+from lightning_prehab.targets import clean_name
 
 
 def follow_on_load(pl_module: "pl.LightningModule") -> RemovableHandle:
@@ -48,7 +49,7 @@ class DenseShell:
     def close(self) -> dict[str, Factors]:
         """Takes the hook off; returns the factors that the checkpoint held."""
         self._handle.remove()
-        factors, self.factors = self.factors, {}
+        factors, self.factors = {clean_name(name): stored for name, stored in self.factors.items()}, {}
         return factors
 
 
@@ -61,7 +62,8 @@ def _shell_hook(shell: DenseShell, own: frozenset[str]) -> Callable[..., None]:
     def take_factors(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         shell.loaded = True
         densify_(module, own)
-        modules = dict(module.named_modules())
+        modules = dict(module.named_modules(remove_duplicate=False))
+        seen: set[int] = set()  # a shared module has its factors under each of its names
         for name, stored in stored_factors(state_dict, prefix).items():
             dense = modules.get(name)
             if type(dense) is not nn.Linear:
@@ -73,7 +75,9 @@ def _shell_hook(shell: DenseShell, own: frozenset[str]) -> Callable[..., None]:
                     "with the module and the settings that the checkpoint was written with."
                 )
             has_bias = dense._parameters["bias"] is not None
-            shell.factors[name] = stored._replace(bias_shift=None if has_bias else stored.bias_shift)
+            if id(dense) not in seen:
+                shell.factors[name] = stored._replace(bias_shift=None if has_bias else stored.bias_shift)
+            seen.add(id(dense))
             del state_dict[f"{prefix}{name}.A.weight"], state_dict[f"{prefix}{name}.B.weight"]
             bias = state_dict.pop(f"{prefix}{name}.B.bias", None)
             state_dict[f"{prefix}{name}.weight"] = dense.weight.detach()

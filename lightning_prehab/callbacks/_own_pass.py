@@ -1,6 +1,7 @@
 """Calibration by a short pass of our own, for a surgery that comes before any training step."""
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,11 +37,18 @@ def collect_in_own_pass(
             "With manual optimization, calibration rides on training steps only; the surgery needs at least one epoch "
             "before it. Use CompressionCallback(epoch=1, ...) or later, or factorization=SVD(), which needs no data."
         )
-    clone = copy.deepcopy(pl_module).eval()
+    if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+        raise UnsupportedError(
+            "training_step(dataloader_iter) fetches its own batches, so calibration rides on training steps only. Use "
+            "CompressionCallback(epoch=1, ...) or later, or factorization=SVD(), which needs no data."
+        )
+    clone = _copy(pl_module).eval()
     clone.trainer = trainer
     clone.log = clone.log_dict = _ignore  # type: ignore[method-assign]
     targets = find_targets(clone, names)
-    weights = [layer.weight.requires_grad_() for layer in targets.values()]
+    for layer in targets.values():
+        layer.weight.requires_grad_()
+    batches = int(min(batches, trainer.num_training_batches))
     collector = Collector(targets, gradients=gradients, drop_overflow=uses_loss_scaling(trainer))
     collector.attach()
     seen = 0
@@ -53,7 +61,8 @@ def collect_in_own_pass(
             with trainer.precision_plugin.train_step_context():
                 loss = _loss(_training_step(trainer, clone, batch, index))
             if gradients and loss is not None:
-                torch.autograd.grad(loss * collector.loss_scale, weights, allow_unused=True)
+                (loss * collector.loss_scale).backward()  # type: ignore[no-untyped-call]
+                clone.zero_grad(set_to_none=True)
             collector.end_batch()
             seen += 1
     if seen == 0:
@@ -75,6 +84,22 @@ def _ignore(*_args: Any, **_kwargs: Any) -> None:
     """Stands in for ``log`` on the copy."""
 
 
+def _copy(pl_module: "pl.LightningModule") -> "pl.LightningModule":
+    try:
+        return copy.deepcopy(pl_module)
+    except Exception as error:
+        raise UnsupportedError(
+            f"A surgery at epoch 0 calibrates on a copy of the module, which cannot be copied ({error}). Use "
+            "CompressionCallback(epoch=1, ...) or later, or factorization=SVD(), which needs no data."
+        ) from error
+
+
+def _owners(loader: Any) -> Iterator[Any]:
+    """What may hold a random generator of its own in a DataLoader."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    yield from (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+
+
 @contextmanager
 def _fresh_batches(trainer: "pl.Trainer") -> Iterator[Iterator[Any]]:
     """An iterator over the training batches beside the one that the fit loop has already made for its first epoch."""
@@ -83,7 +108,7 @@ def _fresh_batches(trainer: "pl.Trainer") -> Iterator[Iterator[Any]]:
     generators = [
         generator
         for loader in combined.flattened
-        for owner in (loader, getattr(loader, "sampler", None))
+        for owner in _owners(loader)
         if isinstance(generator := getattr(owner, "generator", None), torch.Generator)
     ]
     states = [generator.get_state() for generator in generators]

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lightning_prehab.errors import PrehabError
-from lightning_prehab.linalg import gram_root
+from lightning_prehab.linalg import gram_root, singular_values, spectral_ranks
 from lightning_prehab.regularizers import Memory, Penalty
 from lightning_prehab.statistics import LayerStatistics
 
@@ -62,6 +63,14 @@ class PenalizedLayer:
         layer = cls(name, module, state["rank"], state["left"], state["right"])
         layer._memory = dict(state["memory"])
         return layer
+
+    def spectral_ranks(self) -> tuple[Tensor, Tensor]:
+        """Stable and effective rank of the weight itself; NaN if it is not finite, since this is only shown."""
+        weight = self.module.weight.detach()
+        if not bool(torch.isfinite(weight).all()):
+            nan = torch.full((), float("nan"), device=weight.device)
+            return nan, nan
+        return spectral_ranks(singular_values(weight))
 
     def penalty(self, regularizer: Penalty) -> Tensor:
         """R(L^T W S) in float32."""

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from lightning_prehab.errors import UnsupportedError
 
@@ -24,10 +25,24 @@ def check_strategy(trainer: "pl.Trainer", who: pl.Callback) -> None:
     )
 
 
+def check_launcher(trainer: "pl.Trainer", who: pl.Callback) -> None:
+    """Raises :class:`UnsupportedError` where training happens in forked or spawned copies of the script's process."""
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise UnsupportedError(
+            f"{type(who).__name__}: after ddp_spawn, ddp_fork and ddp_notebook Lightning copies the weights back into "
+            "the dense module of the main process, and the factors would be lost without a word. Use strategy='ddp'."
+        )
+
+
 def callbacks_of(trainer: "pl.Trainer") -> list[pl.Callback]:
     """``trainer.callbacks``, an attribute that Lightning sets without declaring it."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+def set_callbacks(trainer: "pl.Trainer", callbacks: list[pl.Callback]) -> None:
+    """Replaces the list; it is not edited, since Lightning may be iterating over it."""
+    trainer.callbacks = callbacks  # type: ignore[attr-defined]
 
 
 def find_callback(trainer: "pl.Trainer", kind: type[CallbackT]) -> CallbackT | None:
@@ -36,9 +51,26 @@ def find_callback(trainer: "pl.Trainer", kind: type[CallbackT]) -> CallbackT | N
 
 
 def move_to_front(trainer: "pl.Trainer", callback: pl.Callback) -> None:
-    """Makes a callback act before the others. The list is replaced, not edited: Lightning may be iterating over it."""
-    others = [other for other in callbacks_of(trainer) if other is not callback]
-    trainer.callbacks = [callback, *others]  # type: ignore[attr-defined]
+    """Makes a callback act before the others."""
+    set_callbacks(trainer, [callback, *(other for other in callbacks_of(trainer) if other is not callback)])
+
+
+def batches_per_epoch(trainer: "pl.Trainer") -> int | None:
+    """Training batches of an epoch, or None if a loader does not tell its length (a limit is only a bound)."""
+    combined = trainer.fit_loop._combined_loader
+    length = trainer.num_training_batches
+    if combined is None or not isinstance(length, int) or not all(has_length(loader) for loader in combined.flattened):
+        return None
+    return length
+
+
+def has_length(loader: object) -> bool:
+    """Whether ``len(loader)`` works."""
+    try:
+        len(loader)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return False
+    return True
 
 
 def reset_scores_(trainer: "pl.Trainer") -> None:

@@ -18,10 +18,18 @@ from lightning_prehab.callbacks._checkpoint import (
     plan_of_factors,
     restore_statistics_,
 )
-from lightning_prehab.callbacks._distributed import decide_on_rank_zero, rewrap, share_factors, sum_statistics_
+from lightning_prehab.callbacks._distributed import (
+    decide_on_rank_zero,
+    raise_together,
+    rewrap,
+    share_factors,
+    sum_statistics_,
+)
 from lightning_prehab.callbacks._own_pass import collect_in_own_pass
 from lightning_prehab.callbacks._trainer import (
+    batches_per_epoch,
     callbacks_of,
+    check_launcher,
     check_strategy,
     loss_scale,
     move_to_front,
@@ -31,7 +39,14 @@ from lightning_prehab.callbacks._trainer import (
 from lightning_prehab.errors import ArgumentError, UnsupportedError
 from lightning_prehab.factorizations import Factorization, Factors, KroneckerSVD
 from lightning_prehab.layers import LowRankLinear
-from lightning_prehab.plan import CompressionPlan, RankOverride, default_policy, make_plan
+from lightning_prehab.plan import (
+    CompressionPlan,
+    RankOverride,
+    check_method,
+    check_wish,
+    default_policy,
+    make_plan,
+)
 from lightning_prehab.rank_policies import RankPolicy
 from lightning_prehab.report import CompressionReport
 from lightning_prehab.statistics import LayerStatistics
@@ -113,6 +128,7 @@ class CompressionCallback(pl.Callback):
             raise ArgumentError(f"calibration_batches must be at least 1, got {calibration_batches}.")
         if rank_multiple_of < 1:
             raise ArgumentError(f"rank_multiple_of must be at least 1, got {rank_multiple_of}.")
+        check_method(factorization, policy)
         self.epoch = epoch
         self.factorization = KroneckerSVD() if factorization is None else factorization
         self.policy = default_policy(keep, self.factorization) if policy is None else policy
@@ -151,10 +167,12 @@ class CompressionCallback(pl.Callback):
             self._following = follow_on_load(pl_module)
             return
         check_strategy(trainer, self)
-        if trainer.max_epochs is not None and trainer.max_epochs != -1 and self.epoch >= trainer.max_epochs:
+        check_launcher(trainer, self)
+        limit = None if getattr(trainer, "fast_dev_run", False) else trainer.max_epochs
+        if limit is not None and limit != -1 and self.epoch >= limit:
             raise ArgumentError(
                 f"CompressionCallback(epoch={self.epoch}) is never reached: epochs count from 0 and max_epochs is "
-                f"{trainer.max_epochs}. Choose an epoch from 0 to {trainer.max_epochs - 1}."
+                f"{limit}. Choose an epoch from 0 to {limit - 1}."
             )
         for other in callbacks_of(trainer):
             if isinstance(other, _AVERAGING):
@@ -171,7 +189,8 @@ class CompressionCallback(pl.Callback):
         modules = dict(pl_module.named_modules())
         if not all(isinstance(modules.get(name), LowRankLinear) for name in cuts):
             self.report, cuts = None, []  # another module, or one that has followed a dense checkpoint since
-        self._restored, self._world_size = {}, trainer.world_size
+        self._stop_collecting()
+        self._restored, self._world_size, self._older = {}, trainer.world_size, None
         self._shell = DenseShell(pl_module, cuts)
         move_to_front(trainer, self)  # others then see the compressed model from its first epoch on
 
@@ -184,13 +203,14 @@ class CompressionCallback(pl.Callback):
         if factors:
             self._replay(trainer, pl_module, factors)
         if not self.done:
-            self.find_targets(pl_module)
+            targets = self.find_targets(pl_module)
+            check_wish(targets, self.policy, self.factorization, self.rank_overrides, self.rank_multiple_of)
             for optimizer in trainer.optimizers:
                 check_optimizer(optimizer)
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Operates at epoch 0, and on a resume that enters an epoch without its start hook."""
-        if not self.done and self._restored.get("statistics"):
+        if not self.done and self._fits(self._restored):
             self._collector = self._new_collector(trainer, pl_module)
             restore_statistics_(self._collector.statistics, self._restored["statistics"], trainer.global_rank)
             if self._restored["older"]:
@@ -209,10 +229,10 @@ class CompressionCallback(pl.Callback):
         """Starts counting what this step sends through the targets, shortly before the surgery."""
         if self.done or trainer.current_epoch != self.epoch - 1 or not self.factorization.needs_statistics:
             return
-        length = trainer.num_training_batches
-        if isinstance(length, int) and batch_idx < length - self.calibration_batches:
+        length = batches_per_epoch(trainer)
+        if length is not None and batch_idx < length - self.calibration_batches:
             return
-        if self._collector is not None and not isinstance(length, int) and batch_idx % self.calibration_batches == 0:
+        if self._collector is not None and length is None and batch_idx % self.calibration_batches == 0:
             self._older = self._stop_collecting()  # unknown length: the last full window and the running one
         if self._collector is None:
             self._collector = self._new_collector(trainer, pl_module)
@@ -254,6 +274,7 @@ class CompressionCallback(pl.Callback):
         return {
             "version": STATE_VERSION,
             "report": None if self.report is None else self.report.to_dict(),
+            "epoch": self.epoch,
             "statistics": dump_statistics(collecting, self._world_size),
             "older": dump_statistics(self._older, self._world_size),
         }
@@ -262,6 +283,12 @@ class CompressionCallback(pl.Callback):
         """Keeps the state for the start of fit; the structure itself is read from the weights."""
         check_version(state_dict, STATE_VERSION, type(self).__name__)
         self._restored = state_dict
+
+    def _fits(self, state: Mapping[str, Any]) -> bool:
+        """Whether stored sums are those that the surgery wants: of the epoch before it, and of the same kind."""
+        stored = state.get("statistics", {})
+        kinds = {"gradient_gram" in sums for sums in stored.values()}
+        return bool(stored) and state["epoch"] == self.epoch and kinds == {self.factorization.needs_gradients}
 
     def _replay(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", factors: Mapping[str, Factors]) -> None:
         """The same edits of modules and optimizers, with stored factors; nobody is told, since it is no new surgery."""
@@ -299,7 +326,7 @@ class CompressionCallback(pl.Callback):
         if self.reset_scores:
             reset_scores_(trainer)
         pl_module.print(f"\n{report}")
-        pl_module.log_dict({"compression/keep": report.keep, "compression/model_keep": report.model_keep})
+        pl_module.log_dict({"compression/keep": report.keep, "compression/model_keep": report.model_keep}, batch_size=1)
         for listener in (*callbacks_of(trainer), pl_module):
             on_surgery = getattr(listener, "on_surgery", None)
             if callable(on_surgery):
@@ -314,17 +341,24 @@ class CompressionCallback(pl.Callback):
         statistics, older = self._stop_collecting(), self._older
         self._older = None
         if statistics is None:
-            statistics = collect_in_own_pass(
-                trainer,
-                pl_module,
-                list(targets),
-                gradients=self.factorization.needs_gradients,
-                batches=self.calibration_batches,
-            )
+            statistics = self._own_pass(trainer, pl_module, targets)
         elif older is not None:
             statistics = {name: layer.merge_(older[name]) for name, layer in statistics.items()}
         sum_statistics_(trainer, statistics)
         _warn_if_few_tokens(statistics)
+        return statistics
+
+    def _own_pass(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", targets: Targets
+    ) -> dict[str, LayerStatistics]:
+        statistics, error = None, None
+        try:
+            gradients, batches = self.factorization.needs_gradients, self.calibration_batches
+            statistics = collect_in_own_pass(trainer, pl_module, list(targets), gradients=gradients, batches=batches)
+        except Exception as caught:
+            error = caught
+        raise_together(trainer, error)
+        assert statistics is not None
         return statistics
 
     def _stop_collecting(self) -> dict[str, LayerStatistics] | None:

@@ -15,6 +15,7 @@ from lightning_prehab.callbacks._checkpoint import check_version, dump_statistic
 from lightning_prehab.callbacks._distributed import decide_on_rank_zero, sum_statistics_
 from lightning_prehab.callbacks._penalized import PenalizedLayer, Space, is_reached
 from lightning_prehab.callbacks._trainer import (
+    batches_per_epoch,
     check_strategy,
     closes_window,
     find_callback,
@@ -24,7 +25,6 @@ from lightning_prehab.callbacks._trainer import (
 )
 from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.errors import ArgumentError, CheckpointError, TargetError, UnsupportedError
-from lightning_prehab.linalg import singular_values, spectral_ranks
 from lightning_prehab.regularizers import Penalty, StableRank
 from lightning_prehab.schedules import ramp
 from lightning_prehab.statistics import LayerStatistics
@@ -125,8 +125,10 @@ class PrehabCallback(pl.Callback):
         self.injection: Injection = injection
         self.target_modules = target_modules
         self.exclude_modules = exclude_modules
-        self._steps = 0  # optimizer steps with the penalty ready
+        self._steps = 0  # batches with an optimizer step, since the penalty is ready
+        self._global_step = 0  # of the Trainer, at the end of the last batch
         self._targets: Targets | None = None
+        self._planned: Targets | None = None  # what the ranks are planned for: all targets of the surgery
         self._collector: Collector | None = None
         self._collected = 0  # batches
         self._layers: list[PenalizedLayer] = []
@@ -155,10 +157,16 @@ class PrehabCallback(pl.Callback):
         if compression is not None and compression.done:
             return
         self._targets = self._find_targets(pl_module, compression)
+        source = self._rank_source(trainer)
+        self._planned = None if source is None else source.find_targets(pl_module)
         self._into_loss = self._injects_into_loss(trainer, pl_module)
         self._steps = 0
         if self._restored:
             self._restore(trainer)
+
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Notes where the run stands."""
+        self._global_step = trainer.global_step
 
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
@@ -202,7 +210,9 @@ class PrehabCallback(pl.Callback):
         if self._into_loss or not self._acts(trainer):
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        layers = [layer for layer in self._layers if id(layer.module.weight) in held]
+        layers = [
+            layer for layer in self._layers if id(layer.module.weight) in held and layer.module.weight.requires_grad
+        ]
         if all(layer.module.weight.grad is None for layer in layers):
             return  # no backward pass has been made
         weights = [layer.module.weight for layer in layers]
@@ -226,25 +236,28 @@ class PrehabCallback(pl.Callback):
         if self._collector is not None:
             self._collector.end_batch()
             self._collected += 1
-            if self._collected >= self._calibration_batches(trainer) and closes_window(trainer, batch_idx):
+            if self._collected >= self._wanted_batches(trainer) and closes_window(trainer, batch_idx):
                 self._prepare(trainer, self._stop_collecting())
-        elif self._ready and self._in_season(trainer) and closes_window(trainer, batch_idx):
+        elif self._ready and self._in_season(trainer) and trainer.global_step > self._global_step:
             self._steps += 1
+        self._global_step = trainer.global_step
 
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Logs how far the spectra have come."""
         if not self._ready or not self._in_season(trainer):
             return
-        ranks = [spectral_ranks(singular_values(layer.module.weight)) for layer in self._layers]
+        ranks = [layer.spectral_ranks() for layer in self._layers]
         stable, effective = (torch.stack(values).mean().float() for values in zip(*ranks, strict=True))
-        pl_module.log_dict({"prehab/stable_rank": stable, "prehab/effective_rank": effective})
+        pl_module.log_dict({"prehab/stable_rank": stable, "prehab/effective_rank": effective}, batch_size=1)
 
     def on_surgery(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", report: Any) -> None:
         """The work is done; lets go of the dense layers."""
+        self._warn_if_never_ready()
         self._release()
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Takes the hooks off."""
+        self._warn_if_never_ready()
         self._release()
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
@@ -286,7 +299,8 @@ class PrehabCallback(pl.Callback):
 
     def _collect(self, trainer: "pl.Trainer", gradients: bool) -> None:
         assert self._targets is not None
-        self._collector = Collector(self._targets, gradients=gradients, drop_overflow=uses_loss_scaling(trainer))
+        seen = {**(self._planned or {}), **self._targets}
+        self._collector = Collector(seen, gradients=gradients, drop_overflow=uses_loss_scaling(trainer))
         self._collector.attach()
 
     def _find_targets(self, pl_module: "pl.LightningModule", compression: CompressionCallback | None) -> Targets:
@@ -324,20 +338,28 @@ class PrehabCallback(pl.Callback):
         return self.strength * ramp(self._steps, self.ramp_steps)
 
     def _penalty(self, pl_module: "pl.LightningModule", layers: list[PenalizedLayer]) -> Tensor | None:
-        """Sum over the trainable ones of some layers, divided by the number of all; logged."""
+        """Sum over the trainable ones of some layers, divided by the number of all; their mean is logged."""
         values = [layer.penalty(self.regularizer) for layer in layers if layer.module.weight.requires_grad]
         if not values:
             return None
-        penalty = torch.stack(values).sum() / len(self._layers)
-        pl_module.log_dict({"prehab/penalty": penalty.detach(), "prehab/strength": self._strength()})
-        return penalty
+        total = torch.stack(values).sum()
+        pl_module.log("prehab/penalty", total.detach() / len(values), batch_size=1)
+        pl_module.log("prehab/strength", self._strength(), batch_size=1)
+        return total / len(self._layers)
 
     def _rank_source(self, trainer: "pl.Trainer") -> CompressionCallback | None:
         return find_callback(trainer, CompressionCallback) if self.regularizer.needs_rank else None
 
-    def _calibration_batches(self, trainer: "pl.Trainer") -> int:
+    def _wanted_batches(self, trainer: "pl.Trainer") -> int:
+        """Batches to take statistics from: at most half of those that the penalty has in all."""
         compression = find_callback(trainer, CompressionCallback)
-        return CALIBRATION_BATCHES if compression is None else compression.calibration_batches
+        wanted = CALIBRATION_BATCHES if compression is None else compression.calibration_batches
+        length, ends = batches_per_epoch(trainer), [self.stop_epoch, compression.epoch if compression else None]
+        ends.append(None if trainer.max_epochs == -1 else trainer.max_epochs)
+        known = [end for end in ends if end is not None]
+        if length is None or not known:
+            return wanted
+        return min(wanted, max((min(known) - self.start_epoch) * length // 2, 1))
 
     def _prepare(self, trainer: "pl.Trainer", statistics: dict[str, LayerStatistics] | None) -> None:
         """Fixes the metric and the target rank of each layer."""
@@ -346,8 +368,9 @@ class PrehabCallback(pl.Callback):
         if statistics is not None:
             sum_statistics_(trainer, statistics)
         ranks: Mapping[str, int | None] = {}
-        if compression is not None:
-            plan = decide_on_rank_zero(trainer, lambda: compression.make_plan(targets, statistics))
+        if compression is not None and self._planned is not None:
+            planned = self._planned
+            plan = decide_on_rank_zero(trainer, lambda: compression.make_plan(planned, statistics))
             ranks = {name: rank for name, rank in plan.ranks.items() if rank is not None}
         self._layers = [
             PenalizedLayer.seen_in(self.space, name, module, ranks.get(name), statistics)
@@ -369,6 +392,13 @@ class PrehabCallback(pl.Callback):
         collector.detach()
         return collector.statistics
 
+    def _warn_if_never_ready(self) -> None:
+        if self._collector is not None:
+            rank_zero_warn(
+                f"PrehabCallback was still collecting statistics ({self._collected} batches) when its time was over: "
+                "no penalty was applied. Train longer, or lower calibration_batches of the CompressionCallback."
+            )
+
     def _release(self) -> None:
         self._stop_collecting()
-        self._targets, self._layers, self._ready, self._collected = None, [], False, 0
+        self._targets, self._planned, self._layers, self._ready, self._collected = None, None, [], False, 0

@@ -1,6 +1,7 @@
 """Learning-rate warm-up after the surgery, on top of whatever scheduler the user has."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,7 +11,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.callbacks._checkpoint import check_version
-from lightning_prehab.callbacks._trainer import find_callback, move_to_front
+from lightning_prehab.callbacks._trainer import (
+    batches_per_epoch,
+    callbacks_of,
+    find_callback,
+    move_to_front,
+    set_callbacks,
+)
 from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.errors import ArgumentError, UnsupportedError
 from lightning_prehab.report import CompressionReport
@@ -86,12 +93,15 @@ class RehabSchedule(pl.Callback):
         if find_callback(trainer, CompressionCallback) is None:
             raise UnsupportedError("RehabSchedule warms up after a surgery; add a CompressionCallback to the Trainer.")
         move_to_front(trainer, self)
+        others = [callback for callback in callbacks_of(trainer) if not isinstance(callback, _RestoreRates)]
+        set_callbacks(trainer, [*others, _RestoreRates(self)])
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Puts the step hooks on the optimizers; they are idle until the surgery."""
-        if self.warmup_epochs is not None and math.isinf(trainer.num_training_batches):
+        if self.warmup_epochs is not None and batches_per_epoch(trainer) is None:
             raise UnsupportedError("The length of an epoch is not known here; give RehabSchedule(warmup_steps=...).")
-        self._done = self._done or [0] * len(trainer.optimizers)
+        if len(self._done) != len(trainer.optimizers):
+            self._done = [0] * len(trainer.optimizers)
         self._scaled = [_ScaledRate(self, index, optimizer) for index, optimizer in enumerate(trainer.optimizers)]
 
     def on_surgery(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", report: CompressionReport) -> None:
@@ -119,29 +129,37 @@ class RehabSchedule(pl.Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Shows LearningRateMonitor the rate of the step to come."""
+        for scaled in self._scaled:
+            scaled.forget_step()
         self._apply()
 
     def on_before_optimizer_step(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
     ) -> None:
-        """Takes the factor back where loss scaling may skip the step; the step applies it again itself."""
+        """Applies the factor to a rate that ``training_step`` has set; takes it back where loss scaling may skip."""
         for scaled in self._scaled:
-            if scaled.optimizer is optimizer and not scaled.in_step:
+            if scaled.optimizer is optimizer and scaled.in_step:
+                scaled.apply()
+            elif scaled.optimizer is optimizer:
                 scaled.restore()
 
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Hands the user's own rates back, for checkpoints."""
-        self._restore()
+        self.restore()
 
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Hands the user's own rates back, for checkpoints."""
-        self._restore()
+        self.restore()
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Takes the hooks off the optimizers."""
         self._remove()
+
+    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Takes the helper out of the Trainer."""
+        set_callbacks(trainer, [c for c in callbacks_of(trainer) if not isinstance(c, _RestoreRates)])
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Hands the user's own rates back and takes the hooks off."""
@@ -165,7 +183,8 @@ class RehabSchedule(pl.Callback):
         for scaled in self._scaled:
             scaled.apply()
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Hands the user's own rates back."""
         for scaled in self._scaled:
             scaled.restore()
 
@@ -176,14 +195,14 @@ class RehabSchedule(pl.Callback):
 
 
 class _ScaledRate:
-    """The learning rates of one optimizer, multiplied while it steps."""
+    """The learning rates of one optimizer, multiplied while it steps and while other callbacks look."""
 
     def __init__(self, schedule: RehabSchedule, index: int, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._depth = 0  # a subclass of an optimizer that calls super().step() runs the hooks twice, nested
         self._schedule = schedule
         self._index = index
-        self._own: list[tuple[dict[str, Any], float]] = []  # groups and the user's rates while ours are in place
+        self._depth = 0  # a subclass of an optimizer that calls super().step() runs the hooks twice, nested
+        self._own: dict[int, tuple[float, float]] = {}  # by slot: the user's rate and ours, while ours is in place
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -195,26 +214,42 @@ class _ScaledRate:
         return self._depth > 0
 
     def apply(self) -> None:
-        """Multiplies the rates, once."""
+        """Multiplies the rates, once; a rate that was changed since is the user's new one and is multiplied anew."""
         factor = self._schedule.factor(self._index)
-        if self._own or factor == 1.0:
+        if factor == 1.0:
             return
-        for group in self.optimizer.param_groups:
+        for slot, group in self._slots():
             rate = float(group["lr"])
-            self._own.append((group, rate))
-            _set_rate(group, rate * factor)
+            if slot not in self._own or rate != self._own[slot][1]:
+                _set_rate(group, rate * factor)
+                self._own[slot] = rate, float(group["lr"])
 
     def restore(self) -> None:
-        """Puts the user's rates back."""
-        for group, rate in self._own:
-            _set_rate(group, rate)
-        self._own = []
+        """Puts the user's rates back, except where the user has set another one in the meantime."""
+        for slot, group in self._slots():
+            if slot in self._own and float(group["lr"]) == self._own[slot][1]:
+                _set_rate(group, self._own[slot][0])
+        self._own = {}
+
+    def forget_step(self) -> None:
+        """Between batches no step is under way, even if one was left by an exception that the user has caught."""
+        self._depth = 0
 
     def remove(self) -> None:
         """Puts the user's rates back and takes the hooks off."""
         self.restore()
         for handle in self._handles:
             handle.remove()
+
+    def _slots(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Groups by index; a rate tensor that several groups share comes once."""
+        seen: set[int] = set()
+        for slot, group in enumerate(self.optimizer.param_groups):
+            if isinstance(group["lr"], Tensor):
+                if id(group["lr"]) in seen:
+                    continue
+                seen.add(id(group["lr"]))
+            yield slot, group
 
     def _before_step(self, *_: Any) -> None:
         self._depth += 1
@@ -225,6 +260,23 @@ class _ScaledRate:
         if self._depth == 0:
             self.restore()
             self._schedule.count_step(self._index)
+
+
+class _RestoreRates(pl.Callback):
+    """Stands last in the Trainer: whatever follows the callbacks (the module's own hooks) sees the user's rates."""
+
+    def __init__(self, schedule: RehabSchedule) -> None:
+        self._schedule = schedule
+
+    def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """After LearningRateMonitor."""
+        self._schedule.restore()
+
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """After LearningRateMonitor."""
+        self._schedule.restore()
 
 
 def _set_rate(group: dict[str, Any], rate: float) -> None:

@@ -41,6 +41,11 @@ class Factorization(ABC):
     needs_gradients: ClassVar[bool] = False
     comparable: ClassVar[bool] = False
 
+    @property
+    def adds_bias(self) -> bool:
+        """Whether the factors come with a bias shift."""
+        return False
+
     @abstractmethod
     def __call__(self, weight: Tensor, rank: int, statistics: LayerStatistics | None = None) -> Factors:
         """Factors of ``weight`` (shape ``(m, n)``) at ``rank``; ``statistics`` is None for methods that need none."""

@@ -31,6 +31,11 @@ class WhitenedSVD(MetricFactorization):
     def __post_init__(self) -> None:
         check_shrinkage("shrinkage", self.shrinkage)
 
+    @property
+    def adds_bias(self) -> bool:
+        """True if ``centered``."""
+        return self.centered
+
     def metric(self, statistics: LayerStatistics) -> tuple[Tensor | None, Tensor | None]:
         """``(None, C)``."""
         moment = to_float64(statistics.input_second_moment())

@@ -23,6 +23,7 @@ class LayerChoices:
             CPU.
         ranks: Ranks that may be chosen, ascending, none above break-even.
         dense: Whether the layer may also stay dense.
+        new_bias: Parameters of a bias that a cut adds.
     """
 
     name: str
@@ -31,6 +32,7 @@ class LayerChoices:
     singular_values: Tensor
     ranks: tuple[int, ...]
     dense: bool = True
+    new_bias: int = 0
 
     def options(self, min_rank: int = 1) -> tuple[int | None, ...]:
         """Ranks of at least ``min_rank`` (or the largest there is), then None for dense where that is allowed."""
@@ -38,9 +40,9 @@ class LayerChoices:
         return (*ranks, None) if self.dense else ranks
 
     def parameters(self, rank: int | None) -> int:
-        """Weight parameters at ``rank``; None means dense."""
+        """Parameters at ``rank``, with a new bias; None means dense."""
         m, n = self.out_features, self.in_features
-        return m * n if rank is None else rank * (m + n)
+        return m * n if rank is None else rank * (m + n) + self.new_bias
 
     def retained(self) -> Tensor:
         """``sum of s_i^2 over i <= r`` at index ``r``, shape ``(min(m, n) + 1,)``."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_prehab.allocation import best_allocation
-from lightning_prehab.errors import ArgumentError
+from lightning_prehab.errors import ArgumentError, PlanError
 from lightning_prehab.rank_policies.base import LayerChoices, RankPolicy, check_keep, parameter_budget
 
 
@@ -50,5 +50,13 @@ class ParameterBudget(RankPolicy):
             layer.retained()[[len(layer.singular_values) if rank is None else rank for rank in ranks]]
             for layer, ranks in zip(layers, options, strict=True)
         ]
-        chosen = best_allocation(costs, values, parameter_budget(layers, self.keep))
+        budget = parameter_budget(layers, self.keep)
+        least = sum(int(cost.min()) for cost in costs)
+        if least > budget:
+            raise PlanError(
+                f"keep={self.keep} allows {budget:,} parameters for the {len(layers)} targets, their smallest ranks "
+                f"hold {least:,}. Raise keep, lower min_rank, rank_multiple_of or the overridden ranks, or exclude "
+                "small layers."
+            )
+        chosen = best_allocation(costs, values, budget)
         return {layer.name: ranks[index] for layer, ranks, index in zip(layers, options, chosen, strict=True)}

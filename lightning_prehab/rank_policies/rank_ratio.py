@@ -34,5 +34,5 @@ class RankRatio(RankPolicy):
         if not layer.ranks or (self.keep == 1.0 and layer.dense):
             return None
         m, n = layer.out_features, layer.in_features
-        wanted = math.floor(self.keep * m * n / (m + n) + 1e-9)
+        wanted = math.floor((self.keep * m * n - layer.new_bias) / (m + n) + 1e-9)
         return max((rank for rank in layer.ranks if rank <= wanted), default=layer.ranks[0])

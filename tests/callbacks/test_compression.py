@@ -318,7 +318,7 @@ def snapshot(lit, trainer):
     )
 
 
-@pytest.mark.parametrize("failure", ["weight", "budget", "own"])
+@pytest.mark.parametrize("failure", ["weight", "own"])
 def test_a_failed_surgery_leaves_the_module_untouched(failure, mlp, loader, make_trainer, lit_class):
     class Own(lp.SVD):
         def __call__(self, weight, rank, statistics=None):
@@ -338,7 +338,6 @@ def test_a_failed_surgery_leaves_the_module_untouched(failure, mlp, loader, make
 
     arguments, error, match = {
         "weight": ({}, NumericalError, r"Layer 'net.2' \(14x16\): The weight has 1 NaN"),
-        "budget": ({"keep": 0.001}, PlanError, "the budget is 0"),
         "own": ({"factorization": Own()}, MemoryError, "no memory"),
     }[failure]
     with pytest.raises(error, match=match):
@@ -348,6 +347,25 @@ def test_a_failed_surgery_leaves_the_module_untouched(failure, mlp, loader, make
     assert held == held_after
     torch.testing.assert_close(parameters, parameters_after, equal_nan=True, rtol=0, atol=0)
     assert all(not module._forward_hooks for module in lit.modules())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"keep": 0.001}, PlanError, "keep=0.001 allows 0 parameters for the 3 targets, their smallest ranks hold 78"),
+        ({"rank_multiple_of": 6, "keep": 0.3}, PlanError, "rank_multiple_of"),
+        ({"rank_overrides": {"net.9": 3}}, TargetError, "rank_overrides: 'net.9' matches no layer"),
+        ({"factorization": lp.SVD(), "rank_overrides": {"*": "dense"}}, PlanError, "RankRatio takes nothing"),
+    ],
+    ids=["keep", "multiple", "pattern", "dense"],
+)
+def test_a_wish_that_cannot_be_met_is_refused_before_training(
+    arguments, error, match, mlp, loader, make_trainer, lit_class
+):
+    lit = lit_class(mlp)
+    with pytest.raises(error, match=match):
+        make_trainer(max_epochs=2, callbacks=[lp.CompressionCallback(1, **arguments)]).fit(lit, loader)
+    assert lit.losses == []
 
 
 def test_no_target_lists_near_names_before_training(mlp, loader, make_trainer, lit_class):

@@ -212,8 +212,8 @@ def test_spaces_multiply_the_weight_by_the_roots_of_the_statistics(
     """With a learning rate of 0 the statistics of the first steps can be collected again by hand."""
     monkeypatch.setattr("lightning_prehab.callbacks.prehab.CALIBRATION_BATCHES", 12)  # two epochs
     prehab = lp.PrehabCallback(EXACT, 1.0, space=space)
-    plain = gradients_per_step(None, mlp, loader, make_trainer, lit_class, max_epochs=3)
-    seen = gradients_per_step(prehab, mlp, loader, make_trainer, lit_class, max_epochs=3)
+    plain = gradients_per_step(None, mlp, loader, make_trainer, lit_class, max_epochs=4)
+    seen = gradients_per_step(prehab, mlp, loader, make_trainer, lit_class, max_epochs=4)
     targets = lp.find_targets(mlp)
 
     def loss(model, batch):

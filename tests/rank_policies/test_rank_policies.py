@@ -47,7 +47,7 @@ def test_parameter_budget_equals_brute_force(shapes, keep):
     ]
     allowed = [ranks for ranks in allowed if spent(layers, ranks) <= budget]
     if not allowed:
-        with pytest.raises(PlanError, match="smallest possible choice"):
+        with pytest.raises(PlanError, match="targets, their smallest ranks hold"):
             lp.ParameterBudget(keep)(layers)
         return
     ranks = lp.ParameterBudget(keep)(layers)
