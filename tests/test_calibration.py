@@ -185,3 +185,73 @@ def test_frozen_layers_are_reported_as_such():
 def test_batch_size():
     assert batch_size([torch.tensor(1.0), {"x": torch.zeros(7, 2)}]) == 7
     assert batch_size("text") == 1
+
+
+def test_an_input_that_is_changed_in_place_later(mlp):
+    """Under autocast autograd guards the cast copy only, so nothing would notice."""
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x):
+            h = x * 1.0
+            u = self.fc(h)
+            h += 100 * u
+            return h
+
+    model, x = Residual(), torch.randn(32, 8)
+    collector = Collector({"fc": model.fc}, gradients=True)
+    collector.attach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        collector.begin_batch(x)
+        model(x).square().mean().backward()
+    torch.testing.assert_close(collector.statistics["fc"].input_gram, x.mT @ x, rtol=1e-4, atol=1e-4)
+
+
+def test_keyword_inputs_and_gradients_of_the_user():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    model, x = Keyword(), torch.randn(6, 4)
+    model.layer.weight.grad = torch.full((3, 4), 7.0)
+    statistics = lp.collect_statistics(model, lp.find_targets(model), [x], gradients=True)
+    torch.testing.assert_close(statistics["layer"].input_gram, x.mT @ x)
+    assert (model.layer.weight.grad == 7).all()
+    assert model.layer.bias.grad is None
+
+
+def test_reentrant_checkpointing_in_the_free_function():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return checkpoint(self.layer, x.requires_grad_(), use_reentrant=True)
+
+    model, x = Checkpointed(), torch.randn(6, 4)
+    assert int(lp.collect_statistics(model, lp.find_targets(model), [x], gradients=True)["layer"].tokens) == 6
+
+
+def test_batches_keep_their_type():
+    from typing import NamedTuple
+
+    class Batch(NamedTuple):
+        x: torch.Tensor
+        y: torch.Tensor
+
+    model = nn.Sequential(nn.Linear(4, 3))
+    batch = Batch(torch.randn(6, 4), torch.randn(6, 3))
+    targets = lp.find_targets(model)
+    lp.collect_statistics(model, targets, [batch], forward=lambda m, b: (m(b.x) - b.y).square().mean(), gradients=True)
+    with pytest.raises(ArgumentError, match="cannot be called on a batch of type Batch.*pass forward= or loss="):
+        lp.collect_statistics(model, targets, [batch])
+    with pytest.raises(ArgumentError, match="batches is one tensor"):
+        lp.collect_statistics(model, targets, batch.x)

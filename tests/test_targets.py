@@ -103,3 +103,10 @@ def test_the_name_of_a_compiled_module_is_clean():
 def test_model_parameters_counts_shared_ones_once():
     layer = nn.Linear(8, 8)
     assert lp.find_targets(nn.ModuleDict({"a": layer, "b": layer})).model_parameters == 72
+
+
+def test_the_root_itself_and_recurrent_layers():
+    with pytest.raises(TargetError, match=r"the model itself cannot be replaced; wrap it"):
+        lp.find_targets(nn.Linear(8, 8))
+    targets = lp.find_targets(nn.ModuleDict({"rnn": nn.LSTM(8, 8), "head": nn.Linear(8, 8)}))
+    assert "LSTM is not a layer kind" in targets.skipped["rnn"]

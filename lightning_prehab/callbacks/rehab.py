@@ -129,8 +129,6 @@ class RehabSchedule(pl.Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Shows LearningRateMonitor the rate of the step to come."""
-        for scaled in self._scaled:
-            scaled.forget_step()
         self._apply()
 
     def on_before_optimizer_step(
@@ -201,17 +199,12 @@ class _ScaledRate:
         self.optimizer = optimizer
         self._schedule = schedule
         self._index = index
-        self._depth = 0  # a subclass of an optimizer that calls super().step() runs the hooks twice, nested
+        self.in_step = False
         self._own: dict[int, tuple[float, float]] = {}  # by slot: the user's rate and ours, while ours is in place
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-
-    @property
-    def in_step(self) -> bool:
-        """Whether the optimizer is inside ``step``."""
-        return self._depth > 0
 
     def apply(self) -> None:
         """Multiplies the rates, once; a rate that was changed since is the user's new one and is multiplied anew."""
@@ -231,10 +224,6 @@ class _ScaledRate:
                 _set_rate(group, self._own[slot][0])
         self._own = {}
 
-    def forget_step(self) -> None:
-        """Between batches no step is under way, even if one was left by an exception that the user has caught."""
-        self._depth = 0
-
     def remove(self) -> None:
         """Puts the user's rates back and takes the hooks off."""
         self.restore()
@@ -252,12 +241,13 @@ class _ScaledRate:
             yield slot, group
 
     def _before_step(self, *_: Any) -> None:
-        self._depth += 1
+        self.in_step = True
         self.apply()
 
     def _after_step(self, *_: Any) -> None:
-        self._depth -= 1
-        if self._depth == 0:
+        # An optimizer class that calls super().step() runs the hooks twice, nested; the inner ones enclose the update.
+        if self.in_step:
+            self.in_step = False
             self.restore()
             self._schedule.count_step(self._index)
 

@@ -452,3 +452,168 @@ def test_evaluation_after_the_surgery(mlp, loader, make_trainer, lit_class):
     assert trainer.validate(lit, loader, verbose=False)[0]["val"] == pytest.approx(
         trainer.callback_metrics["val"].item()
     )
+
+
+def test_validation_batches_are_not_counted(mlp, data, make_trainer, lit_class):
+    class Spy(lp.WhitenedSVD):
+        def metric(self, statistics):
+            seen.add(int(statistics.tokens))
+            return super().metric(statistics)
+
+    seen, lit = set(), lit_class(mlp)
+    lit.validation_step = lambda batch, batch_idx: lit.net(batch[0])
+    loaders = {"train_dataloaders": DataLoader(data, 16), "val_dataloaders": DataLoader(data, 16)}
+    compression = lp.CompressionCallback(1, calibration_batches=5, factorization=Spy())
+    make_trainer(max_epochs=2, callbacks=[compression], val_check_interval=1 / 3).fit(lit, **loaders)
+    assert seen == {80}
+
+
+@pytest.mark.parametrize("settings", [{"limit_train_batches": 2}, {"overfit_batches": 2}], ids=str)
+def test_the_own_pass_reads_no_more_than_an_epoch(settings, mlp, data, make_trainer, lit_class):
+    class Spy(lp.KroneckerSVD):
+        def metric(self, statistics):
+            seen.add(int(statistics.tokens))
+            return super().metric(statistics)
+
+    seen, lit = set(), lit_class(mlp)
+    trainer = make_trainer(callbacks=[lp.CompressionCallback(0, factorization=Spy())], **settings)
+    with pytest.warns(UserWarning, match="fewer calibration tokens"):
+        trainer.fit(lit, DataLoader(data, 16))
+    assert seen == {32}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_own_pass_leaves_the_data_order_alone(workers, mlp, data, make_trainer, lit_class):
+    class Batches(torch.utils.data.Sampler):
+        """A batch sampler with a generator of its own."""
+
+        def __init__(self):
+            self.generator = torch.Generator().manual_seed(5)
+
+        def __iter__(self):
+            return iter(torch.randperm(96, generator=self.generator).view(6, 16).tolist())
+
+        def __len__(self):
+            return 6
+
+    class Keep(lit_class):
+        def training_step(self, batch, batch_idx):
+            self.seen = [*getattr(self, "seen", []), batch[0].clone()]
+            return super().training_step(batch, batch_idx)
+
+    orders = []
+    for factorization in (lp.SVD(), lp.KroneckerSVD()):
+        lit = Keep(copy.deepcopy(mlp))
+        loader = DataLoader(data, batch_sampler=Batches(), num_workers=workers, persistent_workers=bool(workers))
+        compression = lp.CompressionCallback(0, factorization=factorization)
+        make_trainer(max_epochs=2, callbacks=[compression]).fit(lit, loader)
+        orders.append(torch.stack(lit.seen))
+    assert torch.equal(*orders)
+
+
+def test_a_module_that_cannot_be_copied_is_told_the_way_out(mlp, loader, make_trainer, lit_class):
+    import threading
+
+    lit = lit_class(mlp)
+    lit.lock = threading.Lock()
+    with pytest.raises(UnsupportedError, match="cannot be copied.*epoch=1"):
+        make_trainer(callbacks=[lp.CompressionCallback(0)]).fit(lit, loader)
+    make_trainer(max_epochs=2, callbacks=[lp.CompressionCallback(1)]).fit(lit, loader)
+    assert low_rank(lit)
+
+
+def test_reentrant_checkpointing_in_the_own_pass(loader, make_trainer, lit_class):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(12, 16), nn.Linear(16, 6)
+
+        def forward(self, x):
+            return self.two(torch.utils.checkpoint.checkpoint(self.one, x.requires_grad_(), use_reentrant=True))
+
+    lit = lit_class(Checkpointed())
+    make_trainer(callbacks=[lp.CompressionCallback(0)]).fit(lit, loader)
+    assert low_rank(lit)
+
+
+def test_a_stream_shorter_than_its_limit_is_still_ridden_on(mlp, data, make_trainer, lit_class):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(zip(*data.tensors, strict=True))
+
+    class Manual(lit_class):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    lit = Manual(mlp)
+    trainer = make_trainer(max_epochs=2, limit_train_batches=500, callbacks=[lp.CompressionCallback(1)])
+    trainer.fit(lit, DataLoader(Stream(), 16))
+    assert low_rank(lit)
+
+
+def test_nothing_of_an_aborted_run_reaches_the_next(mlp, data, make_trainer, lit_class):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(zip(*data.tensors, strict=True))
+
+    class Abort(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 5:
+                raise ZeroDivisionError
+
+    class Spy(lp.KroneckerSVD):
+        def metric(self, statistics):
+            seen.add(int(statistics.tokens))
+            return super().metric(statistics)
+
+    seen, compression = set(), lp.CompressionCallback(1, calibration_batches=4, factorization=Spy())
+    with pytest.raises(ZeroDivisionError):
+        make_trainer(max_epochs=2, callbacks=[compression, Abort()]).fit(lit_class(mlp), DataLoader(Stream(), 16))
+    make_trainer(max_epochs=2, callbacks=[compression]).fit(lit_class(copy.deepcopy(mlp)), DataLoader(data, 16))
+    assert seen == {64}
+
+
+def test_a_new_bias_is_counted(make_trainer, lit_class, loader):
+    lit = lit_class(nn.Sequential(nn.Linear(12, 100, bias=False), nn.Linear(100, 6)))
+    compression = lp.CompressionCallback(1, 0.9, factorization=lp.WhitenedSVD(centered=True))
+    with pytest.warns(UserWarning, match="fewer calibration tokens"):
+        make_trainer(max_epochs=2, callbacks=[compression]).fit(lit, loader)
+    report = compression.report
+    assert report.parameters_after <= report.parameters_before
+    assert report.model_keep == pytest.approx(report.plan.model_keep)
+    assert report.keep <= 0.9
+    assert lp.CompressionReport.from_dict(report.to_dict(), report.plan.factorization).keep == report.keep
+
+
+def test_optimizers_and_launchers_that_would_lose_the_factors(mlp, loader, make_trainer, lit_class):
+    class ZeroRedundancyOptimizer(torch.optim.SGD):
+        """Stands in for torch's, which needs a process group."""
+
+    lit = lit_class(mlp, ZeroRedundancyOptimizer)
+    with pytest.raises(UnsupportedError, match="ZeroRedundancyOptimizer.*never step the factors"):
+        make_trainer(max_epochs=2, callbacks=[lp.CompressionCallback(1)]).fit(lit, loader)
+    trainer = make_trainer(strategy="ddp_fork", devices=2, max_epochs=2)
+    trainer.strategy._configure_launcher()
+    with pytest.raises(UnsupportedError, match="ddp_fork.*Use strategy='ddp'"):
+        lp.CompressionCallback(1).setup(trainer, lit, "fit")
+
+
+def test_a_class_in_place_of_an_instance_is_named():
+    with pytest.raises(ArgumentError, match=r"Expected a Factorization, got .*write SVD\(...\)"):
+        lp.CompressionCallback(1, factorization=lp.SVD)
+    with pytest.raises(ArgumentError, match=r"Expected a RankPolicy, got 0.4"):
+        lp.CompressionCallback(1, policy=0.4)
+
+
+def test_fast_dev_run_is_not_refused(mlp, loader, make_trainer, lit_class):
+    with pytest.warns(UserWarning, match="still dense"):
+        make_trainer(max_epochs=None, fast_dev_run=True, callbacks=[lp.CompressionCallback(4)]).fit(
+            lit_class(mlp), loader
+        )

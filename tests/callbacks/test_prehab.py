@@ -390,3 +390,118 @@ def test_a_users_own_penalty_in_one_class(mlp, loader, make_trainer, lit_class):
         lp.PrehabCallback(Frobenius(), 0.5), mlp, DataLoader(loader.dataset, 96), make_trainer, lit_class
     )
     torch.testing.assert_close(seen[0][0] - plain[0][0], mlp[0].weight.detach() / 3, atol=1e-6, rtol=1e-5)
+
+
+def manual_every_second_batch(net):
+    class Manual(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.net = net
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            self.manual_backward(nn.functional.mse_loss(self.net(batch[0]), batch[1]) / 2)
+            if batch_idx % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    return Manual()
+
+
+class Strengths(pl.Callback):
+    """The strength at each optimizer step at which the penalty acts."""
+
+    def __init__(self, prehab):
+        self.prehab, self.seen = prehab, []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.seen.append(self.prehab._strength() if self.prehab._acts(trainer) else None)
+
+
+@pytest.mark.parametrize("manual", [True, False])
+def test_ramps_and_intervals_count_optimizer_steps_under_accumulation(manual, mlp, loader, make_trainer, lit_class):
+    def run(**settings):
+        prehab = lp.PrehabCallback(strength=1.0, **settings)
+        watch = Strengths(prehab)
+        lit = manual_every_second_batch(mlp) if manual else lit_class(mlp)
+        accumulate = {} if manual else {"accumulate_grad_batches": 2}
+        make_trainer(max_epochs=2, callbacks=[prehab, watch], **accumulate).fit(lit, loader)
+        return watch.seen
+
+    assert run(ramp_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert run(every_n_steps=2) == [1.0, None, 1.0, None, 1.0, None]
+
+
+def test_manual_optimization_leaves_autocast_on_and_we_turn_it_off(mlp, loader, make_trainer):
+    dtypes = set()
+
+    class Spy(lp.StableRank):
+        def __call__(self, matrix, rank=None, memory=None):
+            dtypes.add((matrix @ matrix.mT).dtype)
+            return super().__call__(matrix, rank, memory)
+
+    for injection in ("loss", "gradient"):
+        prehab = lp.PrehabCallback(Spy(), injection=injection)
+        make_trainer(precision="bf16-mixed", callbacks=[prehab]).fit(manual_every_second_batch(mlp), loader)
+    assert dtypes == {torch.float32}
+
+
+def test_short_runs_still_get_their_penalty(mlp, loader, make_trainer, lit_class):
+    """24 batches before the surgery, 64 wanted for statistics: half of them must do."""
+    prehab = lp.PrehabCallback(lp.TailEnergy())
+    watch = Strengths(prehab)
+    compression = lp.CompressionCallback(4)
+    make_trainer(max_epochs=5, callbacks=[prehab, compression, watch]).fit(lit_class(mlp), loader)
+    assert [strength is not None for strength in watch.seen] == [False] * 12 + [True] * 12 + [False] * 6
+
+
+def test_a_penalty_that_never_begins_says_so(mlp, data, make_trainer, lit_class):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(zip(*data.tensors, strict=True))
+
+    with pytest.warns(UserWarning, match=r"still collecting statistics \(6 batches\).*no penalty was applied"):
+        make_trainer(callbacks=[lp.PrehabCallback(space="loss")]).fit(lit_class(mlp), DataLoader(Stream(), 16))
+
+
+def test_a_layer_frozen_on_the_way_is_left_out(mlp, loader, make_trainer, lit_class):
+    class Freeze(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module.net[0].weight.requires_grad_(batch_idx < 3)
+
+    for injection in ("loss", "gradient"):
+        make_trainer(callbacks=[lp.PrehabCallback(injection=injection), Freeze()]).fit(lit_class(mlp), loader)
+
+
+@pytest.mark.parametrize("how", ["target_modules", "frozen"])
+def test_planned_ranks_are_those_of_all_targets_of_the_surgery(how, mlp, loader, make_trainer, lit_class):
+    """Also where prehab acts on some of them only, and overrides name the others."""
+    ranks = set()
+
+    class Spy(lp.TailEnergy):
+        def __call__(self, matrix, rank=None, memory=None):
+            ranks.add((matrix.shape[0], rank))
+            return super().__call__(matrix, rank, memory)
+
+    settings = {"target_modules": "net.0"} if how == "target_modules" else {}
+    if how == "frozen":
+        mlp[2].weight.requires_grad_(False)
+    lit = lit_class(mlp, lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    compression = lp.CompressionCallback(2, 0.4, calibration_batches=6, rank_overrides={"net.2": 2, "net.4": "dense"})
+    make_trainer(max_epochs=3, callbacks=[lp.PrehabCallback(Spy(), **settings), compression]).fit(lit, loader)
+    assert ranks == {(16, compression.report.ranks["net.0"])}
+
+
+def test_logging_survives_weights_that_are_not_finite(mlp, loader, make_trainer, lit_class):
+    class Break(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            with torch.no_grad():
+                pl_module.net[0].weight.fill_(float("nan"))
+
+    trainer = make_trainer(callbacks=[lp.PrehabCallback(), Break()])
+    trainer.fit(lit_class(mlp), loader)
+    assert trainer.callback_metrics["prehab/stable_rank"].isnan()

@@ -254,3 +254,110 @@ def test_needs_a_surgery_and_a_known_length(mlp, data, loader, make_trainer, lit
 def test_wrong_settings(wrong):
     with pytest.raises(ArgumentError, match="got|not both"):
         lp.RehabSchedule(**wrong)
+
+
+def test_a_rate_tensor_that_groups_share_is_scaled_once(mlp, loader, make_trainer, lit_class):
+    class Shared(lit_class):
+        def configure_optimizers(self):
+            rate, parameters = torch.tensor(0.01), list(self.parameters())
+            return SteppingSGD([{"params": parameters[:2], "lr": rate}, {"params": parameters[2:], "lr": rate}])
+
+    callbacks = [lp.CompressionCallback(0, factorization=lp.SVD()), lp.RehabSchedule(4, start_factor=0.5)]
+    used, final = used_rates(Shared(mlp), loader, make_trainer, callbacks)
+    assert used[0] == pytest.approx([0.005, 0.005])
+    assert [float(rate) for rate in final] == pytest.approx([0.01, 0.01])
+
+
+@pytest.mark.parametrize("where", ["epoch", "batch", "step"])
+def test_rates_that_the_module_sets_itself_are_kept_and_warmed_up(where, mlp, loader, make_trainer, lit_class):
+    class Own(lit_class):
+        def decay(self):
+            for group in self.trainer.optimizers[0].param_groups:
+                group["lr"] = 0.1 / (1 + self.global_step)
+
+        def on_train_epoch_start(self):
+            if where == "epoch":
+                self.decay()
+
+        def on_train_batch_start(self, batch, batch_idx):
+            if where == "batch":
+                self.decay()
+
+        def training_step(self, batch, batch_idx):
+            if where == "step":
+                self.decay()
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self):
+            return SteppingSGD(self.parameters())
+
+    plain, final = used_rates(Own(copy.deepcopy(mlp)), loader, make_trainer, [])
+    callbacks = [lp.CompressionCallback(EPOCH, factorization=lp.SVD()), lp.RehabSchedule(9, start_factor=0.2)]
+    ours, ours_final = used_rates(Own(mlp), loader, make_trainer, callbacks)
+    expected = warmed(plain, lambda step: 0.2 + 0.8 * min(step / 9, 1), start=EPOCH * 6)
+    assert [rate for (rate,) in ours] == pytest.approx([rate for (rate,) in expected], rel=1e-9)
+    assert ours_final == final
+
+
+def test_a_scheduler_that_steps_between_optimizer_steps(loader, make_trainer):
+    class Manual(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.net = nn.Linear(12, 6)
+
+        def training_step(self, batch, batch_idx):
+            optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+            self.manual_backward(nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+            scheduler.step()
+            if batch_idx % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def configure_optimizers(self):
+            optimizer = SteppingSGD(self.parameters())
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+
+    plain, final = used_rates(Manual(), loader, make_trainer, [])
+    callbacks = [lp.CompressionCallback(EPOCH, factorization=lp.SVD()), lp.RehabSchedule(4, start_factor=0.2)]
+    ours, ours_final = used_rates(Manual(), loader, make_trainer, callbacks)
+    expected = warmed(plain, lambda step: 0.2 + 0.8 * min(step / 4, 1), start=EPOCH * 3)
+    assert [rate for (rate,) in ours] == pytest.approx([rate for (rate,) in expected], rel=1e-9)
+    assert ours_final == final
+
+
+def test_a_step_that_fails_and_is_caught_does_not_stop_the_warmup(loader, make_trainer):
+    class Retry(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.net = nn.Linear(12, 6)
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+
+            def closure(fail=False):
+                if fail:
+                    raise MemoryError
+                optimizer.zero_grad()
+                self.manual_backward(nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+
+            with pytest.raises(MemoryError):
+                optimizer.step(closure=lambda: closure(fail=True))
+            optimizer.step(closure=closure)
+
+        def configure_optimizers(self):
+            return SteppingSGD(self.parameters(), lr=1e-3)
+
+    callbacks = [lp.CompressionCallback(0, factorization=lp.SVD()), lp.RehabSchedule(4, start_factor=0.0)]
+    used, final = used_rates(Retry(), loader, make_trainer, callbacks)
+    assert final == [1e-3]
+    assert used[-1] == [1e-3]
+
+
+def test_the_trainer_gets_its_callbacks_back(mlp, loader, make_trainer, lit_class):
+    callbacks = [lp.CompressionCallback(1, factorization=lp.SVD()), lp.RehabSchedule(4)]
+    trainer = make_trainer(max_epochs=2, callbacks=callbacks)
+    before = set(map(type, trainer.callbacks))
+    trainer.fit(lit_class(mlp), loader)
+    assert set(map(type, trainer.callbacks)) == before

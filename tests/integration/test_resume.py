@@ -297,3 +297,38 @@ def test_a_prehab_layer_that_is_gone_is_named(tmp_path):
     fit(tmp_path, [*acts(), SaveEverywhere(tmp_path)])
     with pytest.raises(CheckpointError, match="'net.0', which is not a target now"):
         fit(tmp_path, acts(exclude_modules="net.0"), tmp_path / "epoch-1.ckpt")
+
+
+@pytest.mark.parametrize("kind", ["compiled", "shared"])
+def test_resume_of_compiled_and_shared_modules(kind, tmp_path):
+    def make():
+        lit = Lit()
+        if kind == "compiled":
+            lit.net = torch.compile(lit.net, backend="eager")
+        else:
+            shared = nn.Linear(16, 16)
+            lit.net = nn.Sequential(lit.net[0], shared, nn.Tanh(), shared, nn.Linear(16, 6))
+        return lit
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    start = make()
+    reference = fit(tmp_path, [*acts(), SaveEverywhere(tmp_path)], lit=copy.deepcopy(start))
+    resumed = fit(tmp_path, acts(), tmp_path / "epoch-3.ckpt", lit=copy.deepcopy(start))
+    assert_same_end(resumed, reference, steps=STEPS)
+
+
+@pytest.mark.parametrize("change", ["epoch", "factorization"])
+def test_stored_sums_of_another_plan_are_collected_anew(change, tmp_path):
+    fit(tmp_path, [lp.CompressionCallback(SURGERY, calibration_batches=4), SaveEverywhere(tmp_path)])
+
+    class Spy(lp.WhitenedSVD):
+        def metric(self, statistics):
+            seen.add(int(statistics.tokens))
+            return super().metric(statistics)
+
+    seen = set()
+    epoch = SURGERY + 1 if change == "epoch" else SURGERY
+    other = lp.CompressionCallback(epoch, calibration_batches=4, factorization=Spy())
+    fit(tmp_path, [other], tmp_path / f"epoch-{SURGERY - 1}.ckpt")
+    assert seen == {64}
