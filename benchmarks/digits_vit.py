@@ -46,8 +46,12 @@ def prehab(regularizer: object, strength: float, space: str = "weight") -> lp.Pr
 RECIPES: dict[str, Callable[[float], list[L.Callback]]] = {
     "equal-step control": cut,
     "cut first": lambda keep: cut(keep, PRETRAIN),
-    "SVD": lambda keep: cut(keep, factorization=lp.SVD()),
-    "WhitenedSVD": lambda keep: cut(keep, factorization=lp.WhitenedSVD()),
+    "SVD, uniform": lambda keep: cut(keep, factorization=lp.SVD()),
+    "WhitenedSVD, uniform": lambda keep: cut(keep, factorization=lp.WhitenedSVD()),
+    "SVD, global budget": lambda keep: cut(keep, factorization=lp.SVD(), policy=lp.ParameterBudget(keep)),
+    "WhitenedSVD, global budget": lambda keep: cut(
+        keep, factorization=lp.WhitenedSVD(), policy=lp.ParameterBudget(keep)
+    ),
     "KroneckerSVD, uniform": lambda keep: cut(keep, policy=lp.RankRatio(keep)),
     "StableRank 0.01, weight": lambda keep: [prehab(lp.StableRank(), 0.01), *cut(keep)],
     "StableRank 0.1, weight": lambda keep: [prehab(lp.StableRank(), 0.1), *cut(keep)],

@@ -81,8 +81,7 @@ class CompressionCallback(pl.Callback):
             given.
         policy: Rank policy; None means one global :class:`~lightning_prehab.ParameterBudget` for factorizations whose
             spectra compare between layers (the default one), :class:`~lightning_prehab.RankRatio` for the others.
-        factorization: How factors are computed; None means :class:`~lightning_prehab.KroneckerSVD`, the best in our
-            benchmarks.
+        factorization: How factors are computed; None means :class:`~lightning_prehab.KroneckerSVD`.
         calibration_batches: Training batches whose statistics are used, at least 1; at most the length of one epoch
             (twice this number of the last batches where the length of an epoch is not known).
         target_modules: Names or fnmatch patterns of the layers to cut; None takes all that can be cut.
