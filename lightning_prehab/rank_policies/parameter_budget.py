@@ -15,8 +15,8 @@ class ParameterBudget(RankPolicy):
     """Global: the ranks that retain the largest sum of squared singular values within ``keep`` of the parameters.
 
     A layer for which a rank above break-even would be worth its price stays dense. The choice is exact (a knapsack
-    problem), not greedy. It presupposes spectra that mean the same in every layer, as those of
-    :class:`~lightning_prehab.KroneckerSVD` do; with one-sided metrics it can lose to
+    problem), not greedy. It is meant for spectra that mean the same in every layer, as those of
+    :class:`~lightning_prehab.KroneckerSVD` do; with other metrics it may gain or lose against
     :class:`~lightning_prehab.RankRatio`.
 
     Args:

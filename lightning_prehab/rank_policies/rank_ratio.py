@@ -11,8 +11,8 @@ from lightning_prehab.rank_policies.base import LayerChoices, RankPolicy, check_
 class RankRatio(RankPolicy):
     """Uniform: ``r = floor(keep m n / (m + n))`` in every layer, rounded down to an admissible rank.
 
-    The right choice for factorizations whose spectra mean different things in different layers (SVD, WhitenedSVD):
-    there, trading ranks between layers loses to leaving them uniform.
+    The safe choice for factorizations whose spectra mean different things in different layers (SVD, WhitenedSVD), where
+    trading ranks between layers may gain or lose: measure it. On ``benchmarks/digits_vit.py`` it loses clearly.
 
     Args:
         keep: Share of the parameters of each layer that is kept, in ``(0, 1]``; 1 leaves every layer dense.
