@@ -200,6 +200,12 @@ class CompressionCallback(pl.Callback):
         if loaded:
             self.report = None
         if factors:
+            for other in callbacks_of(trainer):
+                if isinstance(other, pl_callbacks.LearningRateFinder | pl_callbacks.BatchSizeFinder):
+                    raise UnsupportedError(
+                        f"{type(other).__name__} trains and rolls back before the optimizer state of a compressed "
+                        "checkpoint is restored; remove it from the run that resumes."
+                    )
             self._replay(trainer, pl_module, factors)
         if not self.done:
             targets = self.find_targets(pl_module)

@@ -166,6 +166,43 @@ def check_surgery(manual, **strategy):
     assert epochs[5] < epochs[3] < epochs[0], epochs
 
 
+SCHEDULERS = {
+    "StepLR": lambda o: torch.optim.lr_scheduler.StepLR(o, 7, 0.5),
+    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.05, total_steps=24),
+    "CosineAnnealingLR": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 24),
+    "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (step + 1)),
+}
+
+
+def check_learning_rates(name):
+    """The schedule goes on as without a surgery, with the factor of RehabSchedule on top."""
+
+    class Scheduled(Lit):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            schedule = {"scheduler": SCHEDULERS[name](optimizer), "interval": "step"}
+            return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    class Rates(pl.Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.seen.append(optimizer.param_groups[0]["lr"])
+
+    plain, cut, warm = Rates(), Rates(), Rates()
+    for watch, callbacks in (
+        (plain, []),
+        (cut, [lp.CompressionCallback(2, calibration_batches=4)]),
+        (warm, [lp.CompressionCallback(2, calibration_batches=4), lp.RehabSchedule(5, start_factor=0.2)]),
+    ):
+        fit(Scheduled(make_net(), lambda p: torch.optim.Adam(p, lr=0.01)), [*callbacks, watch], 4)
+    assert len(plain.seen) == 24
+    assert cut.seen == plain.seen
+    factors = [1.0] * 12 + [0.2 + 0.8 * min(step / 5, 1) for step in range(12)]
+    assert warm.seen == pytest.approx([rate * factor for rate, factor in zip(plain.seen, factors, strict=True)])
+
+
 def check_gradients_after_surgery():
     """After the surgery the wrapper averages the gradients of the new parameters over the ranks."""
     lit = Lit(make_net(), lambda p: RecordingSGD(p, lr=0.0))
@@ -238,6 +275,10 @@ CHECKS = {
     "surgery, manual": lambda: check_surgery(manual=True),
     "surgery, manual, static graph": lambda: check_surgery(manual=True, static_graph=True),
     "surgery, find_unused_parameters": lambda: check_surgery(manual=False, find_unused_parameters=True),
+    "StepLR": lambda: check_learning_rates("StepLR"),
+    "OneCycleLR": lambda: check_learning_rates("OneCycleLR"),
+    "CosineAnnealingLR": lambda: check_learning_rates("CosineAnnealingLR"),
+    "LambdaLR": lambda: check_learning_rates("LambdaLR"),
     "gradients after surgery": check_gradients_after_surgery,
     "statistics of ordinary steps": lambda: check_statistics(1),
     "statistics of an own pass": lambda: check_statistics(0),

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
-from lightning_prehab.errors import CheckpointError
+from lightning_prehab.errors import CheckpointError, UnsupportedError
 
 EPOCHS, STEPS, SURGERY = 5, 6, 2
 
@@ -263,6 +263,41 @@ def test_learning_rate_finder_beside_us(tmp_path):
 
 class WithRate(Lit):
     lr = 0.01
+
+
+def test_learning_rate_finder_on_a_compressed_checkpoint_is_refused(tmp_path):
+    fit(tmp_path, [*acts(), SaveEverywhere(tmp_path)], lit=WithRate())
+    finder = LearningRateFinder(num_training_steps=5, attr_name="lr")
+    with pytest.raises(UnsupportedError, match="LearningRateFinder trains and rolls back.*remove it"):
+        fit(tmp_path, [finder, *acts()], tmp_path / "epoch-3.ckpt", lit=WithRate())
+
+
+@pytest.mark.parametrize("source", ["dense", "compressed", "other ranks"])
+@pytest.mark.parametrize("target", ["fresh", "compressed"])
+def test_fit_takes_the_structure_of_any_checkpoint(source, target, tmp_path):
+    """The stored ranks count, not those that the callback would choose now."""
+    other = tmp_path / "other"
+    lit, _ = fit(tmp_path, [*acts(), SaveEverywhere(tmp_path)])
+    fit(other, [lp.PrehabCallback(), lp.CompressionCallback(1, 0.3), lp.RehabSchedule(9), SaveEverywhere(other)])
+    file = {
+        "dense": tmp_path / "epoch-0.ckpt",
+        "compressed": tmp_path / "epoch-3.ckpt",
+        "other ranks": other / "epoch-3.ckpt",
+    }
+    stored = torch.load(file[source], weights_only=True)["state_dict"]
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.append({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+    callbacks = acts() if target == "fresh" else None
+    if callbacks is None:
+        callbacks, lit = acts(), Lit()
+        fit(tmp_path, callbacks, lit=lit)
+    fit(tmp_path, [*callbacks, Look()], file[source], lit=Lit() if target == "fresh" else lit)
+    assert list(seen[0]) == list(stored)
+    assert all(torch.equal(value, stored[name]) for name, value in seen[0].items())
 
 
 def test_a_checkpoint_that_does_not_fit(tmp_path):
