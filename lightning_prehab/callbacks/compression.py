@@ -51,7 +51,7 @@ from lightning_prehab.rank_policies import RankPolicy
 from lightning_prehab.report import CompressionReport
 from lightning_prehab.statistics import LayerStatistics
 from lightning_prehab.surgery import check_optimizer, swap_
-from lightning_prehab.targets import Patterns, Targets, find_targets
+from lightning_prehab.targets import Patterns, Targets, clean_name, find_targets
 
 #: Of the state in checkpoints.
 STATE_VERSION = 1
@@ -185,7 +185,7 @@ class CompressionCallback(pl.Callback):
                 "in a run without it."
             )
         cuts = [] if self.report is None else [name for name, rank in self.report.ranks.items() if rank is not None]
-        modules = dict(pl_module.named_modules())
+        modules = {clean_name(name): module for name, module in pl_module.named_modules()}
         if not all(isinstance(modules.get(name), LowRankLinear) for name in cuts):
             self.report, cuts = None, []  # another module, or one that has followed a dense checkpoint since
         self._stop_collecting()

@@ -279,8 +279,11 @@ def test_progress_bars_and_summaries_beside_us(mlp, loader, make_trainer, lit_cl
     assert "targets 500" in capsys.readouterr().out
 
 
-def test_the_surgery_comes_once_and_a_new_module_gets_its_own(mlp, loader, make_trainer, lit_class):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_surgery_comes_once_and_a_new_module_gets_its_own(compiled, mlp, loader, make_trainer, lit_class):
     lit, compression, watch = lit_class(copy.deepcopy(mlp)), lp.CompressionCallback(epoch=1), AtSurgery()
+    if compiled:
+        lit.net = torch.compile(lit.net, backend="eager")
     trainer = make_trainer(max_epochs=2, callbacks=[compression, watch])
     trainer.fit(lit, loader)
     trainer.fit_loop.max_epochs = 4
