@@ -7,7 +7,8 @@ from lightning_prehab.errors import PrehabError
 from lightning_prehab.factorizations import SVD, KroneckerSVD, WhitenedSVD
 from lightning_prehab.layers import LowRankLinear
 from lightning_prehab.loading import LowRankCheckpointMixin, load_from_checkpoint
-from lightning_prehab.plan import CompressionPlan, LayerPlan, make_plan
+from lightning_prehab.plan import CompressionPlan, LayerPlan
+from lightning_prehab.planning import make_plan
 from lightning_prehab.rank_policies import ParameterBudget, RankRatio
 from lightning_prehab.regularizers import StableRank, TailEnergy
 from lightning_prehab.report import CompressionReport

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_prehab.calibration import collect_statistics
 from lightning_prehab.factorizations import SVD, Factorization, KroneckerSVD
-from lightning_prehab.plan import check_method, make_plan
+from lightning_prehab.planning import check_method, make_plan
 from lightning_prehab.rank_policies import RankPolicy
 from lightning_prehab.report import CompressionReport
 from lightning_prehab.surgery import apply_plan_

@@ -22,6 +22,7 @@ FLOORS = {
     "targets": 2,
     "calibration": 2,
     "plan": 2,
+    "planning": 2,
     "surgery": 2,
     "report": 2,
     "compress": 2,

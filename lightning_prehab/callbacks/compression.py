@@ -39,14 +39,8 @@ from lightning_prehab.callbacks._trainer import (
 from lightning_prehab.errors import ArgumentError, UnsupportedError
 from lightning_prehab.factorizations import Factorization, Factors, KroneckerSVD
 from lightning_prehab.layers import LowRankLinear
-from lightning_prehab.plan import (
-    CompressionPlan,
-    RankOverride,
-    check_method,
-    check_wish,
-    default_policy,
-    make_plan,
-)
+from lightning_prehab.plan import CompressionPlan
+from lightning_prehab.planning import RankOverride, check_method, check_wish, default_policy, make_plan
 from lightning_prehab.rank_policies import RankPolicy
 from lightning_prehab.report import CompressionReport
 from lightning_prehab.statistics import LayerStatistics

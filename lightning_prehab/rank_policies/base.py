@@ -2,13 +2,26 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_prehab.errors import ArgumentError
+
+
+class Probe(NamedTuple):
+    """The measured effect of cutting one layer alone.
+
+    Attributes:
+        rank: Rank that the layer was cut to.
+        loss_increase: What the cut did to the loss, or to the output (KL divergence per sample); not negative.
+    """
+
+    rank: int
+    loss_increase: float
 
 
 @dataclass(frozen=True)
@@ -23,7 +36,12 @@ class LayerChoices:
             CPU.
         ranks: Ranks that may be chosen, ascending, none above break-even.
         dense: Whether the layer may also stay dense.
-        new_bias: Parameters of a bias that a cut adds.
+        new_bias: Parameters that a cut adds beside the two factors: a new bias, the values of a sparse part.
+        components: Predicted change of the loss when component ``i`` alone is removed, to first order and with its sign,
+            shape ``(min(m, n),)``; None unless the policy asks for weight gradients.
+        probe: Measured effect of a small cut of this layer alone, or None.
+        positions: Tokens that go through the layer per sample; FLOPs are parameters times positions.
+        latencies: Measured seconds at some ranks and dense (None), or None.
     """
 
     name: str
@@ -33,6 +51,10 @@ class LayerChoices:
     ranks: tuple[int, ...]
     dense: bool = True
     new_bias: int = 0
+    components: Tensor | None = None
+    probe: "Probe | None" = None
+    positions: float = 1.0
+    latencies: Mapping[int | None, float] | None = None
 
     def options(self, min_rank: int = 1) -> tuple[int | None, ...]:
         """Ranks of at least ``min_rank`` (or the largest there is), then None for dense where that is allowed."""
@@ -51,7 +73,15 @@ class LayerChoices:
 
 
 class RankPolicy(ABC):
-    """Chooses a rank for each target. Subclasses are frozen dataclasses that check their own fields."""
+    """Chooses a rank for each target. Subclasses are frozen dataclasses that check their own fields.
+
+    Attributes:
+        needs_weight_gradients: The policy reads :attr:`LayerChoices.components`.
+        needs_probes: The policy reads :attr:`LayerChoices.probe`.
+    """
+
+    needs_weight_gradients: ClassVar[bool] = False
+    needs_probes: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, layers: Sequence[LayerChoices]) -> dict[str, int | None]:
