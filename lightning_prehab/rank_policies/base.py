@@ -37,7 +37,7 @@ class LayerChoices:
         ranks: Ranks that may be chosen, ascending, none above break-even.
         dense: Whether the layer may also stay dense.
         new_bias: Parameters that a cut adds beside the two factors: a new bias, the values of a sparse part.
-        components: Predicted change of the loss when component ``i`` alone is removed, to first order and with its sign,
+        components: Predicted change of the loss when component ``i`` alone is removed, first order, with its sign;
             shape ``(min(m, n),)``; None unless the policy asks for weight gradients.
         probe: Measured effect of a small cut of this layer alone, or None.
         positions: Tokens that go through the layer per sample; FLOPs are parameters times positions.
