@@ -4,12 +4,12 @@ from lightning_prehab.calibration import collect_statistics
 from lightning_prehab.callbacks import CompressionCallback, PrehabCallback, RehabSchedule
 from lightning_prehab.compress import compress_
 from lightning_prehab.errors import PrehabError
-from lightning_prehab.factorizations import SVD, KroneckerSVD, WhitenedSVD
+from lightning_prehab.factorizations import SVD, ActivationSVD, FisherSVD, KroneckerSVD, WhitenedSVD
 from lightning_prehab.layers import LowRankLinear
 from lightning_prehab.loading import LowRankCheckpointMixin, load_from_checkpoint
 from lightning_prehab.plan import CompressionPlan, LayerPlan
 from lightning_prehab.planning import make_plan
-from lightning_prehab.rank_policies import ParameterBudget, RankRatio
+from lightning_prehab.rank_policies import EnergyThreshold, ParameterBudget, ProbeBudget, RankRatio, ZeroSum
 from lightning_prehab.regularizers import StableRank, TailEnergy
 from lightning_prehab.report import CompressionReport
 from lightning_prehab.serialization import load_compressed, save_compressed
@@ -19,9 +19,12 @@ from lightning_prehab.targets import find_targets
 
 __all__ = [
     "SVD",
+    "ActivationSVD",
     "CompressionCallback",
     "CompressionPlan",
     "CompressionReport",
+    "EnergyThreshold",
+    "FisherSVD",
     "KroneckerSVD",
     "LayerPlan",
     "LayerStatistics",
@@ -30,11 +33,13 @@ __all__ = [
     "ParameterBudget",
     "PrehabCallback",
     "PrehabError",
+    "ProbeBudget",
     "RankRatio",
     "RehabSchedule",
     "StableRank",
     "TailEnergy",
     "WhitenedSVD",
+    "ZeroSum",
     "apply_plan_",
     "collect_statistics",
     "compress_",

@@ -1,18 +1,29 @@
 """The whole way in one call, for people without a Trainer."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prehab.calibration import collect_statistics
-from lightning_prehab.factorizations import SVD, Factorization, KroneckerSVD
-from lightning_prehab.planning import check_method, make_plan
+from lightning_prehab.errors import ArgumentError
+from lightning_prehab.factorizations import SVD, Decomposition, Factorization, KroneckerSVD
+from lightning_prehab.planning import (
+    check_method,
+    check_wish,
+    default_policy,
+    plan_ranks,
+    require_targets,
+    usable_targets,
+    wanted_statistics,
+)
+from lightning_prehab.probes import measure_probes
 from lightning_prehab.rank_policies import RankPolicy
 from lightning_prehab.report import CompressionReport
-from lightning_prehab.surgery import apply_plan_
-from lightning_prehab.targets import Patterns, find_targets
+from lightning_prehab.spectra import Spectrum, decompose_targets, spectrum
+from lightning_prehab.surgery import compute_factors, swap_
+from lightning_prehab.targets import Patterns, Targets, find_targets
 
 
 def compress_(
@@ -25,6 +36,8 @@ def compress_(
     target_modules: Patterns = None,
     exclude_modules: Patterns = None,
     optimizers: Iterable[torch.optim.Optimizer] = (),
+    *,
+    layers_at_once: int | None = None,
 ) -> CompressionReport:
     """Compresses a model in place: targets, statistics, plan, surgery.
 
@@ -39,6 +52,8 @@ def compress_(
         target_modules: Names or patterns of the layers to take; None takes all that can be cut.
         exclude_modules: Names or patterns of the layers to leave.
         optimizers: Optimizers that hold the weights; edited in place.
+        layers_at_once: Keep the statistics of so many layers in memory at a time, and run over the batches once for
+            each such block: for models whose Gram matrices do not fit. None keeps all, in one pass.
 
     Returns:
         The report; print it.
@@ -52,11 +67,44 @@ def compress_(
     (True, 'LowRankLinear')
     """
     check_method(factorization, policy)
+    if layers_at_once is not None and layers_at_once < 1:
+        raise ArgumentError(f"layers_at_once must be at least 1, got {layers_at_once}.")
     targets = find_targets(model, target_modules, exclude_modules)
     if factorization is None:
         factorization = SVD() if batches is None else KroneckerSVD()
-    statistics = None
-    if batches is not None and factorization.needs_statistics:
-        statistics = collect_statistics(model, targets, batches, forward=loss, gradients=factorization.needs_gradients)
-    plan = make_plan(targets, keep if policy is None else policy, factorization, statistics)
-    return apply_plan_(model, plan, statistics, optimizers)
+    policy = default_policy(keep, factorization) if policy is None else policy
+    check_wish(targets, policy, factorization)
+    several_passes = policy.needs_probes or layers_at_once is not None
+    if several_passes and batches is not None and not isinstance(batches, Tensor | Sequence):
+        batches = list(batches) if iter(batches) is batches else batches
+
+    usable = Targets({}, targets.skipped, targets.model_parameters)
+    decompositions: dict[str, Decomposition] = {}
+    spectra: dict[str, Spectrum] = {}
+    for block in _blocks(targets, layers_at_once):
+        statistics = None
+        wanted = wanted_statistics(factorization, policy)
+        if batches is not None and any(wanted):
+            statistics = collect_statistics(model, block, batches, forward=loss, wanted=wanted)
+        found = usable_targets(block, policy, factorization, statistics)
+        usable.update(found)
+        usable.skipped |= found.skipped
+        for name, decomposition in decompose_targets(found, factorization, statistics).items():
+            decompositions[name] = decomposition
+            spectra[name] = spectrum(decomposition, (statistics or {}).get(name), policy.needs_weight_gradients)
+    require_targets(usable)
+
+    probes = None
+    if policy.needs_probes and batches is not None:
+        probes = measure_probes(
+            model, usable, lambda name, rank: decompositions[name].factors(rank), batches, forward=loss
+        )
+    plan = plan_ranks(targets, usable, policy, factorization, spectra, probes=probes)
+    return swap_(model, plan, compute_factors(model, plan, decompositions=decompositions), optimizers)
+
+
+def _blocks(targets: Targets, size: int | None) -> list[Targets]:
+    names = list(targets)
+    size = len(names) if size is None else size
+    chunks = [names[start : start + size] for start in range(0, len(names), size)]
+    return [Targets({name: targets[name] for name in chunk}, {}, None) for chunk in chunks]

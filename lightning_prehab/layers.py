@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lightning_prehab.decomposition import weighted_low_rank
 from lightning_prehab.errors import ArgumentError
-from lightning_prehab.linalg import weighted_low_rank
 
 
 class LowRankLinear(nn.Module):

@@ -30,30 +30,31 @@ def require_finite(tensor: Tensor, what: str) -> None:
         raise NumericalError(f"{what} has {bad} NaN or Inf entries out of {tensor.numel()}.")
 
 
-def symmetric_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of a symmetric positive semi-definite matrix, in float64.
+def symmetric_eigh(gram: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of symmetric positive semi-definite matrices.
 
-    The ladder: check that the input is finite, symmetrize, solve in float64 on the device of the input, then on the
-    CPU, and raise if both fail.
+    The ladder: check that the input is finite, symmetrize, solve on the device of the input, then on the CPU, and raise
+    if both fail.
 
     Args:
-        gram: Shape ``(k, k)``, any floating dtype.
+        gram: Shape ``(..., k, k)``, any floating dtype.
+        dtype: Of the solution: float64, or float32.
 
     Returns:
-        Eigenvalues ``(k,)``, descending and clamped to >= 0, and eigenvectors ``(k, k)`` in columns, both float64 on
-        the device of the input (on the CPU where the device has no float64).
+        Eigenvalues ``(..., k)``, descending and clamped to >= 0, and eigenvectors ``(..., k, k)`` in columns, on the
+        device of the input (on the CPU where the device has no float64).
 
     Raises:
-        NumericalError: If the matrix is not finite or no solver converges.
+        NumericalError: If a matrix is not finite or no solver converges.
     """
     require_finite(gram, "The Gram matrix")
-    wide = to_float64(gram)
-    wide = (wide + wide.mT) / 2
+    gram = to_float64(gram) if dtype == torch.float64 else gram.detach().to(dtype)
+    gram = (gram + gram.mT) / 2
     try:
-        values, vectors = torch.linalg.eigh(wide)
+        values, vectors = torch.linalg.eigh(gram)
     except RuntimeError:
         try:
-            values, vectors = (part.to(wide.device) for part in torch.linalg.eigh(wide.cpu()))
+            values, vectors = (part.to(gram.device) for part in torch.linalg.eigh(gram.cpu()))
         except RuntimeError as error:
             raise NumericalError(f"The eigendecomposition of a {tuple(gram.shape)} matrix did not converge.") from error
     return values.flip(-1).clamp_min(0.0), vectors.flip(-1)
@@ -104,92 +105,40 @@ def shrink(gram: Tensor, amount: float) -> Tensor:
     return shrunk
 
 
+def shrinkage_intensity(first: Tensor, second: Tensor, share: float) -> float:
+    """How much a second moment should be shrunk, from its two halves: noise over what shrinking would remove.
+
+    The difference of the halves shows the sampling noise of the whole; the distance of the whole from a multiple of the
+    identity bounds what there is to gain (Ledoit and Wolf, 2004, https://doi.org/10.1016/S0047-259X(03)00096-4; they
+    estimate the noise from single samples, which are not independent here: tokens of a text, patches of an image).
+
+    Args:
+        first: Second moment over one part of the data, shape ``(k, k)``.
+        second: Second moment over the other part.
+        share: Share of the data in the first part, in (0, 1).
+
+    Returns:
+        The amount for :func:`shrink`, in [0, 1].
+
+    >>> shrinkage_intensity(torch.diag(torch.tensor([3.0, 1.0])), torch.diag(torch.tensor([3.0, 1.0])), 0.5)
+    0.0
+    """
+    first, second = to_float64(first), to_float64(second)
+    whole = share * first + (1.0 - share) * second
+    noise = share * (1.0 - share) * (first - second).square().sum()
+    spread = (whole - shrink(whole, 1.0)).square().sum()
+    return float((noise / spread.clamp_min(torch.finfo(spread.dtype).tiny)).clamp_max(1.0))
+
+
 def singular_values(matrix: Tensor) -> Tensor:
     """Singular values through the smaller Gram matrix: shape ``(min(m, n),)``, float64, descending.
 
     Values below about 1e-8 of the largest drown in rounding: the Gram matrix squares the condition number.
     """
     require_finite(matrix, "The matrix")
-    wide = to_float64(matrix)
-    gram = wide @ wide.mT if wide.shape[0] <= wide.shape[1] else wide.mT @ wide
+    matrix = to_float64(matrix)
+    gram = matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
     return symmetric_eigh(gram)[0].sqrt()
-
-
-def weighted_low_rank(
-    weight: Tensor, rank: int, left_gram: Tensor | None = None, right_gram: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Best approximation ``B A`` of rank ``rank`` in the metric ``trace(G (W - BA) C (W - BA)^T)``.
-
-    With ``L L^T = G`` and ``R R^T = C`` this is the truncated SVD of ``L^T W R``, mapped back (Eckart and Young, 1936).
-    Only the eigenvectors of the *smaller* Gram matrix of ``L^T W R`` are needed, and the root of the metric of that
-    side
-    alone: for ``m <= n``, ``BA = L^-T U_r U_r^T L^T W`` with ``U`` from ``L^T W C W^T L``; otherwise the transposed
-        formula.
-
-    Args:
-        weight: ``W`` of shape ``(m, n)``.
-        rank: ``r`` in ``[1, min(m, n)]``.
-        left_gram: ``G`` of shape ``(m, m)``, or None for the identity.
-        right_gram: ``C`` of shape ``(n, n)``, or None for the identity.
-
-    Returns:
-        ``A`` of shape ``(r, n)`` and ``B`` of shape ``(m, r)`` in float64, the components ordered by importance in the
-        metric. Row ``i`` of ``A`` and column ``i`` of ``B`` have the same norm: balanced factors train better.
-
-    Raises:
-        NumericalError: If an input is not finite or a decomposition does not converge.
-    """
-    if not 1 <= rank <= min(weight.shape):
-        raise ArgumentError(f"Rank {rank} is outside [1, {min(weight.shape)}] for a {tuple(weight.shape)} matrix.")
-    require_finite(weight, "The weight")
-    wide = to_float64(weight)
-    if weight.shape[0] <= weight.shape[1]:
-        a, b = _truncate_rows(wide, rank, left_gram, right_gram)
-    else:
-        b_transposed, a_transposed = _truncate_rows(wide.mT, rank, right_gram, left_gram)
-        a, b = a_transposed.mT, b_transposed.mT
-    scale = (a.norm(dim=1) / b.norm(dim=0)).sqrt()
-    scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, torch.ones_like(scale))
-    return a / scale[:, None], b * scale
-
-
-def weighted_singular_values(
-    weight: Tensor, left_gram: Tensor | None = None, right_gram: Tensor | None = None
-) -> Tensor:
-    """Singular values of ``L^T W R`` with ``L L^T = G``, ``R R^T = C``: shape ``(min(m, n),)``, float64, descending.
-
-    The sum of squares beyond ``r`` is the error of :func:`weighted_low_rank` at rank ``r`` in its metric.
-    """
-    require_finite(weight, "The weight")
-    wide = to_float64(weight)
-    if weight.shape[0] <= weight.shape[1]:
-        gram, _ = _row_gram(wide, left_gram, right_gram)
-    else:
-        gram, _ = _row_gram(wide.mT, right_gram, left_gram)
-    return symmetric_eigh(gram)[0].sqrt()
-
-
-def _truncate_rows(
-    wide: Tensor, rank: int, left_gram: Tensor | None, right_gram: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``(A, B)`` for a matrix with at most as many rows as columns."""
-    gram, roots = _row_gram(wide, left_gram, right_gram)
-    basis = symmetric_eigh(gram)[1][:, :rank]
-    if roots is None:
-        return basis.mT @ wide, basis
-    root, inverse = roots
-    return basis.mT @ (root @ wide), inverse @ basis
-
-
-def _row_gram(
-    wide: Tensor, left_gram: Tensor | None, right_gram: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """``L W C W^T L`` and, if there is a left metric, ``(L, L^-1)``."""
-    gram = wide @ wide.mT if right_gram is None else wide @ to_float64(right_gram) @ wide.mT
-    if left_gram is None:
-        return gram, None
-    root, inverse = gram_root(left_gram)
-    return root @ gram @ root, (root, inverse)
 
 
 def stable_rank(matrix: Tensor) -> Tensor:

@@ -1,17 +1,18 @@
 """Decides what will happen to each layer; nothing is changed here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prehab.errors import ArgumentError, PlanError, PrehabError
+from lightning_prehab.errors import ArgumentError, PlanError
 from lightning_prehab.factorizations import Factorization, KroneckerSVD
-from lightning_prehab.linalg import break_even_rank
+from lightning_prehab.latency import measure_latencies
 from lightning_prehab.plan import CompressionPlan, LayerPlan
-from lightning_prehab.rank_policies import LayerChoices, ParameterBudget, RankPolicy, RankRatio
-from lightning_prehab.rank_policies.base import parameter_budget
-from lightning_prehab.statistics import LayerStatistics
+from lightning_prehab.rank_policies import LayerChoices, ParameterBudget, Probe, RankPolicy, RankRatio
+from lightning_prehab.spectra import Spectrum, decompose_targets, spectrum
+from lightning_prehab.statistics import LayerStatistics, Wanted
 from lightning_prehab.targets import Targets, match_names
 
 #: For a layer: a rank (int), a share of its parameters (float), or "dense".
@@ -30,6 +31,8 @@ def make_plan(
     statistics: Mapping[str, LayerStatistics] | None = None,
     rank_overrides: Mapping[str, RankOverride] | None = None,
     rank_multiple_of: int = 1,
+    *,
+    probes: Mapping[str, Probe] | None = None,
 ) -> CompressionPlan:
     """Decides the rank of each target. The model is not changed.
 
@@ -43,6 +46,7 @@ def make_plan(
         rank_overrides: ``{pattern: rank}``: an int is a rank, a float a share of the layer's parameters, ``"dense"``
             keeps the layer. Later patterns win.
         rank_multiple_of: Ranks are multiples of this; layers whose break-even rank is smaller than it are free.
+        probes: ``{name: Probe}`` for policies that read them; see :func:`~lightning_prehab.probes.measure_probes`.
 
     Returns:
         The plan; its achieved ``keep`` is never above the asked one.
@@ -52,36 +56,92 @@ def make_plan(
         PlanError: If the wish cannot be met.
         NumericalError: If a weight or a statistic is not finite (the layer is named).
     """
-    if factorization is None:
-        factorization = KroneckerSVD()
+    factorization = KroneckerSVD() if factorization is None else factorization
     check_method(factorization, None)
     policy = policy_or_keep if isinstance(policy_or_keep, RankPolicy) else default_policy(policy_or_keep, factorization)
-    if rank_multiple_of < 1:
-        raise ArgumentError(f"rank_multiple_of must be at least 1, got {rank_multiple_of}.")
-    if factorization.needs_statistics and statistics is None:
-        raise PlanError(f"{factorization} needs calibration statistics; pass batches, or choose SVD().")
+    check_wish(targets, policy, factorization, rank_overrides, rank_multiple_of)
+    usable = usable_targets(targets, policy, factorization, statistics)
+    require_targets(usable)
+    spectra = {}
+    for name, decomposition in decompose_targets(usable, factorization, statistics).items():
+        spectra[name] = spectrum(decomposition, (statistics or {}).get(name), policy.needs_weight_gradients)
+    return plan_ranks(targets, usable, policy, factorization, spectra, rank_overrides, rank_multiple_of, probes=probes)
 
+
+def usable_targets(
+    targets: Mapping[str, nn.Linear],
+    policy: RankPolicy,
+    factorization: Factorization,
+    statistics: Mapping[str, LayerStatistics] | None,
+) -> Targets:
+    """The targets whose statistics suffice; the others are listed as skipped, with the reason.
+
+    Raises:
+        PlanError: If there are no statistics though they are needed.
+    """
+    wanted = wanted_statistics(factorization, policy)
     skipped = dict(targets.skipped) if isinstance(targets, Targets) else {}
     usable = dict(targets)
-    if factorization.needs_statistics:
+    if any(wanted):
+        if statistics is None:
+            who = factorization if factorization.needs_statistics else policy
+            raise PlanError(f"{who} needs calibration statistics; pass batches, or choose SVD().")
         for name in targets:
-            reason = _unusable(name, statistics, factorization)
-            if reason is not None:
-                skipped[name] = reason
-                del usable[name]
-    if not usable:
-        raise PlanError(f"No target can be cut: {'; '.join(f'{name}: {why}' for name, why in skipped.items())}.")
+            reason = "no statistics were collected for it"
+            if name in statistics and (reason := statistics[name].missing(wanted) or "") == "":
+                continue
+            skipped[name] = reason
+            del usable[name]
+    return Targets(usable, skipped, getattr(targets, "model_parameters", None))
 
-    overrides = _resolve_overrides(rank_overrides or {}, targets)
-    choices = []
-    for name, layer in usable.items():
-        spectrum = _spectrum(name, layer, factorization, statistics)
-        choices.append(_choices(name, layer, spectrum, factorization, overrides.get(name), rank_multiple_of))
+
+def require_targets(usable: Targets) -> None:
+    """Raises :class:`PlanError` with all reasons if there is nothing to cut."""
+    if not usable:
+        reasons = "; ".join(f"{name}: {why}" for name, why in usable.skipped.items())
+        raise PlanError(f"No target can be cut: {reasons}.")
+
+
+def plan_ranks(
+    targets: Mapping[str, nn.Linear],
+    usable: Targets,
+    policy: RankPolicy,
+    factorization: Factorization,
+    spectra: Mapping[str, Spectrum],
+    rank_overrides: Mapping[str, RankOverride] | None = None,
+    rank_multiple_of: int = 1,
+    *,
+    probes: Mapping[str, Probe] | None = None,
+) -> CompressionPlan:
+    """The last step of :func:`make_plan`, for callers that have decomposed the usable targets themselves."""
+    overrides = _resolve_overrides(rank_overrides or {}, targets, factorization)
+    policy = policy.for_model(_dense_parameters(usable.values()), usable.model_parameters)
+    latencies = {}
+    if policy.needs_latencies:
+        latencies = measure_latencies(usable, getattr(policy, "latency_tokens", 1024))
+    choices = [
+        replace(
+            _choices(name, layer, spectra[name].singular_values, factorization, overrides.get(name), rank_multiple_of),
+            components=spectra[name].components,
+            positions=spectra[name].positions,
+            probe=(probes or {}).get(name),
+            latencies=latencies.get(name),
+        )
+        for name, layer in usable.items()
+    ]
     ranks = policy(choices)
-    layers = tuple(_layer_plan(layer, ranks[layer.name], overrides.get(layer.name)) for layer in choices)
-    plan = CompressionPlan(layers, factorization, skipped, getattr(targets, "model_parameters", None))
-    _require_budget(policy, choices, plan.parameters)
+    layers = tuple(
+        _layer_plan(layer, ranks[layer.name], overrides.get(layer.name), factorization.comparable) for layer in choices
+    )
+    plan = CompressionPlan(layers, factorization, usable.skipped, usable.model_parameters)
+    _require_budget(policy, choices, plan)
     return plan
+
+
+def wanted_statistics(factorization: Factorization, policy: RankPolicy) -> Wanted:
+    """What calibration has to collect for a method and a policy."""
+    gradients = policy.needs_weight_gradients
+    return factorization.wanted.union(Wanted(gradients or policy.needs_positions, weight_gradients=gradients))
 
 
 def check_wish(
@@ -92,25 +152,30 @@ def check_wish(
     rank_multiple_of: int = 1,
 ) -> None:
     """Raises what :func:`make_plan` would raise whatever the weights are: wrong overrides, too small a budget."""
-    overrides = _resolve_overrides(rank_overrides or {}, targets)
+    if rank_multiple_of < 1:
+        raise ArgumentError(f"rank_multiple_of must be at least 1, got {rank_multiple_of}.")
+    overrides = _resolve_overrides(rank_overrides or {}, targets, factorization)
+    policy = policy.for_model(_dense_parameters(targets.values()), getattr(targets, "model_parameters", None))
     choices = []
     for name, layer in targets.items():
         flat = torch.ones(min(layer.out_features, layer.in_features), dtype=torch.float64)
         choices.append(_choices(name, layer, flat, factorization, overrides.get(name), rank_multiple_of))
-    ranks = policy(choices)
-    _require_budget(policy, choices, sum(layer.parameters(ranks[layer.name]) for layer in choices))
+    policy.check(choices)
 
 
-def _require_budget(policy: RankPolicy, choices: Sequence[LayerChoices], parameters: int) -> None:
-    """Raises :class:`PlanError` if a policy that promises to keep a share has chosen more."""
-    keep = getattr(policy, "keep", None)
-    if isinstance(keep, int | float) and parameters > parameter_budget(choices, keep):
-        dense = sum(layer.parameters(None) for layer in choices)
+def _dense_parameters(layers: Iterable[nn.Linear]) -> int:
+    return sum(layer.out_features * layer.in_features for layer in layers)
+
+
+def _require_budget(policy: RankPolicy, choices: Sequence[LayerChoices], plan: CompressionPlan) -> None:
+    """Raises :class:`PlanError` if a policy has chosen more than it promises to keep."""
+    limit = policy.parameter_limit(choices)
+    if limit is not None and plan.parameters > limit:
         raise PlanError(
-            f"The asked keep of {keep} cannot be met: the smallest choice holds {parameters:,} of {dense:,} parameters "
-            f"(keep {parameters / dense:.4f}). Raise keep, lower rank_multiple_of or the overridden ranks, or exclude "
-            "small layers with exclude_modules. (RankRatio takes nothing from other layers for what an override adds; "
-            "ParameterBudget does.)"
+            f"{policy} allows {limit:,} parameters, the smallest choice holds {plan.parameters:,} of "
+            f"{plan.dense_parameters:,} (keep {plan.keep:.4f}). Raise keep, lower rank_multiple_of or the overridden "
+            "ranks, or exclude small layers with exclude_modules. (RankRatio takes nothing from other layers for what "
+            "an override adds; ParameterBudget does.)"
         )
 
 
@@ -120,22 +185,6 @@ def check_method(factorization: object, policy: object) -> None:
         if value is not None and not isinstance(value, kind):
             hint = f"; write {value.__name__}(...)" if isinstance(value, type) else ""
             raise ArgumentError(f"Expected a {kind.__name__}, got {value!r}{hint}.")
-
-
-def _unusable(name: str, statistics: Mapping[str, LayerStatistics] | None, factorization: Factorization) -> str | None:
-    if statistics is None or name not in statistics:
-        return "no statistics were collected for it"
-    return statistics[name].missing(gradients=factorization.needs_gradients)
-
-
-def _spectrum(
-    name: str, layer: nn.Linear, factorization: Factorization, statistics: Mapping[str, LayerStatistics] | None
-) -> Tensor:
-    """The spectrum of one layer; errors name it."""
-    try:
-        return factorization.spectrum(layer.weight, statistics[name] if statistics and name in statistics else None)
-    except PrehabError as error:
-        raise type(error)(f"Layer {name!r} ({layer.out_features}x{layer.in_features}): {error}") from error
 
 
 def _choices(
@@ -148,47 +197,55 @@ def _choices(
 ) -> LayerChoices:
     """What a rank policy may choose from for one layer."""
     m, n = layer.out_features, layer.in_features
-    new_bias = m if factorization.adds_bias and layer._parameters["bias"] is None else 0
+    new_bias = _new_bias(layer, factorization)
     if override == "dense":
         ranks: tuple[int, ...] = ()
     elif isinstance(override, int):
         ranks = (override,)
     else:
-        limit = max(m * n - new_bias - 1, 0) // (m + n)  # the break-even rank, with the new bias counted
+        limit = _limit(layer, factorization)
         ranks = tuple(range(multiple, limit + 1, multiple)) or tuple(range(1, limit + 1))
     dense = override is None or override == "dense"
     return LayerChoices(name, m, n, spectrum.detach().to("cpu", torch.float64), ranks, dense, new_bias)
 
 
-def _layer_plan(layer: LayerChoices, rank: int | None, override: int | str | None) -> LayerPlan:
-    reason = None
+def _layer_plan(layer: LayerChoices, rank: int | None, override: int | str | None, comparable: bool) -> LayerPlan:
+    m, n = layer.out_features, layer.in_features
     if rank is None:
         reason = "rank_overrides" if override == "dense" else "every rank below break-even costs more than it saves"
+        increase = 0.0 if comparable else None
+        return LayerPlan(layer.name, m, n, None, 0.0, reason, layer.new_bias, loss_increase=increase)
     retained = layer.retained()
-    dropped = 0.0 if rank is None else float((1.0 - retained[rank] / retained[-1].clamp_min(1e-300)).clamp(0.0, 1.0))
-    return LayerPlan(
-        layer.name,
-        layer.out_features,
-        layer.in_features,
-        rank,
-        dropped**0.5,
-        reason,
-        0 if rank is None else layer.new_bias,
-    )
+    dropped = float((retained[-1] - retained[rank]).clamp_min(0.0))
+    error = min(dropped / max(float(retained[-1]), 1e-300), 1.0) ** 0.5
+    increase = 0.5 * dropped if comparable else None
+    return LayerPlan(layer.name, m, n, rank, error, new_bias=layer.new_bias, loss_increase=increase)
 
 
-def _resolve_overrides(overrides: Mapping[str, RankOverride], targets: Mapping[str, nn.Linear]) -> dict[str, int | str]:
+def _new_bias(layer: nn.Linear, factorization: Factorization) -> int:
+    """Parameters of the bias that a cut adds."""
+    return layer.out_features if factorization.adds_bias and layer._parameters["bias"] is None else 0
+
+
+def _limit(layer: nn.Linear, factorization: Factorization) -> int:
+    """The break-even rank, with a new bias counted."""
+    m, n = layer.out_features, layer.in_features
+    return max(m * n - _new_bias(layer, factorization) - 1, 0) // (m + n)
+
+
+def _resolve_overrides(
+    overrides: Mapping[str, RankOverride], targets: Mapping[str, nn.Linear], factorization: Factorization
+) -> dict[str, int | str]:
     """A rank or "dense" for each layer that a pattern names."""
     resolved: dict[str, int | str] = {}
     for pattern, wish in overrides.items():
         for name in match_names(pattern, list(targets), "rank_overrides"):
-            resolved[name] = _resolve_override(name, wish, targets[name])
+            resolved[name] = _resolve_override(name, wish, targets[name], _limit(targets[name], factorization))
     return resolved
 
 
-def _resolve_override(name: str, wish: RankOverride, layer: nn.Linear) -> int | str:
+def _resolve_override(name: str, wish: RankOverride, layer: nn.Linear, limit: int) -> int | str:
     m, n = layer.out_features, layer.in_features
-    limit = break_even_rank(m, n)
     if wish == "dense":
         return "dense"
     if isinstance(wish, float) and 0.0 < wish < 1.0:

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_prehab.errors import CheckpointError
 from lightning_prehab.factorizations import Factorization
 from lightning_prehab.plan import CompressionPlan, LayerPlan
-from lightning_prehab.tables import format_table
+from lightning_prehab.tables import Table, format_loss, format_number
+
+if TYPE_CHECKING:
+    import rich.table
 
 #: Of the dictionary form.
 VERSION = 1
@@ -53,6 +56,7 @@ class CompressionReport:
             "model_keep": self.model_keep,
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
+            "loss_increase": self.plan.loss_increase,
             "layers": [
                 {
                     "name": layer.name,
@@ -60,7 +64,10 @@ class CompressionReport:
                     "rank": layer.rank,
                     "parameters_before": layer.dense_parameters,
                     "parameters_after": layer.parameters,
+                    "new_bias": layer.new_bias,
+                    "nonzeros": layer.nonzeros,
                     "predicted_error": layer.relative_error,
+                    "loss_increase": layer.loss_increase,
                     "weight_error": self.weight_errors.get(layer.name, 0.0),
                     "reason": layer.reason,
                 }
@@ -81,41 +88,57 @@ class CompressionReport:
                 f"A compression report of version {data.get('version')!r} cannot be read, only version {VERSION}; "
                 "update lightning_prehab."
             )
-        layers = tuple(
-            LayerPlan(
-                layer["name"],
-                m,
-                n,
-                layer["rank"],
-                relative_error=layer["predicted_error"],
-                reason=layer["reason"],
-                new_bias=0 if layer["rank"] is None else layer["parameters_after"] - layer["rank"] * (m + n),
-            )
-            for layer in data["layers"]
-            for m, n in [layer["shape"]]
-        )
+        layers = tuple(_read_layer(layer) for layer in data["layers"])
         plan = CompressionPlan(layers, factorization, data["skipped"], data["parameters_before"])
         errors = {layer["name"]: layer["weight_error"] for layer in data["layers"] if layer["rank"] is not None}
         return cls(plan, errors, data["parameters_before"], data["parameters_after"])
 
-    def __str__(self) -> str:
-        rows = [
-            [
-                layer.name,
-                f"{layer.out_features}x{layer.in_features}",
-                "dense" if layer.rank is None else str(layer.rank),
-                f"{layer.dense_parameters:,} -> {layer.parameters:,}",
-                "" if layer.rank is None else f"{layer.relative_error:.3f}",
-                "" if layer.rank is None else f"{self.weight_errors[layer.name]:.3f}",
-                layer.reason or "",
-            ]
-            for layer in self.plan.layers
-        ]
-        rows += [[name, "", "left", "", "", "", reason] for name, reason in self.plan.skipped.items()]
-        header = ["layer", "shape", "rank", "parameters", "error (metric)", "error (weight)", "why"]
-        return (
-            f"{format_table(header, rows)}\n"
+    def table(self) -> Table:
+        """A row for each target and each layer that was left out, and the totals."""
+        losses = any(layer.loss_increase is not None for layer in self.plan.layers)
+        columns = ["layer", "shape", "rank", "parameters", "error (metric)"]
+        columns += ["predicted loss increase"] if losses else []
+        rows = []
+        for layer in self.plan.layers:
+            cells = layer.cells()
+            cells["parameters"] = f"{cells['before']} -> {cells['after']}"
+            cells["error (metric)"] = cells.get("predicted error", "")
+            if layer.rank is not None:
+                cells["error (weight)"] = f"{self.weight_errors[layer.name]:.3f}"
+            rows.append(cells)
+        rows += [{"layer": name, "rank": "left", "why": reason} for name, reason in self.plan.skipped.items()]
+        footer = {
+            "layer": "total",
+            "parameters": f"{self.plan.dense_parameters:,} -> {self.plan.parameters:,}",
+            "predicted loss increase": format_number(self.plan.loss_increase, ".3g"),
+            "why": f"keep {self.keep:.3f}",
+        }
+        caption = (
             f"{self.plan.factorization}: targets {self.plan.dense_parameters:,} -> {self.plan.parameters:,} parameters "
             f"(keep {self.keep:.3f}); whole model {self.parameters_before:,} -> {self.parameters_after:,} parameters "
-            f"(keep {self.model_keep:.3f})"
+            f"(keep {self.model_keep:.3f}){format_loss(self.plan.loss_increase)}"
         )
+        return Table("Compression report", [*columns, "error (weight)", "why"], rows, footer, caption)
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def __rich__(self) -> "rich.table.Table":
+        return self.table().__rich__()
+
+
+def _read_layer(layer: Mapping[str, Any]) -> LayerPlan:
+    m, n = layer["shape"]
+    rank = layer["rank"]
+    beside_factors = 0 if rank is None else layer["parameters_after"] - rank * (m + n)
+    return LayerPlan(
+        layer["name"],
+        m,
+        n,
+        rank,
+        relative_error=layer["predicted_error"],
+        reason=layer["reason"],
+        new_bias=layer.get("new_bias", beside_factors),  # the first reports tell only the sum
+        nonzeros=layer.get("nonzeros", 0),
+        loss_increase=layer.get("loss_increase"),
+    )

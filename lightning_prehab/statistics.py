@@ -1,11 +1,42 @@
 """What calibration remembers of one layer: sums, so that batches, passes and processes merge exactly."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_prehab.errors import StatisticsError
+
+#: Sums over inputs, which layers that are fed by the same tensor may share.
+_INPUT_SUMS = ("tokens", "input_sum", "input_absolute_sum", "input_gram")
+_SUMS = (*_INPUT_SUMS, "samples", "gradient_gram", "weight_gradient", "fisher_rows", "fisher_columns")
+
+
+class Wanted(NamedTuple):
+    """What calibration has to collect.
+
+    Attributes:
+        inputs: Input sums.
+        gradients: ``sum g g^T``.
+        weight_gradients: Sums of the weight gradients of the batches and of their squares.
+        halves: The sums of every other batch alone too.
+    """
+
+    inputs: bool = False
+    gradients: bool = False
+    weight_gradients: bool = False
+    halves: bool = False
+
+    @property
+    def backward(self) -> bool:
+        """Whether a backward pass is needed."""
+        return self.gradients or self.weight_gradients
+
+    def union(self, other: "Wanted") -> "Wanted":
+        """What both want."""
+        return Wanted(*(mine or theirs for mine, theirs in zip(self, other, strict=True)))
 
 
 class LayerStatistics:
@@ -18,15 +49,26 @@ class LayerStatistics:
         in_features: ``n``, the size of ``x``.
         out_features: ``m``, the size of ``g``.
         gradients: Whether output gradients are summed too.
+        weight_gradients: Whether weight gradients and their squares are summed too.
+        halves: Whether the sums of every other batch are kept apart too, in ``half``.
         device: Where the sums live (float32; the counts int64).
 
     Attributes:
         tokens: Number of tokens, scalar.
         samples: Number of samples of all batches seen, whether or not they reached this layer, scalar.
         input_sum: ``sum x``, shape ``(n,)``.
+        input_absolute_sum: ``sum |x|``, shape ``(n,)``.
         input_gram: ``sum x x^T``, shape ``(n, n)``.
         gradient_gram: ``sum g g^T``, shape ``(m, m)``, or None.
+        weight_gradient: Gradient of the loss summed over the samples, shape ``(m, n)``, or None.
+        fisher_rows: Squared weight gradients of the batches, summed over batches and columns, shape ``(m,)``, or None.
+        fisher_columns: The same, summed over batches and rows, shape ``(n,)``, or None.
+        half: Statistics of every other batch, or None.
     """
+
+    weight_gradient: Tensor | None
+    fisher_rows: Tensor | None
+    fisher_columns: Tensor | None
 
     def __init__(
         self,
@@ -34,15 +76,23 @@ class LayerStatistics:
         out_features: int,
         *,
         gradients: bool = False,
+        weight_gradients: bool = False,
+        halves: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
+        m, n = out_features, in_features
         self.in_features = in_features
         self.out_features = out_features
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.samples = torch.zeros((), dtype=torch.int64, device=device)
-        self.input_sum = torch.zeros(in_features, device=device)
-        self.input_gram = torch.zeros(in_features, in_features, device=device)
-        self.gradient_gram = torch.zeros(out_features, out_features, device=device) if gradients else None
+        self.input_sum = torch.zeros(n, device=device)
+        self.input_absolute_sum = torch.zeros(n, device=device)
+        self.input_gram = torch.zeros(n, n, device=device)
+        self.gradient_gram = torch.zeros(m, m, device=device) if gradients else None
+        self.weight_gradient = torch.zeros(m, n, device=device) if weight_gradients else None
+        self.fisher_rows = torch.zeros(m, device=device) if weight_gradients else None
+        self.fisher_columns = torch.zeros(n, device=device) if weight_gradients else None
+        self.half = LayerStatistics(n, m, gradients=gradients, device=device) if halves else None
 
     def __repr__(self) -> str:
         gradients = self.gradient_gram is not None
@@ -52,24 +102,46 @@ class LayerStatistics:
         )
 
     @torch.no_grad()
-    def update_inputs(self, x: Tensor) -> None:
-        """Adds tokens: ``x`` of shape ``(tokens, n)``, any floating dtype."""
+    def update_inputs(self, x: Tensor, at_most: int | None = None) -> None:
+        """Adds tokens: ``x`` of shape ``(tokens, n)``, any floating dtype.
+
+        Args:
+            x: The tokens.
+            at_most: Estimate the Gram matrix from so many of them; see :func:`sample_by_energy`. All are counted.
+        """
         x = x.to(self.input_gram.dtype)
         self.tokens += x.shape[0]
         self.input_sum += x.sum(0)
+        self.input_absolute_sum += torch.linalg.vector_norm(x, 1, dim=0)
+        x = sample_by_energy(x, at_most)
         self.input_gram.addmm_(x.mT, x)
 
     @torch.no_grad()
-    def update_gradients(self, g: Tensor) -> None:
-        """Adds output gradients: ``g`` of shape ``(tokens, m)``, any floating dtype.
+    def update_gradients(self, g: Tensor, at_most: int | None = None) -> None:
+        """Adds output gradients: ``g`` of shape ``(tokens, m)``, any floating dtype; ``at_most`` as for the inputs.
 
         Raises:
             StatisticsError: If the object was made without ``gradients=True``.
         """
         if self.gradient_gram is None:
             raise StatisticsError("These statistics were made without output gradients; use gradients=True.")
-        g = g.to(self.gradient_gram.dtype)
+        g = sample_by_energy(g.to(self.gradient_gram.dtype), at_most)
         self.gradient_gram.addmm_(g.mT, g)
+
+    @torch.no_grad()
+    def update_weight_gradient(self, gradient: Tensor, samples: int) -> None:
+        """Adds the weight gradient of the mean loss of a batch: shape ``(m, n)``.
+
+        Raises:
+            StatisticsError: If the object was made without ``weight_gradients=True``.
+        """
+        if self.weight_gradient is None or self.fisher_rows is None or self.fisher_columns is None:
+            raise StatisticsError("These statistics were made without weight gradients; use weight_gradients=True.")
+        gradient = gradient.to(self.weight_gradient.dtype)
+        self.weight_gradient.add_(gradient, alpha=samples)
+        square = gradient.square()
+        self.fisher_rows += square.sum(1)
+        self.fisher_columns += square.sum(0)
 
     def add_samples(self, count: int) -> None:
         """Counts the samples of one batch."""
@@ -91,6 +163,14 @@ class LayerStatistics:
         """
         return self.input_sum / self._count(self.tokens, "input")
 
+    def input_mean_absolute(self) -> Tensor:
+        """``E[|x|]`` per token, shape ``(n,)``.
+
+        Raises:
+            StatisticsError: If no token was seen.
+        """
+        return self.input_absolute_sum / self._count(self.tokens, "input")
+
     def gradient_second_moment(self) -> Tensor:
         """``G = E[sum over the tokens of a sample of g g^T]``, shape ``(m, m)``.
 
@@ -105,25 +185,54 @@ class LayerStatistics:
             raise StatisticsError("Output gradients were not collected; collect statistics with gradients=True.")
         return self.gradient_gram / self._count(self.samples, "sample")
 
-    def missing(self, *, gradients: bool) -> str | None:
-        """Why a data-driven factorization cannot use these sums, or None if it can."""
+    def mean_weight_gradient(self) -> Tensor:
+        """Gradient of the mean loss in the weight, shape ``(m, n)``.
+
+        Raises:
+            StatisticsError: If weight gradients were not collected or no sample was seen.
+        """
+        if self.weight_gradient is None:
+            raise StatisticsError(_NO_WEIGHT_GRADIENTS)
+        return self.weight_gradient / self._count(self.samples, "sample")
+
+    def fisher(self) -> tuple[Tensor, Tensor]:
+        """Row and column sums of the squared weight gradients, shapes ``(m,)`` and ``(n,)``, summed over batches.
+
+        Raises:
+            StatisticsError: If weight gradients were not collected.
+        """
+        if self.fisher_rows is None or self.fisher_columns is None:
+            raise StatisticsError(_NO_WEIGHT_GRADIENTS)
+        return self.fisher_rows, self.fisher_columns
+
+    def missing(self, wanted: Wanted) -> str | None:
+        """Why a method that wants these sums cannot use them, or None if it can."""
         if int(self.tokens) == 0:
-            what = "no input with a gradient" if gradients else "no input"
+            what = "no input with a gradient" if wanted.backward else "no input"
             return f"{what} reached it during calibration"
         if float(self.input_gram.diagonal().sum()) == 0.0:
             return "its input was zero during calibration"
-        if gradients and self.gradient_gram is None:
-            return "its output gradients were not collected"
-        if gradients and self.gradient_gram is not None and float(self.gradient_gram.diagonal().sum()) == 0.0:
-            return "no output gradient reached it during calibration (frozen part of the model?)"
+        lacking = "no output gradient reached it during calibration (frozen part of the model?)"
+        if wanted.gradients:
+            if self.gradient_gram is None:
+                return "its output gradients were not collected"
+            if float(self.gradient_gram.diagonal().sum()) == 0.0:
+                return lacking
+        if wanted.weight_gradients:
+            if self.fisher_rows is None:
+                return "its weight gradients were not collected"
+            if float(self.fisher_rows.sum()) == 0.0:
+                return lacking
         return None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of all sums; whoever adds them over processes in place merges the statistics."""
-        for name in ("tokens", "samples", "input_sum", "input_gram", "gradient_gram"):
+        for name in _SUMS:
             tensor = getattr(self, name)
             if tensor is not None:
                 yield name, tensor
+        if self.half is not None:
+            yield from ((f"half.{name}", tensor) for name, tensor in self.half.tensors())
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copies of all sums by name: plain tensors for a checkpoint."""
@@ -150,6 +259,7 @@ class LayerStatistics:
         Raises:
             StatisticsError: If the shapes differ or only one of the two has gradients.
         """
+        self.unshare_inputs_()
         mine, theirs = dict(self.tensors()), dict(other.tensors())
         if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in theirs.items()}:
             raise StatisticsError(f"Cannot merge {other!r} into {self!r}: they describe different layers.")
@@ -157,8 +267,81 @@ class LayerStatistics:
             tensor.add_(theirs[name].to(tensor.device))
         return self
 
+    def same_inputs(self, other: "LayerStatistics") -> bool:
+        """Whether both have seen the same inputs so far, by their sums."""
+        pairs = [(getattr(self, name), getattr(other, name)) for name in _INPUT_SUMS]
+        if (self.half is None) != (other.half is None):
+            return False
+        halves = self.half is None or other.half is None or self.half.same_inputs(other.half)
+        return halves and all(mine.shape == theirs.shape and torch.equal(mine, theirs) for mine, theirs in pairs)
+
+    def share_inputs_(self, leader: "LayerStatistics") -> None:
+        """Lets go of the own input sums: from now on they are those of ``leader``, which is fed by the same tensor."""
+        for name in _INPUT_SUMS:
+            setattr(self, name, getattr(leader, name))
+        if self.half is not None and leader.half is not None:
+            self.half.share_inputs_(leader.half)
+
+    def unshare_inputs_(self, sums: Mapping[str, Tensor] | None = None) -> None:
+        """Makes the input sums the own ones again: copies, or those of a :meth:`snapshot` of the leader."""
+        for name in _INPUT_SUMS:
+            setattr(self, name, (getattr(self, name) if sums is None else sums[name]).clone())
+        if self.half is not None:
+            halves = {
+                key.removeprefix("half."): value for key, value in (sums or {}).items() if key.startswith("half.")
+            }
+            self.half.unshare_inputs_(halves or None)
+
     @staticmethod
     def _count(count: Tensor, what: str) -> Tensor:
         if int(count) == 0:
             raise StatisticsError(f"No {what} was seen; the statistics are empty.")
         return count
+
+
+_NO_WEIGHT_GRADIENTS = "Weight gradients were not collected; collect statistics with gradients=True."
+
+
+def statistics_bytes(shapes: Iterable[tuple[int, int]], wanted: Wanted) -> int:
+    """Bytes that the sums of some layers take at most; layers fed by the same tensor share some of them.
+
+    Args:
+        shapes: ``(out_features, in_features)`` of each layer.
+        wanted: What is collected.
+
+    >>> statistics_bytes([(10, 10)], Wanted(inputs=True)) // 4  # 10 x 10, two sums of 10
+    120
+    """
+    entries = 0
+    for m, n in shapes:
+        moments = n * n + 2 * n + (m * m if wanted.gradients else 0)
+        entries += moments * (2 if wanted.halves else 1) + (m * n + m + n if wanted.weight_gradients else 0)
+    return 4 * entries
+
+
+def sample_by_energy(rows: Tensor, at_most: int | None) -> Tensor:
+    """Fewer rows with nearly the same Gram matrix: the trace is exact, the rest unbiased up to the fixed order.
+
+    Rows are taken with probability proportional to their squared norm and scaled to compensate (Drineas, Kannan and
+    Mahoney, 2006, https://doi.org/10.1137/S0097539704442684), here by systematic sampling along a fixed shuffled order:
+    no random state, no synchronisation, and a few rows that carry all the energy are all taken.
+
+    Args:
+        rows: Shape ``(tokens, k)``.
+        at_most: Number of rows to return; None or a number of at least ``tokens`` returns the rows as they are.
+    """
+    if at_most is None or rows.shape[0] <= at_most:
+        return rows
+    order = _shuffled(rows.shape[0]).to(rows.device)
+    energy = torch.linalg.vector_norm(rows, dim=1).square()[order]
+    total = energy.sum()
+    marks = (torch.arange(at_most, dtype=energy.dtype, device=rows.device) + 0.5) * (total / at_most)
+    taken = torch.searchsorted(energy.cumsum(0), marks).clamp_max_(len(energy) - 1)
+    scale = (total / (at_most * energy[taken].clamp_min(torch.finfo(energy.dtype).tiny))).sqrt()
+    sampled: Tensor = rows[order[taken]] * scale[:, None]
+    return sampled
+
+
+@lru_cache(maxsize=64)
+def _shuffled(size: int) -> Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(size))

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prehab.errors import CheckpointError, NumericalError, PlanError, PrehabError, UnsupportedError
-from lightning_prehab.factorizations import Factors
+from lightning_prehab.errors import CheckpointError, NumericalError, PlanError, UnsupportedError
+from lightning_prehab.factorizations import Decomposition, Factors
 from lightning_prehab.layers import LowRankLinear
 from lightning_prehab.moments import factor_states
 from lightning_prehab.plan import CompressionPlan, LayerPlan
 from lightning_prehab.report import CompressionReport
+from lightning_prehab.spectra import decompose_targets, naming
 from lightning_prehab.statistics import LayerStatistics
 from lightning_prehab.targets import clean_name, count_parameters
 
@@ -53,15 +54,18 @@ def compute_factors(
     plan: CompressionPlan,
     statistics: Mapping[str, LayerStatistics] | None = None,
     names: Iterable[str] | None = None,
+    decompositions: Mapping[str, Decomposition] | None = None,
 ) -> dict[str, Factors]:
-    """Factors for the layers that the plan cuts (or for those of ``names``), in the dtype of their weights."""
+    """Factors for the layers that the plan cuts (or for those of ``names``), in the dtype of their weights.
+
+    Decompositions that planning has made already may be given; the others are made here.
+    """
     layers = _planned_layers(model, plan)
-    wanted = set(layers) if names is None else set(names)
-    return {
-        cut.name: _checked_factors(cut, layer, plan, None if statistics is None else statistics.get(cut.name))
-        for cut, layer in layers.values()
-        if cut.name in wanted
-    }
+    wanted = list(layers) if names is None else [name for name in layers if name in set(names)]
+    found = dict(decompositions or {})
+    missing = {name: layers[name][1] for name in wanted if name not in found}
+    found |= decompose_targets(missing, plan.factorization, statistics)
+    return {name: _checked_factors(*layers[name], plan, found[name]) for name in wanted}
 
 
 def swap_(
@@ -261,15 +265,11 @@ def _planned_layers(model: nn.Module, plan: CompressionPlan) -> dict[str, tuple[
     return found
 
 
-def _checked_factors(
-    cut: LayerPlan, layer: nn.Linear, plan: CompressionPlan, statistics: LayerStatistics | None
-) -> Factors:
+def _checked_factors(cut: LayerPlan, layer: nn.Linear, plan: CompressionPlan, decomposition: Decomposition) -> Factors:
     assert cut.rank is not None
     where = f"Layer {cut.name!r} ({cut.out_features}x{cut.in_features}): "
-    try:
-        a, b, shift = plan.factorization(layer.weight.detach(), cut.rank, statistics)
-    except PrehabError as error:
-        raise type(error)(f"{where}{error}") from error
+    with torch.no_grad(), naming(cut.name, layer):
+        a, b, shift = decomposition.factors(cut.rank)
     if a.shape != (cut.rank, cut.in_features) or b.shape != (cut.out_features, cut.rank):
         raise PlanError(
             f"{where}{plan.factorization} returned factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, "

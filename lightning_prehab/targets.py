@@ -24,10 +24,10 @@ class Targets(dict[str, nn.Linear]):
 
     Attributes:
         skipped: ``{name: reason}`` for the layers with a weight matrix that are not targets.
-        model_parameters: Number of parameters of the whole model, shared ones counted once.
+        model_parameters: Number of parameters of the whole model, shared ones counted once; None if it is not known.
     """
 
-    def __init__(self, layers: dict[str, nn.Linear], skipped: dict[str, str], model_parameters: int) -> None:
+    def __init__(self, layers: dict[str, nn.Linear], skipped: dict[str, str], model_parameters: int | None) -> None:
         super().__init__(layers)
         self.skipped = skipped
         self.model_parameters = model_parameters

@@ -9,6 +9,7 @@ PACKAGE = Path(lightning_prehab.__file__).parent
 FLOORS = {
     "errors": 0,
     "linalg": 0,
+    "decomposition": 0,
     "allocation": 0,
     "tables": 0,
     "__about__": 0,
@@ -22,16 +23,28 @@ FLOORS = {
     "targets": 2,
     "calibration": 2,
     "plan": 2,
+    "layer_plan": 2,
+    "documents": 1,
     "planning": 2,
     "surgery": 2,
     "report": 2,
     "compress": 2,
+    "spectra": 2,
+    "probes": 2,
+    "latency": 2,
     "serialization": 2,
     "callbacks": 3,
     "loading": 3,
     "__init__": 4,
 }
-EXTRAS = {("serialization.py", "safetensors")}
+#: rich and yaml: lightning brings yaml, and whoever prints with rich has it.
+EXTRAS = {
+    ("serialization.py", "safetensors"),
+    ("plan.py", "rich"),
+    ("report.py", "rich"),
+    ("tables.py", "rich"),
+    ("documents.py", "yaml"),
+}
 CORE = {"torch", "lightning", "torchmetrics", "lightning_prehab"}
 
 

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 import lightning_prehab as lp
 from lightning_prehab.calibration import Collector, batch_size, padding_mask
 from lightning_prehab.errors import ArgumentError, StatisticsError
+from lightning_prehab.statistics import Wanted
 
 
 def by_hand(model, x, y):
@@ -138,7 +139,7 @@ def test_the_model_is_left_as_it_was(mlp, data):
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_counts_each_token_once(reentrant):
     layer = nn.Linear(4, 4)
-    collector = Collector({"layer": layer}, gradients=True)
+    collector = Collector({"layer": layer}, Wanted(inputs=True, gradients=True))
     collector.attach()
     x = torch.randn(6, 4, requires_grad=True)
     collector.begin_batch(x)
@@ -149,7 +150,7 @@ def test_gradient_checkpointing_counts_each_token_once(reentrant):
 
 def test_only_counted_between_begin_and_end():
     layer = nn.Linear(4, 4)
-    collector = Collector({"layer": layer}, gradients=False)
+    collector = Collector({"layer": layer}, Wanted(inputs=True))
     collector.attach()
     layer(torch.randn(2, 4))
     collector.begin_batch(torch.zeros(3))
@@ -164,7 +165,7 @@ def test_only_counted_between_begin_and_end():
 def test_overflow_is_left_out_only_when_asked():
     for drop, tokens in ((True, 2), (False, 3)):
         layer = nn.Linear(4, 4)
-        collector = Collector({"layer": layer}, gradients=True, drop_overflow=drop)
+        collector = Collector({"layer": layer}, Wanted(inputs=True, gradients=True), drop_overflow=drop)
         collector.attach()
         collector.begin_batch(torch.zeros(3))
         (layer(torch.randn(3, 4)) * torch.tensor([[1.0], [float("inf")], [1.0]])).sum().backward()
@@ -174,12 +175,12 @@ def test_overflow_is_left_out_only_when_asked():
 
 def test_frozen_layers_are_reported_as_such():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    collector = Collector({"0": model[0]}, gradients=True)
+    collector = Collector({"0": model[0]}, Wanted(inputs=True, gradients=True))
     model.requires_grad_(False)
     collector.attach()
     collector.begin_batch(torch.zeros(3))
     model(torch.randn(3, 4))
-    assert "no output gradient" in collector.statistics["0"].missing(gradients=True)
+    assert "no output gradient" in collector.statistics["0"].missing(Wanted(inputs=True, gradients=True))
 
 
 def test_batch_size():
@@ -202,7 +203,7 @@ def test_an_input_that_is_changed_in_place_later(mlp):
             return h
 
     model, x = Residual(), torch.randn(32, 8)
-    collector = Collector({"fc": model.fc}, gradients=True)
+    collector = Collector({"fc": model.fc}, Wanted(inputs=True, gradients=True))
     collector.attach()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         collector.begin_batch(x)
@@ -255,3 +256,131 @@ def test_batches_keep_their_type():
         lp.collect_statistics(model, targets, [batch])
     with pytest.raises(ArgumentError, match="batches is one tensor"):
         lp.collect_statistics(model, targets, batch.x)
+
+
+class Attention(nn.Module):
+    """Queries, keys and values read one tensor; the output projection another."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(6, size) for size in (6, 5, 4, 3))
+        self.first, self.other, self.odd = nn.Linear(6, 6), None, "k"
+
+    def forward(self, x):
+        x = self.first(x)
+        odd = x if self.other is None else self.other
+        q = self.q(odd if self.odd == "q" else x)
+        k, v = self.k(odd if self.odd == "k" else x), self.v(x)
+        return self.out(q) + k.sum(-1, keepdim=True) + v.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_layers_fed_by_the_same_tensor_share_their_input_sums(gradients):
+    model = Attention()
+    targets = {name: getattr(model, name) for name in ("first", "q", "k", "v", "out")}
+    batches = [torch.randn(7, 6) for _ in range(3)]
+    statistics = lp.collect_statistics(model, targets, batches, gradients=gradients)
+    assert statistics["k"].input_gram is statistics["q"].input_gram is statistics["v"].input_gram
+    assert statistics["out"].input_gram is not statistics["q"].input_gram
+    for name in targets:
+        alone = lp.collect_statistics(model, {name: targets[name]}, batches, gradients=gradients)[name]
+        for (key, ours), (_, theirs) in zip(statistics[name].tensors(), alone.tensors(), strict=True):
+            assert torch.equal(ours, theirs), (name, key)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("odd", ["q", "k"])
+def test_sharing_ends_when_the_tensors_differ(gradients, odd):
+    """Whether the first or a later one of the three goes its own way, nobody counts what another has seen."""
+    model = Attention()
+    model.odd = odd
+    collector = Collector({name: getattr(model, name) for name in "qkv"}, Wanted(True, gradients))
+    collector.attach()
+    x, other = torch.randn(8, 6), torch.full((8, 6), 3.0)
+    for batch in range(3):
+        model.other = other if batch == 1 else None
+        collector.begin_batch(x, batch)
+        model(x).sum().backward()
+        collector.end_batch()
+    collector.detach()
+    seen, foreign = model.first(x).detach(), other.mT @ other
+    for name, statistics in collector.statistics.items():
+        assert int(statistics.tokens) == 24
+        expected = 2 * seen.mT @ seen + foreign if name == odd else 3 * seen.mT @ seen
+        torch.testing.assert_close(statistics.input_gram, expected, msg=name)
+
+
+def test_an_input_changed_in_place_between_two_layers_is_not_shared():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.a(x)
+            x.mul_(2.0)
+            return y + self.b(x)
+
+    model = Model()
+    statistics = lp.collect_statistics(model, {"a": model.a, "b": model.b}, [torch.ones(5, 4)])
+    assert statistics["b"].input_gram[0, 0] == 4 * statistics["a"].input_gram[0, 0]
+
+
+def test_weight_gradients_equal_autograd():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    batches = [(torch.randn(6, 5), torch.randint(3, (6,))), (torch.randn(4, 5), torch.randint(3, (4,)))]
+
+    def loss(module, batch):
+        return nn.functional.cross_entropy(module(batch[0]), batch[1])
+
+    found = lp.collect_statistics(model, {"0": model[0]}, batches, forward=loss, gradients=True)["0"]
+    gradients = [torch.autograd.grad(loss(model, batch), model[0].weight)[0] for batch in batches]
+    torch.testing.assert_close(found.fisher()[0], sum(g.square().sum(1) for g in gradients))
+    torch.testing.assert_close(found.fisher()[1], sum(g.square().sum(0) for g in gradients))
+    torch.testing.assert_close(found.mean_weight_gradient(), (6 * gradients[0] + 4 * gradients[1]) / 10)
+
+
+def test_halves_are_the_odd_batches():
+    model, batches = nn.Sequential(nn.Linear(5, 4)), [torch.randn(6, 5) for _ in range(4)]
+    wanted = Wanted(inputs=True, gradients=True, halves=True)
+    found = lp.collect_statistics(model, {"0": model[0]}, batches, wanted=wanted)["0"]
+    odd = torch.cat([batches[1], batches[3]])
+    torch.testing.assert_close(found.half.input_gram, odd.mT @ odd)
+    assert (int(found.half.samples), int(found.samples)) == (12, 24)
+    assert float(found.half.gradient_gram.trace()) < float(found.gradient_gram.trace())
+
+
+def test_wanted_collects_no_more_than_asked():
+    model = nn.Sequential(nn.Linear(5, 4))
+    found = lp.collect_statistics(model, {"0": model[0]}, [torch.randn(6, 5)], wanted=Wanted(inputs=True))["0"]
+    assert found.gradient_gram is found.weight_gradient is found.half is None
+    everything = lp.collect_statistics(model, {"0": model[0]}, [torch.randn(6, 5)], gradients=True)["0"]
+    assert everything.gradient_gram is not None
+    assert everything.weight_gradient is not None
+
+
+def test_a_known_number_of_batches_limits_the_tokens(monkeypatch):
+    monkeypatch.setattr("lightning_prehab.calibration.MIN_TOKENS", 16)
+    layer, x = nn.Linear(10, 6), torch.randn(500, 10)
+    used = []
+    monkeypatch.setattr(
+        "lightning_prehab.statistics.sample_by_energy", lambda rows, at_most: used.append(at_most) or rows[:at_most]
+    )
+    for batches, expected in ((None, [None, None]), (2, [40, 24]), (100, [16, 16])):
+        collector = Collector({"layer": layer}, Wanted(True, True), batches=batches)
+        collector.attach()
+        collector.begin_batch(x)
+        layer(x).sum().backward()
+        collector.end_batch()
+        collector.detach()
+        assert used == expected
+        assert int(collector.statistics["layer"].tokens) == 500
+        used.clear()
+
+
+def test_memory_is_announced(caplog):
+    caplog.set_level("INFO", logger="lightning_prehab.calibration")
+    model = nn.Sequential(nn.Linear(1000, 500))
+    statistics = lp.collect_statistics(model, {"0": model[0]}, [torch.randn(4, 1000)])
+    held = sum(t.numel() * 4 for name, t in statistics["0"].tensors() if t.dim() > 0)
+    assert f"at most {held / 1e6:.1f} MB" in caplog.text

@@ -1,9 +1,7 @@
-import itertools
-
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_prehab import linalg
@@ -31,71 +29,12 @@ def test_singular_values_equal_numpy(shape):
     torch.testing.assert_close(linalg.singular_values(matrix), torch.from_numpy(expected), atol=1e-7, rtol=1e-6)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("left", [False, True])
-@pytest.mark.parametrize("right", [False, True])
-def test_weighted_low_rank_is_the_truncated_svd_in_the_metric(shape, left, right):
-    m, n = shape
-    weight = torch.randn(m, n, dtype=torch.float64)
-    g = spd(m, 1) if left else None
-    c = spd(n, 2) if right else None
-    lt = np.linalg.cholesky(g.numpy()).T if left else np.eye(m)
-    r = np.linalg.cholesky(c.numpy()) if right else np.eye(n)
-    u, s, vt = np.linalg.svd(lt @ weight.numpy() @ r, full_matrices=False)
-    values = linalg.weighted_singular_values(weight, g, c)
-    torch.testing.assert_close(values, torch.from_numpy(s), atol=1e-7, rtol=1e-7)
-    for rank in range(1, min(m, n) + 1):
-        a, b = linalg.weighted_low_rank(weight, rank, g, c)
-        expected = np.linalg.inv(lt) @ (u[:, :rank] * s[:rank]) @ vt[:rank] @ np.linalg.inv(r)
-        torch.testing.assert_close(b @ a, torch.from_numpy(expected), atol=1e-9, rtol=1e-8)
-        torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0), atol=1e-9, rtol=1e-8)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_full_rank_reproduces_the_matrix_under_rank_deficient_metrics(shape):
-    m, n = shape
-    weight = torch.randn(m, n)
-    thin_left, thin_right = torch.randn(m, max(m // 2, 1)), torch.randn(n, max(n // 2, 1))
-    a, b = linalg.weighted_low_rank(weight, min(m, n), thin_left @ thin_left.mT, thin_right @ thin_right.mT)
-    torch.testing.assert_close((b @ a).float(), weight, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("weight", [torch.zeros(4, 6), torch.ones(4, 6), torch.zeros(6, 4)])
-def test_degenerate_weights_give_finite_factors(weight):
-    for rank in (1, 4):
-        a, b = linalg.weighted_low_rank(weight, rank)
-        assert torch.isfinite(a).all()
-        assert torch.isfinite(b).all()
-        torch.testing.assert_close((b @ a).float(), weight, atol=1e-6, rtol=0)
-
-
-def test_ill_conditioned_metric():
-    scales = torch.logspace(0, -8, 12, dtype=torch.float64)
-    basis = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64)).Q
-    gram = (basis * scales) @ basis.mT
-    weight = torch.randn(8, 12, dtype=torch.float64)
-    a, b = linalg.weighted_low_rank(weight, 3, None, gram)
-    error = weight - b @ a
-    expected = np.linalg.svd((weight @ (basis * scales.sqrt())).numpy(), compute_uv=False)
-    torch.testing.assert_close(
-        (error @ gram * error).sum().sqrt().item(), float(np.sqrt((expected[3:] ** 2).sum())), rtol=1e-6, atol=0
-    )
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_finite_is_refused(bad):
-    weight = torch.randn(4, 5)
-    weight[1, 2] = bad
+    matrix = torch.randn(4, 5)
+    matrix[1, 2] = bad
     with pytest.raises(NumericalError, match="1 NaN or Inf entries out of 20"):
-        linalg.weighted_low_rank(weight, 2)
-    with pytest.raises(NumericalError, match="NaN or Inf"):
-        linalg.weighted_low_rank(torch.randn(4, 5), 2, None, torch.full((5, 5), bad))
-
-
-@pytest.mark.parametrize("rank", [0, 5, -1])
-def test_rank_out_of_range(rank):
-    with pytest.raises(ArgumentError, match=rf"Rank {rank} is outside \[1, 4\]"):
-        linalg.weighted_low_rank(torch.randn(4, 5), rank)
+        linalg.singular_values(matrix)
 
 
 def test_eigh_falls_back_to_the_cpu_then_gives_up(monkeypatch):
@@ -180,15 +119,19 @@ def test_polar_factor_equals_the_svd(shape):
     torch.testing.assert_close(linalg.polar_factor((u * s) @ vt), u @ vt, atol=1e-3, rtol=0)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 10), st.integers(1, 10), st.integers(0, 1000))
-def test_error_falls_as_the_rank_grows(m, n, seed):
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(m, n, generator=generator, dtype=torch.float64)
-    g, c = spd(m, seed), spd(n, seed + 1)
-    errors = []
-    for rank in range(1, min(m, n) + 1):
-        a, b = linalg.weighted_low_rank(weight, rank, g, c)
-        error = weight - b @ a
-        errors.append(float(torch.trace(g @ error @ c @ error.mT)))
-    assert all(later <= earlier + 1e-9 for earlier, later in itertools.pairwise(errors))
+def test_shrinkage_intensity_is_the_share_of_noise():
+    """Over many samples it equals the known ratio of the sampling variance to the spread of the estimate."""
+    torch.manual_seed(1)
+    root = torch.diag(torch.linspace(2.0, 0.2, 10, dtype=torch.float64))
+    truth = root @ root
+    found, wanted = [], []
+    for _ in range(200):
+        x = torch.randn(60, 10, dtype=torch.float64) @ root
+        first, second = x[:20].mT @ x[:20] / 20, x[20:].mT @ x[20:] / 40
+        whole = x.mT @ x / 60
+        found.append(linalg.shrinkage_intensity(first, second, 1 / 3))
+        spread = (whole - torch.eye(10, dtype=torch.float64) * whole.trace() / 10).square().sum()
+        wanted.append(float((whole - truth).square().sum() / spread))
+    assert np.mean(found) == pytest.approx(np.mean(wanted), rel=0.1)
+    assert linalg.shrinkage_intensity(truth, truth, 0.5) == 0.0
+    assert linalg.shrinkage_intensity(torch.eye(3), torch.eye(3), 0.5) == 0.0

@@ -1,8 +1,13 @@
+import itertools
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import lightning_prehab as lp
 from lightning_prehab.errors import StatisticsError
+from lightning_prehab.statistics import Wanted, sample_by_energy, statistics_bytes
 
 
 def filled(x, g, samples):
@@ -56,11 +61,74 @@ def test_empty_and_incomplete_statistics_say_so():
 
 def test_missing_names_what_is_missing():
     statistics = lp.LayerStatistics(4, 3, gradients=True)
-    assert "no input" in statistics.missing(gradients=False)
+    assert "no input" in statistics.missing(Wanted(inputs=True))
     statistics.update_inputs(torch.zeros(5, 4))
-    assert "was zero" in statistics.missing(gradients=False)
+    assert "was zero" in statistics.missing(Wanted(inputs=True))
     statistics.update_inputs(torch.ones(5, 4))
-    assert statistics.missing(gradients=False) is None
-    assert "no output gradient" in statistics.missing(gradients=True)
+    assert statistics.missing(Wanted(inputs=True)) is None
+    assert "no output gradient" in statistics.missing(Wanted(inputs=True, gradients=True))
     statistics.update_gradients(torch.ones(5, 3))
-    assert statistics.missing(gradients=True) is None
+    assert statistics.missing(Wanted(inputs=True, gradients=True)) is None
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(0, 1000))
+def test_sampling_by_energy_keeps_the_trace(tokens, at_most, seed):
+    rows = torch.randn(tokens, 7, generator=torch.Generator().manual_seed(seed))
+    sample = sample_by_energy(rows, at_most)
+    assert sample.shape == (min(tokens, at_most), 7)
+    torch.testing.assert_close(sample.square().sum(), rows.square().sum(), rtol=1e-4, atol=0)
+
+
+def test_sampling_by_energy_approaches_the_gram_matrix_and_finds_rare_rows():
+    torch.manual_seed(0)
+    rows = torch.randn(20_000, 6) @ torch.randn(6, 6)
+    exact, sample = rows.mT @ rows, sample_by_energy(rows, 4000)
+    assert (sample.mT @ sample - exact).norm() / exact.norm() < 0.03
+    rare = torch.zeros(5000, 6)
+    rare[::500] = torch.randn(10, 6)
+    sample = sample_by_energy(rare, 256)
+    torch.testing.assert_close(sample.mT @ sample, rare.mT @ rare, rtol=0.1, atol=0.1 * float(rare.square().sum()))
+    assert len(torch.unique(sample.sign(), dim=0)) == len(torch.unique(rare[::500].sign(), dim=0))
+
+
+def test_sampling_leaves_the_random_state_alone_and_is_repeatable():
+    rows, state = torch.randn(400, 5), torch.get_rng_state()
+    assert torch.equal(sample_by_energy(rows, 50), sample_by_energy(rows, 50))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.isfinite(sample_by_energy(torch.full((10, 2), float("nan")), 3)).any()
+    assert torch.equal(sample_by_energy(torch.zeros(10, 2), 3), torch.zeros(3, 2))
+
+
+def test_shared_inputs_merge_like_separate_ones():
+    x, y = torch.randn(5, 3), torch.randn(4, 3)
+
+    def pair(shared):
+        leader, follower = (lp.LayerStatistics(3, 2, halves=True) for _ in range(2))
+        if shared:
+            follower.share_inputs_(leader)
+        for statistics in (leader,) if shared else (leader, follower):
+            statistics.update_inputs(x)
+            statistics.half.update_inputs(y)
+        return leader, follower
+
+    assert pair(False)[0].same_inputs(pair(False)[1])
+    assert not pair(False)[0].same_inputs(lp.LayerStatistics(3, 2, halves=True))
+    assert not pair(False)[0].same_inputs(lp.LayerStatistics(3, 2))
+    mine, theirs = pair(True), pair(True)
+    for one, other in zip(mine, theirs, strict=True):
+        one.merge_(other)
+    for one in mine:
+        assert int(one.tokens) == 10
+        torch.testing.assert_close(one.input_gram, 2 * x.mT @ x)
+        torch.testing.assert_close(one.half.input_gram, 2 * y.mT @ y)
+
+
+def test_bytes_are_those_of_the_tensors():
+    for flags in itertools.product((False, True), repeat=3):
+        wanted = Wanted(True, *flags)
+        statistics = lp.LayerStatistics(
+            5, 7, gradients=wanted.gradients, weight_gradients=wanted.weight_gradients, halves=wanted.halves
+        )
+        held = sum(tensor.numel() * 4 for _, tensor in statistics.tensors() if tensor.dim() > 0)
+        assert statistics_bytes([(7, 5)], wanted) == held

@@ -10,11 +10,12 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prehab.errors import PrehabError
-from lightning_prehab.factorizations import Factors
+from lightning_prehab.factorizations import Decomposition, Factorization, Factors
 from lightning_prehab.plan import CompressionPlan
+from lightning_prehab.spectra import Spectrum, decompose_targets, spectrum
 from lightning_prehab.statistics import LayerStatistics
 from lightning_prehab.surgery import compute_factors
-from lightning_prehab.targets import clean_name
+from lightning_prehab.targets import Targets
 
 T = TypeVar("T")
 
@@ -23,9 +24,22 @@ def sum_statistics_(trainer: "pl.Trainer", statistics: Mapping[str, LayerStatist
     """Replaces the sums of every rank by the sum over all ranks."""
     if trainer.world_size == 1:
         return
+    owners = _owners(statistics)
+    if any(other != owners for other in _gather(trainer, owners)):  # ranks that disagree would wait for each other
+        for layer in statistics.values():
+            layer.unshare_inputs_()
+    done: set[int] = set()
     for layer in statistics.values():
         for _, tensor in layer.tensors():
-            tensor.copy_(trainer.strategy.reduce(tensor, reduce_op="sum"))
+            if id(tensor) not in done:
+                done.add(id(tensor))
+                tensor.copy_(trainer.strategy.reduce(tensor, reduce_op="sum"))
+
+
+def _owners(statistics: Mapping[str, LayerStatistics]) -> dict[str, str]:
+    """For each layer the first one that it shares its input sums with."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(layer.input_gram), name) for name, layer in statistics.items()}
 
 
 def decide_on_rank_zero(trainer: "pl.Trainer", decide: Callable[[], T]) -> T:
@@ -41,42 +55,71 @@ def decide_on_rank_zero(trainer: "pl.Trainer", decide: Callable[[], T]) -> T:
     return trainer.strategy.broadcast(answer, src=0)  # type: ignore[return-value]
 
 
+def decompose_together(
+    trainer: "pl.Trainer",
+    targets: Targets,
+    factorization: Factorization,
+    statistics: Mapping[str, LayerStatistics] | None,
+    components: bool,
+) -> tuple[dict[str, Decomposition], dict[str, Spectrum]]:
+    """Decomposes one in ``world_size`` targets on each rank.
+
+    Returns:
+        The own decompositions, and the spectra of all targets on every rank.
+    """
+    mine: dict[str, Decomposition] = {}
+    spectra: dict[str, Spectrum] = {}
+    error: Exception | None = None
+    try:
+        own = list(targets)[trainer.global_rank :: trainer.world_size]
+        mine = decompose_targets(targets, factorization, statistics, own)
+        spectra = {name: spectrum(mine[name], (statistics or {}).get(name), components) for name in own}
+    except Exception as caught:
+        error = caught
+    raise_together(trainer, error)
+    if trainer.world_size > 1:
+        spectra = {name: values for part in _gather(trainer, spectra) for name, values in part.items()}
+    return mine, spectra
+
+
 def share_factors(
     trainer: "pl.Trainer",
     model: torch.nn.Module,
     plan: CompressionPlan,
-    statistics: Mapping[str, LayerStatistics] | None,
+    targets: Targets,
+    mine: Mapping[str, Decomposition],
 ) -> dict[str, Factors]:
-    """Factors of all layers on every rank, bit-identical; each rank computes one in ``world_size`` layers."""
-    if trainer.world_size == 1:
-        return compute_factors(model, plan, statistics)
-    cut = [layer for layer in plan.layers if layer.rank is not None]
-    mine: dict[str, Factors] = {}
+    """Factors of all layers on every rank, bit-identical, from the decompositions that each rank has made."""
+    computed: dict[str, Factors] = {}
     error: Exception | None = None
+    cut = [layer for layer in plan.layers if layer.rank is not None]
     try:
-        own = [layer.name for layer in cut[trainer.global_rank :: trainer.world_size]]
-        mine = compute_factors(model, plan, statistics, names=own)
+        own = [layer.name for layer in cut if layer.name in mine]
+        computed = compute_factors(model, plan, names=own, decompositions=mine)
     except Exception as caught:
         error = caught
     raise_together(trainer, error)
+    if trainer.world_size == 1:
+        return computed
 
     shifted: set[str] = set()
-    for names in _gather(trainer, [name for name, factors in mine.items() if factors.bias_shift is not None]):
+    for names in _gather(trainer, [name for name, factors in computed.items() if factors.bias_shift is not None]):
         shifted.update(names)
-    weights = {clean_name(name): parameter for name, parameter in model.named_parameters()}
+    owner = {name: index % trainer.world_size for index, name in enumerate(targets)}
     factors: dict[str, Factors] = {}
-    for index, layer in enumerate(cut):
-        weight = weights[f"{layer.name}.weight"]
+    for layer in cut:
+        weight = targets[layer.name].weight
         assert layer.rank is not None
         shapes: list[tuple[int, ...]] = [(layer.rank, layer.in_features), (layer.out_features, layer.rank)]
         if layer.name in shifted:
             shapes.append((layer.out_features,))
-        parts = mine.get(layer.name)
-        tensors = (
-            [weight.new_empty(shape) for shape in shapes] if parts is None else [p for p in parts if p is not None]
-        )
+        parts = computed.get(layer.name)
+        if parts is None:
+            tensors = [weight.new_empty(shape) for shape in shapes]
+        else:
+            tensors = [part.contiguous() for part in parts if part is not None]
         for tensor in tensors:
-            distributed.broadcast(tensor.contiguous() if parts is not None else tensor, src=index % trainer.world_size)
+            distributed.broadcast(tensor, src=owner[layer.name])
         factors[layer.name] = Factors(*tensors)
     return factors
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from lightning_prehab.calibration import Collector
 from lightning_prehab.callbacks._trainer import gradient_scale, uses_loss_scaling
 from lightning_prehab.errors import StatisticsError, UnsupportedError
-from lightning_prehab.statistics import LayerStatistics
+from lightning_prehab.statistics import LayerStatistics, Wanted
 from lightning_prehab.targets import find_targets
 
 
 def collect_in_own_pass(
-    trainer: "pl.Trainer", pl_module: "pl.LightningModule", names: Sequence[str], *, gradients: bool, batches: int
+    trainer: "pl.Trainer", pl_module: "pl.LightningModule", names: Sequence[str], wanted: Wanted, batches: int
 ) -> dict[str, LayerStatistics]:
     """Runs ``training_step`` on the first training batches, on a copy of the module in eval mode.
 
@@ -49,18 +49,18 @@ def collect_in_own_pass(
     for layer in targets.values():
         layer.weight.requires_grad_()
     batches = int(min(batches, trainer.num_training_batches))
-    collector = Collector(targets, gradients=gradients, drop_overflow=uses_loss_scaling(trainer))
+    collector = Collector(targets, wanted, drop_overflow=uses_loss_scaling(trainer))
     collector.attach()
     seen = 0
-    with isolate_rng(), torch.set_grad_enabled(gradients), _fresh_batches(trainer) as loader:
+    with isolate_rng(), torch.set_grad_enabled(wanted.backward), _fresh_batches(trainer) as loader:
         for index, raw in enumerate(islice(loader, batches)):
             batch = clone._on_before_batch_transfer(trainer.precision_plugin.convert_input(raw), dataloader_idx=0)
             batch = clone._apply_batch_transfer_handler(batch, device=trainer.strategy.root_device)
-            collector.begin_batch(batch)
+            collector.begin_batch(batch, index)
             collector.loss_scale = gradient_scale(trainer)
             with trainer.precision_plugin.train_step_context():
                 loss = _loss(_training_step(trainer, clone, batch, index))
-            if gradients and loss is not None:
+            if wanted.backward and loss is not None:
                 (loss * collector.loss_scale).backward()  # type: ignore[no-untyped-call]
                 clone.zero_grad(set_to_none=True)
             collector.end_batch()

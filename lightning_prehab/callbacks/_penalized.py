@@ -9,14 +9,19 @@ from torch import Tensor, nn
 from lightning_prehab.errors import PrehabError
 from lightning_prehab.linalg import gram_root, singular_values, spectral_ranks
 from lightning_prehab.regularizers import Memory, Penalty
-from lightning_prehab.statistics import LayerStatistics
+from lightning_prehab.statistics import LayerStatistics, Wanted
 
 Space = Literal["weight", "activation", "loss"]
 
 
 def is_reached(space: Space, name: str, statistics: Mapping[str, LayerStatistics] | None) -> bool:
     """Whether the statistics of a layer suffice for a space."""
-    return space == "weight" or statistics is None or statistics[name].missing(gradients=space == "loss") is None
+    return space == "weight" or statistics is None or statistics[name].missing(wanted_in(space)) is None
+
+
+def wanted_in(space: Space) -> Wanted:
+    """What a space wants to know of a layer."""
+    return Wanted(inputs=space != "weight", gradients=space == "loss")
 
 
 class PenalizedLayer:

@@ -20,6 +20,7 @@ from lightning_prehab.callbacks._checkpoint import (
 )
 from lightning_prehab.callbacks._distributed import (
     decide_on_rank_zero,
+    decompose_together,
     raise_together,
     rewrap,
     share_factors,
@@ -40,10 +41,20 @@ from lightning_prehab.errors import ArgumentError, UnsupportedError
 from lightning_prehab.factorizations import Factorization, Factors, KroneckerSVD
 from lightning_prehab.layers import LowRankLinear
 from lightning_prehab.plan import CompressionPlan
-from lightning_prehab.planning import RankOverride, check_method, check_wish, default_policy, make_plan
+from lightning_prehab.planning import (
+    RankOverride,
+    check_method,
+    check_wish,
+    default_policy,
+    make_plan,
+    plan_ranks,
+    require_targets,
+    usable_targets,
+    wanted_statistics,
+)
 from lightning_prehab.rank_policies import RankPolicy
 from lightning_prehab.report import CompressionReport
-from lightning_prehab.statistics import LayerStatistics
+from lightning_prehab.statistics import LayerStatistics, Wanted
 from lightning_prehab.surgery import check_optimizer, swap_
 from lightning_prehab.targets import Patterns, Targets, clean_name, find_targets
 
@@ -144,6 +155,11 @@ class CompressionCallback(pl.Callback):
         """Whether the surgery has happened."""
         return self.report is not None
 
+    @property
+    def wanted(self) -> Wanted:
+        """What calibration has to collect."""
+        return wanted_statistics(self.factorization, self.policy)
+
     def find_targets(self, pl_module: "pl.LightningModule") -> Targets:
         """The layers that this callback is going to cut, and why others are left."""
         return find_targets(pl_module, self.target_modules, self.exclude_modules)
@@ -226,7 +242,7 @@ class CompressionCallback(pl.Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Starts counting what this step sends through the targets, shortly before the surgery."""
-        if self.done or trainer.current_epoch != self.epoch - 1 or not self.factorization.needs_statistics:
+        if self.done or trainer.current_epoch != self.epoch - 1 or not any(self.wanted):
             return
         length = batches_per_epoch(trainer)
         if length is not None and batch_idx < length - self.calibration_batches:
@@ -235,7 +251,7 @@ class CompressionCallback(pl.Callback):
             self._older = self._stop_collecting()  # unknown length: the last full window and the running one
         if self._collector is None:
             self._collector = self._new_collector(trainer, pl_module)
-        self._collector.begin_batch(batch)
+        self._collector.begin_batch(batch, batch_idx)
 
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: torch.Tensor) -> None:
         """Notes the scale of this loss, to take it out of the gradients again."""
@@ -274,6 +290,7 @@ class CompressionCallback(pl.Callback):
             "version": STATE_VERSION,
             "report": None if self.report is None else self.report.to_dict(),
             "epoch": self.epoch,
+            "wanted": list(self.wanted),
             "statistics": dump_statistics(collecting, self._world_size),
             "older": dump_statistics(self._older, self._world_size),
         }
@@ -285,9 +302,7 @@ class CompressionCallback(pl.Callback):
 
     def _fits(self, state: Mapping[str, Any]) -> bool:
         """Whether stored sums are those that the surgery wants: of the epoch before it, and of the same kind."""
-        stored = state.get("statistics", {})
-        kinds = {"gradient_gram" in sums for sums in stored.values()}
-        return bool(stored) and state["epoch"] == self.epoch and kinds == {self.factorization.needs_gradients}
+        return bool(state.get("statistics")) and state["epoch"] == self.epoch and state["wanted"] == list(self.wanted)
 
     def _replay(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", factors: Mapping[str, Factors]) -> None:
         """The same edits of modules and optimizers, with stored factors; nobody is told, since it is no new surgery."""
@@ -304,8 +319,12 @@ class CompressionCallback(pl.Callback):
         self._shell = self._following = None
 
     def _new_collector(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", attach: bool = True) -> Collector:
-        gradients, scaling = self.factorization.needs_gradients, uses_loss_scaling(trainer)
-        collector = Collector(self.find_targets(pl_module), gradients=gradients, drop_overflow=scaling)
+        collector = Collector(
+            self.find_targets(pl_module),
+            self.wanted,
+            drop_overflow=uses_loss_scaling(trainer),
+            batches=self.calibration_batches,
+        )
         if attach:
             collector.attach()
         return collector
@@ -317,8 +336,17 @@ class CompressionCallback(pl.Callback):
     def _operate(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         targets = self.find_targets(pl_module)
         statistics = self._statistics(trainer, pl_module, targets)
-        plan = decide_on_rank_zero(trainer, lambda: self.make_plan(targets, statistics))
-        factors = share_factors(trainer, pl_module, plan, statistics)
+        usable = usable_targets(targets, self.policy, self.factorization, statistics)
+        require_targets(usable)
+        components = self.policy.needs_weight_gradients
+        mine, spectra = decompose_together(trainer, usable, self.factorization, statistics, components)
+        plan = decide_on_rank_zero(
+            trainer,
+            lambda: plan_ranks(
+                targets, usable, self.policy, self.factorization, spectra, self.rank_overrides, self.rank_multiple_of
+            ),
+        )
+        factors = share_factors(trainer, pl_module, plan, usable, mine)
         report = swap_(pl_module, plan, factors, trainer.optimizers)
         rewrap(trainer, pl_module)
         self.report = report
@@ -335,7 +363,7 @@ class CompressionCallback(pl.Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", targets: Targets
     ) -> dict[str, LayerStatistics] | None:
         """What the ride has collected, or a pass of our own, summed over the processes."""
-        if not self.factorization.needs_statistics:
+        if not any(self.wanted):
             return None
         statistics, older = self._stop_collecting(), self._older
         self._older = None
@@ -352,8 +380,7 @@ class CompressionCallback(pl.Callback):
     ) -> dict[str, LayerStatistics]:
         statistics, error = None, None
         try:
-            gradients, batches = self.factorization.needs_gradients, self.calibration_batches
-            statistics = collect_in_own_pass(trainer, pl_module, list(targets), gradients=gradients, batches=batches)
+            statistics = collect_in_own_pass(trainer, pl_module, list(targets), self.wanted, self.calibration_batches)
         except Exception as caught:
             error = caught
         raise_together(trainer, error)

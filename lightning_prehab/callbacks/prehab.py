@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_prehab.calibration import Collector
 from lightning_prehab.callbacks._checkpoint import check_version, dump_statistics, restore_statistics_
 from lightning_prehab.callbacks._distributed import decide_on_rank_zero, sum_statistics_
-from lightning_prehab.callbacks._penalized import PenalizedLayer, Space, is_reached
+from lightning_prehab.callbacks._penalized import PenalizedLayer, Space, is_reached, wanted_in
 from lightning_prehab.callbacks._trainer import (
     batches_per_epoch,
     check_strategy,
@@ -27,7 +27,7 @@ from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.errors import ArgumentError, CheckpointError, TargetError, UnsupportedError
 from lightning_prehab.regularizers import Penalty, StableRank
 from lightning_prehab.schedules import ramp
-from lightning_prehab.statistics import LayerStatistics
+from lightning_prehab.statistics import LayerStatistics, Wanted
 from lightning_prehab.targets import Patterns, Targets, find_targets
 
 Injection = Literal["auto", "loss", "gradient"]
@@ -176,14 +176,15 @@ class PrehabCallback(pl.Callback):
             return
         if not self._ready:
             compression = self._rank_source(trainer)
-            inputs = self.space != "weight" or (compression is not None and compression.factorization.needs_inputs)
-            gradients = self.space == "loss" or (compression is not None and compression.factorization.needs_gradients)
-            if not inputs and not gradients:
+            wanted = wanted_in(self.space)
+            if compression is not None:
+                wanted = wanted.union(compression.wanted)
+            if not any(wanted):
                 self._prepare(trainer, None)
             elif self._collector is None:
-                self._collect(trainer, gradients)
+                self._collect(trainer, wanted)
         if self._collector is not None:
-            self._collector.begin_batch(batch)
+            self._collector.begin_batch(batch, batch_idx)
 
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
         """Adds the penalty to the loss, in the scale that the loss has here."""
@@ -274,6 +275,7 @@ class PrehabCallback(pl.Callback):
             "layers": {layer.name: layer.state_dict() for layer in self._layers},
             "collected": self._collected,
             "statistics": dump_statistics(collecting, self._world_size),
+            "wanted": None if self._collector is None else list(self._collector.wanted),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -293,14 +295,15 @@ class PrehabCallback(pl.Callback):
                 )
             self._layers.append(PenalizedLayer.from_state_dict(name, self._targets[name], stored))
         if state["statistics"]:
-            self._collect(trainer, all("gradient_gram" in sums for sums in state["statistics"].values()))
+            self._collect(trainer, Wanted(*state["wanted"]))
             assert self._collector is not None
             restore_statistics_(self._collector.statistics, state["statistics"], trainer.global_rank)
 
-    def _collect(self, trainer: "pl.Trainer", gradients: bool) -> None:
+    def _collect(self, trainer: "pl.Trainer", wanted: Wanted) -> None:
         assert self._targets is not None
         seen = {**(self._planned or {}), **self._targets}
-        self._collector = Collector(seen, gradients=gradients, drop_overflow=uses_loss_scaling(trainer))
+        batches, scaling = self._wanted_batches(trainer), uses_loss_scaling(trainer)
+        self._collector = Collector(seen, wanted, drop_overflow=scaling, batches=batches)
         self._collector.attach()
 
     def _find_targets(self, pl_module: "pl.LightningModule", compression: CompressionCallback | None) -> Targets:

@@ -1,14 +1,16 @@
 """What every factorization has in common: from (weight, rank, statistics) to factors."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
+from lightning_prehab.decomposition import WeightedSVD, decompose_many
 from lightning_prehab.errors import ArgumentError, StatisticsError
-from lightning_prehab.linalg import singular_values, weighted_low_rank, weighted_singular_values
-from lightning_prehab.statistics import LayerStatistics
+from lightning_prehab.linalg import singular_values
+from lightning_prehab.statistics import LayerStatistics, Wanted
 
 
 class Factors(NamedTuple):
@@ -25,6 +27,18 @@ class Factors(NamedTuple):
     bias_shift: Tensor | None = None
 
 
+class Decomposition(NamedTuple):
+    """One weight, decomposed once for all ranks.
+
+    Attributes:
+        singular_values: Spectrum for rank policies: shape ``(min(m, n),)``, descending.
+        factors: Factors at a rank.
+    """
+
+    singular_values: Tensor
+    factors: Callable[[int], Factors]
+
+
 class Factorization(ABC):
     """Turns one weight matrix into two factors. Subclasses are frozen dataclasses that check their own fields.
 
@@ -34,17 +48,34 @@ class Factorization(ABC):
     Attributes:
         needs_inputs: The method reads input statistics.
         needs_gradients: The method reads output-gradient statistics.
+        needs_weight_gradients: The method reads statistics of weight gradients.
         comparable: Squares in :meth:`spectrum` mean the same in every layer, so ranks may be traded between layers.
     """
 
     needs_inputs: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
+    needs_weight_gradients: ClassVar[bool] = False
     comparable: ClassVar[bool] = False
 
     @property
     def adds_bias(self) -> bool:
         """Whether the factors come with a bias shift."""
         return False
+
+    @property
+    def needs_halves(self) -> bool:
+        """Whether the method reads the statistics of every other batch alone, to see how noisy they are."""
+        return False
+
+    @property
+    def wanted(self) -> Wanted:
+        """What calibration has to collect for this method."""
+        return Wanted(self.needs_inputs, self.needs_gradients, self.needs_weight_gradients, self.needs_halves)
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether calibration data is needed at all."""
+        return any(self.wanted)
 
     @abstractmethod
     def __call__(self, weight: Tensor, rank: int, statistics: LayerStatistics | None = None) -> Factors:
@@ -54,10 +85,15 @@ class Factorization(ABC):
         """Singular values for rank policies: shape ``(min(m, n),)``, descending; by default those of the weight."""
         return singular_values(weight)
 
-    @property
-    def needs_statistics(self) -> bool:
-        """Whether calibration data is needed at all."""
-        return self.needs_inputs or self.needs_gradients
+    def decompose(self, items: Sequence[tuple[Tensor, LayerStatistics | None]]) -> list[Decomposition]:
+        """Decomposes many weights; methods that can do it faster at once, or for all ranks at once, override this."""
+        return [
+            Decomposition(
+                self.spectrum(weight, statistics),
+                lambda rank, weight=weight, statistics=statistics: self(weight, rank, statistics),  # type: ignore[misc]
+            )
+            for weight, statistics in items
+        ]
 
 
 @dataclass(frozen=True)
@@ -66,15 +102,28 @@ class MetricFactorization(Factorization):
 
     @abstractmethod
     def metric(self, statistics: LayerStatistics) -> tuple[Tensor | None, Tensor | None]:
-        """``(G, C)`` of shapes ``(m, m)`` and ``(n, n)``; None stands for the identity."""
+        """``(G, C)`` of shapes ``(m, m)`` and ``(n, n)``; a vector is a diagonal, None stands for the identity."""
 
     def __call__(self, weight: Tensor, rank: int, statistics: LayerStatistics | None = None) -> Factors:
         """The truncated SVD of ``L^T W R`` with ``L L^T = G``, ``R R^T = C``, mapped back."""
-        return Factors(*weighted_low_rank(weight, rank, *self.metric(self._checked(weight, statistics))))
+        return self.decompose([(weight, statistics)])[0].factors(rank)
 
     def spectrum(self, weight: Tensor, statistics: LayerStatistics | None = None) -> Tensor:
         """Singular values of ``L^T W R``: the squares beyond the rank sum to the squared error in the metric."""
-        return weighted_singular_values(weight, *self.metric(self._checked(weight, statistics)))
+        return self.decompose([(weight, statistics)])[0].singular_values
+
+    def decompose(self, items: Sequence[tuple[Tensor, LayerStatistics | None]]) -> list[Decomposition]:
+        """One eigenproblem for each weight, those of one size batched."""
+        checked = [(weight, self._checked(weight, statistics)) for weight, statistics in items]
+        solved = decompose_many([(weight, *self.metric(statistics)) for weight, statistics in checked])
+        return [
+            Decomposition(svd.singular_values, self.at_rank(svd, weight, statistics))
+            for svd, (weight, statistics) in zip(solved, checked, strict=True)
+        ]
+
+    def at_rank(self, svd: WeightedSVD, weight: Tensor, statistics: LayerStatistics) -> Callable[[int], Factors]:
+        """Rank -> factors; it should hold on to no more of the statistics than it needs."""
+        return lambda rank: Factors(*svd.low_rank(rank))
 
     def _checked(self, weight: Tensor, statistics: LayerStatistics | None) -> LayerStatistics:
         if statistics is None:
@@ -84,7 +133,7 @@ class MetricFactorization(Factorization):
         return statistics
 
 
-def check_shrinkage(name: str, value: float) -> None:
-    """Raises :class:`ArgumentError` unless ``0 <= value <= 1``."""
-    if not 0.0 <= value <= 1.0:
-        raise ArgumentError(f"{name} must lie in [0, 1], got {value}.")
+def check_shrinkage(name: str, value: float | str) -> None:
+    """Raises :class:`ArgumentError` unless ``0 <= value <= 1`` or ``value`` is ``"auto"``."""
+    if value != "auto" and (isinstance(value, str) or not 0.0 <= value <= 1.0):
+        raise ArgumentError(f"{name} must lie in [0, 1], got {value!r}.")

@@ -1,13 +1,18 @@
 """Truncation in the metric of the loss."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from lightning_prehab.errors import StatisticsError
 from lightning_prehab.factorizations.base import MetricFactorization, check_shrinkage
-from lightning_prehab.linalg import shrink
+from lightning_prehab.linalg import shrink, shrinkage_intensity
 from lightning_prehab.statistics import LayerStatistics
+
+#: Enough to make ``G`` invertible; more made no difference on MiniLM and a small GPT.
+GRADIENT_SHRINKAGE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -26,13 +31,17 @@ class KroneckerSVD(MetricFactorization):
 
     Args:
         gradient_shrinkage: In ``[0, 1]``; share of ``(trace G / m) I`` mixed into ``G``. The literature uses 0.3 to 0.7
-            for noisy statistics.
-        input_shrinkage: In ``[0, 1]``; the same for ``C``. Raise it when there are fewer calibration tokens than about
-            four times ``in_features``.
+            for noisy statistics. ``"auto"``: as much as the difference between every other batch and the rest suggests
+            (:func:`~lightning_prehab.linalg.shrinkage_intensity`), but never below the default.
+        input_shrinkage: In ``[0, 1]``, or ``"auto"``; the same for ``C``. Raise it when there are fewer calibration
+            tokens than about four times ``in_features``.
+
+    Raises:
+        ArgumentError: If a value is out of range.
     """
 
-    gradient_shrinkage: float = 1e-4
-    input_shrinkage: float = 0.0
+    gradient_shrinkage: float | Literal["auto"] = GRADIENT_SHRINKAGE
+    input_shrinkage: float | Literal["auto"] = 0.0
     needs_inputs: ClassVar[bool] = True
     needs_gradients: ClassVar[bool] = True
     comparable: ClassVar[bool] = True
@@ -41,7 +50,34 @@ class KroneckerSVD(MetricFactorization):
         check_shrinkage("gradient_shrinkage", self.gradient_shrinkage)
         check_shrinkage("input_shrinkage", self.input_shrinkage)
 
+    @property
+    def needs_halves(self) -> bool:
+        """True if a shrinkage is ``"auto"``."""
+        return "auto" in (self.gradient_shrinkage, self.input_shrinkage)
+
     def metric(self, statistics: LayerStatistics) -> tuple[Tensor | None, Tensor | None]:
         """``(G, C)``, both shrunk."""
-        gradient = shrink(statistics.gradient_second_moment(), self.gradient_shrinkage)
-        return gradient, shrink(statistics.input_second_moment(), self.input_shrinkage)
+        g, c = statistics.gradient_second_moment(), statistics.input_second_moment()
+        for_g: float | str = self.gradient_shrinkage
+        for_c: float | str = self.input_shrinkage
+        if isinstance(for_g, str):
+            noise = self._intensity(g, statistics, LayerStatistics.gradient_second_moment, "samples")
+            for_g = max(GRADIENT_SHRINKAGE, noise)
+        if isinstance(for_c, str):
+            for_c = self._intensity(c, statistics, LayerStatistics.input_second_moment, "tokens")
+        return shrink(g, for_g), shrink(c, for_c)
+
+    @staticmethod
+    def _intensity(
+        whole: Tensor, statistics: LayerStatistics, moment: Callable[[LayerStatistics], Tensor], count: str
+    ) -> float:
+        if statistics.half is None:
+            raise StatisticsError(
+                "Shrinkage 'auto' compares every other batch with the rest, but they were not kept apart; collect "
+                "statistics with wanted=factorization.wanted."
+            )
+        share = int(getattr(statistics.half, count)) / max(int(getattr(statistics, count)), 1)
+        if not 0.0 < share < 1.0:
+            raise StatisticsError("Shrinkage 'auto' compares every other batch with the rest: it needs two or more.")
+        first = moment(statistics.half)
+        return shrinkage_intensity(first, (whole - share * first) / (1.0 - share), share)

@@ -1,11 +1,12 @@
 """Plain truncated SVD."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_prehab.factorizations.base import Factorization, Factors
-from lightning_prehab.linalg import weighted_low_rank
+from lightning_prehab.decomposition import WeightedSVD, decompose_many
+from lightning_prehab.factorizations.base import Decomposition, Factorization, Factors
 from lightning_prehab.statistics import LayerStatistics
 
 
@@ -25,4 +26,12 @@ class SVD(Factorization):
 
     def __call__(self, weight: Tensor, rank: int, statistics: LayerStatistics | None = None) -> Factors:
         """Factors of ``weight`` at ``rank``; statistics are ignored."""
-        return Factors(*weighted_low_rank(weight, rank))
+        return self.decompose([(weight, statistics)])[0].factors(rank)
+
+    def decompose(self, items: Sequence[tuple[Tensor, LayerStatistics | None]]) -> list[Decomposition]:
+        """One eigenproblem for each weight, those of one size batched."""
+
+        def decomposition(svd: WeightedSVD) -> Decomposition:
+            return Decomposition(svd.singular_values, lambda rank: Factors(*svd.low_rank(rank)))
+
+        return [decomposition(svd) for svd in decompose_many([(weight, None, None) for weight, _ in items])]

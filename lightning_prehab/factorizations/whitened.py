@@ -1,10 +1,12 @@
 """Truncation of the whitened weight: optimal for the output of the layer."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from lightning_prehab.decomposition import WeightedSVD
 from lightning_prehab.factorizations.base import Factors, MetricFactorization, check_shrinkage
 from lightning_prehab.linalg import shrink, to_float64
 from lightning_prehab.statistics import LayerStatistics
@@ -44,10 +46,15 @@ class WhitenedSVD(MetricFactorization):
             moment = moment - mean[:, None] * mean[None, :]
         return None, shrink(moment, self.shrinkage)
 
-    def __call__(self, weight: Tensor, rank: int, statistics: LayerStatistics | None = None) -> Factors:
-        """Factors of ``weight`` at ``rank``, with a bias shift if ``centered``."""
-        factors = super().__call__(weight, rank, statistics)
+    def at_rank(self, svd: WeightedSVD, weight: Tensor, statistics: LayerStatistics) -> Callable[[int], Factors]:
+        """Factors with a bias shift if ``centered``."""
         if not self.centered:
-            return factors
-        mean = to_float64(self._checked(weight, statistics).input_mean())
-        return factors._replace(bias_shift=to_float64(weight) @ mean - factors.B @ (factors.A @ mean))
+            return super().at_rank(svd, weight, statistics)
+        mean = statistics.input_mean()
+
+        def factors(rank: int) -> Factors:
+            a, b = svd.low_rank(rank)
+            mu = mean.to(a)
+            return Factors(a, b, weight.detach().to(a) @ mu - b @ (a @ mu))
+
+        return factors

@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_prehab.rank_policies.base import LayerChoices, RankPolicy, check_keep
+from lightning_prehab.rank_policies.base import BudgetPolicy, LayerChoices, require_within
 
 
 @dataclass(frozen=True)
-class RankRatio(RankPolicy):
+class RankRatio(BudgetPolicy):
     """Uniform: ``r = floor(keep m n / (m + n))`` in every layer, rounded down to an admissible rank.
 
     The safe choice for factorizations whose spectra mean different things in different layers (SVD, WhitenedSVD), where
@@ -16,23 +16,31 @@ class RankRatio(RankPolicy):
 
     Args:
         keep: Share of the parameters of each layer that is kept, in ``(0, 1]``; 1 leaves every layer dense.
+        min_rank: Smallest rank of any layer, at least 1.
+        scope: Whether ``keep`` is a share of the ``"targets"`` or of the whole ``"model"``.
 
     Raises:
-        ArgumentError: If ``keep`` is outside ``(0, 1]``.
+        ArgumentError: If a value is out of range.
     """
-
-    keep: float
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
 
     def __call__(self, layers: Sequence[LayerChoices]) -> dict[str, int | None]:
         """The largest admissible rank within the ratio for each layer, and at least the smallest admissible one."""
+        self.budget(layers)  # refuses a share of the model that has not been turned into one of the targets
         return {layer.name: self._rank(layer) for layer in layers}
 
+    def check(self, layers: Sequence[LayerChoices]) -> None:
+        """Checks that the ranks fit into the budget; each depends on the size of its layer alone.
+
+        Raises:
+            PlanError: If smallest or overridden ranks do not fit; nothing is taken from other layers for them.
+        """
+        spent = sum(layer.parameters(self._rank(layer)) for layer in layers)
+        require_within(spent, self.budget(layers), f"keep={self.keep} in every layer", "parameters", len(layers))
+
     def _rank(self, layer: LayerChoices) -> int | None:
-        if not layer.ranks or (self.keep == 1.0 and layer.dense):
+        ranks = [rank for rank in layer.options(self.min_rank) if rank is not None]
+        if not ranks or (self.keep == 1.0 and layer.dense):
             return None
         m, n = layer.out_features, layer.in_features
         wanted = math.floor((self.keep * m * n - layer.new_bias) / (m + n) + 1e-9)
-        return max((rank for rank in layer.ranks if rank <= wanted), default=layer.ranks[0])
+        return max((rank for rank in ranks if rank <= wanted), default=ranks[0])

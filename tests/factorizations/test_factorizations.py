@@ -13,9 +13,11 @@ SHAPES = [(12, 20), (20, 12), (16, 16), (1, 8), (8, 1)]
 
 
 def statistics_of(x, g):
-    statistics = lp.LayerStatistics(x.shape[1], g.shape[1], gradients=True)
+    statistics = lp.LayerStatistics(x.shape[1], g.shape[1], gradients=True, weight_gradients=True)
     statistics.update_inputs(x)
     statistics.update_gradients(g)
+    for part in range(3):
+        statistics.update_weight_gradient(g[part::3].mT @ x[part::3] / len(g[part::3]), len(g[part::3]))
     statistics.add_samples(len(g))
     return statistics
 
@@ -47,8 +49,17 @@ def all_factorizations(kind=Factorization):
     return found
 
 
+SHELF = {"SVD", "FisherSVD", "ActivationSVD", "WhitenedSVD", "KroneckerSVD"}
+
+
 def test_the_shelf_is_complete():
-    assert {kind.__name__ for kind in all_factorizations()} == {"SVD", "WhitenedSVD", "KroneckerSVD"}
+    assert {kind.__name__ for kind in all_factorizations()} == {
+        "SVD",
+        "FisherSVD",
+        "ActivationSVD",
+        "WhitenedSVD",
+        "KroneckerSVD",
+    }
 
 
 @pytest.mark.parametrize("kind", all_factorizations())
@@ -79,13 +90,26 @@ class TestConformance:
         assert spectrum.shape == (12,)
         assert (spectrum.diff() <= 0).all()
         left, right = torch.eye(12), torch.eye(20)
-        if kind().needs_inputs:
+        if kind in (lp.WhitenedSVD, lp.KroneckerSVD):
             right = statistics.input_second_moment()
-        if kind().needs_gradients:
+        if kind is lp.KroneckerSVD:
             left = statistics.gradient_second_moment()
+        if kind is lp.FisherSVD:
+            left = torch.diag(statistics.fisher_rows)
+        if kind is lp.ActivationSVD:
+            right = torch.diag(x.abs().mean(0))
         error = (weight - product(kind()(weight, 5, statistics))).double()
         measured = torch.trace(left.double() @ error @ right.double() @ error.mT)
         assert measured.item() == pytest.approx(spectrum[5:].square().sum().item(), rel=2e-3)  # shrinkage 1e-4
+
+    def test_decomposes_once_for_all_ranks_and_many_at_once(self, kind):
+        items = [(torch.randn(m, n), statistics_of(*sample(m, n))) for m, n in (*SHAPES, (12, 20))]
+        for (weight, statistics), found in zip(items, kind().decompose(items), strict=True):
+            torch.testing.assert_close(found.singular_values, kind().spectrum(weight, statistics), atol=1e-7, rtol=1e-6)
+            for rank in {1, min(weight.shape)}:
+                torch.testing.assert_close(
+                    product(found.factors(rank)), product(kind()(weight, rank, statistics)), atol=1e-7, rtol=1e-6
+                )
 
     def test_is_a_frozen_dataclass(self, kind):
         with pytest.raises(dataclasses.FrozenInstanceError):
@@ -202,6 +226,7 @@ def test_centered_whitening_is_the_affine_optimum():
         lambda: lp.WhitenedSVD(shrinkage=-0.1),
         lambda: lp.KroneckerSVD(gradient_shrinkage=2),
         lambda: lp.KroneckerSVD(input_shrinkage=float("nan")),
+        lambda: lp.KroneckerSVD(input_shrinkage="much"),
     ],
 )
 def test_wrong_settings(wrong):
@@ -228,3 +253,123 @@ def test_half_the_dropped_squares_predict_the_loss_increase():
         with torch.no_grad():
             model[0].weight.copy_(product(lp.KroneckerSVD()(weight, rank, statistics["0"])))
         assert loss(model, (x, y)).item() - before == pytest.approx(predicted, rel=0.1)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3])
+@pytest.mark.parametrize("axis", ["rows", "columns", "both"])
+def test_fisher_is_the_weighted_least_squares_optimum(shape, axis):
+    """Against alternating weighted least squares, for weights that are an outer product of rows and columns."""
+    torch.manual_seed(6)
+    m, n = shape
+    weight, statistics = torch.randn(m, n, dtype=torch.float64), statistics_of(*sample(m, n))
+    rows = statistics.fisher_rows.double() if axis != "columns" else torch.ones(m).double()
+    columns = statistics.fisher_columns.double() if axis != "rows" else torch.ones(n).double()
+    weights = rows[:, None] * columns / (rows.mean() * columns.mean())
+
+    def cost(matrix):
+        return float((weights * (weight - matrix).square()).sum())
+
+    rank, best = 2, float("inf")
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        a = torch.randn(rank, n, generator=generator, dtype=torch.float64)
+        for _ in range(300):
+            b = torch.linalg.solve((a * weights[:, None]) @ a.mT, (a @ (weights * weight).mT).mT[..., None])[..., 0]
+            a = torch.linalg.solve((b.mT * weights.mT[:, None]) @ b, (weights * weight).mT @ b)[..., None]
+            a = a[..., 0].mT
+        best = min(best, cost(b @ a))
+    assert cost(product(lp.FisherSVD(axis)(weight, rank, statistics))) == pytest.approx(best, rel=1e-6)
+
+
+def test_fisher_rows_are_those_of_the_paper():
+    x, g = sample(5, 7)
+    statistics, weight = statistics_of(x, g), torch.randn(5, 7, dtype=torch.float64)
+    fisher = sum((g[part::3].mT @ x[part::3] / len(g[part::3])).double().square() for part in range(3))
+    d = fisher.sum(1).sqrt()
+    u, s, vt = torch.linalg.svd(d[:, None] * weight, full_matrices=False)
+    expected = (u[:, :3] * s[:3]) @ vt[:3] / d[:, None]
+    torch.testing.assert_close(product(lp.FisherSVD()(weight, 3, statistics)), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_activation_scales_the_columns(alpha):
+    x, g = sample(5, 7)
+    weight = torch.randn(5, 7, dtype=torch.float64)
+    scale = x.double().abs().mean(0) ** alpha
+    u, s, vt = np.linalg.svd((weight * scale).numpy(), full_matrices=False)
+    expected = torch.from_numpy(u[:, :2] * s[:2] @ vt[:2]) / scale
+    factors = lp.ActivationSVD(alpha)(weight, 2, statistics_of(x, g))
+    torch.testing.assert_close(product(factors), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_kronecker_is_the_formula_with_both_roots(shape):
+    m, n = shape
+    weight, (x, g) = torch.randn(m, n, dtype=torch.float64), sample(m, n)
+    statistics, method = statistics_of(x, g), lp.KroneckerSVD(gradient_shrinkage=0.01, input_shrinkage=0.02)
+    left, right = (part.double().numpy() for part in method.metric(statistics))
+    lg, lx = np.linalg.cholesky(left), np.linalg.cholesky(right)
+    u, s, vt = np.linalg.svd(lg.T @ weight.numpy() @ lx, full_matrices=False)
+    for rank in (1, 4, 10):
+        expected = np.linalg.inv(lg.T) @ (u[:, :rank] * s[:rank] @ vt[:rank]) @ np.linalg.inv(lx)
+        torch.testing.assert_close(
+            product(method(weight, rank, statistics)), torch.from_numpy(expected), atol=1e-6, rtol=1e-6
+        )
+
+
+def test_wrong_fisher_and_activation_settings():
+    with pytest.raises(ArgumentError, match="axis must be 'rows', 'columns' or 'both', got 'row'"):
+        lp.FisherSVD("row")
+    for alpha in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ArgumentError, match="alpha must be finite"):
+            lp.ActivationSVD(alpha)
+
+
+class TestAutomaticShrinkage:
+    @staticmethod
+    def statistics(tokens, batches=8, seed=8):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(16, 12))
+        data = [torch.randn(tokens // batches, 16) * torch.linspace(2, 0.3, 16) for _ in range(batches)]
+        method = lp.KroneckerSVD("auto", "auto")
+        return lp.collect_statistics(model, lp.find_targets(model), data, wanted=method.wanted)["0"]
+
+    def test_it_falls_with_the_number_of_tokens(self):
+        def shrunk(tokens):
+            statistics = self.statistics(tokens)
+            raw = lp.KroneckerSVD(0.0, 0.0).metric(statistics)
+            auto = lp.KroneckerSVD("auto", "auto").metric(statistics)
+            return [float((a - r).norm() / r.norm()) for a, r in zip(auto, raw, strict=True)]
+
+        few, many = shrunk(32), shrunk(4096)
+        assert all(a > 5 * b > 0 for a, b in zip(few, many, strict=True))
+
+    def test_it_helps_on_unseen_tokens(self):
+        """Few tokens: on average the cut with shrinkage has the smaller error under the true second moment."""
+        truth = torch.diag(torch.linspace(2, 0.3, 16).double() ** 2)
+
+        def error(shrinkage, seed):
+            statistics, weight = self.statistics(24, seed=seed), torch.randn(12, 16, dtype=torch.float64)
+            difference = weight - product(lp.KroneckerSVD(1.0, shrinkage)(weight, 4, statistics))
+            return float(torch.trace(difference @ truth @ difference.mT))
+
+        mean = {shrinkage: np.mean([error(shrinkage, seed) for seed in range(12)]) for shrinkage in ("auto", 0.0)}
+        assert mean["auto"] < 0.97 * mean[0.0]
+
+    def test_says_what_is_missing(self):
+        with pytest.raises(StatisticsError, match="wanted=factorization.wanted"):
+            lp.KroneckerSVD("auto")(torch.randn(4, 4), 2, statistics_of(*sample(4, 4)))
+        with pytest.raises(StatisticsError, match="it needs two or more"):
+            lp.KroneckerSVD("auto")(torch.randn(12, 16), 2, self.statistics(8, batches=1))
+
+
+def test_a_user_method_with_one_call_is_enough():
+    @dataclasses.dataclass(frozen=True)
+    class FirstRows(Factorization):
+        def __call__(self, weight, rank, statistics=None):
+            return Factors(weight[:rank].clone(), torch.eye(weight.shape[0])[:, :rank])
+
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    report = lp.compress_(model, keep=0.5, factorization=FirstRows())
+    assert report.ranks == {"0": 2}
+    assert torch.equal(model[0].weight[2:], torch.zeros(6, 8))
