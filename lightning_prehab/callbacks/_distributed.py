@@ -78,7 +78,8 @@ def decompose_together(
         error = caught
     raise_together(trainer, error)
     if trainer.world_size > 1:
-        spectra = {name: values for part in _gather(trainer, spectra) for name, values in part.items()}
+        plain = {name: one.to_lists() for name, one in spectra.items()}
+        spectra = {name: Spectrum.of_lists(*one) for part in _gather(trainer, plain) for name, one in part.items()}
     return mine, spectra
 
 

@@ -358,7 +358,7 @@ def test_a_failed_surgery_leaves_the_module_untouched(failure, mlp, loader, make
         ({"keep": 0.001}, PlanError, "keep=0.001 allows 0 parameters for the 3 targets, their smallest ranks hold 78"),
         ({"rank_multiple_of": 6, "keep": 0.3}, PlanError, "rank_multiple_of"),
         ({"rank_overrides": {"net.9": 3}}, TargetError, "rank_overrides: 'net.9' matches no layer"),
-        ({"factorization": lp.SVD(), "rank_overrides": {"*": "dense"}}, PlanError, "RankRatio takes nothing"),
+        ({"factorization": lp.SVD(), "rank_overrides": {"*": "dense"}}, PlanError, "smallest ranks hold 500"),
     ],
     ids=["keep", "multiple", "pattern", "dense"],
 )
