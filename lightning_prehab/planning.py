@@ -115,6 +115,11 @@ def plan_ranks(
 ) -> CompressionPlan:
     """The last step of :func:`make_plan`, for callers that have decomposed the usable targets themselves."""
     overrides = _resolve_overrides(rank_overrides or {}, targets, factorization)
+    if policy.needs_probes and probes is not None:
+        unseen = {name: "no probe batch reached it" for name in usable if name not in probes}
+        layers_left = {name: layer for name, layer in usable.items() if name not in unseen}
+        usable = Targets(layers_left, {**usable.skipped, **unseen}, usable.model_parameters)
+        require_targets(usable)
     policy = policy.for_model(_dense_parameters(usable.values()), usable.model_parameters)
     choices = [
         replace(
