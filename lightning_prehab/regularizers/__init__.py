@@ -4,8 +4,10 @@ from lightning_prehab.regularizers.base import Memory, Penalty, Shrinkage
 from lightning_prehab.regularizers.effective_rank import EffectiveRank
 from lightning_prehab.regularizers.metric import IDENTITY, Metric
 from lightning_prehab.regularizers.nuclear_norm import NuclearNorm
+from lightning_prehab.regularizers.spectral_weight_decay import SpectralWeightDecay
 from lightning_prehab.regularizers.stable_rank import StableRank
 from lightning_prehab.regularizers.tail_energy import TailEnergy
+from lightning_prehab.regularizers.tail_shrinkage import TailShrinkage
 
 __all__ = [
     "IDENTITY",
@@ -15,6 +17,8 @@ __all__ = [
     "NuclearNorm",
     "Penalty",
     "Shrinkage",
+    "SpectralWeightDecay",
     "StableRank",
     "TailEnergy",
+    "TailShrinkage",
 ]
