@@ -6,12 +6,14 @@ from lightning_prehab.regularizers.metric import IDENTITY, Metric
 from lightning_prehab.regularizers.nuclear_norm import NuclearNorm
 from lightning_prehab.regularizers.spectral_weight_decay import SpectralWeightDecay
 from lightning_prehab.regularizers.stable_rank import StableRank
+from lightning_prehab.regularizers.strength import GradientRatio, strength_for_share
 from lightning_prehab.regularizers.tail_energy import TailEnergy
 from lightning_prehab.regularizers.tail_shrinkage import TailShrinkage
 
 __all__ = [
     "IDENTITY",
     "EffectiveRank",
+    "GradientRatio",
     "Memory",
     "Metric",
     "NuclearNorm",
@@ -21,4 +23,5 @@ __all__ = [
     "StableRank",
     "TailEnergy",
     "TailShrinkage",
+    "strength_for_share",
 ]
