@@ -10,9 +10,17 @@ from lightning_prehab.loading import LowRankCheckpointMixin, load_from_checkpoin
 from lightning_prehab.plan import CompressionPlan, LayerPlan
 from lightning_prehab.planning import make_plan
 from lightning_prehab.rank_policies import EnergyThreshold, ParameterBudget, ProbeBudget, RankRatio, ZeroSum
-from lightning_prehab.regularizers import StableRank, TailEnergy
+from lightning_prehab.regularizers import (
+    EffectiveRank,
+    NuclearNorm,
+    SpectralWeightDecay,
+    StableRank,
+    TailEnergy,
+    TailShrinkage,
+)
 from lightning_prehab.report import CompressionReport
 from lightning_prehab.serialization import load_compressed, save_compressed
+from lightning_prehab.spectral_metrics import EffectiveRankMetric, StableRankMetric
 from lightning_prehab.statistics import LayerStatistics
 from lightning_prehab.surgery import apply_plan_
 from lightning_prehab.targets import find_targets
@@ -23,6 +31,8 @@ __all__ = [
     "CompressionCallback",
     "CompressionPlan",
     "CompressionReport",
+    "EffectiveRank",
+    "EffectiveRankMetric",
     "EnergyThreshold",
     "FisherSVD",
     "KroneckerSVD",
@@ -30,14 +40,18 @@ __all__ = [
     "LayerStatistics",
     "LowRankCheckpointMixin",
     "LowRankLinear",
+    "NuclearNorm",
     "ParameterBudget",
     "PrehabCallback",
     "PrehabError",
     "ProbeBudget",
     "RankRatio",
     "RehabSchedule",
+    "SpectralWeightDecay",
     "StableRank",
+    "StableRankMetric",
     "TailEnergy",
+    "TailShrinkage",
     "WhitenedSVD",
     "ZeroSum",
     "apply_plan_",

@@ -35,6 +35,7 @@ FLOORS = {
     "probes": 2,
     "latency": 2,
     "serialization": 2,
+    "spectral_metrics": 2,
     "callbacks": 3,
     "loading": 3,
     "__init__": 4,

@@ -1,7 +1,6 @@
-"""A spectral penalty in an ordinary training run, until the surgery."""
+"""A spectral regularizer in an ordinary training run, until the surgery."""
 
 import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -10,24 +9,22 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_prehab.callbacks._checkpoint import check_version, dump_statistics, restore_statistics_
-from lightning_prehab.callbacks._distributed import decide_on_rank_zero, sum_statistics_
-from lightning_prehab.callbacks._penalized import PenalizedLayer, Space, is_reached, wanted_in
+from lightning_prehab.callbacks._arguments import check_regularizer, check_when_and_where
+from lightning_prehab.callbacks._checkpoint import check_version
+from lightning_prehab.callbacks._preparation import Preparation
+from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, cut_now
+from lightning_prehab.callbacks._timeline import batches_to_watch, remaining_batches
 from lightning_prehab.callbacks._trainer import (
-    batches_per_epoch,
     check_strategy,
     closes_window,
     find_callback,
     gradient_scale,
     loss_scale,
-    uses_loss_scaling,
 )
 from lightning_prehab.callbacks.compression import CompressionCallback
-from lightning_prehab.collector import Collector
 from lightning_prehab.errors import ArgumentError, CheckpointError, TargetError, UnsupportedError
-from lightning_prehab.regularizers import Penalty, StableRank
+from lightning_prehab.regularizers import GradientRatio, Penalty, Shrinkage, StableRank
 from lightning_prehab.schedules import ramp
-from lightning_prehab.statistics import LayerStatistics, Wanted
 from lightning_prehab.targets import Patterns, Targets, find_targets
 
 Injection = Literal["auto", "loss", "gradient"]
@@ -36,46 +33,62 @@ Injection = Literal["auto", "loss", "gradient"]
 STATE_VERSION = 1
 #: Training batches that statistics are taken from where no CompressionCallback says how many.
 CALIBRATION_BATCHES = 64
+#: Share of the time before the surgery in which metric and ranks are not changed any more.
+LAST_UPDATE = 0.3
 
 
 class PrehabCallback(pl.Callback):
-    """Adds a spectral penalty to the training loss, so that the weights lose little when they are cut.
+    """Regularizes the spectra of the weights in training, so that they lose little when they are cut.
 
-    Total loss = task loss + ``strength(t)`` x mean over the targets of ``R(M)``, where ``M`` is the weight ``W`` or the
-    weight in another metric. The optimizer sees exactly the gradient of that sum, whatever the precision, gradient
-    accumulation, clipping and strategy. The loss that the user logs is untouched. With a
-    :class:`~lightning_prehab.CompressionCallback` beside it, the penalty stops at the surgery by itself, acts on the
-    same targets (those with a trainable weight), and aims at the planned ranks.
+    With a penalty, total loss = task loss + ``strength(t)`` x mean over the targets of ``R(M)``, where ``M`` is the
+    weight ``W`` or the weight in another metric. The optimizer sees exactly the gradient of that sum, whatever the
+    precision, gradient accumulation, clipping and strategy. The loss that the user logs is untouched. With a shrinkage,
+    the weights are changed after each optimizer step instead, and nothing is added to the loss. With a
+    :class:`~lightning_prehab.CompressionCallback` beside it, the regularizer stops at the surgery by itself, acts on
+    the same targets (those with a trainable weight), and aims at the planned ranks.
 
-    Logged: ``prehab/penalty`` (mean of R), ``prehab/strength``, and at the end of each epoch ``prehab/stable_rank`` and
+    Logged: ``prehab/penalty`` (mean of R) and ``prehab/strength``, or ``prehab/progress`` for a shrinkage; every
+    ``forecast_every_n_steps`` steps, where target ranks are known, ``prehab/tail_energy`` (share of the energy that the
+    cut would drop now, mean over the layers) and in the loss space ``prehab/forecast`` (the predicted increase of the
+    loss if the cut came now, in the progress bar too); at the end of each epoch ``prehab/stable_rank`` and
     ``prehab/effective_rank`` (means over the targets, of the weights themselves).
 
     Args:
-        regularizer: The penalty R; None means :class:`~lightning_prehab.StableRank`.
-        strength: Factor on the mean penalty, at least 0; None means the ``default_strength`` of the penalty.
+        regularizer: A penalty or a shrinkage; None means :class:`~lightning_prehab.StableRank`.
+        strength: Factor on the mean penalty, at least 0; None means the ``default_strength`` of the penalty. Shrinkages
+            have none.
         ramp_steps: Optimizer steps over which the strength rises linearly to its full value.
         space: ``"weight"``: M = W. ``"activation"``: M = W S with S S^T = E[x x^T]. ``"loss"``: M = L^T W S with L L^T
             = E[g g^T], the metric in which the default surgery cuts. The last two collect statistics in the first
             ordinary training steps (as many as the ``calibration_batches`` of the CompressionCallback, else 64), and
-            the penalty starts after them. So does a penalty that aims at planned ranks, if the planned factorization
+            the regularizer starts after them. So does one that aims at planned ranks, if the planned factorization
             reads statistics.
-        start_epoch: First epoch with the penalty, counted from 0.
+        start_epoch: First epoch with the regularizer, counted from 0.
         stop_epoch: First epoch without it; None means the surgery, or the end.
         every_n_steps: The penalty is added at every n-th optimizer step only, with the same strength.
         injection: ``"loss"`` adds the penalty in place to the loss in ``on_before_backward``; ``"gradient"`` adds its
             gradient in ``on_before_optimizer_step``. ``"auto"`` takes the first, and the second where the first cannot
-            be right: manual optimization (several backward passes may make one step), and DDP with
-            ``find_unused_parameters`` (a parameter would be reduced twice). The gradients are the same. At the end of
-            an epoch that the accumulation does not divide, Lightning shrinks the task gradient of the incomplete step;
-            ``"loss"`` shrinks the penalty with it, ``"gradient"`` does not.
+            be right: manual optimization (several backward passes may make one step), DDP with
+            ``find_unused_parameters`` (a parameter would be reduced twice), and a ``strength_share``. The gradients are
+            the same. At the end of an epoch that the accumulation does not divide, Lightning shrinks the task gradient
+            of the incomplete step; ``"loss"`` shrinks the penalty with it, ``"gradient"`` does not.
         target_modules: Names or fnmatch patterns; None means the targets of the CompressionCallback, else all that can
             be cut.
         exclude_modules: Names or fnmatch patterns of layers to leave out.
+        strength_share: Instead of a strength, the share of the task gradient's norm that the penalty's gradient shall
+            have over the targets, for example 0.1: penalties have no common scale, shares have. Measured at each step
+            and smoothed.
+        update_steps: Optimizer steps after which statistics, metric and planned ranks are taken anew; 0 means never.
+        forecast_every_n_steps: Optimizer steps between two forecasts; 0 means none.
+
+    Attributes:
+        forecast: The last ``prehab/forecast``, or None.
 
     Raises:
         ArgumentError: If a value is out of range.
         TargetError: When fit starts, if no trainable layer matches.
-        UnsupportedError: When fit starts, for strategies other than one device and DDP.
+        UnsupportedError: When fit starts, for strategies other than one device and DDP, or for a shrinkage whose end
+            cannot be foreseen.
 
     Reference:
         Qin et al., "Low-Rank Prehab: Preparing Neural Networks for SVD Compression", 2025, https://arxiv.org/abs/2512.01980
@@ -87,7 +100,7 @@ class PrehabCallback(pl.Callback):
 
     def __init__(
         self,
-        regularizer: Penalty | None = None,
+        regularizer: Penalty | Shrinkage | None = None,
         strength: float | None = None,
         *,
         ramp_steps: int = 0,
@@ -98,25 +111,17 @@ class PrehabCallback(pl.Callback):
         injection: Injection = "auto",
         target_modules: Patterns = None,
         exclude_modules: Patterns = None,
+        strength_share: float | None = None,
+        update_steps: int = 200,
+        forecast_every_n_steps: int = 50,
     ) -> None:
         super().__init__()
         self.regularizer = StableRank() if regularizer is None else regularizer
-        self.strength = self.regularizer.default_strength if strength is None else strength
-        if not 0 <= self.strength < math.inf:
-            raise ArgumentError(f"strength must be finite and not negative, got {strength}.")
-        if ramp_steps < 0:
-            raise ArgumentError(f"ramp_steps must not be negative, got {ramp_steps}.")
-        if space not in ("weight", "activation", "loss"):
-            raise ArgumentError(f"space must be 'weight', 'activation' or 'loss', got {space!r}.")
-        if start_epoch < 0 or (stop_epoch is not None and stop_epoch <= start_epoch):
-            raise ArgumentError(
-                f"start_epoch must not be negative and stop_epoch must come after it, got {start_epoch} and "
-                f"{stop_epoch}."
-            )
-        if every_n_steps < 1:
-            raise ArgumentError(f"every_n_steps must be at least 1, got {every_n_steps}.")
-        if injection not in ("auto", "loss", "gradient"):
-            raise ArgumentError(f"injection must be 'auto', 'loss' or 'gradient', got {injection!r}.")
+        penalty = strength, strength_share, ramp_steps, every_n_steps, injection
+        check_regularizer(self.regularizer, *penalty)
+        default = self.regularizer.default_strength if isinstance(self.regularizer, Penalty) else 0.0
+        self.strength = default if strength is None else strength
+        check_when_and_where(space, start_epoch, stop_epoch, update_steps, forecast_every_n_steps)
         self.ramp_steps = ramp_steps
         self.space: Space = space
         self.start_epoch = start_epoch
@@ -125,13 +130,20 @@ class PrehabCallback(pl.Callback):
         self.injection: Injection = injection
         self.target_modules = target_modules
         self.exclude_modules = exclude_modules
-        self._steps = 0  # batches with an optimizer step, since the penalty is ready
+        self.strength_share = strength_share
+        self.update_steps = update_steps
+        self.forecast_every_n_steps = forecast_every_n_steps
+        self.forecast: float | None = None
+        self._ratio = None if strength_share is None else GradientRatio(strength_share)
+        self._steps = 0  # batches with an optimizer step, since the regularizer is ready
+        self._planned_at = 0  # the value of _steps when the ranks were planned
+        self._span: int | None = None  # batches from there to the end, when the regularizer became ready
         self._global_step = 0  # of the Trainer, at the end of the last batch
+        self._rates: dict[int, float] = {}  # learning rate of each weight's last step
         self._targets: Targets | None = None
         self._planned: Targets | None = None  # what the ranks are planned for: all targets of the surgery
-        self._collector: Collector | None = None
-        self._collected = 0  # batches
-        self._layers: list[PenalizedLayer] = []
+        self._preparation: Preparation | None = None
+        self._layers: list[RegularizedLayer] = []
         self._ready = False
         self._into_loss = True
         self._restored: dict[str, Any] = {}
@@ -160,13 +172,17 @@ class PrehabCallback(pl.Callback):
         source = self._rank_source(trainer)
         self._planned = None if source is None else source.find_targets(pl_module)
         self._into_loss = self._injects_into_loss(trainer, pl_module)
-        self._steps = 0
+        self._steps, self._planned_at, self._span = 0, 0, None
         if self._restored:
-            self._restore(trainer)
+            self._restore()
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Notes where the run stands."""
+        """Notes where the run stands, and goes on with a preparation that was under way."""
         self._global_step = trainer.global_step
+        under_way, self._restored = self._restored.get("preparation"), {}
+        if under_way is not None and self._targets is not None:
+            self._preparation = self._new_preparation(trainer)
+            self._preparation.load_state_dict(under_way, trainer.global_rank)
 
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
@@ -174,22 +190,17 @@ class PrehabCallback(pl.Callback):
         """Prepares, or starts counting what this step sends through the targets."""
         if self._targets is None or not self._in_season(trainer):
             return
-        if not self._ready:
-            compression = self._rank_source(trainer)
-            wanted = wanted_in(self.space)
-            if compression is not None:
-                wanted = wanted.union(compression.wanted)
-            if not any(wanted):
-                self._prepare(trainer, None)
-            elif self._collector is None:
-                self._collect(trainer, wanted)
-        if self._collector is not None:
-            self._collector.begin_batch(batch, batch_idx)
+        if self._preparation is None and (not self._ready or self._update_is_due(trainer, batch_idx)):
+            self._preparation = self._new_preparation(trainer)
+            if not self._ready and self._preparation.is_complete:
+                self._take_over(trainer, batch_idx - 1)
+        if self._preparation is not None:
+            self._preparation.begin_batch(batch, batch_idx)
 
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
         """Adds the penalty to the loss, in the scale that the loss has here."""
-        if self._collector is not None:
-            self._collector.loss_scale = loss_scale(trainer)
+        if self._preparation is not None:
+            self._preparation.note_loss_scale(trainer)
         # A loss without a graph is the user's mistake; adding to it would hide that and train on the penalty alone.
         if not self._into_loss or not self._acts(trainer) or not loss.requires_grad:
             return
@@ -197,8 +208,10 @@ class PrehabCallback(pl.Callback):
             penalty = self._penalty(pl_module, self._layers)
             if penalty is None:
                 return
+            strength = self.strength * self._ramp()
+            pl_module.log("prehab/strength", strength, batch_size=1)
             try:
-                loss.add_((penalty * (self._strength() * loss_scale(trainer))).to(loss.dtype))
+                loss.add_((penalty * (strength * loss_scale(trainer))).to(loss.dtype))
             except RuntimeError as error:
                 raise UnsupportedError(
                     f"This loss cannot be changed in place ({error}); use PrehabCallback(injection='gradient')."
@@ -208,6 +221,8 @@ class PrehabCallback(pl.Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: torch.optim.Optimizer
     ) -> None:
         """Adds the gradient of the penalty for the weights of this optimizer."""
+        for group in optimizer.param_groups:
+            self._rates.update((id(parameter), float(group["lr"])) for parameter in group["params"])
         if self._into_loss or not self._acts(trainer):
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -221,27 +236,31 @@ class PrehabCallback(pl.Callback):
             penalty = self._penalty(pl_module, layers)
             if penalty is None:
                 return
-            gradients = torch.autograd.grad(penalty * self._strength(), weights)
+            gradients = torch.autograd.grad(penalty, weights)
         # Lightning leaves the gradients of a fused optimizer scaled; the optimizer unscales them itself.
         scale = gradient_scale(trainer) if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
+        strength = self._measured_strength(weights, gradients, scale) * self._ramp()
+        pl_module.log("prehab/strength", strength, batch_size=1)
         for weight, gradient in zip(weights, gradients, strict=True):
-            if weight.grad is None:
-                weight.grad = gradient.mul_(scale).to(weight.dtype)
-            else:
-                weight.grad.add_(gradient.to(weight.grad.dtype), alpha=scale)
+            addend = (gradient * (strength * scale)).to(weight.dtype)
+            weight.grad = addend if weight.grad is None else weight.grad.add_(addend)
 
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts steps, and prepares when enough statistics are there."""
-        if self._collector is not None:
-            self._collector.end_batch()
-            self._collected += 1
-            if self._collected >= self._wanted_batches(trainer) and closes_window(trainer, batch_idx):
-                self._prepare(trainer, self._stop_collecting())
-        elif self._ready and self._in_season(trainer) and trainer.global_step > self._global_step:
-            self._steps += 1
+        """Shrinks, counts steps, and takes over metrics and ranks when enough statistics are there."""
+        stepped = trainer.global_step > self._global_step
         self._global_step = trainer.global_step
+        if self._ready and stepped and self._in_season(trainer):
+            self._shrink(trainer, pl_module, batch_idx)
+            self._steps += 1
+            every = self.forecast_every_n_steps
+            if every > 0 and (self._steps % every == 0 or self._remaining(trainer, batch_idx) == 0):
+                self._log_forecast(pl_module)
+        if self._preparation is not None:
+            self._preparation.end_batch()
+            if self._preparation.is_complete and closes_window(trainer, batch_idx):
+                self._take_over(trainer, batch_idx)
 
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Logs how far the spectra have come."""
@@ -267,15 +286,17 @@ class PrehabCallback(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on bit by bit: steps, metrics, ranks, warm starts; plain data only."""
-        collecting = None if self._collector is None else self._collector.statistics
+        preparation = self._preparation
         return {
             "version": STATE_VERSION,
             "steps": self._steps,
+            "planned_at": self._planned_at,
+            "span": self._span,
             "ready": self._ready,
+            "forecast": self.forecast,
+            "ratio": None if self._ratio is None else self._ratio.state_dict(),
             "layers": {layer.name: layer.state_dict() for layer in self._layers},
-            "collected": self._collected,
-            "statistics": dump_statistics(collecting, self._world_size),
-            "wanted": None if self._collector is None else list(self._collector.wanted),
+            "preparation": None if preparation is None else preparation.state_dict(self._world_size),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -283,28 +304,21 @@ class PrehabCallback(pl.Callback):
         check_version(state_dict, STATE_VERSION, type(self).__name__)
         self._restored = state_dict
 
-    def _restore(self, trainer: "pl.Trainer") -> None:
+    def _restore(self) -> None:
+        """All but a preparation under way, which waits for the start of training."""
         assert self._targets is not None
-        state, self._restored = self._restored, {}
-        self._steps, self._ready, self._collected = state["steps"], state["ready"], state["collected"]
+        state = self._restored
+        self._steps, self._planned_at, self._span = state["steps"], state["planned_at"], state["span"]
+        self._ready, self.forecast = state["ready"], state["forecast"]
+        if self._ratio is not None and state["ratio"] is not None:
+            self._ratio.load_state_dict(state["ratio"])
         for name, stored in state["layers"].items():
             if name not in self._targets:
                 raise CheckpointError(
                     f"PrehabCallback: the checkpoint holds the state of layer {name!r}, which is not a target now. "
                     "Resume with the target_modules and exclude_modules that the checkpoint was written with."
                 )
-            self._layers.append(PenalizedLayer.from_state_dict(name, self._targets[name], stored))
-        if state["statistics"]:
-            self._collect(trainer, Wanted(*state["wanted"]))
-            assert self._collector is not None
-            restore_statistics_(self._collector.statistics, state["statistics"], trainer.global_rank)
-
-    def _collect(self, trainer: "pl.Trainer", wanted: Wanted) -> None:
-        assert self._targets is not None
-        seen = {**(self._planned or {}), **self._targets}
-        batches, scaling = self._wanted_batches(trainer), uses_loss_scaling(trainer)
-        self._collector = Collector(seen, wanted, drop_overflow=scaling, batches=batches)
-        self._collector.attach()
+            self._layers.append(RegularizedLayer.from_state_dict(name, self._targets[name], stored))
 
     def _find_targets(self, pl_module: "pl.LightningModule", compression: CompressionCallback | None) -> Targets:
         own = self.target_modules is not None or self.exclude_modules is not None
@@ -323,11 +337,13 @@ class PrehabCallback(pl.Callback):
         if self.injection != "auto":
             return self.injection == "loss"
         why = None
+        if self.strength_share is not None:
+            return False
         if not pl_module.automatic_optimization:
             why = "manual optimization"
         elif isinstance(trainer.strategy, DDPStrategy) and trainer.strategy._ddp_kwargs.get("find_unused_parameters"):
             why = "find_unused_parameters"
-        if why is not None:
+        if why is not None and isinstance(self.regularizer, Penalty):
             rank_zero_info(f"PrehabCallback adds the penalty to the gradients, not to the loss, because of {why}.")
         return why is None
 
@@ -335,73 +351,115 @@ class PrehabCallback(pl.Callback):
         return self.start_epoch <= trainer.current_epoch < (math.inf if self.stop_epoch is None else self.stop_epoch)
 
     def _acts(self, trainer: "pl.Trainer") -> bool:
-        return self._ready and self._in_season(trainer) and self._steps % self.every_n_steps == 0
+        """Whether a penalty is due at this step."""
+        due = self._ready and self._in_season(trainer) and self._steps % self.every_n_steps == 0
+        return due and isinstance(self.regularizer, Penalty)
 
-    def _strength(self) -> float:
-        return self.strength * ramp(self._steps, self.ramp_steps)
+    def _ramp(self) -> float:
+        return ramp(self._steps, self.ramp_steps)
 
-    def _penalty(self, pl_module: "pl.LightningModule", layers: list[PenalizedLayer]) -> Tensor | None:
+    def _measured_strength(self, weights: list[Tensor], gradients: tuple[Tensor, ...], scale: float) -> float | Tensor:
+        """The strength, or the factor that gives the penalty its share of the task gradient."""
+        if self._ratio is None:
+            return self.strength
+        task = [weight.grad for weight in weights if weight.grad is not None]
+        norms = (torch.stack([part.float().norm() for part in parts]).norm() for parts in (task, gradients))
+        return self._ratio.update(next(norms) / scale, next(norms))
+
+    def _penalty(self, pl_module: "pl.LightningModule", layers: list[RegularizedLayer]) -> Tensor | None:
         """Sum over the trainable ones of some layers, divided by the number of all; their mean is logged."""
+        assert isinstance(self.regularizer, Penalty)
         values = [layer.penalty(self.regularizer) for layer in layers if layer.module.weight.requires_grad]
         if not values:
             return None
         total = torch.stack(values).sum()
         pl_module.log("prehab/penalty", total.detach() / len(values), batch_size=1)
-        pl_module.log("prehab/strength", self._strength(), batch_size=1)
         return total / len(self._layers)
+
+    def _shrink(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch_idx: int) -> None:
+        """Applies a shrinkage to the trainable weights that an optimizer has stepped."""
+        if not isinstance(self.regularizer, Shrinkage):
+            return
+        progress = self._progress(trainer, batch_idx)
+        pl_module.log("prehab/progress", progress, batch_size=1)
+        for layer in self._layers:
+            rate = self._rates.get(id(layer.module.weight))
+            if rate is not None and layer.module.weight.requires_grad:
+                layer.shrink_(self.regularizer, progress, rate)
+
+    def _remaining(self, trainer: "pl.Trainer", batch_idx: int) -> int | None:
+        return remaining_batches(trainer, self.stop_epoch, batch_idx)
+
+    def _progress(self, trainer: "pl.Trainer", batch_idx: int) -> float:
+        """Done share of the time from when the regularizer was ready, exactly 1 at the last batch."""
+        remaining = self._remaining(trainer, batch_idx)
+        assert remaining is not None  # checked when the regularizer became ready
+        assert self._span is not None
+        return 1.0 - remaining / max(self._span, 1)
+
+    def _log_forecast(self, pl_module: "pl.LightningModule") -> None:
+        share, increase = cut_now(self._layers)
+        if share is None:
+            return
+        pl_module.log("prehab/tail_energy", share, batch_size=1)
+        if self.space == "loss":
+            self.forecast = increase
+            pl_module.log("prehab/forecast", increase, batch_size=1, prog_bar=True)
 
     def _rank_source(self, trainer: "pl.Trainer") -> CompressionCallback | None:
         return find_callback(trainer, CompressionCallback) if self.regularizer.needs_rank else None
 
     def _wanted_batches(self, trainer: "pl.Trainer") -> int:
-        """Batches to take statistics from: at most half of those that the penalty has in all."""
+        """Batches to take statistics from: at most half of those that the regularizer has in all."""
         compression = find_callback(trainer, CompressionCallback)
         wanted = CALIBRATION_BATCHES if compression is None else compression.calibration_batches
-        length, ends = batches_per_epoch(trainer), [self.stop_epoch, compression.epoch if compression else None]
-        ends.append(None if trainer.max_epochs == -1 else trainer.max_epochs)
-        known = [end for end in ends if end is not None]
-        if length is None or not known:
-            return wanted
-        return min(wanted, max((min(known) - self.start_epoch) * length // 2, 1))
+        if self._ready:
+            wanted = max(min(wanted, self.update_steps // 4), 1)
+        return batches_to_watch(trainer, self.start_epoch, self.stop_epoch, wanted)
 
-    def _prepare(self, trainer: "pl.Trainer", statistics: dict[str, LayerStatistics] | None) -> None:
-        """Fixes the metric and the target rank of each layer."""
+    def _update_is_due(self, trainer: "pl.Trainer", batch_idx: int) -> bool:
+        """Whether metric and ranks are old, and there is time enough to do something with new ones."""
+        if self.update_steps == 0 or self._steps - self._planned_at < self.update_steps:
+            return False
+        if self.space == "weight" and self._rank_source(trainer) is None:
+            return False
+        remaining = self._remaining(trainer, batch_idx)
+        return remaining is None or (self._span is not None and remaining > LAST_UPDATE * self._span)
+
+    def _new_preparation(self, trainer: "pl.Trainer") -> Preparation:
         assert self._targets is not None
-        targets, compression = self._targets, self._rank_source(trainer)
-        if statistics is not None:
-            sum_statistics_(trainer, statistics)
-        ranks: Mapping[str, int | None] = {}
-        if compression is not None and self._planned is not None:
-            planned = self._planned
-            plan = decide_on_rank_zero(trainer, lambda: compression.make_plan(planned, statistics))
-            ranks = {name: rank for name, rank in plan.ranks.items() if rank is not None}
-        self._layers = [
-            PenalizedLayer.seen_in(self.space, name, module, ranks.get(name), statistics)
-            for name, module in targets.items()
-            if (compression is None or name in ranks) and is_reached(self.space, name, statistics)
-        ]
-        if not self._layers:
+        planned = Targets({}, {}, None) if self._planned is None else self._planned
+        source, batches = self._rank_source(trainer), self._wanted_batches(trainer)
+        return Preparation(trainer, self._targets, self.space, source, planned, batches)
+
+    def _take_over(self, trainer: "pl.Trainer", batch_idx: int) -> None:
+        """From now on the regularizer acts with the metric and the target rank that the preparation has found."""
+        assert self._preparation is not None
+        layers, self._preparation = self._preparation.finish(trainer), None
+        if not layers:
             rank_zero_warn(
                 "PrehabCallback has nothing to do: no target was reached by the calibration, or all stay dense."
             )
             self._release()
             return
-        self._ready = True
-
-    def _stop_collecting(self) -> dict[str, LayerStatistics] | None:
-        collector, self._collector = self._collector, None
-        if collector is None:
-            return None
-        collector.detach()
-        return collector.statistics
+        if not self._ready:
+            self._span = self._remaining(trainer, batch_idx)
+            if self._span is None and isinstance(self.regularizer, Shrinkage):
+                raise UnsupportedError(
+                    f"{self.regularizer} has to know when it must be done, but the length of an epoch or the last one "
+                    "is not known. Give limit_train_batches and a CompressionCallback, stop_epoch or max_epochs."
+                )
+        self._layers, self._ready, self._planned_at = layers, True, self._steps
 
     def _warn_if_never_ready(self) -> None:
-        if self._collector is not None:
+        if self._preparation is not None and not self._ready:
             rank_zero_warn(
-                f"PrehabCallback was still collecting statistics ({self._collected} batches) when its time was over: "
-                "no penalty was applied. Train longer, or lower calibration_batches of the CompressionCallback."
+                f"PrehabCallback was still collecting statistics ({self._preparation.seen} batches) when its time was "
+                "over: nothing was regularized. Train longer, or lower calibration_batches of the CompressionCallback."
             )
 
     def _release(self) -> None:
-        self._stop_collecting()
-        self._targets, self._planned, self._layers, self._ready, self._collected = None, None, [], False, 0
+        if self._preparation is not None:
+            self._preparation.close()
+        self._preparation = self._targets = self._planned = None
+        self._layers, self._ready, self._rates = [], False, {}

@@ -419,7 +419,7 @@ class Strengths(pl.Callback):
         self.prehab, self.seen = prehab, []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.seen.append(self.prehab._strength() if self.prehab._acts(trainer) else None)
+        self.seen.append(self.prehab.strength * self.prehab._ramp() if self.prehab._acts(trainer) else None)
 
 
 @pytest.mark.parametrize("manual", [True, False])
@@ -464,7 +464,7 @@ def test_a_penalty_that_never_begins_says_so(mlp, data, make_trainer, lit_class)
         def __iter__(self):
             return iter(zip(*data.tensors, strict=True))
 
-    with pytest.warns(UserWarning, match=r"still collecting statistics \(6 batches\).*no penalty was applied"):
+    with pytest.warns(UserWarning, match=r"still collecting statistics \(6 batches\).*nothing was regularized"):
         make_trainer(callbacks=[lp.PrehabCallback(space="loss")]).fit(lit_class(mlp), DataLoader(Stream(), 16))
 
 

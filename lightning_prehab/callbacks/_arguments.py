@@ -1,0 +1,58 @@
+"""What PrehabCallback accepts."""
+
+import math
+
+from lightning_prehab.errors import ArgumentError
+from lightning_prehab.regularizers import Penalty, Shrinkage
+
+_PENALTY_ONLY = ("strength", "strength_share", "ramp_steps", "every_n_steps", "injection")
+
+
+def check_regularizer(
+    regularizer: object,
+    strength: float | None,
+    strength_share: float | None,
+    ramp_steps: int,
+    every_n_steps: int,
+    injection: str,
+) -> None:
+    """Checks a regularizer and the settings that only penalties have."""
+    if not isinstance(regularizer, Penalty | Shrinkage):
+        hint = f"; write {regularizer.__name__}()" if isinstance(regularizer, type) else ""
+        raise ArgumentError(f"Expected a Penalty or a Shrinkage, got {regularizer!r}{hint}.")
+    if strength is not None and not 0 <= strength < math.inf:
+        raise ArgumentError(f"strength must be finite and not negative, got {strength}.")
+    if ramp_steps < 0:
+        raise ArgumentError(f"ramp_steps must not be negative, got {ramp_steps}.")
+    if every_n_steps < 1:
+        raise ArgumentError(f"every_n_steps must be at least 1, got {every_n_steps}.")
+    if injection not in ("auto", "loss", "gradient"):
+        raise ArgumentError(f"injection must be 'auto', 'loss' or 'gradient', got {injection!r}.")
+    if strength_share is not None and (strength is not None or injection == "loss"):
+        raise ArgumentError(
+            "strength_share replaces strength, and compares gradients: give no strength, and injection='gradient' or "
+            "'auto'."
+        )
+    if isinstance(regularizer, Shrinkage):
+        changed = (strength, strength_share, ramp_steps, every_n_steps, injection)
+        for name, value, unset in zip(_PENALTY_ONLY, changed, (None, None, 0, 1, "auto"), strict=True):
+            if value != unset:
+                raise ArgumentError(
+                    f"{regularizer} is applied to the weights after each optimizer step; {name}={value!r} belongs to "
+                    "penalties, which are added to the loss. Set the fields of the shrinkage instead."
+                )
+
+
+def check_when_and_where(
+    space: str, start_epoch: int, stop_epoch: int | None, update_steps: int, forecast_every_n_steps: int
+) -> None:
+    """Checks the settings that all regularizers have."""
+    if space not in ("weight", "activation", "loss"):
+        raise ArgumentError(f"space must be 'weight', 'activation' or 'loss', got {space!r}.")
+    if start_epoch < 0 or (stop_epoch is not None and stop_epoch <= start_epoch):
+        raise ArgumentError(
+            f"start_epoch must not be negative and stop_epoch must come after it, got {start_epoch} and {stop_epoch}."
+        )
+    for name, value in (("update_steps", update_steps), ("forecast_every_n_steps", forecast_every_n_steps)):
+        if value < 0:
+            raise ArgumentError(f"{name} must not be negative, got {value}.")

@@ -1,0 +1,103 @@
+"""What a regularizer has to know before it can act: the metric and the target rank of each layer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_prehab.callbacks._checkpoint import dump_statistics, restore_statistics_
+from lightning_prehab.callbacks._distributed import decide_on_rank_zero, sum_statistics_
+from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, is_reached, wanted_in
+from lightning_prehab.callbacks._trainer import loss_scale, uses_loss_scaling
+from lightning_prehab.callbacks.compression import CompressionCallback
+from lightning_prehab.collector import Collector
+from lightning_prehab.statistics import LayerStatistics, Wanted
+from lightning_prehab.targets import Targets
+
+
+class Preparation:
+    """Statistics of some ordinary training steps, then metrics and a provisional plan.
+
+    Args:
+        trainer: The running Trainer.
+        targets: The layers to be regularized.
+        space: The metric.
+        source: The callback whose plan gives the target ranks, or None.
+        planned: What the ranks are planned for: all targets of the surgery; empty without a source.
+        batches: Number of batches to watch.
+    """
+
+    def __init__(
+        self,
+        trainer: "pl.Trainer",
+        targets: Targets,
+        space: Space,
+        source: CompressionCallback | None,
+        planned: Targets,
+        batches: int,
+    ) -> None:
+        self._targets, self._space, self._source, self._planned = targets, space, source, planned
+        self.batches = batches
+        self.seen = 0
+        self.wanted = wanted_in(space) if source is None else wanted_in(space).union(source.wanted)
+        self._collector: Collector | None = None
+        if any(self.wanted):
+            layers = {**planned, **targets}
+            scaling = uses_loss_scaling(trainer)
+            self._collector = Collector(layers, self.wanted, drop_overflow=scaling, batches=batches)
+            self._collector.attach()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing more has to be watched."""
+        return self._collector is None or self.seen >= self.batches
+
+    def begin_batch(self, batch: Any, batch_idx: int) -> None:
+        """Starts counting what this step sends through the layers."""
+        if self._collector is not None:
+            self._collector.begin_batch(batch, batch_idx)
+
+    def note_loss_scale(self, trainer: "pl.Trainer") -> None:
+        """Notes the scale of this loss, to take it out of the gradients again."""
+        if self._collector is not None:
+            self._collector.loss_scale = loss_scale(trainer)
+
+    def end_batch(self) -> None:
+        """Stops counting until the next batch."""
+        if self._collector is not None:
+            self._collector.end_batch()
+        self.seen += 1
+
+    def close(self) -> dict[str, LayerStatistics] | None:
+        """Takes the hooks off; returns the sums."""
+        collector, self._collector = self._collector, None
+        if collector is None:
+            return None
+        collector.detach()
+        return collector.statistics
+
+    def finish(self, trainer: "pl.Trainer") -> list[RegularizedLayer]:
+        """The layers to regularize: those that the plan cuts and the statistics have reached."""
+        statistics, source = self.close(), self._source
+        if statistics is not None:
+            sum_statistics_(trainer, statistics)
+        ranks: Mapping[str, int | None] = {}
+        if source is not None:
+            plan = decide_on_rank_zero(trainer, lambda: source.make_plan(self._planned, statistics))
+            ranks = {name: rank for name, rank in plan.ranks.items() if rank is not None}
+        return [
+            RegularizedLayer.seen_in(self._space, name, module, ranks.get(name), statistics)
+            for name, module in self._targets.items()
+            if (source is None or name in ranks) and is_reached(self._space, name, statistics)
+        ]
+
+    def state_dict(self, world_size: int) -> dict[str, Any]:
+        """The sums so far, over all processes."""
+        statistics = None if self._collector is None else self._collector.statistics
+        return {"seen": self.seen, "wanted": list(self.wanted), "statistics": dump_statistics(statistics, world_size)}
+
+    def load_state_dict(self, state: Mapping[str, Any], global_rank: int) -> None:
+        """Goes on where :meth:`state_dict` was called, if it belongs to the same settings."""
+        if self._collector is not None and Wanted(*state["wanted"]) == self.wanted:
+            self.seen = state["seen"]
+            restore_statistics_(self._collector.statistics, state["statistics"], global_rank)

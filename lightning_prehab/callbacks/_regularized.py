@@ -1,0 +1,116 @@
+"""A target as the regularizer sees it: its matrix in some metric, its target rank, its memory."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prehab.errors import PrehabError
+from lightning_prehab.linalg import gram_root, singular_values, spectral_ranks
+from lightning_prehab.regularizers import Memory, Metric, Penalty, Shrinkage
+from lightning_prehab.statistics import LayerStatistics, Wanted
+
+Space = Literal["weight", "activation", "loss"]
+
+
+def is_reached(space: Space, name: str, statistics: Mapping[str, LayerStatistics] | None) -> bool:
+    """Whether the statistics of a layer suffice for a space."""
+    return space == "weight" or statistics is None or statistics[name].missing(wanted_in(space)) is None
+
+
+def wanted_in(space: Space) -> Wanted:
+    """What a space wants to know of a layer."""
+    return Wanted(inputs=space != "weight", gradients=space == "loss")
+
+
+class RegularizedLayer:
+    """A target with the metric it is seen in, its target rank and the memory of its regularizer."""
+
+    def __init__(self, name: str, module: nn.Linear, rank: int | None, metric: Metric) -> None:
+        self.name = name
+        self.module = module
+        self.rank = rank
+        self.metric = metric
+        self._memory: Memory = {}
+
+    @classmethod
+    def seen_in(
+        cls,
+        space: Space,
+        name: str,
+        module: nn.Linear,
+        rank: int | None,
+        statistics: Mapping[str, LayerStatistics] | None,
+    ) -> "RegularizedLayer":
+        """The layer in the metric of a space, from its statistics."""
+        left = right = None
+        try:
+            if space != "weight" and statistics is not None:
+                right = gram_root(statistics[name].input_second_moment())[0].float()
+            if space == "loss" and statistics is not None:
+                left = gram_root(statistics[name].gradient_second_moment())[0].float()
+        except PrehabError as error:
+            raise type(error)(f"Layer {name!r}: {error}") from error
+        return cls(name, module, rank, Metric(left, right))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rank, metric and memory as plain data."""
+        memory = {key: value.clone() for key, value in self._memory.items()}
+        return {"rank": self.rank, "left": self.metric.left, "right": self.metric.right, "memory": memory}
+
+    @classmethod
+    def from_state_dict(cls, name: str, module: nn.Linear, state: Mapping[str, Any]) -> "RegularizedLayer":
+        """The layer that :meth:`state_dict` describes."""
+        device = module.weight.device
+        roots = (None if state[side] is None else state[side].to(device) for side in ("left", "right"))
+        layer = cls(name, module, state["rank"], Metric(*roots))
+        layer._memory = {key: value.to("cpu" if key == "age" else device) for key, value in state["memory"].items()}
+        return layer
+
+    def spectral_ranks(self) -> tuple[Tensor, Tensor]:
+        """Stable and effective rank of the weight itself; NaN if it is not finite, since this is only shown."""
+        weight = self.module.weight.detach()
+        if not bool(torch.isfinite(weight).all()):
+            nan = torch.full((), float("nan"), device=weight.device)
+            return nan, nan
+        return spectral_ranks(singular_values(weight))
+
+    @torch.no_grad()
+    def tail(self) -> tuple[Tensor, Tensor]:
+        """Energy beyond the target rank in the metric, and all energy; NaN if the weight is not finite."""
+        seen = self.metric.view(self.module.weight.detach().float())
+        if not bool(torch.isfinite(seen).all()):
+            nan = torch.full((), float("nan"), dtype=torch.float64, device=seen.device)
+            return nan, nan
+        energy = singular_values(seen).square()
+        return energy[self.rank :].sum() if self.rank is not None else torch.zeros_like(energy[0]), energy.sum()
+
+    def penalty(self, regularizer: Penalty) -> Tensor:
+        """R(L^T W S) in float32."""
+        try:
+            return regularizer(self.metric.view(self.module.weight.float()), self.rank, self._memory)
+        except PrehabError as error:
+            raise type(error)(f"Layer {self.name!r}: {error}") from error
+
+    @torch.no_grad()
+    def shrink_(self, regularizer: Shrinkage, progress: float, lr: float) -> None:
+        """Replaces the weight by the shrunk one, in place."""
+        weight = self.module.weight
+        try:
+            weight.copy_(regularizer(weight.float(), self.rank, self._memory, progress, lr, self.metric))
+        except PrehabError as error:
+            raise type(error)(f"Layer {self.name!r}: {error}") from error
+
+
+def cut_now(layers: Sequence[RegularizedLayer]) -> tuple[float | None, float]:
+    """What the cut would do now: the share of energy that it drops, mean over layers, and half of what it drops.
+
+    In the loss space the latter predicts the increase of the loss. The share is None if no layer has a target rank.
+    Reads values back from the device.
+    """
+    tails = [layer.tail() for layer in layers if layer.rank is not None]
+    if not tails:
+        return None, 0.0
+    shares = [float(tail / energy.clamp_min(torch.finfo(energy.dtype).tiny)) for tail, energy in tails]
+    return sum(shares) / len(shares), 0.5 * sum(float(tail) for tail, _ in tails)
