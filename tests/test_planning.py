@@ -71,7 +71,7 @@ def test_predicted_error_is_the_error_in_the_metric(mlp, prepared):
     plan = lp.make_plan(targets, 0.4, lp.WhitenedSVD(), statistics)
     for layer in plan.layers:
         weight = mlp.get_submodule(layer.name).weight.detach().double()
-        a, b, _ = lp.WhitenedSVD()(weight, layer.rank, statistics[layer.name])
+        a, b, *_ = lp.WhitenedSVD()(weight, layer.rank, statistics[layer.name])
         moment = statistics[layer.name].input_second_moment().double()
         error, whole = weight - b @ a, weight
         expected = ((error @ moment * error).sum() / (whole @ moment * whole).sum()).sqrt()

@@ -17,6 +17,8 @@ NAMES = {
     "LayerStatistics",
     "LowRankCheckpointMixin",
     "LowRankLinear",
+    "LowRankPlusSparse",
+    "LowRankPlusSparseLinear",
     "ParameterBudget",
     "PrehabCallback",
     "PrehabError",

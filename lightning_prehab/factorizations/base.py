@@ -10,21 +10,41 @@ from torch import Tensor
 from lightning_prehab.decomposition import WeightedSVD, decompose_many
 from lightning_prehab.errors import ArgumentError, StatisticsError
 from lightning_prehab.linalg import singular_values
+from lightning_prehab.sparse import Sparse
 from lightning_prehab.statistics import LayerStatistics, Wanted
 
 
 class Factors(NamedTuple):
-    """``W ~ B A``, and what to add to the bias.
+    """``W ~ B A``, what to add to the bias, and what to add to the product.
 
     Attributes:
         A: Shape ``(rank, in_features)``.
         B: Shape ``(out_features, rank)``.
         bias_shift: Shape ``(out_features,)``, or None when the bias stays as it is.
+        sparse: Entries that are added, ``W ~ B A + S``, or None.
     """
 
     A: Tensor
     B: Tensor
     bias_shift: Tensor | None = None
+    sparse: Sparse | None = None
+
+    def parts(self) -> list[Tensor | None]:
+        """The tensors, with those of the sparse part at the end; None for what there is not."""
+        return [self.A, self.B, self.bias_shift, *((None, None) if self.sparse is None else self.sparse)]
+
+    @classmethod
+    def from_parts(cls, parts: Sequence[Tensor | None]) -> "Factors":
+        """The factors of :meth:`parts`."""
+        a, b, bias_shift, indices, values = parts
+        assert a is not None
+        assert b is not None
+        return cls(a, b, bias_shift, None if indices is None or values is None else Sparse(indices, values))
+
+    def product(self) -> Tensor:
+        """The dense matrix that the parts stand for: ``B A``, with the sparse part."""
+        product = self.B @ self.A
+        return product if self.sparse is None else product + self.sparse.matrix(*product.shape).to(product)
 
 
 class Decomposition(NamedTuple):
@@ -76,6 +96,10 @@ class Factorization(ABC):
     def needs_statistics(self) -> bool:
         """Whether calibration data is needed at all."""
         return any(self.wanted)
+
+    def nonzeros(self, out_features: int, in_features: int) -> int:
+        """Entries of the sparse part that a weight of this shape gets beside its factors, whatever the rank."""
+        return 0
 
     @abstractmethod
     def __call__(self, weight: Tensor, rank: int, statistics: LayerStatistics | None = None) -> Factors:
