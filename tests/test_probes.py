@@ -199,7 +199,7 @@ def test_wrong_input(mlp):
         measure_probes(mlp, targets, factors_of, [x * torch.nan])
 
     def broken(name, rank):
-        a, b, _ = factors_of(name, rank)
+        a, b, *_ = factors_of(name, rank)
         return Factors(a * torch.nan if name == "2" else a, b)
 
     with pytest.raises(NumericalError, match="Layer '2' cut to rank 6: the output of the model holds NaN"):

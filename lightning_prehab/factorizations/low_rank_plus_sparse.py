@@ -49,10 +49,11 @@ class LowRankPlusSparse(Factorization):
     Raises:
         ArgumentError: If a value is out of range.
 
-    >>> weight = torch.ones(4, 6).index_put((torch.tensor(2), torch.tensor(3)), torch.tensor(9.0))
+    >>> from lightning_prehab import SVD
+    >>> weight = torch.ones(4, 6).index_put((torch.tensor(2), torch.tensor(3)), torch.tensor(3.0))
     >>> factors = LowRankPlusSparse(density=0.05, base=SVD())(weight, rank=1)
     >>> factors.sparse.indices.tolist(), factors.sparse.values.round(decimals=2).tolist()
-    ([15], [8.0])
+    ([15], [2.0])
     """
 
     density: float = 0.05
@@ -167,14 +168,17 @@ class _Metric:
         return float((self._gradient(error) * error).sum())
 
     def improved(self, sparse: Sparse, error: Tensor) -> Sparse:
-        """The values moved along the preconditioned gradient to where the error is least."""
+        """The values moved along the preconditioned gradient to where the error is least, but not beyond step 1.
+
+        Longer steps would follow rounding where the metric is nearly singular; in a diagonal one 1 is the best.
+        """
         rows, columns = self.scales
         gradient = self._gradient(error).flatten()[sparse.indices]
         scale = (rows[:, None] * columns).flatten()[sparse.indices]
         change = torch.where(scale > 0, gradient / scale, torch.zeros_like(scale))
         curvature = self.cost(Sparse(sparse.indices, change).matrix(*error.shape))
-        length = float((gradient * change).sum()) / curvature if curvature > 0.0 else 0.0
-        return sparse._replace(values=sparse.values + length * change)
+        slope = float((gradient * change).sum())
+        return sparse._replace(values=sparse.values + change * (slope / curvature if slope < curvature else 1.0))
 
     def _gradient(self, error: Tensor) -> Tensor:
         """``G E C``."""
