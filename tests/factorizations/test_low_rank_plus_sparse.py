@@ -169,6 +169,18 @@ def test_a_feature_that_is_never_used_gets_no_entries():
         assert torch.isfinite(factors.product()).all()
 
 
+def test_few_tokens_do_not_blow_up_the_values():
+    x, g = torch.randn(3, 12) @ torch.randn(12, 12), torch.randn(3, 20) @ torch.randn(20, 20)
+    statistics = lp.LayerStatistics(12, 20, gradients=True)
+    statistics.update_inputs(x)
+    statistics.update_gradients(g)
+    statistics.add_samples(3)
+    weight = torch.randn(20, 12)
+    for rank in (3, 7, 12):
+        factors = lp.LowRankPlusSparse()(weight, rank, statistics)
+        assert factors.sparse.values.abs().max() < 3 * module.VALUE_LIMIT * weight.abs().max()
+
+
 def test_a_base_without_a_metric_is_judged_by_plain_squares():
     @dataclasses.dataclass(frozen=True)
     class FirstRows(Factorization):
