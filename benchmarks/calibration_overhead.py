@@ -21,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import lightning_prehab as lp
-from lightning_prehab.calibration import Collector
+from lightning_prehab.collector import Collector
 from lightning_prehab.statistics import Wanted
 
 RESULTS = Path(__file__).with_suffix(".json")

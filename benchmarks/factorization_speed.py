@@ -6,7 +6,8 @@
 Rivals, layer by layer: ``torch.linalg.svd`` of the weight whitened by a Cholesky factor, multiplied back by the
 explicit inverse, as SVD-LLM does (https://arxiv.org/abs/2403.07378), in float32 and float64; and the same with a factor
 on both sides, the metric of KroneckerSVD. Ours: ``WhitenedSVD().decompose`` and ``KroneckerSVD().decompose`` and the
-factors at keep 0.4, for all layers at once. The sides alternate; ratios are of medians. The truncation losses are measured in
+factors at keep 0.4, for all layers at once. The sides alternate; ratios are of medians.
+The truncation losses are measured in
 float64. Weights are random, metrics have power-law spectra in a random basis. Peak memory is measured on Linux only.
 """
 
@@ -175,9 +176,7 @@ def main() -> None:
     for name in [] if arguments.table else arguments.models:
         print(name, file=sys.stderr)
         results[name] = measure(name, arguments.repeats)
-        results[name]["machine"] = (
-            f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        )
+        results[name]["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
 

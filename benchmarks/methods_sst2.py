@@ -89,9 +89,14 @@ class Row:
 
 
 ROWS = [
-    *(Row(factorization, policy) for factorization in FACTORIZATIONS for policy in ("uniform", "global")),
-    *(Row("KroneckerSVD", policy, "sampled") for policy in ("uniform", "global")),
-    *(Row(name, policy) for policy in ("ZeroSum", "ProbeBudget") for name in ("WhitenedSVD", "KroneckerSVD")),
+    *(Row(name, policy) for name in ("SVD", "FisherSVD", "ActivationSVD") for policy in ("uniform", "global")),
+    *(Row(name, policy) for name in ("WhitenedSVD", "KroneckerSVD") for policy in ("uniform", "global")),
+    Row("WhitenedSVD, centered", "uniform"),
+    Row("KroneckerSVD, auto shrinkage", "global"),
+    Row("KroneckerSVD", "global", "sampled"),
+    Row("WhitenedSVD", "ZeroSum"),
+    Row("WhitenedSVD", "ProbeBudget"),
+    Row("KroneckerSVD", "ProbeBudget"),
 ]
 
 

@@ -1,6 +1,6 @@
 """The whole way in one call, for people without a Trainer."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -74,9 +74,8 @@ def compress_(
         factorization = SVD() if batches is None else KroneckerSVD()
     policy = default_policy(keep, factorization) if policy is None else policy
     check_wish(targets, policy, factorization)
-    several_passes = policy.needs_probes or layers_at_once is not None
-    if several_passes and batches is not None and not isinstance(batches, Tensor | Sequence):
-        batches = list(batches) if iter(batches) is batches else batches
+    if isinstance(batches, Iterator) and (policy.needs_probes or layers_at_once is not None):
+        batches = list(batches)  # several passes are needed
 
     usable = Targets({}, targets.skipped, targets.model_parameters)
     decompositions: dict[str, Decomposition] = {}
@@ -97,7 +96,12 @@ def compress_(
     probes = None
     if policy.needs_probes and batches is not None:
         probes = measure_probes(
-            model, usable, lambda name, rank: decompositions[name].factors(rank), batches, forward=loss
+            model,
+            usable,
+            lambda name, rank: decompositions[name].factors(rank),
+            batches,
+            policy.probe_keep,
+            forward=loss,
         )
     plan = plan_ranks(targets, usable, policy, factorization, spectra, probes=probes)
     return swap_(model, plan, compute_factors(model, plan, decompositions=decompositions), optimizers)

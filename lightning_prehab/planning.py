@@ -115,20 +115,25 @@ def plan_ranks(
 ) -> CompressionPlan:
     """The last step of :func:`make_plan`, for callers that have decomposed the usable targets themselves."""
     overrides = _resolve_overrides(rank_overrides or {}, targets, factorization)
+    if policy.needs_probes and probes is not None:
+        unseen = {name: "no probe batch reached it" for name in usable if name not in probes}
+        layers_left = {name: layer for name, layer in usable.items() if name not in unseen}
+        usable = Targets(layers_left, {**usable.skipped, **unseen}, usable.model_parameters)
+        require_targets(usable)
     policy = policy.for_model(_dense_parameters(usable.values()), usable.model_parameters)
-    latencies = {}
-    if policy.needs_latencies:
-        latencies = measure_latencies(usable, getattr(policy, "latency_tokens", 1024))
     choices = [
         replace(
             _choices(name, layer, spectra[name].singular_values, factorization, overrides.get(name), rank_multiple_of),
             components=spectra[name].components,
             positions=spectra[name].positions,
             probe=(probes or {}).get(name),
-            latencies=latencies.get(name),
         )
         for name, layer in usable.items()
     ]
+    if policy.needs_latencies:
+        admissible = {choice.name: choice.ranks for choice in choices}
+        latencies = measure_latencies(usable, policy.latency_tokens, admissible)
+        choices = [replace(choice, latencies=latencies[choice.name]) for choice in choices]
     ranks = policy(choices)
     layers = tuple(_layer_plan(layer, ranks[layer.name], overrides.get(layer.name), factorization) for layer in choices)
     plan = CompressionPlan(layers, factorization, usable.skipped, usable.model_parameters)

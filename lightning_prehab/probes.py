@@ -8,16 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_prehab.calibration import (
-    Forward,
-    _as_found,
-    _call,
-    _recompile,
-    _run_eagerly,
-    _to_device,
-    batch_size,
-    padding_mask,
-)
+from lightning_prehab.batches import batch_size, call_model, padding_mask, to_device
+from lightning_prehab.calibration import Forward, as_found
+from lightning_prehab.collector import recompile, run_eagerly
 from lightning_prehab.errors import ArgumentError, NumericalError, StatisticsError
 from lightning_prehab.factorizations import Factors
 from lightning_prehab.linalg import break_even_rank
@@ -66,7 +59,7 @@ def measure_probes(
     if isinstance(batches, Tensor):
         raise ArgumentError("batches is one tensor; give an iterable of batches, for example batches=[tensor].")
     device = next(model.parameters()).device
-    listed = [_to_device(batch, device) for batch in batches]
+    listed = [to_device(batch, device) for batch in batches]
     samples = sum(batch_size(batch) for batch in listed)
     if samples == 0:
         raise StatisticsError("batches is empty; probes need at least one batch.")
@@ -74,11 +67,11 @@ def measure_probes(
     def outputs() -> Iterator[Tensor]:
         for batch in listed:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                output = _call(model, batch) if forward is None else forward(model, batch)
+                output = call_model(model, batch) if forward is None else forward(model, batch)
             yield _logits_or_loss(output)
 
     probes = {}
-    with torch.no_grad(), _as_found(model, []), closing(_Cutter(targets)) as cutter:
+    with torch.no_grad(), as_found(model, []), closing(_Cutter(targets)) as cutter:
         dense = list(outputs())
         for output in dense:
             _require_finite(output, "The output of the dense model")
@@ -112,11 +105,11 @@ class _Cutter:
     """
 
     def __init__(self, targets: Mapping[str, nn.Linear]) -> None:
-        _recompile()
+        recompile()
         self.reached: set[str] = set()
         self._active: tuple[str, Tensor, Tensor, Tensor | None, Tensor | None] | None = None
         self._handles = [
-            layer.register_forward_hook(_run_eagerly(cast(Callable[..., None], self._hook(name))), with_kwargs=True)
+            layer.register_forward_hook(run_eagerly(cast(Callable[..., None], self._hook(name))), with_kwargs=True)
             for name, layer in targets.items()
         ]
 
@@ -134,7 +127,7 @@ class _Cutter:
         """Takes the hooks off again."""
         for handle in self._handles:
             handle.remove()
-        _recompile()
+        recompile()
 
     def _hook(self, name: str) -> Callable[..., Tensor | None]:
         def replace_output(module: nn.Module, args: tuple[Any, ...], settings: dict[str, Any], output: Any) -> Any:

@@ -25,6 +25,17 @@ class Spectrum(NamedTuple):
     components: Tensor | None = None
     positions: float = 1.0
 
+    def to_lists(self) -> tuple[list[float], list[float] | None, float]:
+        """Plain numbers, for other processes."""
+        components = None if self.components is None else self.components.tolist()
+        return self.singular_values.tolist(), components, self.positions
+
+    @classmethod
+    def of_lists(cls, values: list[float], components: list[float] | None, positions: float) -> "Spectrum":
+        """What :meth:`to_lists` has written."""
+        tensor = None if components is None else torch.tensor(components, dtype=torch.float64)
+        return cls(torch.tensor(values, dtype=torch.float64), tensor, positions)
+
 
 def decompose_targets(
     targets: Mapping[str, nn.Linear],

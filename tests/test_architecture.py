@@ -22,6 +22,8 @@ FLOORS = {
     "factorizations": 1,
     "rank_policies": 1,
     "targets": 2,
+    "batches": 2,
+    "collector": 2,
     "calibration": 2,
     "plan": 2,
     "layer_plan": 2,

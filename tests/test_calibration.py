@@ -6,7 +6,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lightning_prehab as lp
-from lightning_prehab.calibration import Collector, batch_size, padding_mask
+from lightning_prehab.batches import batch_size, padding_mask
+from lightning_prehab.collector import Collector
 from lightning_prehab.errors import ArgumentError, StatisticsError
 from lightning_prehab.statistics import Wanted
 
@@ -360,7 +361,7 @@ def test_wanted_collects_no_more_than_asked():
 
 
 def test_a_known_number_of_batches_limits_the_tokens(monkeypatch):
-    monkeypatch.setattr("lightning_prehab.calibration.MIN_TOKENS", 16)
+    monkeypatch.setattr("lightning_prehab.collector.MIN_TOKENS", 16)
     layer, x = nn.Linear(10, 6), torch.randn(500, 10)
     used = []
     monkeypatch.setattr(

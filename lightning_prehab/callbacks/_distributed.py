@@ -77,9 +77,15 @@ def decompose_together(
     except Exception as caught:
         error = caught
     raise_together(trainer, error)
-    if trainer.world_size > 1:
-        spectra = {name: values for part in _gather(trainer, spectra) for name, values in part.items()}
-    return mine, spectra
+    plain = merge(trainer, {name: one.to_lists() for name, one in spectra.items()})
+    return mine, {name: Spectrum.of_lists(*lists) for name, lists in plain.items()}
+
+
+def merge(trainer: "pl.Trainer", own: Mapping[str, T]) -> dict[str, T]:
+    """One dictionary of what each rank has found out about its own layers."""
+    if trainer.world_size == 1:
+        return dict(own)
+    return {name: value for part in _gather(trainer, dict(own)) for name, value in part.items()}
 
 
 def share_factors(

@@ -14,9 +14,12 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_prehab.calibration import Collector
 from lightning_prehab.callbacks._trainer import gradient_scale, uses_loss_scaling
+from lightning_prehab.collector import Collector
 from lightning_prehab.errors import StatisticsError, UnsupportedError
+from lightning_prehab.factorizations import Decomposition
+from lightning_prehab.probes import measure_probes
+from lightning_prehab.rank_policies import Probe
 from lightning_prehab.statistics import LayerStatistics, Wanted
 from lightning_prehab.targets import find_targets
 
@@ -32,34 +35,19 @@ def collect_in_own_pass(
         UnsupportedError: With manual optimization, whose ``training_step`` would step the optimizers.
         StatisticsError: If the training data has no batches.
     """
-    if not pl_module.automatic_optimization:
-        raise UnsupportedError(
-            "With manual optimization, calibration rides on training steps only; the surgery needs at least one epoch "
-            "before it. Use CompressionCallback(epoch=1, ...) or later, or factorization=SVD(), which needs no data."
-        )
-    if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
-        raise UnsupportedError(
-            "training_step(dataloader_iter) fetches its own batches, so calibration rides on training steps only. Use "
-            "CompressionCallback(epoch=1, ...) or later, or factorization=SVD(), which needs no data."
-        )
-    clone = _copy(pl_module).eval()
-    clone.trainer = trainer
-    clone.log = clone.log_dict = _ignore  # type: ignore[method-assign]
+    _check_automatic(pl_module, "Use CompressionCallback(epoch=1, ...) or later, or factorization=SVD().")
+    clone = _quiet_copy(trainer, pl_module)
     targets = find_targets(clone, names)
     for layer in targets.values():
         layer.weight.requires_grad_()
-    batches = int(min(batches, trainer.num_training_batches))
     collector = Collector(targets, wanted, drop_overflow=uses_loss_scaling(trainer))
     collector.attach()
     seen = 0
-    with isolate_rng(), torch.set_grad_enabled(wanted.backward), _fresh_batches(trainer) as loader:
-        for index, raw in enumerate(islice(loader, batches)):
-            batch = clone._on_before_batch_transfer(trainer.precision_plugin.convert_input(raw), dataloader_idx=0)
-            batch = clone._apply_batch_transfer_handler(batch, device=trainer.strategy.root_device)
+    with isolate_rng(), torch.set_grad_enabled(wanted.backward):
+        for index, batch in enumerate(_batches(trainer, clone, batches)):
             collector.begin_batch(batch, index)
             collector.loss_scale = gradient_scale(trainer)
-            with trainer.precision_plugin.train_step_context():
-                loss = _loss(_training_step(trainer, clone, batch, index))
+            loss = _loss(_training_step(trainer, clone, batch, index))
             if wanted.backward and loss is not None:
                 (loss * collector.loss_scale).backward()  # type: ignore[no-untyped-call]
                 clone.zero_grad(set_to_none=True)
@@ -70,9 +58,69 @@ def collect_in_own_pass(
     return collector.statistics
 
 
+def probe_in_own_pass(
+    trainer: "pl.Trainer",
+    pl_module: "pl.LightningModule",
+    decompositions: Mapping[str, Decomposition],
+    probe_keep: float,
+    batches: int,
+) -> dict[str, Probe]:
+    """Measures what a small cut of each layer alone does to the loss of the first training batches, on a copy.
+
+    Raises:
+        UnsupportedError: With manual optimization.
+    """
+    _check_automatic(pl_module, "Use another rank policy.")
+    clone = _quiet_copy(trainer, pl_module)
+    with isolate_rng():
+        prepared = list(_batches(trainer, clone, batches))
+
+        def forward(module: torch.nn.Module, batch: Any) -> Any:
+            return _loss(_training_step(trainer, clone, batch, 0))
+
+        targets = {name: clone.get_submodule(name) for name in decompositions}
+        return measure_probes(
+            clone,
+            targets,  # type: ignore[arg-type]
+            lambda name, rank: decompositions[name].factors(rank),
+            prepared,
+            probe_keep,
+            forward=forward,
+        )
+
+
+def _check_automatic(pl_module: "pl.LightningModule", instead: str) -> None:
+    """Raises :class:`UnsupportedError` if ``training_step`` does more than to compute the loss of a batch."""
+    if not pl_module.automatic_optimization:
+        raise UnsupportedError(
+            "With manual optimization, training_step cannot be run apart from training: it would step the optimizers. "
+            f"{instead}"
+        )
+    if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+        raise UnsupportedError(f"training_step(dataloader_iter) fetches its own batches. {instead}")
+
+
+def _quiet_copy(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> "pl.LightningModule":
+    """A copy in eval mode that logs nothing."""
+    clone = _copy(pl_module).eval()
+    clone.trainer = trainer
+    clone.log = clone.log_dict = _ignore  # type: ignore[method-assign]
+    return clone
+
+
+def _batches(trainer: "pl.Trainer", clone: "pl.LightningModule", count: int) -> Iterator[Any]:
+    """The first training batches, on the device, the way the fit loop hands them over."""
+    count = int(min(count, trainer.num_training_batches))
+    with _fresh_batches(trainer) as loader:
+        for raw in islice(loader, count):
+            batch = clone._on_before_batch_transfer(trainer.precision_plugin.convert_input(raw), dataloader_idx=0)
+            yield clone._apply_batch_transfer_handler(batch, device=trainer.strategy.root_device)
+
+
 def _training_step(trainer: "pl.Trainer", clone: "pl.LightningModule", batch: Any, index: int) -> Any:
     arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, index)
-    return type(clone).training_step(clone, *arguments.values())
+    with trainer.precision_plugin.train_step_context():
+        return type(clone).training_step(clone, *arguments.values())
 
 
 def _loss(output: Any) -> Tensor | None:

@@ -9,7 +9,6 @@ from lightning.pytorch import callbacks as pl_callbacks
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prehab.calibration import Collector
 from lightning_prehab.callbacks._checkpoint import (
     DenseShell,
     check_version,
@@ -21,12 +20,13 @@ from lightning_prehab.callbacks._checkpoint import (
 from lightning_prehab.callbacks._distributed import (
     decide_on_rank_zero,
     decompose_together,
+    merge,
     raise_together,
     rewrap,
     share_factors,
     sum_statistics_,
 )
-from lightning_prehab.callbacks._own_pass import collect_in_own_pass
+from lightning_prehab.callbacks._own_pass import collect_in_own_pass, probe_in_own_pass
 from lightning_prehab.callbacks._trainer import (
     batches_per_epoch,
     callbacks_of,
@@ -37,8 +37,9 @@ from lightning_prehab.callbacks._trainer import (
     reset_scores_,
     uses_loss_scaling,
 )
+from lightning_prehab.collector import Collector
 from lightning_prehab.errors import ArgumentError, UnsupportedError
-from lightning_prehab.factorizations import Factorization, Factors, KroneckerSVD
+from lightning_prehab.factorizations import Decomposition, Factorization, Factors, KroneckerSVD
 from lightning_prehab.layers import LowRankLinear
 from lightning_prehab.plan import CompressionPlan
 from lightning_prehab.planning import (
@@ -53,7 +54,7 @@ from lightning_prehab.planning import (
     usable_targets,
     wanted_statistics,
 )
-from lightning_prehab.rank_policies import RankPolicy
+from lightning_prehab.rank_policies import ParameterBudget, Probe, RankPolicy
 from lightning_prehab.report import CompressionReport
 from lightning_prehab.statistics import LayerStatistics, Wanted
 from lightning_prehab.surgery import check_optimizer, swap_
@@ -61,6 +62,8 @@ from lightning_prehab.targets import Patterns, Targets, clean_name, find_targets
 
 #: Of the state in checkpoints.
 STATE_VERSION = 1
+#: Training batches that a policy with probes is shown, for each layer.
+PROBE_BATCHES = 8
 #: Callbacks that hold a copy of the dense parameters and pair it with the live ones by position.
 _AVERAGING = tuple(
     kind
@@ -166,10 +169,14 @@ class CompressionCallback(pl.Callback):
         return find_targets(pl_module, self.target_modules, self.exclude_modules)
 
     def make_plan(self, targets: Targets, statistics: Mapping[str, LayerStatistics] | None) -> CompressionPlan:
-        """What the surgery would do, given these statistics."""
-        return make_plan(
-            targets, self.policy, self.factorization, statistics, self.rank_overrides, self.rank_multiple_of
-        )
+        """What the surgery would do, given these statistics.
+
+        A policy that needs probes measures them at the surgery only; until then one budget for all layers stands in.
+        """
+        policy = self.policy
+        if policy.needs_probes:
+            policy = ParameterBudget(getattr(policy, "keep", 0.5), getattr(policy, "min_rank", 1))
+        return make_plan(targets, policy, self.factorization, statistics, self.rank_overrides, self.rank_multiple_of)
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Refuses what cannot work, before anything has been trained, and prepares for what may be loaded."""
@@ -342,11 +349,11 @@ class CompressionCallback(pl.Callback):
         require_targets(usable)
         components = self.policy.needs_weight_gradients
         mine, spectra = decompose_together(trainer, usable, self.factorization, statistics, components)
+        probes = self._probes(trainer, pl_module, mine) if self.policy.needs_probes else None
+        wishes = self.rank_overrides, self.rank_multiple_of
         plan = decide_on_rank_zero(
             trainer,
-            lambda: plan_ranks(
-                targets, usable, self.policy, self.factorization, spectra, self.rank_overrides, self.rank_multiple_of
-            ),
+            lambda: plan_ranks(targets, usable, self.policy, self.factorization, spectra, *wishes, probes=probes),
         )
         factors = share_factors(trainer, pl_module, plan, usable, mine)
         report = swap_(pl_module, plan, factors, trainer.optimizers)
@@ -376,6 +383,20 @@ class CompressionCallback(pl.Callback):
         sum_statistics_(trainer, statistics)
         _warn_if_few_tokens(statistics)
         return statistics
+
+    def _probes(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", mine: Mapping[str, Decomposition]
+    ) -> dict[str, Probe]:
+        """Each rank measures its own layers, on its own batches."""
+        probes: dict[str, Probe] = {}
+        error = None
+        try:
+            batches = min(self.calibration_batches, PROBE_BATCHES)
+            probes = probe_in_own_pass(trainer, pl_module, mine, self.policy.probe_keep, batches)
+        except Exception as caught:
+            error = caught
+        raise_together(trainer, error)
+        return merge(trainer, probes)
 
     def _own_pass(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", targets: Targets

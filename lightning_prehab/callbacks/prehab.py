@@ -10,7 +10,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_prehab.calibration import Collector
 from lightning_prehab.callbacks._checkpoint import check_version, dump_statistics, restore_statistics_
 from lightning_prehab.callbacks._distributed import decide_on_rank_zero, sum_statistics_
 from lightning_prehab.callbacks._penalized import PenalizedLayer, Space, is_reached, wanted_in
@@ -24,6 +23,7 @@ from lightning_prehab.callbacks._trainer import (
     uses_loss_scaling,
 )
 from lightning_prehab.callbacks.compression import CompressionCallback
+from lightning_prehab.collector import Collector
 from lightning_prehab.errors import ArgumentError, CheckpointError, TargetError, UnsupportedError
 from lightning_prehab.regularizers import Penalty, StableRank
 from lightning_prehab.schedules import ramp

@@ -130,14 +130,24 @@ class MetricFactorization(Factorization):
 
     def __call__(self, weight: Tensor, rank: int, statistics: LayerStatistics | None = None) -> Factors:
         """The truncated SVD of ``L^T W R`` with ``L L^T = G``, ``R R^T = C``, mapped back."""
-        return self.decompose([(weight, statistics)])[0].factors(rank)
+        return self._solve([(weight, statistics)])[0].factors(rank)
 
     def spectrum(self, weight: Tensor, statistics: LayerStatistics | None = None) -> Tensor:
         """Singular values of ``L^T W R``: the squares beyond the rank sum to the squared error in the metric."""
-        return self.decompose([(weight, statistics)])[0].singular_values
+        return self._solve([(weight, statistics)])[0].singular_values
 
     def decompose(self, items: Sequence[tuple[Tensor, LayerStatistics | None]]) -> list[Decomposition]:
         """One eigenproblem for each weight, those of one size batched."""
+        own = type(self)
+        if own.__call__ is not MetricFactorization.__call__ or own.spectrum is not MetricFactorization.spectrum:
+            return super().decompose(items)  # a subclass does it its own way
+        return self._solve(items)
+
+    def at_rank(self, svd: WeightedSVD, weight: Tensor, statistics: LayerStatistics) -> Callable[[int], Factors]:
+        """Rank -> factors; it should hold on to no more of the statistics than it needs."""
+        return lambda rank: Factors(*svd.low_rank(rank))
+
+    def _solve(self, items: Sequence[tuple[Tensor, LayerStatistics | None]]) -> list[Decomposition]:
         checked = [(weight, self._checked(weight, statistics)) for weight, statistics in items]
         solved = decompose_many([(weight, *self.metric(statistics)) for weight, statistics in checked])
         return [
@@ -145,11 +155,9 @@ class MetricFactorization(Factorization):
             for svd, (weight, statistics) in zip(solved, checked, strict=True)
         ]
 
-    def at_rank(self, svd: WeightedSVD, weight: Tensor, statistics: LayerStatistics) -> Callable[[int], Factors]:
-        """Rank -> factors; it should hold on to no more of the statistics than it needs."""
-        return lambda rank: Factors(*svd.low_rank(rank))
-
     def _checked(self, weight: Tensor, statistics: LayerStatistics | None) -> LayerStatistics:
+        if not self.needs_statistics:
+            return LayerStatistics(weight.shape[1], weight.shape[0], device="meta")  # nothing of it is read
         if statistics is None:
             raise StatisticsError(f"{type(self).__name__} needs calibration statistics; pass batches, or use SVD().")
         if (statistics.out_features, statistics.in_features) != tuple(weight.shape):

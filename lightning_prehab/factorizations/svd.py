@@ -1,17 +1,15 @@
 """Plain truncated SVD."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_prehab.decomposition import WeightedSVD, decompose_many
-from lightning_prehab.factorizations.base import Decomposition, Factorization, Factors
+from lightning_prehab.factorizations.base import MetricFactorization
 from lightning_prehab.statistics import LayerStatistics
 
 
 @dataclass(frozen=True)
-class SVD(Factorization):
+class SVD(MetricFactorization):
     """Closest matrix of the given rank in the Frobenius norm (Eckart and Young, 1936, https://doi.org/10.1007/BF02288367).
 
     Needs no data. It treats all input directions as equally likely, which they are not: with data,
@@ -24,14 +22,6 @@ class SVD(Factorization):
     [3.0, 2.0, 0.0]
     """
 
-    def __call__(self, weight: Tensor, rank: int, statistics: LayerStatistics | None = None) -> Factors:
-        """Factors of ``weight`` at ``rank``; statistics are ignored."""
-        return self.decompose([(weight, statistics)])[0].factors(rank)
-
-    def decompose(self, items: Sequence[tuple[Tensor, LayerStatistics | None]]) -> list[Decomposition]:
-        """One eigenproblem for each weight, those of one size batched."""
-
-        def decomposition(svd: WeightedSVD) -> Decomposition:
-            return Decomposition(svd.singular_values, lambda rank: Factors(*svd.low_rank(rank)))
-
-        return [decomposition(svd) for svd in decompose_many([(weight, None, None) for weight, _ in items])]
+    def metric(self, statistics: LayerStatistics) -> tuple[Tensor | None, Tensor | None]:
+        """``(None, None)``."""
+        return None, None

@@ -14,7 +14,7 @@ Cost = Literal["parameters", "flops", "latency"]
 UNITS: dict[Cost, str] = {
     "parameters": "parameters",
     "flops": "multiply-adds per sample",
-    "latency": "millionths of the dense time",
+    "latency": "hundred-thousandths of the dense time",
 }
 
 
@@ -23,8 +23,8 @@ def option_costs(
 ) -> list[list[int]]:
     """Costs of the options (ranks, None for dense) of each layer, rounded up to integers.
 
-    Time is counted in millionths of what all layers take together when dense: far below what can be measured, and
-    coarse enough for a quick exact search.
+    Time is counted in hundred-thousandths of what all layers take together when dense: finer than it can be measured,
+    and coarse enough for a quick exact search.
 
     Raises:
         PlanError: If a layer has not been measured, or a measurement is not a sensible number.
@@ -36,7 +36,7 @@ def option_costs(
         prices, unit = [partial(_flops, layer) for layer in layers], 1.0
     else:
         curves = [_LatencyCurve(layer) for layer in layers]
-        prices, unit = [*curves], sum(curve.dense for curve in curves) / 1e6
+        prices, unit = [*curves], sum(curve.dense for curve in curves) / 1e5
     return [[math.ceil(price(rank) / unit) for rank in ranks] for price, ranks in zip(prices, options, strict=True)]
 
 

@@ -358,7 +358,7 @@ def test_a_failed_surgery_leaves_the_module_untouched(failure, mlp, loader, make
         ({"keep": 0.001}, PlanError, "keep=0.001 allows 0 parameters for the 3 targets, their smallest ranks hold 78"),
         ({"rank_multiple_of": 6, "keep": 0.3}, PlanError, "rank_multiple_of"),
         ({"rank_overrides": {"net.9": 3}}, TargetError, "rank_overrides: 'net.9' matches no layer"),
-        ({"factorization": lp.SVD(), "rank_overrides": {"*": "dense"}}, PlanError, "RankRatio takes nothing"),
+        ({"factorization": lp.SVD(), "rank_overrides": {"*": "dense"}}, PlanError, "smallest ranks hold 500"),
     ],
     ids=["keep", "multiple", "pattern", "dense"],
 )
@@ -620,3 +620,55 @@ def test_fast_dev_run_is_not_refused(mlp, loader, make_trainer, lit_class):
         make_trainer(max_epochs=None, fast_dev_run=True, callbacks=[lp.CompressionCallback(4)]).fit(
             lit_class(mlp), loader
         )
+
+
+@pytest.mark.parametrize(
+    ("factorization", "policy"),
+    [
+        (lp.FisherSVD(), None),
+        (lp.ActivationSVD(), lp.EnergyThreshold(0.5)),
+        (lp.KroneckerSVD("auto", "auto"), None),
+        (lp.KroneckerSVD(), lp.ZeroSum(0.5)),
+        (lp.KroneckerSVD(), lp.ProbeBudget(0.5)),
+        (lp.SVD(), lp.ParameterBudget(0.5, cost="flops")),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_every_method_and_policy(factorization, policy, epoch, lit, loader, make_trainer):
+    compression = lp.CompressionCallback(epoch, 0.5, factorization=factorization, policy=policy)
+    prehab = lp.PrehabCallback(lp.TailEnergy(), 0.1) if epoch else lp.RehabSchedule(warmup_steps=2)
+    make_trainer(max_epochs=2, callbacks=[prehab, compression]).fit(lit, loader)
+    assert compression.report.keep < 1.0
+    assert torch.isfinite(torch.tensor(lit.losses)).all()
+    assert not any(module._forward_hooks for module in lit.modules())
+
+
+def test_probes_leave_the_run_as_it_was(mlp, data, make_trainer, lit_class):
+    """With a policy that measures, data order, random state and logs are those of a policy that does not."""
+    losses = []
+    for policy in (lp.ProbeBudget(0.999), lp.ParameterBudget(0.999)):
+        torch.manual_seed(3)
+        lit = lit_class(copy.deepcopy(mlp))
+        compression = lp.CompressionCallback(1, policy=policy, factorization=lp.KroneckerSVD())
+        make_trainer(max_epochs=2, callbacks=[compression]).fit(lit, DataLoader(data, 16, shuffle=True))
+        losses.append((lit.losses[:6], torch.get_rng_state()))
+        assert len(lit.losses) == 12
+    assert losses[0][0] == losses[1][0]
+    assert torch.equal(losses[0][1], losses[1][1])
+
+
+def test_probes_with_manual_optimization_are_refused(mlp, loader, make_trainer, lit_class):
+    class Manual(lit_class):
+        def __init__(self, net):
+            super().__init__(net)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.optimizers().zero_grad()
+            self.manual_backward(torch.nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+            self.optimizers().step()
+
+    compression = lp.CompressionCallback(1, policy=lp.ProbeBudget(0.5))
+    with pytest.raises(UnsupportedError, match="Use another rank policy"):
+        make_trainer(max_epochs=2, callbacks=[compression]).fit(Manual(mlp), loader)

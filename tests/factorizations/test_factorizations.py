@@ -369,3 +369,16 @@ def test_a_user_method_with_one_call_is_enough():
     report = lp.compress_(model, keep=0.5, factorization=FirstRows())
     assert report.ranks == {"0": 2}
     assert torch.equal(model[0].weight[2:], torch.zeros(6, 8))
+
+
+@pytest.mark.parametrize("parent", [lp.SVD, lp.WhitenedSVD, lp.KroneckerSVD])
+def test_a_subclass_of_ours_with_a_call_of_its_own_is_heard(parent):
+    class Halved(parent):
+        def __call__(self, weight, rank, statistics=None):
+            factors = super().__call__(weight, rank, statistics)
+            return factors._replace(B=factors.B / 2)
+
+    weight, statistics = torch.randn(8, 8), statistics_of(*sample(8, 8))
+    ours, theirs = (kind().decompose([(weight, statistics)])[0] for kind in (Halved, parent))
+    torch.testing.assert_close(product(ours.factors(2)), product(theirs.factors(2)) / 2)
+    torch.testing.assert_close(ours.singular_values, theirs.singular_values)

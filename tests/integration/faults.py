@@ -227,7 +227,7 @@ def check(folder: Path, point: str, processes: int, victim: int, reference: dict
     folder.mkdir(parents=True)
     codes = start(folder, point, processes, victim)
     if codes[victim] != -signal.SIGKILL:
-        return f"was not killed: exit codes {codes}"
+        return f"was not killed: exit codes {codes}; {(folder / f'log{victim}.txt').read_text()[-1500:]}"
     codes = start(folder, None, processes, victim)
     if any(codes):
         return f"did not resume: exit codes {codes}; {(folder / 'log0.txt').read_text()[-1500:]}"

@@ -108,14 +108,14 @@ def test_latency_equals_brute_force(shapes, times, keep):
     def faster(one, rank):
         return rank is None or by_interpolation(one, rank) < one.latencies[None]
 
-    tight, loose = (best_by_brute_force(layers, seconds, budget * f, faster) for f in (1 - 3e-5, 1 + 3e-5))
+    tight, loose = (best_by_brute_force(layers, seconds, budget * f, faster) for f in (1 - 1e-4, 1 + 1e-4))
     policy = ParameterBudget(keep, cost="latency")
     try:
         ranks = policy(layers)
     except PlanError:
         assert tight is None
         return
-    assert seconds(layers, ranks) <= budget * (1 + 3e-5)
+    assert seconds(layers, ranks) <= budget * (1 + 1e-4)
     assert retained(layers, ranks) <= loose + 1e-9
     assert tight is None or retained(layers, ranks) >= tight - 1e-9
 
@@ -127,7 +127,9 @@ def test_no_rank_is_faster():
     assert ranks == {"layer0": None, "layer1": 3}
     zeros = dataclasses.replace(one, singular_values=torch.zeros(8).double())
     assert ParameterBudget(1.0, cost="latency")([zeros]) == {"layer0": None}
-    with pytest.raises(PlanError, match="keep=0.9 allows 900,000 millionths of the dense time for the 1 targets"):
+    with pytest.raises(
+        PlanError, match="keep=0.9 allows 90,000 hundred-thousandths of the dense time for the 1 targets"
+    ):
         ParameterBudget(0.9, cost="latency")([one])
 
 
@@ -139,7 +141,7 @@ def test_ranks_that_take_the_same_time_are_not_wasted():
 def test_a_measurement_that_falls_with_the_rank_is_smoothed():
     one = layer(0, 12, 12, 0, latencies={None: 9e-6, 1: 2e-6, 3: 4e-6, 5: 3e-6})
     (costs,) = option_costs([one], [[1, 2, 3, 4, 5, None]], "latency")
-    assert costs == pytest.approx([2e6 / 9, 2.75e6 / 9, 3.5e6 / 9, 3.5e6 / 9, 3.5e6 / 9, 1e6], abs=1)
+    assert costs == pytest.approx([2e5 / 9, 2.75e5 / 9, 3.5e5 / 9, 3.5e5 / 9, 3.5e5 / 9, 1e5], abs=1)
 
 
 @given(st.lists(st.integers(-20, 20), max_size=7))

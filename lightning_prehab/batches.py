@@ -1,0 +1,82 @@
+"""What calibration knows of a batch: how to call a model on it, its size, its padding, its device."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prehab.errors import ArgumentError
+
+
+def batch_size(batch: Any) -> int:
+    """Size of the first dimension of the first tensor found in a batch; 1 if there is none.
+
+    >>> batch_size({"x": torch.zeros(4, 3), "y": torch.zeros(4)})
+    4
+    """
+    for tensor in _tensors(batch):
+        if tensor.dim() > 0:
+            return tensor.shape[0]
+    return 1
+
+
+def padding_mask(batch: Any) -> Tensor | None:
+    """The ``attention_mask`` of a mapping, or of one inside a tuple or list.
+
+    Returns:
+        Booleans of shape ``(batch, positions)``, True for tokens; None if there is no such mask.
+    """
+    if isinstance(batch, Mapping):
+        mask = batch.get("attention_mask")
+        return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if isinstance(batch, tuple | list):
+        return next((mask for part in batch if (mask := padding_mask(part)) is not None), None)
+    return None
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """A mapping is called as ``model(**batch)``, a tuple or list as ``model(*batch)``, a tensor as ``model(batch)``.
+
+    Raises:
+        ArgumentError: If the model does not take it.
+    """
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        if isinstance(batch, tuple | list):
+            return model(*batch)
+        if isinstance(batch, Tensor):
+            return model(batch)
+    except TypeError as error:
+        raise ArgumentError(
+            f"The model cannot be called on a batch of type {type(batch).__name__} ({error}); pass forward= or loss=, "
+            "a function of (model, batch)."
+        ) from error
+    raise ArgumentError(
+        f"A batch must be a mapping, a tuple, a list or a tensor, got {type(batch).__name__}; pass forward= or "
+        "loss= to call the model yourself."
+    )
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch on the device; its type is kept wherever it can be."""
+    if all(tensor.device == device for tensor in _tensors(batch)):
+        return batch
+    if hasattr(batch, "to"):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping | tuple | list):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(part)
