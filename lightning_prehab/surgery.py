@@ -31,12 +31,15 @@ def apply_plan_(
 ) -> CompressionReport:
     """Replaces the planned layers by :class:`~lightning_prehab.LowRankLinear`, in place.
 
+    Layers with a sparse part become :class:`~lightning_prehab.LowRankPlusSparseLinear`.
+
     Args:
         model: The module that the plan was made for.
         plan: From :func:`~lightning_prehab.make_plan`.
         statistics: The same statistics as for the plan, for factorizations that read them.
         optimizers: Optimizers that hold the weights. Each weight is replaced by its factors at the same place of its
-            group, first moments are carried over exactly, learning-rate schedulers go on undisturbed.
+            group, first moments are carried over exactly, learning-rate schedulers go on undisturbed. Both moments of
+            the values of a sparse part are carried over exactly.
 
     Returns:
         The report. Biases stay the same parameter objects.

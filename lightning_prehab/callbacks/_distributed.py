@@ -108,13 +108,13 @@ def share_factors(
     if trainer.world_size == 1:
         return computed
 
-    described: dict[str, list[tuple[torch.Size, torch.dtype] | None]] = {}
-    mine_described = {
-        name: [None if part is None else (part.shape, part.dtype) for part in found.parts()]
-        for name, found in computed.items()
-    }
-    for theirs in _gather(trainer, mine_described):
-        described.update(theirs)
+    described = merge(
+        trainer,
+        {
+            name: [None if part is None else (part.shape, part.dtype) for part in found.parts()]
+            for name, found in computed.items()
+        },
+    )
     owner = {name: index % trainer.world_size for index, name in enumerate(targets)}
     factors: dict[str, Factors] = {}
     for layer in cut:

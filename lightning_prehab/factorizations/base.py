@@ -148,14 +148,15 @@ class MetricFactorization(Factorization):
         return lambda rank: Factors(*svd.low_rank(rank))
 
     def _solve(self, items: Sequence[tuple[Tensor, LayerStatistics | None]]) -> list[Decomposition]:
-        checked = [(weight, self._checked(weight, statistics)) for weight, statistics in items]
+        checked = [(weight, self.checked(weight, statistics)) for weight, statistics in items]
         solved = decompose_many([(weight, *self.metric(statistics)) for weight, statistics in checked])
         return [
             Decomposition(svd.singular_values, self.at_rank(svd, weight, statistics))
             for svd, (weight, statistics) in zip(solved, checked, strict=True)
         ]
 
-    def _checked(self, weight: Tensor, statistics: LayerStatistics | None) -> LayerStatistics:
+    def checked(self, weight: Tensor, statistics: LayerStatistics | None) -> LayerStatistics:
+        """The statistics, which must be there if they are needed, and belong to a weight of this shape."""
         if not self.needs_statistics:
             return LayerStatistics(weight.shape[1], weight.shape[0], device="meta")  # nothing of it is read
         if statistics is None:

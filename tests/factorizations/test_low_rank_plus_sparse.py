@@ -111,7 +111,7 @@ def test_the_fit_of_the_values_helps(monkeypatch):
 
 
 def test_the_places_are_the_best_ones_for_the_factors_by_brute_force(monkeypatch):
-    """In a diagonal metric, for given factors, no other choice of places (with their best values) has a smaller error."""
+    """In a diagonal metric no other places, with their best values, have a smaller error beside the same factors."""
     monkeypatch.setattr(module, "REFITS", 0)
     weight = torch.randn(3, 4, dtype=torch.float64)
     rows, columns = torch.tensor([0.1, 1.0, 7.0]).double(), torch.tensor([2.0, 0.3, 1.0, 4.0]).double()
