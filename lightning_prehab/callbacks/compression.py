@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import callbacks as pl_callbacks
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.callbacks._checkpoint import (
@@ -336,6 +336,8 @@ class CompressionCallback(pl.Callback):
         )
         if attach:
             collector.attach()
+            megabytes = collector.memory() / 1e6
+            rank_zero_info(f"Calibration of {len(collector.statistics)} layers: at most {megabytes:.1f} MB of sums.")
         return collector
 
     def _operate_if_due(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

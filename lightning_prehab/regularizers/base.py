@@ -1,4 +1,4 @@
-"""What every penalty has in common: from a matrix to a scalar that is added to the loss."""
+"""What the regularizers of a shelf have in common: penalties are added to the loss, shrinkages applied to weights."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -6,14 +6,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-#: What a penalty remembers of one layer between steps (warm starts, projectors). Owned by the caller, empty at first.
+from lightning_prehab.regularizers.metric import IDENTITY, Metric
+
+#: What a regularizer remembers of one layer between steps (warm starts, projectors, the age of what it caches). Owned
+#: by the caller, empty at first; tensors only, so that it can stand in a checkpoint.
 Memory = dict[str, Tensor]
 
 
 class Penalty(ABC):
     """A differentiable scalar of a matrix. Subclasses are frozen dataclasses that check their own fields.
 
-    The penalty never hears of whitening: the caller hands it ``W``, or ``W`` in another metric.
+    The penalty never hears of whitening: the caller hands it ``W``, or ``W`` in another metric. A call does not wait
+    for the device, but for eigendecompositions: at the first call, and where a subclass says so.
 
     Attributes:
         needs_rank: The penalty aims at a target rank.
@@ -35,6 +39,59 @@ class Penalty(ABC):
         Returns:
             Scalar of the dtype of ``matrix``.
         """
+
+
+class Shrinkage(ABC):
+    """A map from a weight to a smaller one, applied after the optimizer step. Subclasses are frozen dataclasses.
+
+    Attributes:
+        needs_rank: The shrinkage aims at a target rank.
+    """
+
+    needs_rank: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(
+        self,
+        weight: Tensor,
+        rank: int | None = None,
+        memory: Memory | None = None,
+        progress: float = 1.0,
+        lr: float = 0.0,
+        metric: Metric = IDENTITY,
+    ) -> Tensor:
+        """The weight of one layer after shrinkage; nothing is changed in place and no graph is recorded.
+
+        Args:
+            weight: ``W`` of shape ``(m, n)``, float32 or float64.
+            rank: Target rank of the layer, for shrinkages that need one.
+            memory: Carried from step to step for this layer; None computes without a warm start.
+            progress: Done share of the time before the surgery, 1 at the last step.
+            lr: Learning rate of the optimizer step before, for shrinkages that go along with it.
+            metric: The space in which singular values are meant, ``M = L^T W S``. The result is in the space of ``W``.
+
+        Returns:
+            Shape and dtype of ``weight``.
+        """
+
+
+def is_due(memory: Memory | None, every: int, first: bool = True) -> bool:
+    """Counts a call in ``memory["age"]``; True at the first (or not) and every ``every``-th call, and without memory.
+
+    The counter stays on the CPU: reading it does not wait for the device.
+
+    >>> memory = {}
+    >>> [is_due(memory, 3) for _ in range(7)]
+    [True, False, False, True, False, False, True]
+    >>> memory = {}
+    >>> [is_due(memory, 3, first=False) for _ in range(7)]
+    [False, False, True, False, False, True, False]
+    """
+    if memory is None:
+        return True
+    calls = int(memory["age"]) + 1 if "age" in memory else every if first else 1
+    memory["age"] = torch.tensor(calls % every, dtype=torch.int64, device="cpu")
+    return calls >= every
 
 
 def start_vector(size: int, like: Tensor) -> Tensor:

@@ -19,17 +19,22 @@ class _StableRankFunction(torch.autograd.Function):
     def forward(ctx: Any, matrix: Tensor, sigma: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """The value, given the leading singular triple; 0 for a zero matrix."""
         ctx.save_for_backward(matrix, sigma, u, v)
-        return torch.where(sigma > 0, matrix.square().sum() / sigma.square(), torch.zeros_like(sigma))
+        return torch.where(_is_safe(sigma), matrix.square().sum() / sigma.square(), torch.zeros_like(sigma))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         """The gradient in the matrix; 0 for a zero matrix."""
         matrix, sigma, u, v = ctx.saved_tensors
-        inverse = torch.where(sigma > 0, 1.0 / sigma, torch.zeros_like(sigma))
+        inverse = torch.where(_is_safe(sigma), 1.0 / sigma, torch.zeros_like(sigma))
         scale = 2.0 * grad * inverse.square()
         ratio = matrix.square().sum() * inverse
         return torch.addcmul(scale * matrix, scale * ratio * u[:, None], v[None, :], value=-1.0), None, None, None
+
+
+def _is_safe(sigma: Tensor) -> Tensor:
+    """Whether the square can be divided by; smaller matrices count as zero."""
+    return sigma.square() >= torch.finfo(sigma.dtype).tiny
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,36 @@
 """The energy that the cut is going to drop, as a penalty."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightning_prehab.errors import ArgumentError
-from lightning_prehab.linalg import symmetric_eigh
-from lightning_prehab.regularizers.base import Memory, Penalty
+from lightning_prehab.linalg import leading_subspace
+from lightning_prehab.regularizers.base import Memory, Penalty, is_due
+
+
+class _TailShareFunction(torch.autograd.Function):
+    """``t = |M - U U^T M|_F^2 / |M|_F^2`` for fixed ``U``, with gradient ``2 (M - U U^T M - t M) / |M|_F^2``."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, basis: Tensor) -> Tensor:
+        """The share; 0 for a zero matrix."""
+        tail = rows - basis @ (basis.mT @ rows)
+        energy = rows.square().sum()
+        inverse = torch.where(energy >= torch.finfo(energy.dtype).tiny, 1.0 / energy, torch.zeros_like(energy))
+        share = tail.square().sum() * inverse
+        ctx.save_for_backward(rows, tail, share, inverse)
+        return share
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """The gradient in the matrix; 0 for a zero matrix."""
+        rows, tail, share, inverse = ctx.saved_tensors
+        return (2.0 * grad * inverse) * (tail - share * rows), None
 
 
 @dataclass(frozen=True)
@@ -16,12 +38,13 @@ class TailEnergy(Penalty):
     """Share of the energy beyond the target rank, ``sum_{i > r} s_i^2 / sum s_i^2``, in [0, 1].
 
     It pulls on exactly the directions that the cut removes and leaves the others alone (original to this package). The
-    projector on the leading directions is recomputed at every ``refresh``-th call; in between the tail is measured
-    against the last projector. By Danskin's theorem the gradient is exact whenever the projector is fresh.
+    leading directions are computed exactly at the first call and brought up to date by one warm subspace step at every
+    ``refresh``-th; in between the tail is measured against the last ones. By Danskin's theorem the gradient is exact
+    where the directions are; with others the value is an upper bound.
 
     Args:
         rank: Target rank for all layers where no plan gives one.
-        refresh: Calls between two eigendecompositions of the smaller Gram matrix.
+        refresh: Calls between two subspace steps.
 
     Raises:
         ArgumentError: If a value is below 1, or if no rank is known when it is called.
@@ -45,18 +68,13 @@ class TailEnergy(Penalty):
             raise ArgumentError("TailEnergy has no target rank: give TailEnergy(rank=...), or a plan to take it from.")
         rows = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
         basis = self._basis(rows.detach(), target, memory)
-        energy = rows.square().sum()
-        share = 1.0 - (basis.mT @ rows).square().sum() / energy.clamp_min(torch.finfo(rows.dtype).tiny)
-        return torch.where(energy > 0, share, torch.zeros_like(share))
+        return _TailShareFunction.apply(rows, basis)  # type: ignore[no-any-return]
 
     def _basis(self, rows: Tensor, rank: int, memory: Memory | None) -> Tensor:
         """Leading left singular vectors, shape ``(min(m, n), rank)``, from the memory while they are fresh enough."""
         if memory is None:
-            return symmetric_eigh(rows @ rows.mT)[1][:, :rank].to(rows)
-        age = memory.get("age")
-        if age is None or int(age) + 1 >= self.refresh or memory["basis"].shape[1] != min(rank, rows.shape[0]):
-            memory["basis"] = symmetric_eigh(rows @ rows.mT)[1][:, :rank].to(rows)
-            memory["age"] = torch.zeros((), dtype=torch.int64)
-        else:
-            memory["age"] = age + 1
+            return leading_subspace(rows, rank)
+        due, warm = is_due(memory, self.refresh), memory.get("basis")
+        if due or warm is None or warm.shape[1] != min(rank, rows.shape[0]):
+            memory["basis"] = leading_subspace(rows, rank, warm)
         return memory["basis"].to(rows)

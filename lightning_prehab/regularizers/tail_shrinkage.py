@@ -1,0 +1,117 @@
+"""The part that the cut is going to drop, taken off little by little."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_prehab.errors import ArgumentError
+from lightning_prehab.linalg import leading_subspace
+from lightning_prehab.regularizers.base import Memory, Shrinkage, is_due
+from lightning_prehab.regularizers.metric import IDENTITY, Metric, Side, project
+
+Schedule = Literal["geometric", "linear"]
+
+
+@dataclass(frozen=True)
+class TailShrinkage(Shrinkage):
+    """After each optimizer step ``W <- W - eta (W - W_r)``, where ``W_r`` is the part of ``W`` that the cut keeps.
+
+    ``eta`` rises from ``start`` to 1 over the first ``anneal`` of the time before the surgery, so the tail is gone when
+    the cut comes, and for the rest of that time the layer trains at its final rank. There is no strength to tune.
+    ``W_r`` is the projection of ``W``, in the metric, on leading directions that are exact at the first call and at
+    progress 1, and brought up to date by one warm subspace step at every ``refresh``-th call between. Seen from the
+    weight the projection is one fixed map, so steps between refreshes cost two thin products and never touch the
+    metric.
+
+    Original to this package in this form; a cousin of Trained Rank Pruning (Xu et al., 2020,
+    https://arxiv.org/abs/2004.14566), which truncates at once every few steps.
+
+    Args:
+        start: ``eta`` at progress 0, in (0, 1].
+        anneal: Share of the time over which ``eta`` rises to 1, in (0, 1].
+        refresh: Calls between two subspace steps.
+        schedule: ``"geometric"``: the same factor in equal times. ``"linear"``: the same difference.
+        rank: Target rank for all layers where no plan gives one.
+
+    Raises:
+        ArgumentError: If a value is out of range, or if no rank is known when it is called.
+
+    >>> TailShrinkage()(torch.diag(torch.tensor([2.0, 1.0, 0.5])), rank=2)
+    tensor([[2., 0., 0.],
+            [0., 1., 0.],
+            [0., 0., 0.]])
+    >>> [round(TailShrinkage().eta(progress), 4) for progress in (0.0, 0.4, 0.8, 1.0)]
+    [0.002, 0.0447, 1.0, 1.0]
+    """
+
+    start: float = 0.002
+    anneal: float = 0.8
+    refresh: int = 10
+    schedule: Schedule = "geometric"
+    rank: int | None = None
+    needs_rank: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.start <= 1.0:
+            raise ArgumentError(f"start must lie in (0, 1], got {self.start}.")
+        if not 0.0 < self.anneal <= 1.0:
+            raise ArgumentError(f"anneal must lie in (0, 1], got {self.anneal}.")
+        if self.schedule not in ("geometric", "linear"):
+            raise ArgumentError(f"schedule must be 'geometric' or 'linear', got {self.schedule!r}.")
+        if self.refresh < 1 or (self.rank is not None and self.rank < 1):
+            raise ArgumentError(f"rank and refresh must be at least 1, got rank={self.rank}, refresh={self.refresh}.")
+
+    def eta(self, progress: float) -> float:
+        """Share of the tail that a step takes off, non-decreasing in ``progress``, exactly 1 from ``anneal`` on."""
+        done = min(max(progress, 0.0) / self.anneal, 1.0)
+        if done == 1.0:
+            return 1.0
+        return (
+            float(self.start ** (1.0 - done)) if self.schedule == "geometric" else self.start + (1 - self.start) * done
+        )
+
+    def projector(self, matrix: Tensor, rank: int, warm: Tensor | None = None) -> tuple[Side, Tensor]:
+        """The smaller side of ``matrix`` and the leading singular vectors on it, in orthonormal columns.
+
+        Args:
+            matrix: Shape ``(m, n)``, in the metric.
+            rank: Number of directions.
+            warm: An earlier basis, to be brought up to date; None is exact.
+        """
+        if matrix.shape[0] <= matrix.shape[1]:
+            return "left", leading_subspace(matrix, rank, warm)
+        return "right", leading_subspace(matrix.mT, rank, warm)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        weight: Tensor,
+        rank: int | None = None,
+        memory: Memory | None = None,
+        progress: float = 1.0,
+        lr: float = 0.0,
+        metric: Metric = IDENTITY,
+    ) -> Tensor:
+        """The weight less ``eta(progress)`` of its tail; of exactly the target rank where that is 1."""
+        target = self.rank if rank is None else rank
+        if target is None:
+            raise ArgumentError(
+                "TailShrinkage has no target rank: give TailShrinkage(rank=...), or a plan to take it from."
+            )
+        if target >= min(weight.shape):
+            return weight.clone()
+        memory = {} if memory is None else memory
+        warm, due, last = memory.get("basis"), is_due(memory, self.refresh), progress >= 1.0
+        if due or last or warm is None or warm.shape[1] != target:
+            side, basis = self.projector(metric.view(weight), target, None if last else warm)
+            memory["basis"] = basis
+            if not metric.is_identity_on(side):
+                memory["outer"], memory["inner"] = metric.projector(side, basis)
+        side = "left" if weight.shape[0] <= weight.shape[1] else "right"
+        if metric.is_identity_on(side):
+            outer, inner = IDENTITY.projector(side, memory["basis"].to(weight))
+        else:
+            outer, inner = memory["outer"].to(weight), memory["inner"].to(weight)
+        return torch.lerp(weight, project(weight, side, outer, inner), self.eta(progress))
