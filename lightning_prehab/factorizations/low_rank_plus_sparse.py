@@ -40,8 +40,8 @@ class LowRankPlusSparse(Factorization):
 
     Rank policies see the spectrum of ``W - S`` with the ``S`` of half the break-even rank: an ``S`` for each rank would
     take the whole alternation each time. Predicted errors are therefore estimates, also for a base whose own are exact.
-    Planning costs about ``steps + 1`` times what the base alone does, the factors of a layer about ``steps + 5`` times;
-    the statistics of a layer are held until its factors have been made.
+    Planning takes ``steps + 1`` decompositions by the base instead of one, the factors of a layer ``steps + 5`` more; the
+    statistics of a layer are held until its factors have been made.
 
     Args:
         density: Share of the entries that ``S`` holds, in ``(0, 1)``. A layer so small that this is less than one entry
