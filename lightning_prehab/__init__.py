@@ -4,8 +4,8 @@ from lightning_prehab.calibration import collect_statistics
 from lightning_prehab.callbacks import CompressionCallback, PrehabCallback, RehabSchedule
 from lightning_prehab.compress import compress_
 from lightning_prehab.errors import PrehabError
-from lightning_prehab.factorizations import SVD, ActivationSVD, FisherSVD, KroneckerSVD, WhitenedSVD
-from lightning_prehab.layers import LowRankLinear
+from lightning_prehab.factorizations import SVD, ActivationSVD, FisherSVD, KroneckerSVD, LowRankPlusSparse, WhitenedSVD
+from lightning_prehab.layers import LowRankLinear, LowRankPlusSparseLinear
 from lightning_prehab.loading import LowRankCheckpointMixin, load_from_checkpoint
 from lightning_prehab.plan import CompressionPlan, LayerPlan
 from lightning_prehab.planning import make_plan
@@ -40,6 +40,8 @@ __all__ = [
     "LayerStatistics",
     "LowRankCheckpointMixin",
     "LowRankLinear",
+    "LowRankPlusSparse",
+    "LowRankPlusSparseLinear",
     "NuclearNorm",
     "ParameterBudget",
     "PrehabCallback",

@@ -1,4 +1,4 @@
-"""Optimizer state of the factors from the optimizer state of the dense weight: pure functions."""
+"""Optimizer state of what replaces a dense weight from the optimizer state of that weight: pure functions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -53,6 +53,33 @@ def factor_states(state: Mapping[str, Any], a: Tensor, b: Tensor) -> tuple[dict[
             if key in moved and "exp_avg" in moved:
                 moved[key] = torch.maximum(moved[key], moved["exp_avg"].square())
     return for_a, for_b
+
+
+def entry_state(state: Mapping[str, Any], indices: Tensor, shape: tuple[int, ...]) -> dict[str, Any]:
+    """State of single entries of ``W``, kept as a parameter of their own, from the state of ``W``.
+
+    Their gradients are those entries of ``dW``, so first and second moments are those entries of the moments, exactly.
+
+    Args:
+        state: ``optimizer.state[W]``.
+        indices: Places in ``W`` read row by row: shape ``(k,)``.
+        shape: Of ``W``.
+
+    Returns:
+        The state; empty, a fresh start, if the state holds a matrix of unknown meaning.
+
+    >>> entry_state({"exp_avg": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}, torch.tensor([1, 2]), (2, 2))
+    {'exp_avg': tensor([2., 3.])}
+    """
+    moved: dict[str, Any] = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            moved[key] = value.clone() if isinstance(value, Tensor) else value
+        elif key in (*FIRST_MOMENTS, *SECOND_MOMENTS) and value.shape == shape:
+            moved[key] = value.flatten()[indices]
+        else:
+            return {}
+    return moved
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

@@ -135,9 +135,7 @@ def plan_ranks(
         latencies = measure_latencies(usable, policy.latency_tokens, admissible)
         choices = [replace(choice, latencies=latencies[choice.name]) for choice in choices]
     ranks = policy(choices)
-    layers = tuple(
-        _layer_plan(layer, ranks[layer.name], overrides.get(layer.name), factorization.comparable) for layer in choices
-    )
+    layers = tuple(_layer_plan(layer, ranks[layer.name], overrides.get(layer.name), factorization) for layer in choices)
     plan = CompressionPlan(layers, factorization, usable.skipped, usable.model_parameters)
     _require_budget(policy, choices, plan)
     return plan
@@ -156,9 +154,16 @@ def check_wish(
     rank_overrides: Mapping[str, RankOverride] | None = None,
     rank_multiple_of: int = 1,
 ) -> None:
-    """Raises what :func:`make_plan` would raise whatever the weights are: wrong overrides, too small a budget."""
+    """Raises what :func:`make_plan` would raise whatever the weights are: wrong wishes, too small a budget."""
     if rank_multiple_of < 1:
         raise ArgumentError(f"rank_multiple_of must be at least 1, got {rank_multiple_of}.")
+    if (policy.needs_positions or policy.needs_latencies) and any(
+        factorization.nonzeros(layer.out_features, layer.in_features) for layer in targets.values()
+    ):
+        raise ArgumentError(
+            f"{policy} counts operations or time, and the sparse part of {factorization} saves neither: it is "
+            "multiplied as a dense matrix. Count parameters, or choose a factorization without a sparse part."
+        )
     overrides = _resolve_overrides(rank_overrides or {}, targets, factorization)
     policy = policy.for_model(_dense_parameters(targets.values()), getattr(targets, "model_parameters", None))
     choices = []
@@ -202,7 +207,6 @@ def _choices(
 ) -> LayerChoices:
     """What a rank policy may choose from for one layer."""
     m, n = layer.out_features, layer.in_features
-    new_bias = _new_bias(layer, factorization)
     if override == "dense":
         ranks: tuple[int, ...] = ()
     elif isinstance(override, int):
@@ -211,31 +215,36 @@ def _choices(
         limit = _limit(layer, factorization)
         ranks = tuple(range(multiple, limit + 1, multiple)) or tuple(range(1, limit + 1))
     dense = override is None or override == "dense"
-    return LayerChoices(name, m, n, spectrum.detach().to("cpu", torch.float64), ranks, dense, new_bias)
+    added = added_parameters(layer, factorization)
+    return LayerChoices(name, m, n, spectrum.detach().to("cpu", torch.float64), ranks, dense, added)
 
 
-def _layer_plan(layer: LayerChoices, rank: int | None, override: int | str | None, comparable: bool) -> LayerPlan:
+def _layer_plan(
+    layer: LayerChoices, rank: int | None, override: int | str | None, factorization: Factorization
+) -> LayerPlan:
     m, n = layer.out_features, layer.in_features
+    nonzeros = factorization.nonzeros(m, n)
+    dense = LayerPlan(layer.name, m, n, None, new_bias=layer.new_bias - nonzeros, nonzeros=nonzeros)
+    comparable = factorization.comparable
     if rank is None:
         reason = "rank_overrides" if override == "dense" else "every rank below break-even costs more than it saves"
-        increase = 0.0 if comparable else None
-        return LayerPlan(layer.name, m, n, None, 0.0, reason, layer.new_bias, loss_increase=increase)
+        return replace(dense, relative_error=0.0, reason=reason, loss_increase=0.0 if comparable else None)
     retained = layer.retained()
     dropped = float((retained[-1] - retained[rank]).clamp_min(0.0))
     error = min(dropped / max(float(retained[-1]), 1e-300), 1.0) ** 0.5
-    increase = 0.5 * dropped if comparable else None
-    return LayerPlan(layer.name, m, n, rank, error, new_bias=layer.new_bias, loss_increase=increase)
+    return replace(dense, rank=rank, relative_error=error, loss_increase=0.5 * dropped if comparable else None)
 
 
-def _new_bias(layer: nn.Linear, factorization: Factorization) -> int:
-    """Parameters of the bias that a cut adds."""
-    return layer.out_features if factorization.adds_bias and layer._parameters["bias"] is None else 0
+def added_parameters(layer: nn.Linear, factorization: Factorization) -> int:
+    """Parameters that a cut adds beside the two factors: a new bias, the values of a sparse part."""
+    new_bias = layer.out_features if factorization.adds_bias and layer._parameters["bias"] is None else 0
+    return new_bias + factorization.nonzeros(layer.out_features, layer.in_features)
 
 
 def _limit(layer: nn.Linear, factorization: Factorization) -> int:
-    """The break-even rank, with a new bias counted."""
+    """The break-even rank, with what a cut adds beside the factors counted."""
     m, n = layer.out_features, layer.in_features
-    return max(m * n - _new_bias(layer, factorization) - 1, 0) // (m + n)
+    return max(m * n - added_parameters(layer, factorization) - 1, 0) // (m + n)
 
 
 def _resolve_overrides(
@@ -245,16 +254,17 @@ def _resolve_overrides(
     resolved: dict[str, int | str] = {}
     for pattern, wish in overrides.items():
         for name in match_names(pattern, list(targets), "rank_overrides"):
-            resolved[name] = _resolve_override(name, wish, targets[name], _limit(targets[name], factorization))
+            resolved[name] = _resolve_override(name, wish, targets[name], factorization)
     return resolved
 
 
-def _resolve_override(name: str, wish: RankOverride, layer: nn.Linear, limit: int) -> int | str:
+def _resolve_override(name: str, wish: RankOverride, layer: nn.Linear, factorization: Factorization) -> int | str:
     m, n = layer.out_features, layer.in_features
+    limit = _limit(layer, factorization)
     if wish == "dense":
         return "dense"
     if isinstance(wish, float) and 0.0 < wish < 1.0:
-        wish = max(int(wish * m * n / (m + n)), 1)
+        wish = max(int((wish * m * n - added_parameters(layer, factorization)) / (m + n)), 1)
     if isinstance(wish, bool) or not isinstance(wish, int) or not 1 <= wish <= limit:
         raise ArgumentError(
             f"rank_overrides: {wish!r} does not suit layer {name!r} ({m}x{n}); give a rank from 1 to {limit} "

@@ -107,7 +107,7 @@ class _Cutter:
     def __init__(self, targets: Mapping[str, nn.Linear]) -> None:
         recompile()
         self.reached: set[str] = set()
-        self._active: tuple[str, Tensor, Tensor, Tensor | None] | None = None
+        self._active: tuple[str, Tensor, Tensor, Tensor | None, Tensor | None] | None = None
         self._handles = [
             layer.register_forward_hook(run_eagerly(cast(Callable[..., None], self._hook(name))), with_kwargs=True)
             for name, layer in targets.items()
@@ -119,7 +119,9 @@ class _Cutter:
         if factors.bias_shift is not None:
             shift = factors.bias_shift.to(layer.weight)
             bias = shift if bias is None else bias + shift
-        self._active = name, factors.A.to(layer.weight), factors.B.to(layer.weight), bias
+        sparse = factors.sparse
+        entries = None if sparse is None else sparse.matrix(*layer.weight.shape).to(layer.weight)
+        self._active = name, factors.A.to(layer.weight), factors.B.to(layer.weight), entries, bias
 
     def close(self) -> None:
         """Takes the hooks off again."""
@@ -132,9 +134,10 @@ class _Cutter:
             self.reached.add(name)
             if self._active is None or self._active[0] != name:
                 return None
-            _, a, b, bias = self._active
-            hidden = nn.functional.linear(args[0] if args else settings["input"], a)
-            return nn.functional.linear(hidden, b, bias)
+            _, a, b, entries, bias = self._active
+            x = args[0] if args else settings["input"]
+            low_rank = nn.functional.linear(nn.functional.linear(x, a), b, bias)
+            return low_rank if entries is None else low_rank + nn.functional.linear(x, entries)
 
         return replace_output
 

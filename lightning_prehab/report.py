@@ -22,7 +22,7 @@ class CompressionReport:
 
     Attributes:
         plan: The plan that was carried out.
-        weight_errors: ``{name: |W - B A|_F / |W|_F}`` of the layers that were cut, in [0, 1] or above.
+        weight_errors: ``{name: |W - W'|_F / |W|_F}`` of the layers that were cut, ``W'`` what replaces ``W``.
         parameters_before: Parameters of the whole model before, counted.
         parameters_after: Parameters of the whole model after, counted.
     """

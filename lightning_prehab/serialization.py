@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_prehab.__about__ import __version__
 from lightning_prehab.errors import CheckpointError, PrehabError
-from lightning_prehab.layers import LowRankLinear
+from lightning_prehab.layers import LowRankLinear, LowRankPlusSparseLinear
 from lightning_prehab.report import CompressionReport
 from lightning_prehab.surgery import follow_state_dict_
 
@@ -176,6 +176,8 @@ def _layers(model: nn.Module, report: CompressionReport | None) -> list[dict[str
                 "shape": [module.out_features, module.in_features],
                 "rank": module.rank,
             }
+            if isinstance(module, LowRankPlusSparseLinear):
+                entry["nonzeros"] = module.nonzeros
             if name in facts and report is not None:
                 entry["method"] = repr(report.plan.factorization)
                 entry["predicted_error"] = facts[name]["predicted_error"]

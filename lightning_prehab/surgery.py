@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from lightning_prehab.errors import CheckpointError, NumericalError, PlanError, UnsupportedError
 from lightning_prehab.factorizations import Decomposition, Factors
-from lightning_prehab.layers import LowRankLinear
-from lightning_prehab.moments import factor_states
+from lightning_prehab.layers import LowRankLinear, LowRankPlusSparseLinear
+from lightning_prehab.moments import entry_state, factor_states
 from lightning_prehab.plan import CompressionPlan, LayerPlan
 from lightning_prehab.report import CompressionReport
+from lightning_prehab.sparse import Sparse
 from lightning_prehab.spectra import decompose_targets, naming
 from lightning_prehab.statistics import LayerStatistics
 from lightning_prehab.targets import clean_name, count_parameters
@@ -30,12 +31,15 @@ def apply_plan_(
 ) -> CompressionReport:
     """Replaces the planned layers by :class:`~lightning_prehab.LowRankLinear`, in place.
 
+    Layers with a sparse part become :class:`~lightning_prehab.LowRankPlusSparseLinear`.
+
     Args:
         model: The module that the plan was made for.
         plan: From :func:`~lightning_prehab.make_plan`.
         statistics: The same statistics as for the plan, for factorizations that read them.
         optimizers: Optimizers that hold the weights. Each weight is replaced by its factors at the same place of its
-            group, first moments are carried over exactly, learning-rate schedulers go on undisturbed.
+            group, first moments are carried over exactly, learning-rate schedulers go on undisturbed. Both moments of
+            the values of a sparse part are carried over exactly.
 
     Returns:
         The report. Biases stay the same parameter objects.
@@ -142,35 +146,56 @@ def densify_(model: nn.Module, names: Iterable[str]) -> None:
 
 def stored_factors(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Factors]:
     """The factors that a state dict holds, by layer name; ``bias_shift`` is the stored bias."""
-    found = {}
+    found: dict[str, Factors] = {}
     for key, a in state_dict.items():
         name = key.removeprefix(prefix).removesuffix(".A.weight")
         b = state_dict.get(f"{prefix}{name}.B.weight")
         if key == f"{prefix}{name}.A.weight" and isinstance(a, Tensor) and isinstance(b, Tensor):
-            found[name] = Factors(a, b, state_dict.get(f"{prefix}{name}.B.bias"))
+            places, values = (state_dict.get(f"{prefix}{name}.{part}") for part in ("indices", "values"))
+            sparse = Sparse(places, values) if isinstance(places, Tensor) and isinstance(values, Tensor) else None
+            found[name] = Factors(a, b, state_dict.get(f"{prefix}{name}.B.bias"), sparse)
     return found
 
 
 def _low_rank_like(name: str, layer: nn.Linear | LowRankLinear, stored: Factors) -> LowRankLinear | None:
     """A layer for the stored factors, or None if ``layer`` fits them already."""
-    a, b, bias = stored
+    a, b, bias, sparse = stored
     m, n = layer.out_features, layer.in_features
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != n or b.shape[0] != m or a.shape[0] != b.shape[1] or 0 in a.shape:
         raise CheckpointError(
             f"Layer {name!r}: the checkpoint holds factors of shapes {tuple(b.shape)} and {tuple(a.shape)}, the model "
             f"has a {m}x{n} layer. Build the model with the same sizes as the one that was saved."
         )
+    if sparse is not None and not sparse.fits(m, n):
+        raise CheckpointError(
+            f"Layer {name!r}: the checkpoint holds a sparse part of {sparse.values.numel()} values that has no place "
+            f"in a {m}x{n} weight; the file is damaged, or the model has other sizes than the one that was saved."
+        )
     has_bias = layer.bias is not None
-    if isinstance(layer, LowRankLinear) and layer.rank == a.shape[0] and has_bias == (bias is not None):
+    nonzeros = None if sparse is None else len(sparse.values)
+    same = isinstance(layer, LowRankLinear) and layer.rank == a.shape[0] and _nonzeros(layer) == nonzeros
+    if isinstance(layer, LowRankLinear) and same and has_bias == (bias is not None):
         return None
     dense = layer if isinstance(layer, nn.Linear) else _dense_like(layer, bias=has_bias)
-    new = LowRankLinear.from_factors(a, b, like=dense)
+    new = _low_rank(stored, like=dense)
     if not has_bias and bias is not None:
         value = bias.detach().to(dense.weight, copy=True)
         new.B.bias = nn.Parameter(value, requires_grad=dense.weight.requires_grad)
     elif bias is None:
         new.B.register_parameter("bias", None)
     return new
+
+
+def _low_rank(factors: Factors, like: nn.Linear) -> LowRankLinear:
+    """A layer of the kind that the factors need."""
+    if factors.sparse is None:
+        return LowRankLinear.from_factors(factors.A, factors.B, like)
+    return LowRankPlusSparseLinear.from_factors(factors.A, factors.B, like, factors.sparse)
+
+
+def _nonzeros(layer: nn.Module) -> int | None:
+    """Entries of the sparse part, or None if the layer has no such part."""
+    return layer.nonzeros if isinstance(layer, LowRankPlusSparseLinear) else None
 
 
 def _dense_like(layer: LowRankLinear, bias: bool) -> nn.Linear:
@@ -195,18 +220,28 @@ class _Cut:
 
     def parameters(self) -> dict[str, Tensor]:
         """What takes the place of the weight in an optimizer, by suffix. An old bias object stays where it is."""
-        found: dict[str, Tensor] = {"A.weight": self.new.A.weight, "B.weight": self.new.B.weight}
-        bias = self.new.bias
-        if bias is not None and _bias(self.old) is None:
-            found["B.bias"] = bias
+        found: dict[str, Tensor] = dict(self.new.named_parameters())
+        if _bias(self.old) is not None:
+            del found["B.bias"]
         return found
+
+    def states(self, state: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
+        """What an optimizer knows of these parameters, from what it knows of the weight; unknown ones are left out."""
+        a, b = self.new.A.weight, self.new.B.weight
+        for_a, for_b = factor_states(state, a, b)
+        states = {a: for_a, b: for_b}
+        if isinstance(self.new, LowRankPlusSparseLinear):
+            states[self.new.values] = entry_state(state, self.new.indices, self.old.weight.shape)
+        return {parameter: moved for parameter, moved in states.items() if moved}
 
     @torch.no_grad()
     def weight_error(self) -> float:
-        """``|W - B A|_F / |W|_F``; 0 for a zero weight."""
+        """``|W - B A - S|_F / |W|_F``; 0 for a zero weight."""
         weight = self.old.weight.float()
-        error = (weight - self.new.B.weight.float() @ self.new.A.weight.float()).norm()
-        return float(error / weight.norm().clamp_min(torch.finfo(torch.float32).tiny))
+        error = weight - self.new.B.weight.float() @ self.new.A.weight.float()
+        if isinstance(self.new, LowRankPlusSparseLinear):
+            error -= Sparse(self.new.indices, self.new.values.float()).matrix(*error.shape)
+        return float(error.norm() / weight.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 @dataclass
@@ -229,8 +264,13 @@ class _GroupEdit:
         self.optimizer.state.update(self.states)
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raises :class:`UnsupportedError` for an optimizer whose state cannot follow a change of parameters."""
+def check_optimizer(optimizer: torch.optim.Optimizer, split: Iterable[Tensor] = ()) -> None:
+    """Raises :class:`UnsupportedError` for an optimizer whose state cannot follow a change of parameters.
+
+    Args:
+        optimizer: The optimizer.
+        split: Weights that leave a vector beside their factors: the values of a sparse part, a new bias.
+    """
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UnsupportedError(
             "LBFGS keeps one flat history over all parameters and cannot follow the surgery; use another optimizer, or "
@@ -242,6 +282,12 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         raise UnsupportedError(
             "ZeroRedundancyOptimizer has assigned the parameters to ranks once and for all and would never step the "
             "factors; use the plain optimizer until the compression is done."
+        )
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if type(optimizer).__name__ == "Muon" and any(id(weight) in held for weight in split):  # newer than our torch
+        raise UnsupportedError(
+            "Muon steps matrices alone, and the values of a sparse part or a new bias are vectors; use another "
+            "optimizer for the targets, or a factorization that makes two factors and nothing else."
         )
 
 
@@ -269,21 +315,30 @@ def _checked_factors(cut: LayerPlan, layer: nn.Linear, plan: CompressionPlan, de
     assert cut.rank is not None
     where = f"Layer {cut.name!r} ({cut.out_features}x{cut.in_features}): "
     with torch.no_grad(), naming(cut.name, layer):
-        a, b, shift = decomposition.factors(cut.rank)
+        a, b, shift, sparse = decomposition.factors(cut.rank)
     if a.shape != (cut.rank, cut.in_features) or b.shape != (cut.out_features, cut.rank):
         raise PlanError(
             f"{where}{plan.factorization} returned factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, "
             f"expected {(cut.rank, cut.in_features)} and {(cut.out_features, cut.rank)}."
         )
+    nonzeros = 0 if sparse is None else len(sparse.values)
+    if nonzeros != cut.nonzeros or (sparse is not None and not sparse.fits(cut.out_features, cut.in_features)):
+        raise PlanError(
+            f"{where}{plan.factorization} returned a sparse part of {nonzeros} values; the plan expects "
+            f"{cut.nonzeros}, each at a place of its own, in ascending order."
+        )
     a, b = a.to(layer.weight), b.to(layer.weight)
     shift = None if shift is None else shift.to(layer.weight)
-    if not all(bool(torch.isfinite(part).all()) for part in (a, b, shift) if part is not None):
+    if sparse is not None:
+        sparse = Sparse(sparse.indices.to(layer.weight.device), sparse.values.to(layer.weight))
+    parts = (a, b, shift, None if sparse is None else sparse.values)
+    if not all(bool(torch.isfinite(part).all()) for part in parts if part is not None):
         raise NumericalError(f"{where}{plan.factorization} returned factors with NaN or Inf at rank {cut.rank}.")
-    return Factors(a, b, shift)
+    return Factors(a, b, shift, sparse)
 
 
 def _prepare(name: str, layer: nn.Linear, factors: Factors) -> _Cut:
-    new = LowRankLinear.from_factors(factors.A, factors.B, like=layer)
+    new = _low_rank(factors, like=layer)
     bias = None
     if factors.bias_shift is not None:
         old = _bias(layer)
@@ -309,7 +364,8 @@ def _slots(model: nn.Module, replacement: Mapping[int, nn.Module]) -> list[tuple
 
 
 def _optimizer_edits(optimizer: torch.optim.Optimizer, cuts: Sequence[_Cut]) -> list[_GroupEdit]:
-    check_optimizer(optimizer)
+    split = [cut.old.weight for cut in cuts if any(part.dim() < 2 for part in cut.parameters().values())]
+    check_optimizer(optimizer, split)
     by_weight = {id(cut.old.weight): cut for cut in cuts}
     biases = {id(bias) for cut in cuts if (bias := _bias(cut.old)) is not None}
     edits = []
@@ -328,7 +384,6 @@ def _optimizer_edits(optimizer: torch.optim.Optimizer, cuts: Sequence[_Cut]) -> 
             edit.removed.append(parameter)
             state = optimizer.state.get(parameter)
             if state:
-                for_a, for_b = factor_states(state, cut.new.A.weight, cut.new.B.weight)
-                edit.states.update({p: s for p, s in ((new["A.weight"], for_a), (new["B.weight"], for_b)) if s})
+                edit.states.update(cut.states(state))
         edits.append(edit)
     return edits

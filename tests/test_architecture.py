@@ -11,6 +11,7 @@ FLOORS = {
     "linalg": 0,
     "decomposition": 0,
     "allocation": 0,
+    "sparse": 0,
     "tables": 0,
     "__about__": 0,
     "layers": 1,

@@ -8,6 +8,13 @@ from torch import nn
 import lightning_prehab as lp
 
 
+def sparse_layer(dtype=torch.float64, bias=True, nonzeros=9):
+    """With factors and entries that are not zero."""
+    linear = nn.Linear(12, 7, bias=bias, dtype=dtype)
+    factors = lp.LowRankPlusSparse(nonzeros / 84, lp.SVD())(linear.weight, 3)
+    return lp.LowRankPlusSparseLinear.from_factors(factors.A, factors.B, linear, factors.sparse), linear, factors
+
+
 def test_forward_is_the_dense_product():
     layer = lp.LowRankLinear(12, 7, rank=3, dtype=torch.float64)
     x = torch.randn(2, 5, 12, dtype=torch.float64)
@@ -106,3 +113,94 @@ def test_inside_transformer_encoder_layer(training, grad):
         encoder.linear1 = lp.LowRankLinear.from_linear(encoder.linear1, 16)
         encoder.linear2 = lp.LowRankLinear.from_linear(encoder.linear2, 16)
         torch.testing.assert_close(encoder(x), expected, atol=1e-5, rtol=1e-5)
+
+
+class TestLowRankPlusSparse:
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_forward_is_the_dense_reconstruction(self, bias):
+        layer, linear, factors = sparse_layer(bias=bias)
+        dense = layer.B.weight @ layer.A.weight
+        for place, value in zip(layer.indices.tolist(), layer.values, strict=True):
+            dense[place // 12, place % 12] += value
+        x = torch.randn(2, 5, 12, dtype=torch.float64)
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, dense, linear.bias))
+        torch.testing.assert_close(layer.weight, dense)
+        torch.testing.assert_close(layer.weight, factors.product())
+        torch.testing.assert_close(layer.to_linear()(x), layer(x))
+        assert type(layer.to_linear()) is nn.Linear
+        assert layer.bias is linear.bias
+
+    def test_gradients_reach_the_values(self):
+        layer, _, _ = sparse_layer()
+        x = torch.randn(4, 12, dtype=torch.float64)
+
+        def run(a, b, values):
+            parameters = {"A.weight": a, "B.weight": b, "values": values}
+            return torch.func.functional_call(layer, parameters, x)
+
+        parts = [part.detach().requires_grad_() for part in (layer.A.weight, layer.B.weight, layer.values)]
+        assert torch.autograd.gradcheck(run, parts)
+        layer(x).square().sum().backward()
+        dense = layer.to_linear()
+        dense(x).square().sum().backward()
+        torch.testing.assert_close(layer.values.grad, dense.weight.grad.flatten()[layer.indices])
+
+    def test_parameters_counts_and_repr(self):
+        layer = lp.LowRankPlusSparseLinear(12, 7, 3, 9)
+        assert [name for name, _ in layer.named_parameters()] == ["values", "A.weight", "B.weight", "B.bias"]
+        assert [name for name, _ in layer.named_buffers()] == ["indices"]
+        assert sum(p.numel() for p in layer.parameters()) == 3 * 19 + 7 + 9
+        assert layer.indices.dtype == torch.int32
+        assert layer.indices.unique().numel() == layer.nonzeros == 9
+        assert "in_features=12, out_features=7, rank=3, nonzeros=9" in repr(layer)
+        huge = lp.LowRankPlusSparseLinear(2**16, 2**15, 1, 4, device="meta")
+        assert huge.indices.dtype == torch.int64
+        for nonzeros in (-1, 85):
+            with pytest.raises(lp.PrehabError, match=rf"nonzeros must lie in \[0, 84\].*got {nonzeros}"):
+                lp.LowRankPlusSparseLinear(12, 7, 3, nonzeros)
+        empty = lp.LowRankPlusSparseLinear.from_linear(nn.Linear(12, 7), 3)
+        assert empty.nonzeros == 0
+        torch.testing.assert_close(empty.weight, empty.B.weight @ empty.A.weight)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_low_precision_and_autocast(self, dtype):
+        layer, linear, _ = sparse_layer(dtype=dtype)
+        x = torch.randn(5, 12, dtype=dtype)
+        assert layer.values.dtype == layer(x).dtype == dtype
+        assert layer.indices.dtype == torch.int32
+        dense = nn.functional.linear(x.double(), layer.weight.double(), linear.bias.double())
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
+        torch.testing.assert_close(layer(x).double(), dense, atol=tolerance, rtol=tolerance)
+        layer(x).float().sum().backward()
+        assert layer.values.grad.dtype == dtype
+        if dtype == torch.float32:
+            with torch.autocast("cpu", torch.bfloat16):
+                y = layer(x)
+            assert y.dtype == torch.bfloat16
+            torch.testing.assert_close(y.double(), dense, atol=5e-2, rtol=5e-2)
+
+    def test_compiles_without_a_break(self):
+        layer, _, _ = sparse_layer(torch.float32)
+        x = torch.randn(5, 12)
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), layer(x))
+        compiled(x).sum().backward()
+        assert layer.values.grad.abs().sum() > 0
+
+    def test_state_dict_deepcopy_and_flags(self):
+        layer, _, _ = sparse_layer(torch.float32)
+        assert torch.equal(copy.deepcopy(layer).weight, layer.weight)
+        fresh = lp.LowRankPlusSparseLinear(12, 7, 3, 9)
+        fresh.load_state_dict(layer.state_dict())
+        assert torch.equal(fresh.weight, layer.weight)
+        linear = nn.Linear(12, 7).eval()
+        linear.weight.requires_grad_(False)
+        state = torch.get_rng_state()
+        low = lp.LowRankPlusSparseLinear.from_factors(
+            layer.A.weight, layer.B.weight, linear, (layer.indices, layer.values)
+        )
+        assert torch.equal(torch.get_rng_state(), state)
+        assert not low.training
+        assert not low.values.requires_grad
+        assert low.values.data_ptr() != layer.values.data_ptr()

@@ -135,3 +135,12 @@ def test_shrinkage_intensity_is_the_share_of_noise():
     assert np.mean(found) == pytest.approx(np.mean(wanted), rel=0.1)
     assert linalg.shrinkage_intensity(truth, truth, 0.5) == 0.0
     assert linalg.shrinkage_intensity(torch.eye(3), torch.eye(3), 0.5) == 0.0
+
+
+def test_finite_entries_whose_sum_overflows_are_finite():
+    linalg.require_finite(torch.full((4, 4), 6e4, dtype=torch.float16), "The matrix")
+    linalg.require_finite(torch.full((4, 4), 3e38), "The matrix")
+    linalg.require_finite(torch.zeros(0), "Nothing")
+    for pair in ([float("inf"), -float("inf")], [float("nan"), 1.0]):
+        with pytest.raises(NumericalError, match="The matrix has [12] NaN or Inf entries out of 2"):
+            linalg.require_finite(torch.tensor(pair), "The matrix")

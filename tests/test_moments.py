@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_prehab.moments import factor_states
+from lightning_prehab.moments import entry_state, factor_states
 
 OPTIMIZERS = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.1),
@@ -57,3 +57,23 @@ def test_states_are_copies_in_their_own_dtype():
     assert for_a["exp_avg"].dtype == torch.bfloat16
     for_a["step"] += 1
     assert float(state["step"]) == float(for_b["step"]) == 1.0
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_states_of_entries_are_those_of_an_optimizer_on_them(name):
+    """All moments, first and second: each entry is stepped for itself."""
+    torch.manual_seed(0)
+    indices = torch.tensor([1, 6, 19], dtype=torch.int32)
+    weight = torch.nn.Parameter(torch.randn(4, 5, dtype=torch.float64))
+    entries = torch.nn.Parameter(weight.detach().flatten()[indices].clone())
+    dense, alone = OPTIMIZERS[name]([weight]), OPTIMIZERS[name]([entries])
+    for _ in range(4):
+        weight.grad = torch.randn(4, 5, dtype=torch.float64)
+        entries.grad = weight.grad.flatten()[indices]
+        dense.step()
+        alone.step()
+    moved = entry_state(dense.state[weight], indices, weight.shape)
+    assert set(moved) == set(alone.state[entries])
+    for key, value in alone.state[entries].items():
+        torch.testing.assert_close(moved[key], value)
+    assert entry_state({"step": torch.tensor(1.0), "mystery": torch.ones(4, 5)}, indices, weight.shape) == {}

@@ -71,7 +71,7 @@ def test_predicted_error_is_the_error_in_the_metric(mlp, prepared):
     plan = lp.make_plan(targets, 0.4, lp.WhitenedSVD(), statistics)
     for layer in plan.layers:
         weight = mlp.get_submodule(layer.name).weight.detach().double()
-        a, b, _ = lp.WhitenedSVD()(weight, layer.rank, statistics[layer.name])
+        a, b, *_ = lp.WhitenedSVD()(weight, layer.rank, statistics[layer.name])
         moment = statistics[layer.name].input_second_moment().double()
         error, whole = weight - b @ a, weight
         expected = ((error @ moment * error).sum() / (whole @ moment * whole).sum()).sqrt()
@@ -90,6 +90,65 @@ def test_overrides(prepared):
         lp.make_plan(targets, 0.5, lp.SVD(), rank_overrides={"zzz": 3})
     with pytest.raises(PlanError, match="allows 250 parameters.*hold 500.*Raise keep"):
         lp.make_plan(targets, lp.RankRatio(0.5), lp.SVD(), rank_overrides={"*": "dense"})
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(2, 40), st.integers(2, 40)), min_size=1, max_size=4),
+    st.floats(0.3, 1.0),
+    st.floats(0.01, 0.6),
+    st.sampled_from([lp.RankRatio, lp.ParameterBudget]),
+    st.booleans(),
+)
+def test_entries_are_counted_exactly(shapes, keep, density, policy, centered):
+    model = nn.ModuleList([nn.Linear(30, 20, bias=False), *(nn.Linear(n, m, bias=False) for m, n in shapes)])
+    targets = lp.find_targets(model)
+    statistics = {}
+    for name, layer in targets.items():
+        statistics[name] = lp.LayerStatistics(layer.in_features, layer.out_features)
+        statistics[name].update_inputs(torch.randn(50, layer.in_features) + 1)
+    method = lp.LowRankPlusSparse(density, lp.WhitenedSVD(centered), steps=1)
+    try:
+        plan = lp.make_plan(targets, policy(keep), method, statistics)
+    except PlanError:
+        return  # too small to be cut so far
+    assert plan.keep <= keep + 1e-12
+    before = sum(p.numel() for p in model.parameters())
+    report = lp.apply_plan_(model, plan, statistics)
+    assert report.parameters_after - before == plan.parameters - plan.dense_parameters
+    for layer in plan.layers:
+        module = model.get_submodule(layer.name)
+        assert layer.parameters == sum(p.numel() for p in module.parameters()) <= layer.dense_parameters
+        assert layer.nonzeros == method.nonzeros(layer.out_features, layer.in_features)
+        assert layer.new_bias == centered * layer.out_features
+        if layer.rank is not None:
+            assert layer.rank <= layer.max_rank
+            assert getattr(module, "nonzeros", 0) == layer.nonzeros
+    assert lp.CompressionPlan.from_dict(plan.to_dict()) == plan
+
+
+def test_overrides_leave_room_for_the_entries(prepared):
+    targets, _ = prepared
+    method = lp.LowRankPlusSparse(0.25, lp.SVD())
+    plan = lp.make_plan(targets, 0.8, method, rank_overrides={"0": 0.5})
+    assert plan.ranks["0"] == int((0.5 * 192 - 48) / 28)
+    with pytest.raises(ArgumentError, match="give a rank from 1 to 5 .break-even"):
+        lp.make_plan(targets, 0.8, method, rank_overrides={"0": 6})
+    assert lp.make_plan(targets, 1.0, method, rank_overrides={"0": 5}).layers[0].parameters == 5 * 28 + 48
+
+
+def test_nothing_is_left_beside_the_entries(prepared):
+    plan = lp.make_plan(prepared[0], 1.0, lp.LowRankPlusSparse(0.95, lp.SVD()))
+    assert set(plan.ranks.values()) == {None}
+    with pytest.raises(PlanError, match="their smallest ranks hold"):
+        lp.make_plan(prepared[0], 0.3, lp.LowRankPlusSparse(0.4, lp.SVD()))
+
+
+@pytest.mark.parametrize("cost", ["flops", "latency"])
+def test_entries_save_no_time(prepared, cost):
+    policy = lp.ParameterBudget(0.5, cost=cost)
+    with pytest.raises(ArgumentError, match="counts operations or time, and the sparse part of .* saves neither"):
+        lp.make_plan(prepared[0], policy, lp.LowRankPlusSparse(0.1, lp.SVD()), prepared[1])
 
 
 def test_rank_multiple(prepared):

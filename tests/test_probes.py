@@ -69,6 +69,18 @@ def test_equals_models_that_are_really_cut(mlp, data):
         assert increase > 0
 
 
+def test_sparse_parts_are_cut_too(mlp, data):
+    x, method = data.tensors[0], lp.LowRankPlusSparse(0.1, lp.SVD())
+    targets = lp.find_targets(mlp)
+    factors = {name: method(layer.weight, 4) for name, layer in targets.items()}
+    probes = measure_probes(mlp, targets, lambda name, rank: factors[name], [x])
+    for name, layer in targets.items():
+        cut = nn.Sequential(*mlp)
+        cut[int(name)] = lp.LowRankPlusSparseLinear.from_factors(*factors[name][:2], layer, factors[name].sparse)
+        with torch.no_grad():
+            assert probes[name].loss_increase == pytest.approx(divergence(mlp, cut, x), rel=1e-3, abs=1e-7)
+
+
 def test_a_loss_is_compared_where_there_are_no_logits(mlp, data):
     targets = lp.find_targets(mlp)
     x, y = data.tensors
@@ -199,7 +211,7 @@ def test_wrong_input(mlp):
         measure_probes(mlp, targets, factors_of, [x * torch.nan])
 
     def broken(name, rank):
-        a, b, _ = factors_of(name, rank)
+        a, b, *_ = factors_of(name, rank)
         return Factors(a * torch.nan if name == "2" else a, b)
 
     with pytest.raises(NumericalError, match="Layer '2' cut to rank 6: the output of the model holds NaN"):

@@ -20,6 +20,8 @@ NAMES = {
     "LowRankCheckpointMixin",
     "LowRankLinear",
     "NuclearNorm",
+    "LowRankPlusSparse",
+    "LowRankPlusSparseLinear",
     "ParameterBudget",
     "PrehabCallback",
     "PrehabError",

@@ -102,6 +102,30 @@ def test_loading_follows_into_any_structure(saved):
     assert type(model[0]) is nn.Linear
 
 
+def test_sparse_parts(tmp_path):
+    method = lp.LowRankPlusSparse(0.1, lp.SVD())
+    for dtype in (torch.float32, torch.bfloat16):
+        model, x = make().to(dtype), torch.randn(5, 12, dtype=dtype)
+        report = lp.compress_(model, keep=0.6, factorization=method)
+        folder = lp.save_compressed(model, tmp_path, report)
+        other = make().to(dtype)
+        lp.compress_(other, keep=0.5, factorization=lp.SVD())
+        for target in (make().to(dtype), other, copy.deepcopy(model)):
+            assert torch.equal(lp.load_compressed(folder, target)(x), model(x))
+            assert str(target) == str(model)
+        layers = json.loads((folder / "structure.json").read_text())["layers"]
+        assert {layer["kind"] for layer in layers} == {"LowRankPlusSparseLinear"}
+        assert [layer["nonzeros"] for layer in layers] == [19, 22, 8]
+        assert layers[0]["method"] == repr(method)
+    with torch.no_grad():
+        model[0].indices[-1] = 192
+    target = make().to(dtype)
+    before = copy.deepcopy(target)
+    with pytest.raises(CheckpointError, match="Layer '0': the checkpoint holds a sparse part of 19 values"):
+        lp.load_compressed(lp.save_compressed(model, tmp_path), target)
+    assert unchanged(target, before)
+
+
 def test_a_bias_that_the_surgery_made(tmp_path):
     model = make(bias=False)
     lp.compress_(model, 0.6, [torch.randn(200, 12) + 2], factorization=lp.WhitenedSVD(centered=True))

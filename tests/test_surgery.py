@@ -1,14 +1,16 @@
 import copy
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 import lightning_prehab as lp
-from lightning_prehab.errors import NumericalError, PlanError, UnsupportedError
+from lightning_prehab.errors import CheckpointError, NumericalError, PlanError, UnsupportedError
 from lightning_prehab.factorizations import Factorization, Factors
-from lightning_prehab.surgery import compute_factors
+from lightning_prehab.surgery import compute_factors, densify_, follow_state_dict_
 
 
 def fingerprint(model, optimizer=None):
@@ -151,6 +153,155 @@ def test_centered_whitening_moves_or_makes_the_bias(data):
         torch.testing.assert_close(model(x).mean(0).detach(), expected, atol=1e-5, rtol=1e-4)
         assert optimizer.param_groups[0]["param_names"] == ["0.A.weight", "0.B.weight", "0.B.bias"]
         assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
+
+
+class TestSparseParts:
+    @pytest.fixture
+    def cut(self, mlp, data):
+        """A trained model, its plan and statistics."""
+        targets = lp.find_targets(mlp)
+        statistics = lp.collect_statistics(mlp, targets, [data.tensors[0]], gradients=True)
+        return mlp, lp.make_plan(targets, 0.6, lp.LowRankPlusSparse(0.1), statistics), statistics
+
+    def test_the_layer_computes_what_the_factors_say(self, cut, data):
+        mlp, plan, statistics = cut
+        dense = copy.deepcopy(mlp)
+        factors = compute_factors(mlp, plan, statistics)
+        report = lp.apply_plan_(mlp, plan, statistics)
+        for layer in plan.layers:
+            module, weight = mlp.get_submodule(layer.name), dense.get_submodule(layer.name).weight
+            assert type(module) is (nn.Linear if layer.rank is None else lp.LowRankPlusSparseLinear)
+            if layer.rank is not None:
+                torch.testing.assert_close(module.weight, factors[layer.name].product())
+                assert report.weight_errors[layer.name] == pytest.approx(
+                    ((weight - module.weight).norm() / weight.norm()).item(), rel=1e-5
+                )
+        assert report.parameters_after == sum(p.numel() for p in mlp.parameters())
+        assert plan.keep <= 0.6
+
+    def test_moments_of_the_values_are_exact_and_the_order_is_that_of_a_fresh_optimizer(self, cut, data):
+        mlp, plan, statistics = cut
+        optimizer = torch.optim.AdamW(mlp.named_parameters(), amsgrad=True)
+        train(mlp, data, optimizer)
+        old = {name: copy.deepcopy(optimizer.state[mlp.get_submodule(name).weight]) for name in plan.ranks}
+        lp.apply_plan_(mlp, plan, statistics, [optimizer])
+        for name, rank in plan.ranks.items():
+            if rank is not None:
+                module = mlp.get_submodule(name)
+                moved = optimizer.state[module.values]
+                assert float(moved["step"]) == 3
+                for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+                    assert torch.equal(moved[key], old[name][key].flatten()[module.indices])
+        group = optimizer.param_groups[0]
+        assert [id(p) for p in group["params"]] == [id(p) for p in mlp.parameters()]
+        assert group["param_names"] == [name for name, _ in mlp.named_parameters()]
+        before = {name: value.clone() for name, value in mlp.named_parameters()}
+        train(mlp, data, optimizer)
+        assert all(not torch.equal(value, before[name]) for name, value in mlp.named_parameters())
+
+    @pytest.mark.parametrize("kind", ["SGD", "Adagrad", "RMSprop", "Adadelta", "Rprop", "ASGD", "Adafactor", "Adamax"])
+    def test_every_optimizer_goes_on(self, cut, data, kind):
+        mlp, plan, statistics = cut
+        optimizer = getattr(torch.optim, kind)(mlp.parameters(), lr=1e-3)
+        train(mlp, data, optimizer)
+        lp.apply_plan_(mlp, plan, statistics, [optimizer])
+        train(mlp, data, optimizer)
+        assert all(torch.isfinite(p).all() for p in mlp.parameters())
+
+    def test_muon_is_refused_since_values_are_no_matrix(self, cut):
+        class Muon(torch.optim.SGD):
+            pass
+
+        mlp, plan, statistics = cut
+        optimizer = Muon([layer.weight for layer in mlp if isinstance(layer, nn.Linear)])
+        before = fingerprint(mlp, optimizer)
+        with pytest.raises(UnsupportedError, match="Muon steps matrices alone"):
+            lp.apply_plan_(mlp, plan, statistics, [optimizer])
+        assert_same(before, fingerprint(mlp, optimizer))
+        lp.apply_plan_(mlp, lp.make_plan(lp.find_targets(mlp), 0.5, lp.SVD()), optimizers=[optimizer])
+
+    def test_structure_follows_state_dicts_in_all_directions(self, cut):
+        mlp, plan, statistics = cut
+        states = {"dense": (copy.deepcopy(mlp), copy.deepcopy(mlp.state_dict()))}
+        for name, method in (
+            ("factors", lp.KroneckerSVD()),
+            ("sparse", lp.LowRankPlusSparse(0.1)),
+            ("sparser", lp.LowRankPlusSparse(0.03)),
+        ):
+            model = copy.deepcopy(states["dense"][0])
+            lp.apply_plan_(
+                model,
+                replace(
+                    plan,
+                    factorization=method,
+                    layers=tuple(
+                        replace(layer, nonzeros=method.nonzeros(layer.out_features, layer.in_features))
+                        for layer in plan.layers
+                    ),
+                ),
+                statistics,
+            )
+            states[name] = model, copy.deepcopy(model.state_dict())
+        for source, target in itertools.product(states, states):
+            model = copy.deepcopy(states[source][0])
+            changed = follow_state_dict_(model, states[target][1])
+            assert bool(changed) == (source != target)
+            assert str(model) == str(states[target][0])
+            model.load_state_dict(states[target][1])
+            assert all(
+                torch.equal(a, b) for a, b in zip(model.parameters(), states[target][0].parameters(), strict=True)
+            )
+        model = copy.deepcopy(states["sparse"][0])
+        cuts = [name for name, rank in plan.ranks.items() if rank is not None]
+        densify_(model, cuts)
+        for name in cuts:
+            assert type(model.get_submodule(name)) is nn.Linear
+            torch.testing.assert_close(model.get_submodule(name).weight, states["sparse"][0].get_submodule(name).weight)
+
+    @pytest.mark.parametrize("damage", ["beyond", "negative", "twice", "float", "shorter"])
+    def test_damaged_places_are_named(self, cut, damage):
+        mlp, plan, statistics = cut
+        lp.apply_plan_(mlp, plan, statistics)
+        name = next(name for name, rank in plan.ranks.items() if rank is not None)
+        state = mlp.state_dict()
+        places = state[f"{name}.indices"].clone()
+        if damage == "beyond":
+            places[-1] = 10**6
+        elif damage == "negative":
+            places[0] = -1
+        elif damage == "twice":
+            places[1] = places[0]
+        places = {"float": places.float(), "shorter": places[1:]}.get(damage, places)
+        before = str(mlp)
+        with pytest.raises(CheckpointError, match=f"Layer '{name}': the checkpoint holds a sparse part .* no place"):
+            follow_state_dict_(mlp, {**state, f"{name}.indices": places})
+        assert str(mlp) == before
+
+    @pytest.mark.parametrize("how", ["nan", "count", "order"])
+    def test_what_a_method_returns_is_checked(self, cut, how):
+        mlp, plan, _ = cut
+
+        class Careless(lp.LowRankPlusSparse):
+            def decompose(self, items):
+                def broken(rank, right):
+                    factors = right.factors(rank)
+                    places, values = factors.sparse
+                    wrong = {
+                        "nan": (places, values * float("nan")),
+                        "count": (places[1:], values[1:]),
+                        "order": (places.flip(0), values),
+                    }
+                    return factors._replace(sparse=type(factors.sparse)(*wrong[how]))
+
+                return [right._replace(factors=partial(broken, right=right)) for right in super().decompose(items)]
+
+        before = fingerprint(mlp)
+        plan = lp.make_plan(lp.find_targets(mlp), 0.6, Careless(0.1, lp.SVD()))
+        with pytest.raises(
+            NumericalError if how == "nan" else PlanError, match="NaN or Inf" if how == "nan" else "a sparse part of"
+        ):
+            lp.apply_plan_(mlp, plan)
+        assert_same(before, fingerprint(mlp))
 
 
 @dataclass(frozen=True)

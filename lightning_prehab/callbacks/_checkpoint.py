@@ -68,7 +68,10 @@ def _shell_hook(shell: DenseShell, own: frozenset[str]) -> Callable[..., None]:
             dense = modules.get(name)
             if type(dense) is not nn.Linear:
                 continue
-            if stored.A.shape[1:] != (dense.in_features,) or stored.B.shape[:1] != (dense.out_features,):
+            sizes = dense.out_features, dense.in_features
+            if (stored.B.shape[:1] + stored.A.shape[1:]) != sizes or not (
+                stored.sparse is None or stored.sparse.fits(*sizes)
+            ):
                 raise CheckpointError(
                     f"Layer {name!r}: the checkpoint holds factors of shapes {tuple(stored.B.shape)} and "
                     f"{tuple(stored.A.shape)}, the model has a {dense.out_features}x{dense.in_features} layer. Resume "
@@ -78,7 +81,8 @@ def _shell_hook(shell: DenseShell, own: frozenset[str]) -> Callable[..., None]:
             if id(dense) not in seen:
                 shell.factors[name] = stored._replace(bias_shift=None if has_bias else stored.bias_shift)
             seen.add(id(dense))
-            del state_dict[f"{prefix}{name}.A.weight"], state_dict[f"{prefix}{name}.B.weight"]
+            for part in ("A.weight", "B.weight", *(("indices", "values") if stored.sparse is not None else ())):
+                del state_dict[f"{prefix}{name}.{part}"]
             bias = state_dict.pop(f"{prefix}{name}.B.bias", None)
             state_dict[f"{prefix}{name}.weight"] = dense.weight.detach()
             if has_bias and bias is not None:
@@ -89,7 +93,12 @@ def _shell_hook(shell: DenseShell, own: frozenset[str]) -> Callable[..., None]:
 
 def plan_of_factors(factors: Mapping[str, Factors], factorization: Factorization) -> CompressionPlan:
     """The plan that a replay carries out: the stored ranks, whatever policy once chose them."""
-    layers = tuple(LayerPlan(name, f.B.shape[0], f.A.shape[1], f.A.shape[0]) for name, f in factors.items())
+    layers = tuple(
+        LayerPlan(
+            name, f.B.shape[0], f.A.shape[1], f.A.shape[0], nonzeros=0 if f.sparse is None else len(f.sparse.values)
+        )
+        for name, f in factors.items()
+    )
     return CompressionPlan(layers, factorization, {})
 
 

@@ -108,25 +108,28 @@ def share_factors(
     if trainer.world_size == 1:
         return computed
 
-    shifted: set[str] = set()
-    for names in _gather(trainer, [name for name, factors in computed.items() if factors.bias_shift is not None]):
-        shifted.update(names)
+    described = merge(
+        trainer,
+        {
+            name: [None if part is None else (part.shape, part.dtype) for part in found.parts()]
+            for name, found in computed.items()
+        },
+    )
     owner = {name: index % trainer.world_size for index, name in enumerate(targets)}
     factors: dict[str, Factors] = {}
     for layer in cut:
-        weight = targets[layer.name].weight
-        assert layer.rank is not None
-        shapes: list[tuple[int, ...]] = [(layer.rank, layer.in_features), (layer.out_features, layer.rank)]
-        if layer.name in shifted:
-            shapes.append((layer.out_features,))
-        parts = computed.get(layer.name)
-        if parts is None:
-            tensors = [weight.new_empty(shape) for shape in shapes]
-        else:
-            tensors = [part.contiguous() for part in parts if part is not None]
-        for tensor in tensors:
-            distributed.broadcast(tensor, src=owner[layer.name])
-        factors[layer.name] = Factors(*tensors)
+        descriptions = described[layer.name]
+        found = computed.get(layer.name)
+        shared: list[torch.Tensor | None] = []
+        for part, description in zip(found.parts() if found else [None] * len(descriptions), descriptions, strict=True):
+            tensor = None
+            if description is not None:
+                shape, dtype = description
+                device = targets[layer.name].weight.device
+                tensor = torch.empty(shape, dtype=dtype, device=device) if part is None else part.contiguous()
+                distributed.broadcast(tensor, src=owner[layer.name])
+            shared.append(tensor)
+        factors[layer.name] = Factors.from_parts(shared)
     return factors
 
 

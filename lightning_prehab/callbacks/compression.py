@@ -44,6 +44,7 @@ from lightning_prehab.layers import LowRankLinear
 from lightning_prehab.plan import CompressionPlan
 from lightning_prehab.planning import (
     RankOverride,
+    added_parameters,
     check_method,
     check_wish,
     default_policy,
@@ -227,8 +228,9 @@ class CompressionCallback(pl.Callback):
         if not self.done:
             targets = self.find_targets(pl_module)
             check_wish(targets, self.policy, self.factorization, self.rank_overrides, self.rank_multiple_of)
+            split = [layer.weight for layer in targets.values() if added_parameters(layer, self.factorization)]
             for optimizer in trainer.optimizers:
-                check_optimizer(optimizer)
+                check_optimizer(optimizer, split)
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Operates at epoch 0, and on a resume that enters an epoch without its start hook."""

@@ -4,6 +4,7 @@ from lightning_prehab.factorizations.activation import ActivationSVD
 from lightning_prehab.factorizations.base import Decomposition, Factorization, Factors, MetricFactorization
 from lightning_prehab.factorizations.fisher import FisherSVD
 from lightning_prehab.factorizations.kronecker import KroneckerSVD
+from lightning_prehab.factorizations.low_rank_plus_sparse import LowRankPlusSparse
 from lightning_prehab.factorizations.svd import SVD
 from lightning_prehab.factorizations.whitened import WhitenedSVD
 
@@ -15,6 +16,7 @@ __all__ = [
     "Factors",
     "FisherSVD",
     "KroneckerSVD",
+    "LowRankPlusSparse",
     "MetricFactorization",
     "WhitenedSVD",
 ]

@@ -1,30 +1,50 @@
 """What every factorization has in common: from (weight, rank, statistics) to factors."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from lightning_prehab.decomposition import WeightedSVD, decompose_many
+from lightning_prehab.decomposition import BATCH_ENTRIES, WeightedSVD, decompose_many
 from lightning_prehab.errors import ArgumentError, StatisticsError
 from lightning_prehab.linalg import singular_values
+from lightning_prehab.sparse import Sparse
 from lightning_prehab.statistics import LayerStatistics, Wanted
 
 
 class Factors(NamedTuple):
-    """``W ~ B A``, and what to add to the bias.
+    """``W ~ B A``, what to add to the bias, and what to add to the product.
 
     Attributes:
         A: Shape ``(rank, in_features)``.
         B: Shape ``(out_features, rank)``.
         bias_shift: Shape ``(out_features,)``, or None when the bias stays as it is.
+        sparse: Entries that are added, ``W ~ B A + S``, or None.
     """
 
     A: Tensor
     B: Tensor
     bias_shift: Tensor | None = None
+    sparse: Sparse | None = None
+
+    def parts(self) -> list[Tensor | None]:
+        """The tensors, with those of the sparse part at the end; None for what there is not."""
+        return [self.A, self.B, self.bias_shift, *((None, None) if self.sparse is None else self.sparse)]
+
+    @classmethod
+    def from_parts(cls, parts: Sequence[Tensor | None]) -> "Factors":
+        """The factors of :meth:`parts`."""
+        a, b, bias_shift, indices, values = parts
+        assert a is not None
+        assert b is not None
+        return cls(a, b, bias_shift, None if indices is None or values is None else Sparse(indices, values))
+
+    def product(self) -> Tensor:
+        """The dense matrix that the parts stand for: ``B A``, with the sparse part."""
+        product = self.B @ self.A
+        return product if self.sparse is None else product + self.sparse.matrix(*product.shape).to(product)
 
 
 class Decomposition(NamedTuple):
@@ -77,6 +97,10 @@ class Factorization(ABC):
         """Whether calibration data is needed at all."""
         return any(self.wanted)
 
+    def nonzeros(self, out_features: int, in_features: int) -> int:
+        """Entries of the sparse part that a weight of this shape gets beside its factors, whatever the rank."""
+        return 0
+
     @abstractmethod
     def __call__(self, weight: Tensor, rank: int, statistics: LayerStatistics | None = None) -> Factors:
         """Factors of ``weight`` (shape ``(m, n)``) at ``rank``; ``statistics`` is None for methods that need none."""
@@ -124,14 +148,18 @@ class MetricFactorization(Factorization):
         return lambda rank: Factors(*svd.low_rank(rank))
 
     def _solve(self, items: Sequence[tuple[Tensor, LayerStatistics | None]]) -> list[Decomposition]:
-        checked = [(weight, self._checked(weight, statistics)) for weight, statistics in items]
-        solved = decompose_many([(weight, *self.metric(statistics)) for weight, statistics in checked])
-        return [
-            Decomposition(svd.singular_values, self.at_rank(svd, weight, statistics))
-            for svd, (weight, statistics) in zip(solved, checked, strict=True)
-        ]
+        checked = [(weight, self.checked(weight, statistics)) for weight, statistics in items]
+        found = []
+        for part in _bounded(checked):
+            solved = decompose_many([(weight, *self.metric(statistics)) for weight, statistics in part])
+            found += [
+                Decomposition(svd.singular_values, self.at_rank(svd, weight, statistics))
+                for svd, (weight, statistics) in zip(solved, part, strict=True)
+            ]
+        return found
 
-    def _checked(self, weight: Tensor, statistics: LayerStatistics | None) -> LayerStatistics:
+    def checked(self, weight: Tensor, statistics: LayerStatistics | None) -> LayerStatistics:
+        """The statistics, which must be there if they are needed, and belong to a weight of this shape."""
         if not self.needs_statistics:
             return LayerStatistics(weight.shape[1], weight.shape[0], device="meta")  # nothing of it is read
         if statistics is None:
@@ -139,6 +167,21 @@ class MetricFactorization(Factorization):
         if (statistics.out_features, statistics.in_features) != tuple(weight.shape):
             raise StatisticsError(f"{statistics!r} does not belong to a weight of shape {tuple(weight.shape)}.")
         return statistics
+
+
+def _bounded(items: Sequence[tuple[Tensor, LayerStatistics]]) -> Iterator[list[tuple[Tensor, LayerStatistics]]]:
+    """Parts whose metrics together are not too large, or single items."""
+    part: list[tuple[Tensor, LayerStatistics]] = []
+    entries = 0
+    for weight, statistics in items:
+        size = weight.shape[0] ** 2 + weight.shape[1] ** 2
+        if part and entries + size > BATCH_ENTRIES:
+            yield part
+            part, entries = [], 0
+        part.append((weight, statistics))
+        entries += size
+    if part:
+        yield part
 
 
 def check_shrinkage(name: str, value: float | str) -> None:

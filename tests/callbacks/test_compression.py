@@ -424,6 +424,18 @@ def test_lbfgs_is_refused_before_training(mlp, loader, make_trainer, lit_class):
     assert lit.losses == []
 
 
+def test_muon_is_refused_before_training_if_there_will_be_values(mlp, loader, make_trainer, lit_class):
+    class Muon(torch.optim.SGD):
+        pass
+
+    lit = lit_class(mlp, lambda parameters: Muon(parameters, lr=0.01))
+    sparse = lp.CompressionCallback(1, factorization=lp.LowRankPlusSparse(0.1))
+    with pytest.raises(UnsupportedError, match="Muon steps matrices alone"):
+        make_trainer(max_epochs=2, callbacks=[sparse]).fit(lit, loader)
+    assert lit.losses == []
+    make_trainer(max_epochs=2, callbacks=[lp.CompressionCallback(1)]).fit(lit, loader)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -262,6 +262,29 @@ def check_centered_whitening_shares_the_bias():
     assert_ranks_identical(lit)
 
 
+def check_sparse_parts_are_shared():
+    """Each rank computes its layers; values and places then agree, and the wrapper trains the values."""
+    torch.manual_seed(0)
+    lit = Lit(nn.Sequential(nn.Linear(12, 10, bias=False), nn.Linear(10, 14), nn.Linear(14, 6)), torch.optim.Adam)
+    method = lp.LowRankPlusSparse(0.1, lp.WhitenedSVD(centered=True))
+    cut = []
+
+    class Watch(pl.Callback):
+        def on_surgery(self, trainer, pl_module, report):
+            cut.extend(m.values.detach().clone() for m in pl_module.modules() if hasattr(m, "indices"))
+
+    compression = lp.CompressionCallback(1, keep=0.7, factorization=method)
+    fit(lit, [compression, Watch()], 3)
+    layers = [module for module in lit.modules() if isinstance(module, lp.LowRankPlusSparseLinear)]
+    assert len(layers) == len(cut) > 1
+    assert_ranks_identical(lit)
+    for layer, values in zip(layers, cut, strict=True):
+        first, second = on_all_ranks(layer.indices)
+        assert torch.equal(first, second)
+        assert not torch.equal(layer.values, values)
+    assert compression.report.keep <= 0.7
+
+
 CHECKS = {
     "penalty": lambda: check_penalty(False),
     "penalty, accumulation": lambda: check_penalty(False, accumulate=3),
@@ -284,6 +307,7 @@ CHECKS = {
     "statistics of an own pass": lambda: check_statistics(0),
     "error on one rank": check_an_error_on_one_rank_reaches_all,
     "bias shift": check_centered_whitening_shares_the_bias,
+    "sparse parts": check_sparse_parts_are_shared,
 }
 
 if __name__ == "__main__":

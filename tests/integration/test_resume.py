@@ -159,6 +159,54 @@ def test_surgery_at_epoch_zero_and_a_new_bias(tmp_path):
     assert_same_end(fit(tmp_path, callbacks(), tmp_path / "epoch-1.ckpt", bias=False), reference)
 
 
+def sparse_acts():
+    return acts(factorization=lp.LowRankPlusSparse(0.1, steps=2))
+
+
+def test_sparse_parts_resume_and_are_followed(tmp_path):
+    """Killed before, at and after the surgery; evaluated, loaded and taken back by a module of any structure."""
+    lit, trainer = reference = fit(tmp_path, [*sparse_acts(), SaveEverywhere(tmp_path)])
+    assert any(isinstance(m, lp.LowRankPlusSparseLinear) for m in lit.modules())
+    for moment, epoch in (("batch", 1), ("epoch", 1), ("batch", 2), ("validation", 3), ("epoch", 3)):
+        callbacks = sparse_acts()
+        resumed = fit(tmp_path / "again", callbacks, tmp_path / f"{moment}-{epoch}.ckpt")
+        assert_same_end(resumed, reference, steps=(EPOCHS - 1 - epoch) * STEPS)
+        assert callbacks[1].report.to_dict() == trainer.callbacks[1].report.to_dict()
+
+    expected, file = logits(lit), tmp_path / "epoch-4.ckpt"
+    assert torch.equal(logits(lp.load_from_checkpoint(Lit, file)), expected)
+    others = tmp_path / "others"
+    fit(others, [*acts(), SaveEverywhere(others)])
+    module, evaluation = (
+        Lit(),
+        pl.Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[lp.CompressionCallback(SURGERY)]
+        ),
+    )
+    for path in (file, others / "epoch-4.ckpt", file, tmp_path / "epoch-0.ckpt", file):
+        evaluation.validate(module, loader(), ckpt_path=path, verbose=False)
+        stored = torch.load(path, weights_only=True)["state_dict"]
+        assert list(module.state_dict()) == list(stored)
+        assert all(torch.equal(value, stored[name]) for name, value in module.state_dict().items())
+    assert torch.equal(logits(module), expected)
+
+    callbacks = sparse_acts()
+    again = fit(tmp_path / "again", callbacks, others / "epoch-3.ckpt")  # the stored structure counts
+    assert not any(isinstance(m, lp.LowRankPlusSparseLinear) for m in again[0].modules())
+    again[0].rows = []
+    assert_same_end(fit(tmp_path / "again", callbacks, tmp_path / "epoch-0.ckpt", lit=again[0]), reference)
+
+
+def test_damaged_places_in_a_checkpoint_are_named(tmp_path):
+    fit(tmp_path, [*sparse_acts(), SaveEverywhere(tmp_path)])
+    checkpoint = torch.load(tmp_path / "epoch-3.ckpt", weights_only=True)
+    name = next(key for key in checkpoint["state_dict"] if key.endswith(".indices")).removesuffix(".indices")
+    checkpoint["state_dict"][f"{name}.indices"][-1] = 10**6
+    torch.save(checkpoint, tmp_path / "damaged.ckpt")
+    with pytest.raises(CheckpointError, match=f"Layer '{name}': the checkpoint holds"):
+        fit(tmp_path, sparse_acts(), tmp_path / "damaged.ckpt")
+
+
 def test_a_loader_of_unknown_length_keeps_both_windows(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):

@@ -1,0 +1,45 @@
+"""The sparse part of a weight: some entries of a matrix, by place and value."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Sparse(NamedTuple):
+    """A matrix that is zero but for ``k`` entries.
+
+    Attributes:
+        indices: Places in the matrix read row by row, ascending: shape ``(k,)``, int64 (or int32 where it fits).
+        values: Shape ``(k,)``.
+    """
+
+    indices: Tensor
+    values: Tensor
+
+    def matrix(self, rows: int, columns: int) -> Tensor:
+        """The matrix, of shape ``(rows, columns)``, differentiable in the values.
+
+        >>> import torch
+        >>> Sparse(torch.tensor([1, 5]), torch.tensor([2.0, 3.0])).matrix(2, 3)
+        tensor([[0., 2., 0.],
+                [0., 0., 3.]])
+        """
+        return self.values.new_zeros(rows * columns).index_put((self.indices,), self.values).view(rows, columns)
+
+    def fits(self, rows: int, columns: int) -> bool:
+        """Whether these are entries of a matrix of this size, each place once."""
+        indices, values = self
+        if indices.dim() != 1 or indices.shape != values.shape or indices.is_floating_point() or len(indices) == 0:
+            return False
+        return bool(indices[0] >= 0) and bool(indices[-1] < rows * columns) and bool((indices.diff() > 0).all())
+
+
+def largest_entries(matrix: Tensor, score: Tensor, count: int) -> Sparse:
+    """The ``count`` entries of a matrix with the largest scores (of the same shape).
+
+    >>> import torch
+    >>> largest_entries(torch.tensor([[1.0, -4.0], [3.0, 2.0]]), torch.tensor([[1.0, 16.0], [9.0, 4.0]]), 2)
+    Sparse(indices=tensor([1, 2]), values=tensor([-4.,  3.]))
+    """
+    indices = score.flatten().topk(count, sorted=False).indices.sort().values
+    return Sparse(indices, matrix.flatten()[indices])
