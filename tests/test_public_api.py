@@ -81,6 +81,7 @@ def test_signatures_of_the_callbacks():
         "rank_overrides",
         "rank_multiple_of",
         "reset_scores",
+        "forecast_below",
     ]
     assert arguments(lp.RehabSchedule) == ["warmup_steps", "warmup_epochs", "start_factor", "peak_factor", "shape"]
 

@@ -25,6 +25,7 @@ class Preparation:
         source: The callback whose plan gives the target ranks, or None.
         planned: What the ranks are planned for: all targets of the surgery; empty without a source.
         batches: Number of batches to watch.
+        only_cut: Leave out the layers that the plan leaves dense.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class Preparation:
         source: CompressionCallback | None,
         planned: Targets,
         batches: int,
+        only_cut: bool,
     ) -> None:
         self._targets, self._space, self._source, self._planned = targets, space, source, planned
+        self._only_cut = only_cut
         self.batches = batches
         self.seen = 0
         self.wanted = wanted_in(space) if source is None else wanted_in(space).union(source.wanted)
@@ -88,7 +91,7 @@ class Preparation:
         return [
             RegularizedLayer.seen_in(self._space, name, module, ranks.get(name), statistics)
             for name, module in self._targets.items()
-            if (source is None or name in ranks) and is_reached(self._space, name, statistics)
+            if (name in ranks or not self._only_cut) and is_reached(self._space, name, statistics)
         ]
 
     def state_dict(self, world_size: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The surgery, at an epoch boundary of an ordinary training run."""
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -85,7 +86,9 @@ class CompressionCallback(pl.Callback):
     Any callback or the LightningModule may define ``on_surgery(trainer, pl_module, report)``; it is called right after.
 
     Args:
-        epoch: The surgery happens before the first batch of this epoch (counted from 0).
+        epoch: The surgery happens before the first batch of this epoch (counted from 0). ``"auto"``: at the first epoch
+            boundary at which the forecast of a :class:`~lightning_prehab.PrehabCallback` in the loss space is below
+            ``forecast_below``, before the last epoch in any case.
         keep: Share of the targets' weight parameters to keep, in ``(0, 1]``: 0.4 keeps 40 %. Ignored if a policy is
             given.
         policy: Rank policy; None means one global :class:`~lightning_prehab.ParameterBudget` for factorizations whose
@@ -100,6 +103,8 @@ class CompressionCallback(pl.Callback):
         rank_multiple_of: Ranks are multiples of this; multiples of 8 to 32 run faster on most hardware.
         reset_scores: Make ModelCheckpoint and EarlyStopping forget the scores of the dense model at the surgery; files
             that are written already stay. Otherwise "best" can remain a dense checkpoint, and patience counts on.
+        forecast_below: With ``epoch="auto"``: predicted increase of the loss, in its units, at which the cut counts as
+            free; positive.
 
     Attributes:
         report: The :class:`~lightning_prehab.CompressionReport` once the surgery is done, else None.
@@ -117,7 +122,7 @@ class CompressionCallback(pl.Callback):
 
     def __init__(
         self,
-        epoch: int,
+        epoch: int | Literal["auto"],
         keep: float = 0.5,
         *,
         policy: RankPolicy | None = None,
@@ -128,16 +133,21 @@ class CompressionCallback(pl.Callback):
         rank_overrides: Mapping[str, RankOverride] | None = None,
         rank_multiple_of: int = 1,
         reset_scores: bool = False,
+        forecast_below: float = 0.01,
     ) -> None:
         super().__init__()
-        if epoch < 0:
-            raise ArgumentError(f"epoch counts from 0, got {epoch}.")
+        if epoch != "auto" and (not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0):
+            raise ArgumentError(f"epoch counts from 0, or is 'auto', got {epoch!r}.")
+        if not 0.0 < forecast_below < math.inf:
+            raise ArgumentError(f"forecast_below must be positive and finite, got {forecast_below}.")
         if calibration_batches < 1:
             raise ArgumentError(f"calibration_batches must be at least 1, got {calibration_batches}.")
         if rank_multiple_of < 1:
             raise ArgumentError(f"rank_multiple_of must be at least 1, got {rank_multiple_of}.")
         check_method(factorization, policy)
-        self.epoch = epoch
+        self._auto = epoch == "auto"
+        self.epoch = 0 if isinstance(epoch, str) else epoch  # with "auto" the last possible one, until it is decided
+        self.forecast_below = forecast_below
         self.factorization = KroneckerSVD() if factorization is None else factorization
         self.policy = default_policy(keep, self.factorization) if policy is None else policy
         self.calibration_batches = calibration_batches
@@ -185,6 +195,8 @@ class CompressionCallback(pl.Callback):
             return
         check_strategy(trainer, self)
         check_launcher(trainer, self)
+        if self._auto:
+            self.epoch = self._last_possible_epoch(trainer)
         limit = None if getattr(trainer, "fast_dev_run", False) else trainer.max_epochs
         if limit is not None and limit != -1 and self.epoch >= limit:
             raise ArgumentError(
@@ -251,6 +263,8 @@ class CompressionCallback(pl.Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Starts counting what this step sends through the targets, shortly before the surgery."""
+        if self._auto and not self.done:
+            self._decide_on_epoch(trainer, batch_idx)
         if self.done or trainer.current_epoch != self.epoch - 1 or not any(self.wanted):
             return
         length = batches_per_epoch(trainer)
@@ -308,6 +322,30 @@ class CompressionCallback(pl.Callback):
         """Keeps the state for the start of fit; the structure itself is read from the weights."""
         check_version(state_dict, STATE_VERSION, type(self).__name__)
         self._restored = state_dict
+        if self._auto:
+            self.epoch = min(self.epoch, state_dict["epoch"])
+
+    def _last_possible_epoch(self, trainer: "pl.Trainer") -> int:
+        """With ``epoch="auto"``: the last one, if there is one and somebody forecasts."""
+        if not any(getattr(other, "forecasts", False) for other in callbacks_of(trainer)):
+            raise ArgumentError(
+                "CompressionCallback(epoch='auto') waits for a forecast of what the cut will cost: add "
+                "PrehabCallback(..., space='loss') with forecast_every_n_steps above 0, or give an epoch."
+            )
+        if trainer.max_epochs is None or trainer.max_epochs < 1:
+            raise ArgumentError(
+                "CompressionCallback(epoch='auto') needs max_epochs: the cut comes before the last one."
+            )
+        return trainer.max_epochs - 1
+
+    def _decide_on_epoch(self, trainer: "pl.Trainer", batch_idx: int) -> None:
+        """Brings the surgery forward to the next epoch, right before its statistics have to be collected."""
+        length = batches_per_epoch(trainer)
+        if length is None or batch_idx != max(length - self.calibration_batches, 0):
+            return
+        forecasts = [getattr(other, "forecast", None) for other in callbacks_of(trainer)]
+        if any(forecast is not None and forecast < self.forecast_below for forecast in forecasts):
+            self.epoch = min(self.epoch, trainer.current_epoch + 1)
 
     def _fits(self, state: Mapping[str, Any]) -> bool:
         """Whether stored sums are those that the surgery wants: of the epoch before it, and of the same kind."""

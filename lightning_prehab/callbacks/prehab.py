@@ -149,6 +149,11 @@ class PrehabCallback(pl.Callback):
         self._restored: dict[str, Any] = {}
         self._world_size = 1
 
+    @property
+    def forecasts(self) -> bool:
+        """Whether the loss increase of the cut is predicted during training."""
+        return self.space == "loss" and self.forecast_every_n_steps > 0
+
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Refuses what cannot work, before anything has been trained."""
         if stage != "fit":
@@ -407,7 +412,12 @@ class PrehabCallback(pl.Callback):
             pl_module.log("prehab/forecast", increase, batch_size=1, prog_bar=True)
 
     def _rank_source(self, trainer: "pl.Trainer") -> CompressionCallback | None:
-        return find_callback(trainer, CompressionCallback) if self.regularizer.needs_rank else None
+        """Whose plan gives the target ranks: for regularizers that aim at them, and where a forecast is to be had."""
+        compression = find_callback(trainer, CompressionCallback)
+        if compression is None or self.regularizer.needs_rank:
+            return compression
+        foreseen = self.space == "loss" and self.forecast_every_n_steps > 0 and compression.factorization.comparable
+        return compression if foreseen else None
 
     def _wanted_batches(self, trainer: "pl.Trainer") -> int:
         """Batches to take statistics from: at most half of those that the regularizer has in all."""
@@ -430,7 +440,8 @@ class PrehabCallback(pl.Callback):
         assert self._targets is not None
         planned = Targets({}, {}, None) if self._planned is None else self._planned
         source, batches = self._rank_source(trainer), self._wanted_batches(trainer)
-        return Preparation(trainer, self._targets, self.space, source, planned, batches)
+        only_cut = source is not None and self.regularizer.needs_rank
+        return Preparation(trainer, self._targets, self.space, source, planned, batches, only_cut)
 
     def _take_over(self, trainer: "pl.Trainer", batch_idx: int) -> None:
         """From now on the regularizer acts with the metric and the target rank that the preparation has found."""

@@ -220,3 +220,43 @@ def test_the_forecast_is_half_the_tail_in_the_loss_space(lit, data, make_trainer
     assert len(found) == 14
     for ours, exact in found:
         assert ours == pytest.approx(exact, rel=1e-4)
+
+
+def surgery_epoch(make_trainer, lit, data, below, regularizer=None, **settings):
+    epochs = []
+
+    class Watch(pl.Callback):
+        def on_surgery(self, trainer, pl_module, report):
+            epochs.append(trainer.current_epoch)
+
+    prehab = lp.PrehabCallback(regularizer or lp.TailShrinkage(), space="loss", forecast_every_n_steps=2)
+    compression = lp.CompressionCallback("auto", 0.5, calibration_batches=4, forecast_below=below)
+    trainer = make_trainer(max_epochs=8, callbacks=[prehab, compression, Watch()], **settings)
+    trainer.fit(lit, DataLoader(data, 16))
+    return epochs
+
+
+def test_the_surgery_comes_when_the_cut_is_free(lit, data, make_trainer):
+    assert surgery_epoch(make_trainer, copy.deepcopy(lit), data, below=1e-9) == [7]  # the last possible one
+    (early,) = surgery_epoch(make_trainer, copy.deepcopy(lit), data, below=1e9)
+    (middle,) = surgery_epoch(make_trainer, copy.deepcopy(lit), data, below=1e-4)
+    assert early <= 2
+    assert early <= middle < 7
+
+
+def test_penalties_without_a_target_rank_forecast_too(lit, data, make_trainer):
+    (epoch,) = surgery_epoch(make_trainer, lit, data, below=1e9, regularizer=lp.StableRank())
+    assert epoch <= 2
+
+
+def test_auto_needs_a_forecast_and_an_end(lit, data, make_trainer):
+    loader = DataLoader(data, 16)
+    with pytest.raises(ArgumentError, match="waits for a forecast"):
+        make_trainer(callbacks=[lp.CompressionCallback("auto")]).fit(lit, loader)
+    callbacks = [lp.PrehabCallback(space="loss"), lp.CompressionCallback("auto")]
+    with pytest.raises(ArgumentError, match="needs max_epochs"):
+        make_trainer(max_epochs=-1, callbacks=callbacks).fit(lit, loader)
+    with pytest.raises(ArgumentError, match="epoch counts from 0, or is 'auto', got 'soon'"):
+        lp.CompressionCallback("soon")
+    with pytest.raises(ArgumentError, match="forecast_below must be positive"):
+        lp.CompressionCallback("auto", forecast_below=0)

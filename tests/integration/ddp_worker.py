@@ -285,7 +285,47 @@ def check_sparse_parts_are_shared():
     assert compression.report.keep <= 0.7
 
 
+def check_shrinkage():
+    """Statistics are summed, the ranks agree on metrics, plans and weights, and the cut comes when it is free."""
+    lit = Lit(make_net(), torch.optim.Adam)
+    forecasts = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            assert_ranks_identical(pl_module)
+            forecasts.append(prehab.forecast)
+
+        def on_surgery(self, trainer, pl_module, report):
+            forecasts.append("surgery")
+
+    prehab = lp.PrehabCallback(lp.TailShrinkage(refresh=3), space="loss", update_steps=8, forecast_every_n_steps=4)
+    compression = lp.CompressionCallback("auto", 0.5, calibration_batches=3, forecast_below=1e-3)
+    fit(lit, [prehab, compression, Watch()], 6)
+    seen = on_all_ranks(torch.tensor([0.0 if f is None or f == "surgery" else f for f in forecasts]))
+    assert torch.equal(*seen)
+    assert forecasts[forecasts.index("surgery") - 1] < 1e-5
+
+
+def check_strength_share():
+    lit = Lit(make_net(), torch.optim.Adam)
+    fit(lit, [lp.PrehabCallback(lp.NuclearNorm(), strength_share=0.3)], 2)
+    assert_ranks_identical(lit)
+
+
+def check_policies_that_measure():
+    """Probes and first-order effects are measured by each rank for its own layers or data, and merged."""
+    for policy in (lp.ProbeBudget(0.5), lp.ZeroSum(0.5)):
+        lit = Lit(make_net(), torch.optim.Adam)
+        compression = lp.CompressionCallback(1, policy=policy, factorization=lp.KroneckerSVD("auto", "auto"))
+        fit(lit, [compression], 2)
+        assert compression.report.keep <= 0.5
+        assert_ranks_identical(lit)
+
+
 CHECKS = {
+    "shrinkage": check_shrinkage,
+    "strength share": check_strength_share,
+    "policies that measure": check_policies_that_measure,
     "penalty": lambda: check_penalty(False),
     "penalty, accumulation": lambda: check_penalty(False, accumulate=3),
     "penalty, gradients as bucket views": lambda: check_penalty(False, gradient_as_bucket_view=True),

@@ -130,6 +130,32 @@ def test_resume_from_every_kind_of_checkpoint(moment, epoch, uninterrupted, tmp_
     assert resumed[1].callbacks[1].report is not None
 
 
+PREHABS = {
+    "shrinkage": lambda: lp.PrehabCallback(lp.TailShrinkage(refresh=4), space="loss", update_steps=5),
+    "decay": lambda: lp.PrehabCallback(lp.SpectralWeightDecay(every=4)),
+    "share": lambda: lp.PrehabCallback(lp.NuclearNorm(refresh=4), strength_share=0.2, space="activation"),
+    "effective rank": lambda: lp.PrehabCallback(lp.EffectiveRank(refresh=4), space="loss", update_steps=5),
+}
+
+
+@pytest.mark.parametrize("kind", PREHABS)
+@pytest.mark.parametrize("when", [4, "auto"])
+def test_every_regularizer_resumes(kind, when, tmp_path):
+    """In the middle of prehab, of a new plan, of calibration, and after an automatic surgery."""
+    if when == "auto" and kind in ("decay", "share"):
+        return  # no forecast
+
+    def callbacks():
+        compression = lp.CompressionCallback(when, 0.5, calibration_batches=4, forecast_below=2e-4)
+        return [PREHABS[kind](), compression, lp.RehabSchedule(warmup_steps=5)]
+
+    reference = fit(tmp_path, [*callbacks(), SaveEverywhere(tmp_path)], epochs=6)
+    assert any(isinstance(module, lp.LowRankLinear) for module in reference[0].modules())
+    for moment in ("batch-0", "epoch-1", "validation-2", "batch-3", "epoch-3", "epoch-4"):
+        resumed = fit(tmp_path, callbacks(), tmp_path / f"{moment}.ckpt", epochs=6)
+        assert_same_end(resumed, reference)
+
+
 def test_the_report_survives(uninterrupted, tmp_path):
     folder, grouping, reference = uninterrupted
     ours = next(c.report for c in reference[1].callbacks if isinstance(c, lp.CompressionCallback))
