@@ -1,5 +1,6 @@
 """Collects layer statistics with temporary hooks, whoever runs the model."""
 
+import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.batches import batch_size, padding_mask
-from lightning_prehab.statistics import LayerStatistics, Wanted, statistics_bytes
+from lightning_prehab.statistics import (
+    InputSums,
+    LayerStatistics,
+    Wanted,
+    gradient_gram,
+    input_sums,
+    statistics_bytes,
+)
 
 #: Tokens that a Gram matrix is estimated from, per row, where the number of batches is known.
 TOKENS_PER_FEATURE = 8
@@ -20,53 +28,35 @@ MIN_TOKENS = 256
 
 
 @dataclass(eq=False)
-class _Watched:
-    """A layer under observation: its sums, the weight gradient of this batch, and with whom it shares inputs."""
+class _Fed:
+    """A tensor that one layer, or several one after the other, were fed with."""
 
-    statistics: LayerStatistics
-    weight_gradient: Tensor | None = None
-    leader: "_Watched | None" = None
-    followers: "list[_Watched]" = field(default_factory=list)
-    calls: int = 0
+    source: "weakref.ref[Tensor] | None"  # None: never the same as another
+    version: int
+    number: int
+    copy: Tensor | None = None
+    sums: InputSums | None = None  # kept until those of another tensor are computed
 
-    def follow(self, leader: "_Watched") -> None:
-        """From now on the input sums are those of the leader."""
-        self.leader = leader
-        leader.followers.append(self)
-        self.statistics.share_inputs_(leader.statistics)
-
-    def leave(self, sums: Mapping[str, Tensor] | None = None) -> None:
-        """Goes on with a copy of the common sums, or with those given."""
-        assert self.leader is not None
-        self.leader.followers.remove(self)
-        self.leader = None
-        self.statistics.unshare_inputs_(sums)
+    def is_made_of(self, x: Tensor) -> bool:
+        return self.source is not None and self.source() is x and self.version == x._version
 
 
 @dataclass(eq=False)
-class _Meal:
-    """A tensor that a leader was just fed with; followers that are fed with it too confirm, the others leave."""
+class _Watched:
+    """A layer under observation: its sums, the weight gradient of this batch, and what it was fed with."""
 
-    tensor: "weakref.ref[Tensor]"
-    version: int
-    leader: _Watched
-    before: dict[str, Tensor] | None  # the leader's sums without this tensor, if it is counted at once
-    confirmed: list[_Watched] = field(default_factory=list)
-
-    def is_made_of(self, x: Tensor) -> bool:
-        return self.tensor() is x and self.version == x._version
-
-    def close(self) -> None:
-        for follower in [f for f in self.leader.followers if f not in self.confirmed]:
-            follower.leave(self.before)
+    statistics: LayerStatistics
+    weight_gradient: Tensor | None = None
+    history: list[int] = field(default_factory=list)
 
 
 class Collector:
     """Forward hooks on the targets that add what passes by to :class:`LayerStatistics`.
 
     With gradients, a token is counted when its gradient arrives, so a forward pass that is repeated (gradient
-    checkpointing) or never followed by a backward pass (validation) counts once or not at all. Layers fed by the same
-    tensor object (queries, keys and values; gate and up projections) share one set of input sums.
+    checkpointing) or never followed by a backward pass (validation) counts once or not at all. For layers fed by the
+    same tensor object one after the other (queries, keys and values; gate and up projections) the sums of that tensor
+    are computed once, and layers that were fed by the same tensors all the way share one set of input sums in the end.
 
     Args:
         targets: ``{name: layer}``.
@@ -110,7 +100,9 @@ class Collector:
             for name, layer in self._targets.items()
         }
         self._watched = {name: _Watched(layer) for name, layer in self.statistics.items()}
-        self._meal: _Meal | None = None
+        self._last: _Fed | None = None
+        self._computed: _Fed | None = None
+        self._numbers = itertools.count()
 
     def memory(self) -> int:
         """Bytes that the sums take at most."""
@@ -124,13 +116,18 @@ class Collector:
             self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
-        """Takes the hooks off again."""
+        """Takes the hooks off again; layers that have seen the same share their input sums from now on."""
         for handle in self._handles:
             handle.remove()
         if self._handles:
             recompile()
         self._handles.clear()
         self.end_batch()
+        first: dict[tuple[int, ...], LayerStatistics] = {}
+        for watched in self._watched.values():
+            leader = first.setdefault(tuple(watched.history), watched.statistics)
+            if leader is not watched.statistics and leader.same_inputs(watched.statistics):
+                watched.statistics.share_inputs_(leader)
 
     def begin_batch(self, batch: Any, index: int = 0) -> None:
         """Starts counting; the padding mask and the number of samples are read from the batch.
@@ -148,8 +145,7 @@ class Collector:
 
     def end_batch(self) -> None:
         """Stops counting until the next batch begins."""
-        self._close_meal()
-        self._counting, self._mask = False, None
+        self._counting, self._mask, self._last, self._computed = False, None, None, None
         for watched in self._watched.values():
             if watched.weight_gradient is not None:
                 watched.statistics.update_weight_gradient(watched.weight_gradient, self._batch_size)
@@ -170,57 +166,33 @@ class Collector:
             if not self._counting:
                 return
             given: Tensor = args[0] if args else settings["input"]
-            waits = self.wanted.backward and output.requires_grad
-            shared = self._is_fed_by_the_same(watched, given, at_once=not waits)
-            x = given.detach()
-            if waits:
+            fed, x = self._fed_by(given), given.detach()
+            if self.wanted.backward and output.requires_grad:
                 if torch.is_autocast_enabled(x.device.type) or not module.weight.requires_grad:
-                    x = x.clone()  # autograd does not guard this tensor itself: it may be changed in place later
-                output.register_hook(lambda gradient: self._add(watched, x, gradient, shared))
+                    # autograd does not guard this tensor itself: it may be changed in place later
+                    fed.copy = x.clone() if fed.copy is None else fed.copy
+                    x = fed.copy
+                output.register_hook(lambda gradient: self._add(watched, fed, x, gradient))
             elif not self.wanted.backward or torch.is_grad_enabled():  # frozen: there will be no gradient
-                self._add_inputs(watched, self._tokens(x), shared)
+                self._add_inputs(watched, fed, self._tokens(x))
 
         return count
 
-    def _is_fed_by_the_same(self, watched: _Watched, x: Tensor, *, at_once: bool) -> bool:
-        """Whether the leader of this layer was just fed by this very tensor, so that the input sums are in already.
+    def _fed_by(self, x: Tensor) -> _Fed:
+        """The tensor that the layer before was fed with, if it is this very one, else a new one."""
+        if self._last is None or not self._last.is_made_of(x):
+            source = None if x.is_inference() else weakref.ref(x)  # such a tensor does not tell when it is changed
+            self._last = _Fed(source, 0 if source is None else x._version, next(self._numbers))
+        return self._last
 
-        Layers that have seen the same so far become leader and follower when they are fed by the same tensor one after
-        the other, and part when they are not.
-        """
-        meal = self._meal
-        if meal is not None and meal.is_made_of(x) and watched is not meal.leader:
-            if watched.leader is None and not watched.followers and self._may_follow(watched, meal.leader):
-                watched.follow(meal.leader)
-            if watched.leader is meal.leader:
-                watched.calls += 1
-                meal.confirmed.append(watched)
-                return True
-        self._close_meal()
-        if watched.leader is not None:
-            watched.leave()
-        watched.calls += 1
-        before = watched.statistics.snapshot() if at_once and watched.followers else None
-        self._meal = _Meal(weakref.ref(x), x._version, watched, before)
-        return False
-
-    @staticmethod
-    def _may_follow(watched: _Watched, leader: _Watched) -> bool:
-        both_new = (leader.calls, watched.calls) == (1, 0)
-        return both_new or watched.statistics.same_inputs(leader.statistics)
-
-    def _close_meal(self) -> None:
-        if self._meal is not None:
-            self._meal.close()
-        self._meal = None
-
-    def _add(self, watched: _Watched, x: Tensor, gradient: Tensor, shared: bool) -> None:
+    def _add(self, watched: _Watched, fed: _Fed, x: Tensor, gradient: Tensor) -> None:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x, g = self._tokens(x), self._tokens(gradient.detach())
             if self._drop_overflow:
                 finite = torch.isfinite(g).all(-1)
                 x, g = x[finite], g[finite]
-            self._add_inputs(watched, x, shared)
+                fed = _Fed(None, 0, next(self._numbers))  # other layers may drop other tokens
+            self._add_inputs(watched, fed, x)
             g = g.float() / self.loss_scale
             if self.wanted.weight_gradients:
                 product = g.mT @ x.float()
@@ -229,13 +201,18 @@ class Collector:
                 )
             if self.wanted.gradients:
                 # The gradient of the mean over the batch, times its size, is that of the sample's own loss.
+                gram = gradient_gram(g * self._batch_size, self._at_most(watched.statistics.out_features))
                 for statistics in self._of(watched):
-                    statistics.update_gradients(g * self._batch_size, self._at_most(statistics.out_features))
+                    statistics.add_gradient_gram(gram)
 
-    def _add_inputs(self, watched: _Watched, x: Tensor, shared: bool) -> None:
-        if not shared:
-            for statistics in self._of(watched):
-                statistics.update_inputs(x, self._at_most(statistics.in_features))
+    def _add_inputs(self, watched: _Watched, fed: _Fed, x: Tensor) -> None:
+        if fed.sums is None:
+            if self._computed is not None:
+                self._computed.sums = None
+            fed.sums, self._computed = input_sums(x, self._at_most(watched.statistics.in_features)), fed
+        watched.history.append(fed.number)
+        for statistics in self._of(watched):
+            statistics.add_inputs(fed.sums)
 
     def _at_most(self, size: int) -> int | None:
         """Tokens of one batch that are enough for a Gram matrix of this size."""

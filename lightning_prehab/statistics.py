@@ -39,6 +39,22 @@ class Wanted(NamedTuple):
         return Wanted(*(mine or theirs for mine, theirs in zip(self, other, strict=True)))
 
 
+class InputSums(NamedTuple):
+    """What some tokens add to the statistics of a layer that they are fed to.
+
+    Attributes:
+        tokens: Their number.
+        total: ``sum x``, shape ``(n,)``.
+        absolute: ``sum |x|``, shape ``(n,)``.
+        gram: ``sum x x^T``, shape ``(n, n)``.
+    """
+
+    tokens: int
+    total: Tensor
+    absolute: Tensor
+    gram: Tensor
+
+
 class LayerStatistics:
     """Sums over the tokens that went through a layer ``y = W x + b``.
 
@@ -102,31 +118,37 @@ class LayerStatistics:
         )
 
     @torch.no_grad()
-    def update_inputs(self, x: Tensor, at_most: int | None = None) -> None:
-        """Adds tokens: ``x`` of shape ``(tokens, n)``, any floating dtype.
-
-        Args:
-            x: The tokens.
-            at_most: Estimate the Gram matrix from so many of them; see :func:`sample_by_energy`. All are counted.
-        """
-        x = x.to(self.input_gram.dtype)
-        self.tokens += x.shape[0]
-        self.input_sum += x.sum(0)
-        self.input_absolute_sum += torch.linalg.vector_norm(x, 1, dim=0)
-        x = sample_by_energy(x, at_most)
-        self.input_gram.addmm_(x.mT, x)
+    def update_inputs(self, x: Tensor) -> None:
+        """Adds tokens: ``x`` of shape ``(tokens, n)``, any floating dtype."""
+        self.add_inputs(input_sums(x))
 
     @torch.no_grad()
-    def update_gradients(self, g: Tensor, at_most: int | None = None) -> None:
-        """Adds output gradients: ``g`` of shape ``(tokens, m)``, any floating dtype; ``at_most`` as for the inputs.
+    def add_inputs(self, sums: "InputSums") -> None:
+        """Adds what :func:`input_sums` has made of some tokens."""
+        self.tokens += sums.tokens
+        self.input_sum += sums.total
+        self.input_absolute_sum += sums.absolute
+        self.input_gram += sums.gram
+
+    @torch.no_grad()
+    def update_gradients(self, g: Tensor) -> None:
+        """Adds output gradients: ``g`` of shape ``(tokens, m)``, any floating dtype.
+
+        Raises:
+            StatisticsError: If the object was made without ``gradients=True``.
+        """
+        self.add_gradient_gram(gradient_gram(g))
+
+    @torch.no_grad()
+    def add_gradient_gram(self, gram: Tensor) -> None:
+        """Adds what :func:`gradient_gram` has made of some tokens.
 
         Raises:
             StatisticsError: If the object was made without ``gradients=True``.
         """
         if self.gradient_gram is None:
             raise StatisticsError("These statistics were made without output gradients; use gradients=True.")
-        g = sample_by_energy(g.to(self.gradient_gram.dtype), at_most)
-        self.gradient_gram.addmm_(g.mT, g)
+        self.gradient_gram += gram
 
     @torch.no_grad()
     def update_weight_gradient(self, gradient: Tensor, samples: int) -> None:
@@ -282,15 +304,12 @@ class LayerStatistics:
         if self.half is not None and leader.half is not None:
             self.half.share_inputs_(leader.half)
 
-    def unshare_inputs_(self, sums: Mapping[str, Tensor] | None = None) -> None:
-        """Makes the input sums the own ones again: copies, or those of a :meth:`snapshot` of the leader."""
+    def unshare_inputs_(self) -> None:
+        """Makes the input sums the own ones again: copies of the common ones."""
         for name in _INPUT_SUMS:
-            setattr(self, name, (getattr(self, name) if sums is None else sums[name]).clone())
+            setattr(self, name, getattr(self, name).clone())
         if self.half is not None:
-            halves = {
-                key.removeprefix("half."): value for key, value in (sums or {}).items() if key.startswith("half.")
-            }
-            self.half.unshare_inputs_(halves or None)
+            self.half.unshare_inputs_()
 
     @staticmethod
     def _count(count: Tensor, what: str) -> Tensor:
@@ -319,12 +338,32 @@ def statistics_bytes(shapes: Iterable[tuple[int, int]], wanted: Wanted) -> int:
     return 4 * entries
 
 
+@torch.no_grad()
+def input_sums(x: Tensor, at_most: int | None = None) -> InputSums:
+    """Sums over tokens, in float32.
+
+    Args:
+        x: Shape ``(tokens, n)``, any floating dtype.
+        at_most: Estimate the Gram matrix from so many tokens; see :func:`sample_by_energy`. All are counted.
+    """
+    x = x.float()
+    sample = sample_by_energy(x, at_most)
+    return InputSums(x.shape[0], x.sum(0), torch.linalg.vector_norm(x, 1, dim=0), sample.mT @ sample)
+
+
+@torch.no_grad()
+def gradient_gram(g: Tensor, at_most: int | None = None) -> Tensor:
+    """``sum g g^T`` in float32, shape ``(m, m)``; arguments as for :func:`input_sums`."""
+    sample = sample_by_energy(g.float(), at_most)
+    return sample.mT @ sample
+
+
 def sample_by_energy(rows: Tensor, at_most: int | None) -> Tensor:
     """Fewer rows with nearly the same Gram matrix: the trace is exact, the rest unbiased up to the fixed order.
 
     Rows are taken with probability proportional to their squared norm and scaled to compensate (Drineas, Kannan and
     Mahoney, 2006, https://doi.org/10.1137/S0097539704442684), here by systematic sampling along a fixed shuffled order:
-    no random state, no synchronisation, and a few rows that carry all the energy are all taken.
+    no random state is touched, and a few rows that carry all the energy are all taken.
 
     Args:
         rows: Shape ``(tokens, k)``.
@@ -332,7 +371,7 @@ def sample_by_energy(rows: Tensor, at_most: int | None) -> Tensor:
     """
     if at_most is None or rows.shape[0] <= at_most:
         return rows
-    order = _shuffled(rows.shape[0]).to(rows.device)
+    order = _shuffled(rows.shape[0], rows.device)
     energy = torch.linalg.vector_norm(rows, dim=1).square()[order]
     total = energy.sum()
     marks = (torch.arange(at_most, dtype=energy.dtype, device=rows.device) + 0.5) * (total / at_most)
@@ -343,5 +382,5 @@ def sample_by_energy(rows: Tensor, at_most: int | None) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _shuffled(size: int) -> Tensor:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(size))
+def _shuffled(size: int, device: torch.device) -> Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(size)).to(device)

@@ -2,6 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -289,26 +291,75 @@ def test_layers_fed_by_the_same_tensor_share_their_input_sums(gradients):
             assert torch.equal(ours, theirs), (name, key)
 
 
-@pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize("odd", ["q", "k"])
-def test_sharing_ends_when_the_tensors_differ(gradients, odd):
-    """Whether the first or a later one of the three goes its own way, nobody counts what another has seen."""
+class Program(nn.Module):
+    """Feeds some tensors to some layers in any order; some outputs are used, some are not."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+        self.layers = nn.ModuleList([nn.Linear(4, 3) for _ in range(3)])
+
+    def forward(self, *tensors):
+        total = torch.zeros(())
+        for layer, tensor, used in self.calls:
+            y = self.layers[layer](tensors[tensor]).tanh()
+            total = total + (y if used else y.detach()).square().sum()
+        return total
+
+
+programs = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.booleans()), min_size=1, max_size=7)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(programs, min_size=1, max_size=4), st.booleans())
+def test_whatever_is_fed_to_whom_everybody_counts_its_own(programs, gradients):
+    """Against one layer watched alone: shared work must not change what anybody has seen."""
+    model = Program([])
+    targets = {str(index): layer for index, layer in enumerate(model.layers)}
+    batches = [[torch.randn(5, 4) for _ in range(3)] for _ in programs]
+
+    def watch(names):
+        collector = Collector({name: targets[name] for name in names}, Wanted(True, gradients, gradients, True))
+        collector.attach()
+        for index, (calls, batch) in enumerate(zip(programs, batches, strict=True)):
+            model.calls = calls
+            collector.begin_batch(batch, index)
+            loss = model(*batch)
+            if loss.requires_grad:
+                loss.backward()
+            collector.end_batch()
+        collector.detach()
+        return collector.statistics
+
+    together = watch(targets)
+    for name in targets:
+        for (key, ours), (_, theirs) in zip(together[name].tensors(), watch([name])[name].tensors(), strict=True):
+            assert torch.equal(ours, theirs), (name, key)
+
+
+def test_inference_tensors_are_never_taken_for_the_same():
     model = Attention()
-    model.odd = odd
-    collector = Collector({name: getattr(model, name) for name in "qkv"}, Wanted(True, gradients))
+    with torch.inference_mode():
+        x = torch.randn(7, 6)
+        statistics = lp.collect_statistics(model, {"q": model.q, "k": model.k}, [x], wanted=Wanted(True))
+    assert int(statistics["k"].tokens) == 7
+
+
+def test_restored_sums_stay_with_their_layers():
+    """Two layers with different pasts see the same from now on."""
+    model = Attention()
+    collector = Collector({"q": model.q, "k": model.k}, Wanted(True))
+    past = lp.LayerStatistics(6, 5)
+    past.update_inputs(torch.randn(3, 6))
+    collector.statistics["k"].restore_(past.snapshot())
     collector.attach()
-    x, other = torch.randn(8, 6), torch.full((8, 6), 3.0)
-    for batch in range(3):
-        model.other = other if batch == 1 else None
-        collector.begin_batch(x, batch)
-        model(x).sum().backward()
-        collector.end_batch()
+    collector.begin_batch(torch.zeros(7, 6))
+    model(torch.randn(7, 6))
+    collector.end_batch()
     collector.detach()
-    seen, foreign = model.first(x).detach(), other.mT @ other
-    for name, statistics in collector.statistics.items():
-        assert int(statistics.tokens) == 24
-        expected = 2 * seen.mT @ seen + foreign if name == odd else 3 * seen.mT @ seen
-        torch.testing.assert_close(statistics.input_gram, expected, msg=name)
+    q, k = collector.statistics["q"], collector.statistics["k"]
+    assert (int(q.tokens), int(k.tokens)) == (7, 10)
+    torch.testing.assert_close(k.input_gram, q.input_gram + past.input_gram)
 
 
 def test_an_input_changed_in_place_between_two_layers_is_not_shared():
