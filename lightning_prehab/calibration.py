@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_prehab.batches import batch_size, call_model, to_device
 from lightning_prehab.collector import Collector
 from lightning_prehab.errors import ArgumentError, StatisticsError
+from lightning_prehab.linalg import require_finite
 from lightning_prehab.statistics import LayerStatistics, Wanted
 
 #: Calls the model on a batch and returns its output, or the loss as a scalar tensor.
@@ -48,18 +49,21 @@ def collect_statistics(
 
     Raises:
         StatisticsError: If there are no batches, or no loss can be found.
+        NumericalError: If a weight (the layer is named) or the model's logits are not finite.
     """
     if isinstance(batches, Tensor):
         raise ArgumentError("batches is one tensor; give an iterable of batches, for example batches=[tensor].")
     if wanted is None:
         wanted = Wanted(inputs=True, gradients=gradients, weight_gradients=gradients)
+    for name, layer in targets.items():
+        require_finite(layer.weight.detach(), f"Layer {name!r}: the weight")
     collector = Collector(targets, wanted)
     _log.info("Calibration of %d layers: at most %.1f MB of sums.", len(targets), collector.memory() / 1e6)
     generator = torch.Generator().manual_seed(0)
     weights = [cast(nn.Parameter, layer.weight) for layer in targets.values()]
     device = next(model.parameters()).device
     seen = 0
-    with as_found(model, weights):
+    with as_found(model, weights), torch.random.fork_rng([device] if device.type == "cuda" else []):
         collector.attach()
         try:
             for batch in (to_device(found, device) for found in batches):
@@ -95,6 +99,7 @@ def _loss_of(output: Any, size: int, generator: torch.Generator) -> Tensor:
             "dimension; pass loss=, a function (model, batch) -> scalar."
         )
     flat = logits.float().reshape(-1, logits.shape[-1])
+    require_finite(flat.detach(), "The model's logits on the calibration data: the tensor")
     labels = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(flat.device)
     return nn.functional.cross_entropy(flat, labels, reduction="sum") / size
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_prehab.calibration import collect_statistics
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import SVD, Decomposition, Factorization, KroneckerSVD
+from lightning_prehab.linalg import break_even_rank
 from lightning_prehab.planning import (
     check_method,
     check_wish,
@@ -53,7 +54,8 @@ def compress_(
         exclude_modules: Names or patterns of the layers to leave.
         optimizers: Optimizers that hold the weights; edited in place.
         layers_at_once: Keep the statistics of so many layers in memory at a time, and run over the batches once for
-            each such block: for models whose Gram matrices do not fit. None keeps all, in one pass.
+            each such block: for models whose Gram matrices do not fit. Of a layer that is done its factors up to the
+            break-even rank stay, at most as large as the weight. None keeps all, in one pass.
 
     Returns:
         The report; print it.
@@ -67,8 +69,8 @@ def compress_(
     (True, 'LowRankLinear')
     """
     check_method(factorization, policy)
-    if layers_at_once is not None and layers_at_once < 1:
-        raise ArgumentError(f"layers_at_once must be at least 1, got {layers_at_once}.")
+    if layers_at_once is not None and (not isinstance(layers_at_once, int) or layers_at_once < 1):
+        raise ArgumentError(f"layers_at_once must be at least 1, got {layers_at_once!r}.")
     targets = find_targets(model, target_modules, exclude_modules)
     if factorization is None:
         factorization = SVD() if batches is None else KroneckerSVD()
@@ -91,6 +93,8 @@ def compress_(
         for name, decomposition in decompose_targets(found, factorization, statistics).items():
             decompositions[name] = decomposition
             spectra[name] = spectrum(decomposition, (statistics or {}).get(name), policy.needs_weight_gradients)
+            if layers_at_once is not None and decomposition.compact is not None:
+                decomposition.compact(max(break_even_rank(*found[name].weight.shape), 1))
     require_targets(usable)
 
     probes = None

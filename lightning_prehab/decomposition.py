@@ -17,6 +17,7 @@ from lightning_prehab.linalg import (
     RELATIVE_FLOOR,
     break_even_rank,
     gram_root,
+    power_iteration,
     require_finite,
     symmetric_eigh,
     to_float64,
@@ -30,7 +31,7 @@ FLOAT32_LOSS = 1e-6
 BATCH_ENTRIES = 2**24
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class WeightedSVD:
     """A decomposed weight; see :func:`decompose`.
 
@@ -44,6 +45,13 @@ class WeightedSVD:
     _basis: Tensor
     _root: "_Root | None"
     _transposed: bool
+    _kept: tuple[Tensor, Tensor] | None = None
+
+    def compact_(self, rank: int, dtype: torch.dtype) -> None:
+        """Keeps the factors up to a rank alone: at most as many entries as the weight, instead of basis and root."""
+        a, b = self.low_rank(rank)
+        self._kept = a.to(dtype), b.to(dtype)
+        self._basis, self._root = self._basis.new_empty(0, 0), None
 
     def low_rank(self, rank: int) -> tuple[Tensor, Tensor]:
         """The best factors of a rank, ordered by importance in the metric.
@@ -58,6 +66,11 @@ class WeightedSVD:
         if not 1 <= rank <= len(self.singular_values):
             m, n = self._rows.mT.shape if self._transposed else self._rows.shape
             raise ArgumentError(f"Rank {rank} is outside [1, {min(m, n)}] for a {(m, n)} matrix.")
+        if self._kept is not None:
+            a, b = self._kept
+            if rank > a.shape[0]:
+                raise ArgumentError(f"Only ranks up to {a.shape[0]} were kept, not {rank}.")
+            return a[:rank], b[:, :rank]
         u = self._basis[:, :rank]
         rows = self._rows.to(u)
         if self._root is None:
@@ -100,7 +113,7 @@ def decompose_many(items: Sequence[tuple[Tensor, Tensor | None, Tensor | None]])
             values, vectors = symmetric_eigh(torch.stack([gram for gram, _ in prepared]), dtype)
             for index, value, vector, (_, root) in zip(batch, values.double(), vectors, prepared, strict=True):
                 problem = waiting[index]
-                if dtype == torch.float64 or _float32_suffices(value, problem.rank_limit):
+                if dtype == torch.float64 or _float32_suffices(value, problem.rank_limit, problem.scale()):
                     results[index] = WeightedSVD(value.sqrt(), problem.rows, vector, root, problem.transposed)
                     del waiting[index]
     return [result for result in results if result is not None]
@@ -180,8 +193,16 @@ class _Problem:
 
     def may_use_float32(self) -> bool:
         """Whether the matrix is large, of no higher precision, and products of float32 are really of float32."""
-        exact = self.rows.device.type == "cpu" or torch.get_float32_matmul_precision() == "highest"
+        exact = torch.get_float32_matmul_precision() == "highest"
         return exact and self.rows.dtype != torch.float64 and self.rows.shape[0] >= FLOAT32_SIZE
+
+    def scale(self) -> float:
+        """Largest eigenvalue that ``M`` could have: ``|G| |W|^2 |C|`` in spectral norms, by a few power iterations."""
+        scale = _spectral_norm(self.rows.float()) ** 2
+        for metric in (self._small, self._large):
+            if metric is not None:
+                scale *= float(metric.max()) if metric.dim() == 1 else _spectral_norm(metric.float())
+        return scale
 
     def gram(self, dtype: torch.dtype) -> tuple[Tensor, _Root | None]:
         """``M``, and the root of the smaller side."""
@@ -209,18 +230,23 @@ def _batches(indices: Sequence[int], problems: dict[int, _Problem]) -> list[list
     return [stack for stacks in groups.values() for stack in stacks if stack]
 
 
-def _float32_suffices(eigenvalues: Tensor, limit: int) -> bool:
+def _spectral_norm(matrix: Tensor) -> float:
+    start = matrix.new_ones(matrix.shape[1]) + matrix.abs().amax(0)  # no null vector of any usual matrix
+    return float(power_iteration(matrix, start, 6)[0])
+
+
+def _float32_suffices(eigenvalues: Tensor, limit: int, scale: float) -> bool:
     """Whether rounding in float32 costs less than ``FLOAT32_LOSS`` of the truncation loss at every rank up to a limit.
 
-    Rounding perturbs the entries of ``M`` in its eigenbasis by about ``eps s / sqrt(k)``, with ``s`` the largest
-    eigenvalue. To second order a truncation at ``r`` then loses ``r (k - r)`` such squares over a gap of order ``l_r``
-    (a smaller gap costs less, since swapping equal eigenvalues is free).
+    Rounding perturbs the entries of ``M`` in its eigenbasis by about ``eps s / sqrt(k)``, with ``s`` the scale of the
+    products that ``M`` is made of. To second order a truncation at ``r`` then loses ``r (k - r)`` such squares over a
+    gap of order ``l_r`` (a smaller gap costs less, since swapping equal eigenvalues is free).
     """
     k, top = len(eigenvalues), float(eigenvalues[0])
     if top == 0.0:
-        return True
+        return scale == 0.0
     rank = torch.arange(1, limit + 1, dtype=torch.float64, device=eigenvalues.device)
     tail = eigenvalues.sum() - eigenvalues.cumsum(0)[:limit]
-    noise = (torch.finfo(torch.float32).eps * top) ** 2 / k
+    noise = (torch.finfo(torch.float32).eps * max(top, scale)) ** 2 / k
     cost = rank * (k - rank) * noise / eigenvalues[:limit].clamp_min(1e-300)
     return bool((cost <= FLOAT32_LOSS * tail).all())

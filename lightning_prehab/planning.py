@@ -155,8 +155,8 @@ def check_wish(
     rank_multiple_of: int = 1,
 ) -> None:
     """Raises what :func:`make_plan` would raise whatever the weights are: wrong wishes, too small a budget."""
-    if rank_multiple_of < 1:
-        raise ArgumentError(f"rank_multiple_of must be at least 1, got {rank_multiple_of}.")
+    if not isinstance(rank_multiple_of, int) or rank_multiple_of < 1:
+        raise ArgumentError(f"rank_multiple_of must be at least 1, got {rank_multiple_of!r}.")
     if (policy.needs_positions or policy.needs_latencies) and any(
         factorization.nonzeros(layer.out_features, layer.in_features) for layer in targets.values()
     ):

@@ -245,6 +245,8 @@ class LayerStatistics:
                 return "its weight gradients were not collected"
             if float(self.fisher_rows.sum()) == 0.0:
                 return lacking
+        if wanted.halves and self.half is not None and int(self.half.tokens) in (0, int(self.tokens)):
+            return "to see how noisy its statistics are, it must be reached in even and in odd batches"
         return None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

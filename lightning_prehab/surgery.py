@@ -16,6 +16,7 @@ from lightning_prehab.factorizations import Decomposition, Factors
 from lightning_prehab.layers import LowRankLinear, LowRankPlusSparseLinear
 from lightning_prehab.moments import entry_state, factor_states
 from lightning_prehab.plan import CompressionPlan, LayerPlan
+from lightning_prehab.planning import added_parameters
 from lightning_prehab.report import CompressionReport
 from lightning_prehab.sparse import Sparse
 from lightning_prehab.spectra import decompose_targets, naming
@@ -65,6 +66,13 @@ def compute_factors(
     Decompositions that planning has made already may be given; the others are made here.
     """
     layers = _planned_layers(model, plan)
+    for cut, layer in layers.values():
+        counted, added = cut.new_bias + cut.nonzeros, added_parameters(layer, plan.factorization)
+        if counted != added:
+            raise PlanError(
+                f"Layer {cut.name!r}: the plan counts {counted} parameters beside the two factors, "
+                f"{plan.factorization} adds {added}. A plan belongs to its factorization; make it anew with make_plan."
+            )
     wanted = list(layers) if names is None else [name for name in layers if name in set(names)]
     found = dict(decompositions or {})
     missing = {name: layers[name][1] for name in wanted if name not in found}

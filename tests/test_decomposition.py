@@ -252,9 +252,43 @@ def test_cholesky_gives_way_to_a_symmetric_root(monkeypatch):
     torch.testing.assert_close(b @ a, torch.eye(3).double(), atol=1e-6, rtol=0)
 
 
-def test_tf32_products_are_not_trusted(monkeypatch):
+def test_products_of_lower_precision_are_not_trusted(monkeypatch):
     problem = decomposition._Problem(torch.randn(300, 300), None, None)
     assert problem.may_use_float32()
-    problem.rows = torch.empty(300, 300, device="meta")
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert not problem.may_use_float32()
+    for precision in ("high", "medium"):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+        assert not problem.may_use_float32()
+
+
+@pytest.mark.parametrize("decades", [4, 6, 8])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_weight_that_balances_its_metric(decades, transposed):
+    """M is flat, but made of products that are not: its eigenvalues alone do not show the rounding."""
+    torch.manual_seed(1)
+    scales = torch.logspace(0, -decades, 300, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(300, 300, dtype=torch.float64)).Q
+    metric = ((basis * scales) @ basis.mT).float()
+    root = (basis / scales.sqrt()) @ basis.mT
+    spread = torch.linalg.qr(torch.randn(400, 300, dtype=torch.float64)).Q * torch.linspace(2, 0.5, 300).double()
+    weight = (root @ spread.mT).float()
+    svd = decompose(weight.mT, None, metric) if transposed else decompose(weight, metric)
+    lt = linalg.gram_root(metric)[0]
+    values = torch.linalg.svdvals(lt @ weight.double())
+    for rank in (50, 150):
+        best = float(values[rank:].square().sum())
+        a, b = svd.low_rank(rank)
+        error = (weight.mT if transposed else weight).double() - b.double() @ a.double()
+        measured = float((lt @ (error.mT if transposed else error)).square().sum())
+        assert measured == pytest.approx(best, rel=1e-5)
+
+
+def test_compact_keeps_the_leading_factors_alone():
+    weight, c = graded(40, 60, 0.5)
+    svd = decompose(weight, None, c)
+    a, b = svd.low_rank(20)
+    svd.compact_(20, torch.float64)
+    for rank in (1, 7, 20):
+        torch.testing.assert_close(svd.low_rank(rank), (a[:rank], b[:, :rank]))
+    assert svd._basis.numel() == 0
+    with pytest.raises(ArgumentError, match="Only ranks up to 20 were kept, not 21"):
+        svd.low_rank(21)

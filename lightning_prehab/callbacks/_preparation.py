@@ -71,6 +71,11 @@ class Preparation:
             self._collector.end_batch()
         self.seen += 1
 
+    def detach(self) -> None:
+        """Takes the hooks off; the sums stay."""
+        if self._collector is not None:
+            self._collector.detach()
+
     def close(self) -> dict[str, LayerStatistics] | None:
         """Takes the hooks off; returns the sums."""
         collector, self._collector = self._collector, None

@@ -142,8 +142,8 @@ class CompressionCallback(pl.Callback):
             raise ArgumentError(f"forecast_below must be positive and finite, got {forecast_below}.")
         if calibration_batches < 1:
             raise ArgumentError(f"calibration_batches must be at least 1, got {calibration_batches}.")
-        if rank_multiple_of < 1:
-            raise ArgumentError(f"rank_multiple_of must be at least 1, got {rank_multiple_of}.")
+        if not isinstance(rank_multiple_of, int) or rank_multiple_of < 1:
+            raise ArgumentError(f"rank_multiple_of must be at least 1, got {rank_multiple_of!r}.")
         check_method(factorization, policy)
         self._auto = epoch == "auto"
         self.epoch = 0 if isinstance(epoch, str) else epoch  # with "auto" the last possible one, until it is decided
@@ -185,7 +185,8 @@ class CompressionCallback(pl.Callback):
         """
         policy = self.policy
         if policy.needs_probes:
-            policy = ParameterBudget(getattr(policy, "keep", 0.5), getattr(policy, "min_rank", 1))
+            wishes = {name: getattr(policy, name) for name in ("min_rank", "scope") if hasattr(policy, name)}
+            policy = ParameterBudget(getattr(policy, "keep", 0.5), **wishes)
         return make_plan(targets, policy, self.factorization, statistics, self.rank_overrides, self.rank_multiple_of)
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -298,8 +299,9 @@ class CompressionCallback(pl.Callback):
             )
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
-        """Takes the hooks off."""
-        self._stop_collecting()
+        """Takes the hooks off; what was collected stays for a checkpoint that is written now."""
+        if self._collector is not None:
+            self._collector.detach()
         self._close()
 
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -370,7 +372,7 @@ class CompressionCallback(pl.Callback):
             self.find_targets(pl_module),
             self.wanted,
             drop_overflow=uses_loss_scaling(trainer),
-            batches=self.calibration_batches,
+            batches=min(self.calibration_batches, batches_per_epoch(trainer) or self.calibration_batches),
         )
         if attach:
             collector.attach()

@@ -159,6 +159,7 @@ class PrehabCallback(pl.Callback):
         if stage != "fit":
             return
         check_strategy(trainer, self)
+        self._release()
         self._restored, self._world_size = {}, trainer.world_size
         compression = find_callback(trainer, CompressionCallback)
         if self.regularizer.needs_rank and compression is None and getattr(self.regularizer, "rank", None) is None:
@@ -286,8 +287,9 @@ class PrehabCallback(pl.Callback):
         self._release()
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
-        """Takes the hooks off."""
-        self._release()
+        """Takes the hooks off; what was collected stays for a checkpoint that is written now."""
+        if self._preparation is not None:
+            self._preparation.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on bit by bit: steps, metrics, ranks, warm starts; plain data only."""

@@ -30,8 +30,8 @@ class ActivationSVD(MetricFactorization):
     needs_inputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.alpha < math.inf:
-            raise ArgumentError(f"alpha must be finite and not negative, got {self.alpha}.")
+        if not isinstance(self.alpha, int | float) or not 0.0 <= self.alpha < math.inf:
+            raise ArgumentError(f"alpha must be finite and not negative, got {self.alpha!r}.")
 
     def metric(self, statistics: LayerStatistics) -> tuple[Tensor | None, Tensor | None]:
         """``(None, s^2)``."""

@@ -3,8 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_prehab.decomposition import BATCH_ENTRIES, WeightedSVD, decompose_many
@@ -53,10 +55,12 @@ class Decomposition(NamedTuple):
     Attributes:
         singular_values: Spectrum for rank policies: shape ``(min(m, n),)``, descending.
         factors: Factors at a rank.
+        compact: Frees what only ranks above the given one need, or None if nothing can be freed.
     """
 
     singular_values: Tensor
     factors: Callable[[int], Factors]
+    compact: Callable[[int], None] | None = None
 
 
 class Factorization(ABC):
@@ -153,7 +157,11 @@ class MetricFactorization(Factorization):
         for part in _bounded(checked):
             solved = decompose_many([(weight, *self.metric(statistics)) for weight, statistics in part])
             found += [
-                Decomposition(svd.singular_values, self.at_rank(svd, weight, statistics))
+                Decomposition(
+                    svd.singular_values,
+                    self.at_rank(svd, weight, statistics),
+                    partial(svd.compact_, dtype=torch.promote_types(weight.dtype, torch.float32)),
+                )
                 for svd, (weight, statistics) in zip(solved, part, strict=True)
             ]
         return found
@@ -184,7 +192,7 @@ def _bounded(items: Sequence[tuple[Tensor, LayerStatistics]]) -> Iterator[list[t
         yield part
 
 
-def check_shrinkage(name: str, value: float | str) -> None:
+def check_shrinkage(name: str, value: object) -> None:
     """Raises :class:`ArgumentError` unless ``0 <= value <= 1`` or ``value`` is ``"auto"``."""
-    if value != "auto" and (isinstance(value, str) or not 0.0 <= value <= 1.0):
+    if value != "auto" and (not isinstance(value, int | float) or not 0.0 <= value <= 1.0):
         raise ArgumentError(f"{name} must lie in [0, 1], got {value!r}.")

@@ -21,7 +21,8 @@ class WhitenedSVD(MetricFactorization):
 
     Args:
         centered: Minimize over the bias too: ``C`` becomes the covariance ``C - mu mu^T`` and the bias moves by
-            ``(W - W_r) mu``. A layer without a bias gets one.
+            ``(W - W_r) mu``. A layer without a bias gets one. The covariance is a difference of float32 sums: means of
+            more than some hundred standard deviations drown it.
         shrinkage: In ``[0, 1]``; share of ``(trace C / n) I`` mixed into ``C``. Raise it when there are fewer
             calibration tokens than about four times ``in_features``.
     """
