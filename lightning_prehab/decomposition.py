@@ -197,11 +197,12 @@ class _Problem:
         return exact and self.rows.dtype != torch.float64 and self.rows.shape[0] >= FLOAT32_SIZE
 
     def scale(self) -> float:
-        """Largest eigenvalue that ``M`` could have: ``|G| |W|^2 |C|`` in spectral norms, by a few power iterations."""
-        scale = _spectral_norm(self.rows.float()) ** 2
+        """About the largest eigenvalue that ``M`` could have: spectral norm of W, Frobenius norms of the metrics."""
+        start = self.rows.new_ones(self.rows.shape[1], dtype=torch.float32)
+        scale = float(power_iteration(self.rows.float(), start + self.rows.abs().amax(0), 3)[0]) ** 2
         for metric in (self._small, self._large):
             if metric is not None:
-                scale *= float(metric.max()) if metric.dim() == 1 else _spectral_norm(metric.float())
+                scale *= float(metric.norm(torch.inf if metric.dim() == 1 else "fro"))
         return scale
 
     def gram(self, dtype: torch.dtype) -> tuple[Tensor, _Root | None]:
@@ -228,11 +229,6 @@ def _batches(indices: Sequence[int], problems: dict[int, _Problem]) -> list[list
             stacks.append([])
         stacks[-1].append(index)
     return [stack for stacks in groups.values() for stack in stacks if stack]
-
-
-def _spectral_norm(matrix: Tensor) -> float:
-    start = matrix.new_ones(matrix.shape[1]) + matrix.abs().amax(0)  # no null vector of any usual matrix
-    return float(power_iteration(matrix, start, 6)[0])
 
 
 def _float32_suffices(eigenvalues: Tensor, limit: int, scale: float) -> bool:

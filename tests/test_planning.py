@@ -9,6 +9,7 @@ from torch import nn
 import lightning_prehab as lp
 from lightning_prehab.errors import ArgumentError, NumericalError, PlanError, StatisticsError, TargetError
 from lightning_prehab.linalg import break_even_rank
+from lightning_prehab.spectra import spectrum
 
 
 @pytest.fixture
@@ -214,3 +215,43 @@ def test_plans_are_values(prepared):
     assert lp.make_plan(targets, 0.5, statistics=statistics) == lp.make_plan(targets, 0.5, statistics=statistics)
     with pytest.raises(dataclasses.FrozenInstanceError):
         lp.make_plan(targets, 0.5, lp.SVD()).layers = ()
+
+
+def quadratic():
+    """A linear model whose curvature is exactly G (x) C: targets with unit noise, squared error."""
+    torch.manual_seed(5)
+    x = torch.randn(20000, 6) @ torch.randn(6, 6)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False))
+    batch = x, model(x).detach() + torch.randn(20000, 5)
+
+    def loss(module, data):
+        return 0.5 * (module(data[0]) - data[1]).square().sum(-1).mean()
+
+    return model, batch, loss
+
+
+def test_the_predicted_loss_increase_is_the_measured_one():
+    model, batch, loss = quadratic()
+    targets = lp.find_targets(model)
+    statistics = lp.collect_statistics(model, targets, [batch], forward=loss, gradients=True)
+    plan = lp.make_plan(targets, 0.5, statistics=statistics)
+    before = loss(model, batch).item()
+    lp.apply_plan_(model, plan, statistics)
+    assert loss(model, batch).item() - before == pytest.approx(plan.loss_increase, rel=0.1)
+
+
+def test_the_first_order_effect_of_a_component_has_the_right_sign():
+    """Against finite differences, at a weight that is not the optimum."""
+    model, batch, loss = quadratic()
+    with torch.no_grad():
+        model[0].weight += 0.1 * torch.randn(5, 6)
+    targets = lp.find_targets(model)
+    statistics = lp.collect_statistics(model, targets, [batch], forward=loss, gradients=True)["0"]
+    decomposition = lp.WhitenedSVD().decompose([(model[0].weight.detach(), statistics)])[0]
+    found = spectrum(decomposition, statistics, components=True).components
+    a, b, *_ = decomposition.factors(5)
+    weight, before = model[0].weight.detach().clone(), loss(model, batch).item()
+    for i in range(5):
+        with torch.no_grad():
+            model[0].weight.copy_(weight - 1e-3 * torch.outer(b[:, i], a[i]).float())
+        assert 1e3 * (loss(model, batch).item() - before) == pytest.approx(float(found[i]), rel=0.2, abs=0.02)

@@ -86,7 +86,7 @@ def test_the_ride_collects_what_a_pass_over_the_data_would(
     assert compression.report.ranks == plan.ranks
     for ours, theirs in zip(compression.report.plan.layers, plan.layers, strict=True):
         assert ours.relative_error == pytest.approx(theirs.relative_error, rel=1e-3)
-    assert str(compression.report.plan).splitlines()[0] == str(plan).splitlines()[0]
+    assert compression.report.plan.loss_increase == pytest.approx(plan.loss_increase, rel=1e-3)  # the scale of G
     report = lp.apply_plan_(nn.ModuleDict({"net": dense}), plan, statistics)
     for name, error in report.weight_errors.items():
         assert compression.report.weight_errors[name] == pytest.approx(error, rel=1e-3)

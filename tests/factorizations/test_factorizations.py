@@ -352,6 +352,13 @@ class TestAutomaticShrinkage:
         mean = {shrinkage: np.mean([error(shrinkage, seed) for seed in range(12)]) for shrinkage in ("auto", 0.0)}
         assert mean["auto"] < 0.97 * mean[0.0]
 
+    def test_the_gradient_metric_never_goes_without_the_default_shrinkage(self):
+        statistics = self.statistics(64)
+        statistics.half.gradient_gram = statistics.gradient_gram / 2  # no noise between the halves
+        statistics.half.samples = statistics.samples // 2
+        ours, default = (lp.KroneckerSVD(amount).metric(statistics)[0] for amount in ("auto", 1e-4))
+        torch.testing.assert_close(ours, default)
+
     def test_says_what_is_missing(self):
         with pytest.raises(StatisticsError, match="wanted=factorization.wanted"):
             lp.KroneckerSVD("auto")(torch.randn(4, 4), 2, statistics_of(*sample(4, 4)))

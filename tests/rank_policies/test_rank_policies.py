@@ -250,3 +250,18 @@ def test_energy_threshold_by_hand():
     assert EnergyThreshold(1.0)([dataclasses.replace(one, ranks=(2,))]) == {"a": None}
     assert EnergyThreshold(0.1, min_rank=2)([one]) == {"a": 2}
     assert EnergyThreshold(0.7)([dataclasses.replace(one, ranks=(1, 3))]) == {"a": 3}
+
+
+def test_a_probe_that_says_nothing_counts_as_the_median():
+    values = torch.logspace(0, -2, 20, dtype=torch.float64)
+
+    def ranks(silent):
+        increases = {"a": 1.0, "b": 2.0, "c": 100.0, "silent": silent}
+        layers = [
+            LayerChoices(name, 20, 20, values, tuple(range(1, 10)), probe=Probe(8, increase))
+            for name, increase in increases.items()
+        ]
+        return lp.ProbeBudget(0.5)(layers)
+
+    assert ranks(0.0) == ranks(2.0)
+    assert ranks(0.0) not in (ranks(1.0), ranks(100.0))
