@@ -261,7 +261,7 @@ def test_a_probe_that_says_nothing_counts_as_the_median():
             LayerChoices(name, 20, 20, values, tuple(range(1, 10)), probe=Probe(8, increase))
             for name, increase in increases.items()
         ]
-        return lp.ProbeBudget(0.5)(layers)
+        return ProbeBudget(0.5)(layers)
 
     assert ranks(0.0) == ranks(2.0)
     assert ranks(0.0) not in (ranks(1.0), ranks(100.0))
