@@ -1,5 +1,6 @@
 """A target as the regularizer sees it: its matrix in some metric, its target rank, its memory."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.errors import PrehabError
-from lightning_prehab.linalg import gram_root, singular_values, spectral_ranks
+from lightning_prehab.linalg import gram_root, leading_subspace, singular_values, spectral_ranks
 from lightning_prehab.regularizers import Memory, Metric, Penalty, Shrinkage
 from lightning_prehab.statistics import LayerStatistics, Wanted
 
@@ -78,13 +79,20 @@ class RegularizedLayer:
 
     @torch.no_grad()
     def tail(self) -> tuple[Tensor, Tensor]:
-        """Energy beyond the target rank in the metric, and all energy; NaN if the weight is not finite."""
+        """Energy beyond the target rank in the metric, and all energy; NaN if the weight is not finite.
+
+        The leading directions are exact at the first call, later those of the call before, brought up to date by one
+        subspace step: the tail is never underestimated.
+        """
+        assert self.rank is not None
         seen = self.metric.view(self.module.weight.detach().float())
-        if not bool(torch.isfinite(seen).all()):
-            nan = torch.full((), float("nan"), dtype=torch.float64, device=seen.device)
-            return nan, nan
-        energy = singular_values(seen).square()
-        return energy[self.rank :].sum() if self.rank is not None else torch.zeros_like(energy[0]), energy.sum()
+        energy = seen.square().sum()
+        if not bool(torch.isfinite(energy)):
+            return energy * math.nan, energy * math.nan
+        rows = seen if seen.shape[0] <= seen.shape[1] else seen.mT
+        basis = leading_subspace(rows, self.rank, self._memory.get("forecast"))
+        self._memory["forecast"] = basis
+        return (rows - basis @ (basis.mT @ rows)).square().sum(), energy
 
     def penalty(self, regularizer: Penalty) -> Tensor:
         """R(L^T W S) in float32."""

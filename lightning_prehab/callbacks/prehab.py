@@ -227,7 +227,7 @@ class PrehabCallback(pl.Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: torch.optim.Optimizer
     ) -> None:
         """Adds the gradient of the penalty for the weights of this optimizer."""
-        for group in optimizer.param_groups:
+        for group in optimizer.param_groups if isinstance(self.regularizer, Shrinkage) else ():
             self._rates.update((id(parameter), float(group["lr"])) for parameter in group["params"])
         if self._into_loss or not self._acts(trainer):
             return

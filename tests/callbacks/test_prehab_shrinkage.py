@@ -218,8 +218,9 @@ def test_the_forecast_is_half_the_tail_in_the_loss_space(lit, data, make_trainer
     callbacks = [prehab, lp.CompressionCallback(3, 0.5, calibration_batches=4), Check()]
     make_trainer(max_epochs=4, callbacks=callbacks).fit(lit, DataLoader(data, 16))
     assert len(found) == 14
+    assert found[0][0] == pytest.approx(found[0][1], rel=1e-4)
     for ours, exact in found:
-        assert ours == pytest.approx(exact, rel=1e-4)
+        assert 0.9999 * exact < ours < 1.05 * exact  # one subspace step per forecast: never too low
 
 
 def surgery_epoch(make_trainer, lit, data, below, regularizer=None, **settings):

@@ -46,9 +46,9 @@ trainer:
 """
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+def run(folder: Path, *arguments: str, config: str = CONFIG) -> subprocess.CompletedProcess:
     (folder / "main.py").write_text(MAIN)
-    (folder / "config.yaml").write_text(CONFIG)
+    (folder / "config.yaml").write_text(config)
     return subprocess.run(
         [sys.executable, "main.py", "fit", "--config", "config.yaml", *arguments],
         cwd=folder,
@@ -71,3 +71,77 @@ def test_a_wrong_value_is_named(tmp_path):
     done = run(tmp_path, "--trainer.callbacks+=lightning_prehab.RehabSchedule", "--trainer.callbacks.shape=square")
     assert done.returncode != 0
     assert "square" in done.stderr
+
+
+OWN = """
+from dataclasses import dataclass
+
+import torch
+
+from lightning_prehab.factorizations import Factorization, Factors
+from lightning_prehab.rank_policies import RankPolicy
+from lightning_prehab.regularizers import Shrinkage
+
+
+@dataclass(frozen=True)
+class LeadingColumns(Factorization):
+    scale: float = 1.0
+
+    def __call__(self, weight, rank, statistics=None):
+        return Factors(torch.eye(weight.shape[1])[:rank] * self.scale, weight[:, :rank] / self.scale)
+
+
+@dataclass(frozen=True)
+class Fixed(RankPolicy):
+    rank: int
+
+    def __call__(self, layers):
+        return {layer.name: self.rank for layer in layers}
+
+
+@dataclass(frozen=True)
+class Smaller(Shrinkage):
+    factor: float
+
+    def __call__(self, weight, rank=None, memory=None, progress=1.0, lr=0.0, metric=None):
+        return weight * self.factor
+"""
+START = CONFIG[: CONFIG.index("    - class_path")]
+OWN_CONFIG = f"""{START}
+    - class_path: lightning_prehab.PrehabCallback
+      init_args: {{regularizer: {{class_path: own.Smaller, init_args: {{factor: 0.99}}}}}}
+    - class_path: lightning_prehab.CompressionCallback
+      init_args:
+        epoch: 1
+        factorization: {{class_path: own.LeadingColumns, init_args: {{scale: 2.0}}}}
+        policy: {{class_path: own.Fixed, init_args: {{rank: 3}}}}
+"""
+NESTED_CONFIG = f"""{START}
+    - class_path: lightning_prehab.PrehabCallback
+      init_args: {{regularizer: lightning_prehab.TailShrinkage, space: loss, forecast_every_n_steps: 2}}
+    - class_path: lightning_prehab.CompressionCallback
+      init_args:
+        epoch: auto
+        forecast_below: 0.5
+        factorization:
+          class_path: lightning_prehab.LowRankPlusSparse
+          init_args:
+            density: 0.1
+            base: {{class_path: lightning_prehab.KroneckerSVD, init_args: {{input_shrinkage: auto}}}}
+        policy: {{class_path: lightning_prehab.ProbeBudget, init_args: {{keep: 0.5, scope: model}}}}
+"""
+
+
+def test_classes_of_the_user(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    done = run(tmp_path, config=OWN_CONFIG)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "layer.0  32x32     3" in done.stdout
+    assert "LeadingColumns(scale=2.0)" in done.stdout
+
+
+def test_a_factorization_inside_of_another_and_an_automatic_surgery(tmp_path):
+    done = run(tmp_path, config=NESTED_CONFIG)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "LowRankPlusSparse(density=0.1, base=KroneckerSVD(" in done.stdout
+    assert "input_shrinkage='auto'" in done.stdout
