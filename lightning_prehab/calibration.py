@@ -54,7 +54,7 @@ def collect_statistics(
     if isinstance(batches, Tensor):
         raise ArgumentError("batches is one tensor; give an iterable of batches, for example batches=[tensor].")
     if wanted is None:
-        wanted = Wanted(inputs=True, gradients=gradients, weight_gradients=gradients)
+        wanted = Wanted(inputs=True, gradients=gradients, weight_gradients=gradients, magnitudes=True)
     for name, layer in targets.items():
         require_finite(layer.weight.detach(), f"Layer {name!r}: the weight")
     collector = Collector(targets, wanted)

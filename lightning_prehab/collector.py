@@ -95,6 +95,7 @@ class Collector:
                 gradients=wanted.gradients,
                 weight_gradients=wanted.weight_gradients,
                 halves=wanted.halves,
+                magnitudes=wanted.magnitudes,
                 device=layer.weight.device,
             )
             for name, layer in self._targets.items()
@@ -193,15 +194,15 @@ class Collector:
                 x, g = x[finite], g[finite]
                 fed = _Fed(None, 0, next(self._numbers))  # other layers may drop other tokens
             self._add_inputs(watched, fed, x)
-            g = g.float() / self.loss_scale
             if self.wanted.weight_gradients:
-                product = g.mT @ x.float()
+                product = (g.float().mT @ x.float()) / self.loss_scale
                 watched.weight_gradient = (
                     product if watched.weight_gradient is None else watched.weight_gradient.add_(product)
                 )
             if self.wanted.gradients:
                 # The gradient of the mean over the batch, times its size, is that of the sample's own loss.
-                gram = gradient_gram(g * self._batch_size, self._at_most(watched.statistics.out_features))
+                gram = gradient_gram(g, self._at_most(watched.statistics.out_features))
+                gram *= (self._batch_size / self.loss_scale) ** 2
                 for statistics in self._of(watched):
                     statistics.add_gradient_gram(gram)
 
@@ -209,7 +210,8 @@ class Collector:
         if fed.sums is None:
             if self._computed is not None:
                 self._computed.sums = None
-            fed.sums, self._computed = input_sums(x, self._at_most(watched.statistics.in_features)), fed
+            at_most = self._at_most(watched.statistics.in_features)
+            fed.sums, self._computed = input_sums(x, at_most, magnitudes=self.wanted.magnitudes), fed
         watched.history.append(fed.number)
         for statistics in self._of(watched):
             statistics.add_inputs(fed.sums)

@@ -22,12 +22,14 @@ class Wanted(NamedTuple):
         gradients: ``sum g g^T``.
         weight_gradients: Sums of the weight gradients of the batches and of their squares.
         halves: The sums of every other batch alone too.
+        magnitudes: ``sum |x|``.
     """
 
     inputs: bool = False
     gradients: bool = False
     weight_gradients: bool = False
     halves: bool = False
+    magnitudes: bool = False
 
     @property
     def backward(self) -> bool:
@@ -45,13 +47,13 @@ class InputSums(NamedTuple):
     Attributes:
         tokens: Their number.
         total: ``sum x``, shape ``(n,)``.
-        absolute: ``sum |x|``, shape ``(n,)``.
+        absolute: ``sum |x|``, shape ``(n,)``, or 0 if it is not wanted.
         gram: ``sum x x^T``, shape ``(n, n)``.
     """
 
     tokens: int
     total: Tensor
-    absolute: Tensor
+    absolute: Tensor | int
     gram: Tensor
 
 
@@ -67,13 +69,14 @@ class LayerStatistics:
         gradients: Whether output gradients are summed too.
         weight_gradients: Whether weight gradients and their squares are summed too.
         halves: Whether the sums of every other batch are kept apart too, in ``half``.
+        magnitudes: Whether absolute values of the inputs are summed too.
         device: Where the sums live (float32; the counts int64).
 
     Attributes:
         tokens: Number of tokens, scalar.
         samples: Number of samples of all batches seen, whether or not they reached this layer, scalar.
         input_sum: ``sum x``, shape ``(n,)``.
-        input_absolute_sum: ``sum |x|``, shape ``(n,)``.
+        input_absolute_sum: ``sum |x|``, shape ``(n,)``, or None.
         input_gram: ``sum x x^T``, shape ``(n, n)``.
         gradient_gram: ``sum g g^T``, shape ``(m, m)``, or None.
         weight_gradient: Gradient of the loss summed over the samples, shape ``(m, n)``, or None.
@@ -94,6 +97,7 @@ class LayerStatistics:
         gradients: bool = False,
         weight_gradients: bool = False,
         halves: bool = False,
+        magnitudes: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
         m, n = out_features, in_features
@@ -102,13 +106,15 @@ class LayerStatistics:
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.samples = torch.zeros((), dtype=torch.int64, device=device)
         self.input_sum = torch.zeros(n, device=device)
-        self.input_absolute_sum = torch.zeros(n, device=device)
+        self.input_absolute_sum = torch.zeros(n, device=device) if magnitudes else None
         self.input_gram = torch.zeros(n, n, device=device)
         self.gradient_gram = torch.zeros(m, m, device=device) if gradients else None
         self.weight_gradient = torch.zeros(m, n, device=device) if weight_gradients else None
         self.fisher_rows = torch.zeros(m, device=device) if weight_gradients else None
         self.fisher_columns = torch.zeros(n, device=device) if weight_gradients else None
-        self.half = LayerStatistics(n, m, gradients=gradients, device=device) if halves else None
+        self.half = None
+        if halves:
+            self.half = LayerStatistics(n, m, gradients=gradients, magnitudes=magnitudes, device=device)
 
     def __repr__(self) -> str:
         gradients = self.gradient_gram is not None
@@ -127,7 +133,8 @@ class LayerStatistics:
         """Adds what :func:`input_sums` has made of some tokens."""
         self.tokens += sums.tokens
         self.input_sum += sums.total
-        self.input_absolute_sum += sums.absolute
+        if self.input_absolute_sum is not None:
+            self.input_absolute_sum += sums.absolute
         self.input_gram += sums.gram
 
     @torch.no_grad()
@@ -189,8 +196,10 @@ class LayerStatistics:
         """``E[|x|]`` per token, shape ``(n,)``.
 
         Raises:
-            StatisticsError: If no token was seen.
+            StatisticsError: If no token was seen, or magnitudes were not collected.
         """
+        if self.input_absolute_sum is None:
+            raise StatisticsError("Magnitudes were not collected; collect statistics with wanted=factorization.wanted.")
         return self.input_absolute_sum / self._count(self.tokens, "input")
 
     def gradient_second_moment(self) -> Tensor:
@@ -245,6 +254,8 @@ class LayerStatistics:
                 return "its weight gradients were not collected"
             if float(self.fisher_rows.sum()) == 0.0:
                 return lacking
+        if wanted.magnitudes and self.input_absolute_sum is None:
+            return "the magnitudes of its inputs were not collected"
         if wanted.halves and self.half is not None and int(self.half.tokens) in (0, int(self.tokens)):
             return "to see how noisy its statistics are, it must be reached in even and in odd batches"
         return None
@@ -293,7 +304,8 @@ class LayerStatistics:
 
     def same_inputs(self, other: "LayerStatistics") -> bool:
         """Whether both have seen the same inputs so far, by their sums."""
-        pairs = [(getattr(self, name), getattr(other, name)) for name in _INPUT_SUMS]
+        names = [name for name in _INPUT_SUMS if getattr(self, name) is not None and getattr(other, name) is not None]
+        pairs = [(getattr(self, name), getattr(other, name)) for name in names]
         if (self.half is None) != (other.half is None):
             return False
         halves = self.half is None or other.half is None or self.half.same_inputs(other.half)
@@ -309,7 +321,8 @@ class LayerStatistics:
     def unshare_inputs_(self) -> None:
         """Makes the input sums the own ones again: copies of the common ones."""
         for name in _INPUT_SUMS:
-            setattr(self, name, getattr(self, name).clone())
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name).clone())
         if self.half is not None:
             self.half.unshare_inputs_()
 
@@ -330,33 +343,34 @@ def statistics_bytes(shapes: Iterable[tuple[int, int]], wanted: Wanted) -> int:
         shapes: ``(out_features, in_features)`` of each layer.
         wanted: What is collected.
 
-    >>> statistics_bytes([(10, 10)], Wanted(inputs=True)) // 4  # 10 x 10, two sums of 10
-    120
+    >>> statistics_bytes([(10, 10)], Wanted(inputs=True)) // 4  # 10 x 10 and a sum of 10
+    110
     """
     entries = 0
     for m, n in shapes:
-        moments = n * n + 2 * n + (m * m if wanted.gradients else 0)
+        moments = n * n + (2 * n if wanted.magnitudes else n) + (m * m if wanted.gradients else 0)
         entries += moments * (2 if wanted.halves else 1) + (m * n + m + n if wanted.weight_gradients else 0)
     return 4 * entries
 
 
 @torch.no_grad()
-def input_sums(x: Tensor, at_most: int | None = None) -> InputSums:
+def input_sums(x: Tensor, at_most: int | None = None, *, magnitudes: bool = True) -> InputSums:
     """Sums over tokens, in float32.
 
     Args:
         x: Shape ``(tokens, n)``, any floating dtype.
         at_most: Estimate the Gram matrix from so many tokens; see :func:`sample_by_energy`. All are counted.
+        magnitudes: Whether to sum absolute values too.
     """
-    x = x.float()
     sample = sample_by_energy(x, at_most)
-    return InputSums(x.shape[0], x.sum(0), torch.linalg.vector_norm(x, 1, dim=0), sample.mT @ sample)
+    absolute = torch.linalg.vector_norm(x, 1, dim=0, dtype=torch.float32) if magnitudes else 0
+    return InputSums(x.shape[0], x.sum(0, dtype=torch.float32), absolute, sample.mT @ sample)
 
 
 @torch.no_grad()
 def gradient_gram(g: Tensor, at_most: int | None = None) -> Tensor:
     """``sum g g^T`` in float32, shape ``(m, m)``; arguments as for :func:`input_sums`."""
-    sample = sample_by_energy(g.float(), at_most)
+    sample = sample_by_energy(g, at_most)
     return sample.mT @ sample
 
 
@@ -368,18 +382,21 @@ def sample_by_energy(rows: Tensor, at_most: int | None) -> Tensor:
     no random state is touched, and a few rows that carry all the energy are all taken.
 
     Args:
-        rows: Shape ``(tokens, k)``.
+        rows: Shape ``(tokens, k)``, any floating dtype.
         at_most: Number of rows to return; None or a number of at least ``tokens`` returns the rows as they are.
+
+    Returns:
+        Float32.
     """
     if at_most is None or rows.shape[0] <= at_most:
-        return rows
+        return rows.float()
     order = _shuffled(rows.shape[0], rows.device)
-    energy = torch.linalg.vector_norm(rows, dim=1).square()[order]
+    energy = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()[order]
     total = energy.sum()
     marks = (torch.arange(at_most, dtype=energy.dtype, device=rows.device) + 0.5) * (total / at_most)
     taken = torch.searchsorted(energy.cumsum(0), marks).clamp_max_(len(energy) - 1)
     scale = (total / (at_most * energy[taken].clamp_min(torch.finfo(energy.dtype).tiny))).sqrt()
-    sampled: Tensor = rows[order[taken]] * scale[:, None]
+    sampled: Tensor = rows[order[taken]].float() * scale[:, None]
     return sampled
 
 

@@ -348,7 +348,7 @@ def test_inference_tensors_are_never_taken_for_the_same():
 def test_restored_sums_stay_with_their_layers():
     """Two layers with different pasts see the same from now on."""
     model = Attention()
-    collector = Collector({"q": model.q, "k": model.k}, Wanted(True))
+    collector = Collector({"q": model.q, "k": model.k}, Wanted(True, magnitudes=True))
     past = lp.LayerStatistics(6, 5)
     past.update_inputs(torch.randn(3, 6))
     collector.statistics["k"].restore_(past.snapshot())

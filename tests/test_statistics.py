@@ -125,10 +125,15 @@ def test_shared_inputs_merge_like_separate_ones():
 
 
 def test_bytes_are_those_of_the_tensors():
-    for flags in itertools.product((False, True), repeat=3):
+    for flags in itertools.product((False, True), repeat=4):
         wanted = Wanted(True, *flags)
         statistics = lp.LayerStatistics(
-            5, 7, gradients=wanted.gradients, weight_gradients=wanted.weight_gradients, halves=wanted.halves
+            5,
+            7,
+            gradients=wanted.gradients,
+            weight_gradients=wanted.weight_gradients,
+            halves=wanted.halves,
+            magnitudes=wanted.magnitudes,
         )
         held = sum(tensor.numel() * 4 for _, tensor in statistics.tensors() if tensor.dim() > 0)
         assert statistics_bytes([(7, 5)], wanted) == held

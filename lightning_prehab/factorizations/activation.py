@@ -28,6 +28,7 @@ class ActivationSVD(MetricFactorization):
 
     alpha: float = 0.5
     needs_inputs: ClassVar[bool] = True
+    needs_magnitudes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.alpha, int | float) or not 0.0 <= self.alpha < math.inf:

@@ -73,12 +73,14 @@ class Factorization(ABC):
         needs_inputs: The method reads input statistics.
         needs_gradients: The method reads output-gradient statistics.
         needs_weight_gradients: The method reads statistics of weight gradients.
+        needs_magnitudes: The method reads mean absolute inputs.
         comparable: Squares in :meth:`spectrum` mean the same in every layer, so ranks may be traded between layers.
     """
 
     needs_inputs: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
     needs_weight_gradients: ClassVar[bool] = False
+    needs_magnitudes: ClassVar[bool] = False
     comparable: ClassVar[bool] = False
 
     @property
@@ -94,7 +96,13 @@ class Factorization(ABC):
     @property
     def wanted(self) -> Wanted:
         """What calibration has to collect for this method."""
-        return Wanted(self.needs_inputs, self.needs_gradients, self.needs_weight_gradients, self.needs_halves)
+        return Wanted(
+            inputs=self.needs_inputs,
+            gradients=self.needs_gradients,
+            weight_gradients=self.needs_weight_gradients,
+            halves=self.needs_halves,
+            magnitudes=self.needs_magnitudes,
+        )
 
     @property
     def needs_statistics(self) -> bool:
