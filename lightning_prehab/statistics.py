@@ -363,7 +363,7 @@ def input_sums(x: Tensor, at_most: int | None = None, *, magnitudes: bool = True
         magnitudes: Whether to sum absolute values too.
     """
     sample = sample_by_energy(x, at_most)
-    absolute = torch.linalg.vector_norm(x, 1, dim=0, dtype=torch.float32) if magnitudes else 0
+    absolute = x.abs().sum(0, dtype=torch.float32) if magnitudes else 0
     return InputSums(x.shape[0], x.sum(0, dtype=torch.float32), absolute, sample.mT @ sample)
 
 
