@@ -17,7 +17,6 @@ from lightning_prehab.linalg import (
     RELATIVE_FLOOR,
     break_even_rank,
     gram_root,
-    power_iteration,
     require_finite,
     symmetric_eigh,
     to_float64,
@@ -110,10 +109,10 @@ def decompose_many(items: Sequence[tuple[Tensor, Tensor | None, Tensor | None]])
         chosen = [index for index, problem in waiting.items() if dtype == torch.float64 or problem.may_use_float32()]
         for batch in _batches(chosen, waiting):
             prepared = [waiting[index].gram(dtype) for index in batch]
-            values, vectors = symmetric_eigh(torch.stack([gram for gram, _ in prepared]), dtype)
-            for index, value, vector, (_, root) in zip(batch, values.double(), vectors, prepared, strict=True):
+            values, vectors = symmetric_eigh(torch.stack([gram for gram, _, _ in prepared]), dtype)
+            for index, value, vector, (_, root, scale) in zip(batch, values.double(), vectors, prepared, strict=True):
                 problem = waiting[index]
-                if dtype == torch.float64 or _float32_suffices(value, problem.rank_limit, problem.scale()):
+                if dtype == torch.float64 or _float32_suffices(value, problem.rank_limit, scale, root, vector):
                     results[index] = WeightedSVD(value.sqrt(), problem.rows, vector, root, problem.transposed)
                     del waiting[index]
     return [result for result in results if result is not None]
@@ -196,27 +195,19 @@ class _Problem:
         exact = torch.get_float32_matmul_precision() == "highest"
         return exact and self.rows.dtype != torch.float64 and self.rows.shape[0] >= FLOAT32_SIZE
 
-    def scale(self) -> float:
-        """About the largest eigenvalue that ``M`` could have: spectral norm of W, Frobenius norms of the metrics."""
-        start = self.rows.new_ones(self.rows.shape[1], dtype=torch.float32)
-        scale = float(power_iteration(self.rows.float(), start + self.rows.abs().amax(0), 3)[0]) ** 2
-        for metric in (self._small, self._large):
-            if metric is not None:
-                scale *= float(metric.norm(torch.inf if metric.dim() == 1 else "fro"))
-        return scale
-
-    def gram(self, dtype: torch.dtype) -> tuple[Tensor, _Root | None]:
-        """``M``, and the root of the smaller side."""
+    def gram(self, dtype: torch.dtype) -> tuple[Tensor, _Root | None, float]:
+        """``M``, the root ``L`` of the smaller side, and the size of the products that ``W C W^T`` is made of."""
         rows = to_float64(self.rows) if dtype == torch.float64 else self.rows.float()
-        if self._large is None:
-            gram = rows @ rows.mT
-        else:
+        product = rows
+        if self._large is not None:
             metric = self._large.to(rows)
-            gram = (rows * metric if metric.dim() == 1 else rows @ metric) @ rows.mT
+            product = rows * metric if metric.dim() == 1 else rows @ metric
+        gram = product @ rows.mT
+        scale = float(product.norm(dim=1).max() * rows.norm(dim=1).max())
         if self._small is None:
-            return gram, None
+            return gram, None, scale
         root = _Root(self._small, dtype)
-        return root.congruence(gram), root
+        return root.congruence(gram), root, scale
 
 
 def _batches(indices: Sequence[int], problems: dict[int, _Problem]) -> list[list[int]]:
@@ -231,18 +222,23 @@ def _batches(indices: Sequence[int], problems: dict[int, _Problem]) -> list[list
     return [stack for stacks in groups.values() for stack in stacks if stack]
 
 
-def _float32_suffices(eigenvalues: Tensor, limit: int, scale: float) -> bool:
+def _float32_suffices(eigenvalues: Tensor, limit: int, scale: float, root: _Root | None, vectors: Tensor) -> bool:
     """Whether rounding in float32 costs less than ``FLOAT32_LOSS`` of the truncation loss at every rank up to a limit.
 
-    Rounding perturbs the entries of ``M`` in its eigenbasis by about ``eps s / sqrt(k)``, with ``s`` the scale of the
-    products that ``M`` is made of. To second order a truncation at ``r`` then loses ``r (k - r)`` such squares over a
-    gap of order ``l_r`` (a smaller gap costs less, since swapping equal eigenvalues is free).
+    Rounding perturbs the entries of ``W C W^T`` by about ``eps s / sqrt(k)``, with ``s`` the size of the products that
+    it is made of (far above the result where they cancel), and so entry ``ij`` of ``M`` in its eigenbasis by that times
+    ``|L u_i| |L u_j|``; the solver adds ``eps l_1 / sqrt(k)`` to every entry. To second order a truncation at ``r``
+    then loses the squares of the entries with ``i <= r < j`` over a gap of order ``l_r`` (a smaller gap costs less,
+    since swapping equal eigenvalues is free).
     """
-    k, top = len(eigenvalues), float(eigenvalues[0])
-    if top == 0.0:
+    k = len(eigenvalues)
+    if float(eigenvalues[0]) == 0.0:
         return scale == 0.0
-    rank = torch.arange(1, limit + 1, dtype=torch.float64, device=eigenvalues.device)
+    gains = torch.ones_like(eigenvalues) if root is None else root.apply(vectors).square().sum(0).double()
+    gains = gains.clamp_min(float(gains.mean()))
+    below = gains.cumsum(0)[:limit]
     tail = eigenvalues.sum() - eigenvalues.cumsum(0)[:limit]
-    noise = (torch.finfo(torch.float32).eps * max(top, scale)) ** 2 / k
-    cost = rank * (k - rank) * noise / eigenvalues[:limit].clamp_min(1e-300)
+    rank = torch.arange(1, limit + 1, dtype=torch.float64, device=eigenvalues.device)
+    noise = scale**2 * below * (gains.sum() - below) + float(eigenvalues[0]) ** 2 * rank * (k - rank)
+    cost = torch.finfo(torch.float32).eps ** 2 / k * noise / eigenvalues[:limit].clamp_min(1e-300)
     return bool((cost <= FLOAT32_LOSS * tail).all())
