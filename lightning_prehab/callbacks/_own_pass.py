@@ -160,11 +160,6 @@ def _fresh_batches(trainer: "pl.Trainer") -> Iterator[Iterator[Any]]:
         if isinstance(generator := getattr(owner, "generator", None), torch.Generator)
     ]
     states = [generator.get_state() for generator in generators]
-    positions = [
-        (loader, copy.deepcopy(loader.state_dict()))
-        for loader in combined.flattened
-        if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-    ]
     persistent = [(loader, loader._iterator) for loader in combined.flattened if hasattr(loader, "_iterator")]
     try:
         for loader, _ in persistent:
@@ -176,5 +171,3 @@ def _fresh_batches(trainer: "pl.Trainer") -> Iterator[Iterator[Any]]:
             loader._iterator = iterator
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
-        for loader, position in positions:
-            loader.load_state_dict(position)

@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    OnExceptionCheckpoint,
     RichModelSummary,
     RichProgressBar,
     StochasticWeightAveraging,
@@ -684,3 +685,19 @@ def test_probes_with_manual_optimization_are_refused(mlp, loader, make_trainer, 
     compression = lp.CompressionCallback(1, policy=lp.ProbeBudget(0.5))
     with pytest.raises(UnsupportedError, match="Use another rank policy"):
         make_trainer(max_epochs=2, callbacks=[compression]).fit(Manual(mlp), loader)
+
+
+def test_a_checkpoint_that_is_written_at_an_exception_has_the_sums(lit, loader, make_trainer, tmp_path):
+    class Fail(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 4:
+                raise KeyError("somebody else's")
+
+    saver = OnExceptionCheckpoint(tmp_path, filename="failed")
+    callbacks = [lp.PrehabCallback(space="loss"), lp.CompressionCallback(1), Fail(), saver]
+    with pytest.raises(KeyError):
+        make_trainer(max_epochs=2, callbacks=callbacks, enable_checkpointing=True).fit(lit, loader)
+    states = torch.load(tmp_path / "failed.ckpt", weights_only=True)["callbacks"]
+    assert int(states["CompressionCallback"]["statistics"]["net.0"]["tokens"]) == 80
+    assert len(states["PrehabCallback"]["layers"]) == 3
+    assert not any(module._forward_hooks for module in lit.modules())
