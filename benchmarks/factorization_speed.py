@@ -142,6 +142,7 @@ def measure(name: str, repeats: int) -> dict[str, object]:
     exact, fast = (losses(items, results[side], False) for side in ("svd float64", "WhitenedSVD"))
     both, fast_both = (losses(items, results[side], True) for side in ("two-sided svd float32", "KroneckerSVD"))
     return {
+        "command": f"python benchmarks/factorization_speed.py --models {name} --repeats {repeats}",
         "layers": len(items),
         "seconds": {side: [round(t, 3) for t in times] for side, times in seconds.items()},
         "faster than svd float32": median["svd float32"] / median["WhitenedSVD"],
@@ -158,7 +159,7 @@ def measure(name: str, repeats: int) -> dict[str, object]:
 
 
 def table(results: dict[str, dict[str, object]]) -> str:
-    columns = [key for key in next(iter(results.values())) if key not in ("seconds", "machine")]
+    columns = [key for key in next(iter(results.values())) if key not in ("command", "seconds", "machine")]
     lines = ["| | " + " | ".join(results) + " |", "|---" * (len(results) + 1) + "|"]
     for column in columns:
         cells = [value if isinstance(value := row[column], int | None) else f"{value:.3g}" for row in results.values()]
