@@ -1,7 +1,7 @@
 """SVD compression of neural networks in three acts, as PyTorch Lightning callbacks: prehab, surgery, rehab."""
 
 from lightning_prehab.calibration import collect_statistics
-from lightning_prehab.callbacks import CompressionCallback, PrehabCallback, RehabSchedule
+from lightning_prehab.callbacks import CompressionCallback, PaperPrehab, PrehabCallback, RehabSchedule
 from lightning_prehab.compress import compress_
 from lightning_prehab.errors import PrehabError
 from lightning_prehab.factorizations import SVD, ActivationSVD, FisherSVD, KroneckerSVD, LowRankPlusSparse, WhitenedSVD
@@ -43,6 +43,7 @@ __all__ = [
     "LowRankPlusSparse",
     "LowRankPlusSparseLinear",
     "NuclearNorm",
+    "PaperPrehab",
     "ParameterBudget",
     "PrehabCallback",
     "PrehabError",

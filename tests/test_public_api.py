@@ -22,6 +22,7 @@ NAMES = {
     "NuclearNorm",
     "LowRankPlusSparse",
     "LowRankPlusSparseLinear",
+    "PaperPrehab",
     "ParameterBudget",
     "PrehabCallback",
     "PrehabError",
