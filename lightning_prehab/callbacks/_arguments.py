@@ -5,7 +5,19 @@ import math
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.regularizers import Penalty, Shrinkage
 
-_PENALTY_ONLY = ("strength", "strength_share", "ramp_steps", "every_n_steps", "injection")
+#: Settings that only penalties have, and their values where they are not given.
+_PENALTY_ONLY = {"strength": None, "strength_share": None, "ramp_steps": 0, "every_n_steps": 1, "injection": "auto"}
+
+
+def changed_for_penalties(*values: object) -> dict[str, object]:
+    """Those of the settings that only penalties have which are given, in the order of :func:`check_regularizer`."""
+    pairs = zip(_PENALTY_ONLY.items(), values, strict=True)
+    return {name: value for (name, unset), value in pairs if value != unset}
+
+
+def default_strength(regularizer: Penalty | Shrinkage) -> float:
+    """The strength where none is given."""
+    return regularizer.default_strength if isinstance(regularizer, Penalty) else 0.0
 
 
 def check_regularizer(
@@ -34,20 +46,19 @@ def check_regularizer(
             "'auto'."
         )
     if isinstance(regularizer, Shrinkage):
-        changed = (strength, strength_share, ramp_steps, every_n_steps, injection)
-        for name, value, unset in zip(_PENALTY_ONLY, changed, (None, None, 0, 1, "auto"), strict=True):
-            if value != unset:
-                raise ArgumentError(
-                    f"{regularizer} is applied to the weights after each optimizer step; {name}={value!r} belongs to "
-                    "penalties, which are added to the loss. Set the fields of the shrinkage instead."
-                )
+        changed = changed_for_penalties(strength, strength_share, ramp_steps, every_n_steps, injection)
+        for name, value in changed.items():
+            raise ArgumentError(
+                f"{regularizer} is applied to the weights after each optimizer step; {name}={value!r} belongs to "
+                "penalties, which are added to the loss. Set the fields of the shrinkage instead."
+            )
 
 
 def check_when_and_where(
-    space: str, start_epoch: int, stop_epoch: int | None, update_steps: int, forecast_every_n_steps: int
+    space: str | None, start_epoch: int, stop_epoch: int | None, update_steps: int, forecast_every_n_steps: int
 ) -> None:
     """Checks the settings that all regularizers have."""
-    if space not in ("weight", "activation", "loss"):
+    if space not in (None, "weight", "activation", "loss"):
         raise ArgumentError(f"space must be 'weight', 'activation' or 'loss', got {space!r}.")
     if start_epoch < 0 or (stop_epoch is not None and stop_epoch <= start_epoch):
         raise ArgumentError(

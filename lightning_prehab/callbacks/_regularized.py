@@ -25,6 +25,13 @@ def wanted_in(space: Space) -> Wanted:
     return Wanted(inputs=space != "weight", gradients=space == "loss")
 
 
+def space_of(wanted: Wanted) -> Space:
+    """The space whose metric a factorization cuts in, told by what it wants to know; see :func:`wanted_in`."""
+    if not (wanted.inputs or wanted.magnitudes):
+        return "weight"
+    return "loss" if wanted.gradients else "activation"
+
+
 class RegularizedLayer:
     """A target with the metric it is seen in, its target rank and the memory of its regularizer."""
 

@@ -329,7 +329,8 @@ class CompressionCallback(pl.Callback):
 
     def _last_possible_epoch(self, trainer: "pl.Trainer") -> int:
         """With ``epoch="auto"``: the last one, if there is one and somebody forecasts."""
-        if not any(getattr(other, "forecasts", False) for other in callbacks_of(trainer)):
+        asked = [getattr(other, "forecasts", None) for other in callbacks_of(trainer)]
+        if not any(callable(forecasts) and forecasts(self) for forecasts in asked):
             raise ArgumentError(
                 "CompressionCallback(epoch='auto') waits for a forecast of what the cut will cost: add "
                 "PrehabCallback(..., space='loss') with forecast_every_n_steps above 0, or give an epoch."

@@ -9,10 +9,15 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_prehab.callbacks._arguments import check_regularizer, check_when_and_where
+from lightning_prehab.callbacks._arguments import (
+    changed_for_penalties,
+    check_regularizer,
+    check_when_and_where,
+    default_strength,
+)
 from lightning_prehab.callbacks._checkpoint import check_version
 from lightning_prehab.callbacks._preparation import Preparation
-from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, cut_now
+from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, cut_now, space_of
 from lightning_prehab.callbacks._timeline import batches_to_watch, remaining_batches
 from lightning_prehab.callbacks._trainer import (
     check_strategy,
@@ -23,7 +28,7 @@ from lightning_prehab.callbacks._trainer import (
 )
 from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.errors import ArgumentError, CheckpointError, TargetError, UnsupportedError
-from lightning_prehab.regularizers import GradientRatio, Penalty, Shrinkage, StableRank
+from lightning_prehab.regularizers import GradientRatio, Penalty, Shrinkage, StableRank, TailShrinkage
 from lightning_prehab.schedules import ramp
 from lightning_prehab.targets import Patterns, Targets, find_targets
 
@@ -54,12 +59,15 @@ class PrehabCallback(pl.Callback):
     ``prehab/effective_rank`` (means over the targets, of the weights themselves).
 
     Args:
-        regularizer: A penalty or a shrinkage; None means :class:`~lightning_prehab.StableRank`.
+        regularizer: A penalty or a shrinkage. None means :class:`~lightning_prehab.TailShrinkage` toward the planned
+            ranks, which makes the cut itself free; where there is no CompressionCallback to plan them, or a setting is
+            given that penalties alone have, :class:`~lightning_prehab.StableRank`.
         strength: Factor on the mean penalty, at least 0; None means the ``default_strength`` of the penalty. Shrinkages
             have none.
         ramp_steps: Optimizer steps over which the strength rises linearly to its full value.
         space: ``"weight"``: M = W. ``"activation"``: M = W S with S S^T = E[x x^T]. ``"loss"``: M = L^T W S with L L^T
-            = E[g g^T], the metric in which the default surgery cuts. The last two collect statistics in the first
+            = E[g g^T], the metric in which the default surgery cuts. None means the metric of the planned cut for a
+            regularizer that aims at planned ranks, else ``"weight"``. The last two collect statistics in the first
             ordinary training steps (as many as the ``calibration_batches`` of the CompressionCallback, else 64), and
             the regularizer starts after them. So does one that aims at planned ranks, if the planned factorization
             reads statistics.
@@ -104,7 +112,7 @@ class PrehabCallback(pl.Callback):
         strength: float | None = None,
         *,
         ramp_steps: int = 0,
-        space: Space = "weight",
+        space: Space | None = None,
         start_epoch: int = 0,
         stop_epoch: int | None = None,
         every_n_steps: int = 1,
@@ -116,14 +124,17 @@ class PrehabCallback(pl.Callback):
         forecast_every_n_steps: int = 50,
     ) -> None:
         super().__init__()
-        self.regularizer = StableRank() if regularizer is None else regularizer
         penalty = strength, strength_share, ramp_steps, every_n_steps, injection
-        check_regularizer(self.regularizer, *penalty)
-        default = self.regularizer.default_strength if isinstance(self.regularizer, Penalty) else 0.0
-        self.strength = default if strength is None else strength
+        self._open = regularizer is None and not changed_for_penalties(*penalty)  # decided when the Trainer is known
+        if regularizer is None:
+            regularizer = TailShrinkage() if self._open else StableRank()
+        check_regularizer(regularizer, *penalty)
+        self.regularizer: Penalty | Shrinkage = regularizer
+        self.strength = default_strength(regularizer) if strength is None else strength
         check_when_and_where(space, start_epoch, stop_epoch, update_steps, forecast_every_n_steps)
         self.ramp_steps = ramp_steps
-        self.space: Space = space
+        self._asked_space: Space | None = space
+        self.space: Space = "weight" if space is None else space
         self.start_epoch = start_epoch
         self.stop_epoch = stop_epoch
         self.every_n_steps = every_n_steps
@@ -149,10 +160,9 @@ class PrehabCallback(pl.Callback):
         self._restored: dict[str, Any] = {}
         self._world_size = 1
 
-    @property
-    def forecasts(self) -> bool:
-        """Whether the loss increase of the cut is predicted during training."""
-        return self.space == "loss" and self.forecast_every_n_steps > 0
+    def forecasts(self, compression: CompressionCallback) -> bool:
+        """Whether the loss increase of a cut is predicted during training."""
+        return self._space_for(compression) == "loss" and self.forecast_every_n_steps > 0
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Refuses what cannot work, before anything has been trained."""
@@ -162,6 +172,10 @@ class PrehabCallback(pl.Callback):
         self._release()
         self._restored, self._world_size = {}, trainer.world_size
         compression = find_callback(trainer, CompressionCallback)
+        if self._open:
+            self.regularizer = StableRank() if compression is None else TailShrinkage()
+            self.strength = default_strength(self.regularizer)
+        self.space = self._space_for(compression)
         if self.regularizer.needs_rank and compression is None and getattr(self.regularizer, "rank", None) is None:
             raise ArgumentError(
                 f"{self.regularizer} aims at a target rank: add a CompressionCallback to take it from, or give it a "
@@ -327,6 +341,15 @@ class PrehabCallback(pl.Callback):
                 )
             self._layers.append(RegularizedLayer.from_state_dict(name, self._targets[name], stored))
 
+    def _space_for(self, compression: CompressionCallback | None) -> Space:
+        if self._asked_space is not None:
+            return self._asked_space
+        return (
+            "weight"
+            if compression is None or not self.regularizer.needs_rank
+            else space_of(compression.factorization.wanted)
+        )
+
     def _find_targets(self, pl_module: "pl.LightningModule", compression: CompressionCallback | None) -> Targets:
         own = self.target_modules is not None or self.exclude_modules is not None
         if compression is None or own:
@@ -460,7 +483,8 @@ class PrehabCallback(pl.Callback):
             if self._span is None and isinstance(self.regularizer, Shrinkage):
                 raise UnsupportedError(
                     f"{self.regularizer} has to know when it must be done, but the length of an epoch or the last one "
-                    "is not known. Give limit_train_batches and a CompressionCallback, stop_epoch or max_epochs."
+                    "is not known. Give limit_train_batches and a CompressionCallback, stop_epoch or max_epochs, or use a "
+                    "penalty: PrehabCallback(StableRank())."
                 )
         self._layers, self._ready, self._planned_at = layers, True, self._steps
 

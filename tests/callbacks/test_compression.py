@@ -694,7 +694,7 @@ def test_a_checkpoint_that_is_written_at_an_exception_has_the_sums(lit, loader, 
                 raise KeyError("somebody else's")
 
     saver = OnExceptionCheckpoint(tmp_path, filename="failed")
-    callbacks = [lp.PrehabCallback(space="loss"), lp.CompressionCallback(1), Fail(), saver]
+    callbacks = [lp.PrehabCallback(lp.StableRank(), space="loss"), lp.CompressionCallback(1), Fail(), saver]
     with pytest.raises(KeyError):
         make_trainer(max_epochs=2, callbacks=callbacks, enable_checkpointing=True).fit(lit, loader)
     states = torch.load(tmp_path / "failed.ckpt", weights_only=True)["callbacks"]

@@ -261,3 +261,32 @@ def test_auto_needs_a_forecast_and_an_end(lit, data, make_trainer):
         lp.CompressionCallback("soon")
     with pytest.raises(ArgumentError, match="forecast_below must be positive"):
         lp.CompressionCallback("auto", forecast_below=0)
+
+
+@pytest.mark.parametrize(
+    ("factorization", "space"),
+    [(lp.KroneckerSVD(), "loss"), (lp.WhitenedSVD(), "activation"), (lp.ActivationSVD(), "activation"), (lp.SVD(), "weight")],
+)  # fmt: skip
+def test_the_default_aims_at_the_planned_cut_in_its_metric(factorization, space, lit, loader, make_trainer):
+    prehab = lp.PrehabCallback()
+    compression = lp.CompressionCallback(2, 0.5, factorization=factorization, calibration_batches=4)
+    make_trainer(max_epochs=3, callbacks=[prehab, compression]).fit(lit, loader)
+    assert (prehab.regularizer, prehab.space) == (lp.TailShrinkage(), space)
+    cut = [layer for layer in compression.report.plan.layers if layer.rank is not None]
+    assert cut
+    if space != "activation" or isinstance(
+        factorization, lp.WhitenedSVD
+    ):  # ASVD's metric is diagonal, an approximation
+        assert max(layer.relative_error for layer in cut) < 0.05
+
+
+def test_the_default_without_a_plan_or_with_settings_of_penalties(lit, loader, make_trainer):
+    alone = lp.PrehabCallback()
+    make_trainer(callbacks=[alone]).fit(lit, loader)
+    assert (alone.regularizer, alone.space, alone.strength) == (lp.StableRank(), "weight", 0.01)
+    given = lp.PrehabCallback(strength=0.5)
+    make_trainer(max_epochs=2, callbacks=[given, lp.CompressionCallback(1)]).fit(copy.deepcopy(lit), loader)
+    assert (given.regularizer, given.space, given.strength) == (lp.StableRank(), "weight", 0.5)
+    aimed = lp.PrehabCallback(lp.TailEnergy(), space="weight")
+    make_trainer(max_epochs=2, callbacks=[aimed, lp.CompressionCallback(1)]).fit(lit, loader)
+    assert aimed.space == "weight"
