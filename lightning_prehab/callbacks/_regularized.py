@@ -40,7 +40,7 @@ class RegularizedLayer:
         self.module = module
         self.rank = rank
         self.metric = metric
-        self._memory: Memory = {}
+        self.memory: Memory = {}
 
     @classmethod
     def seen_in(
@@ -64,7 +64,7 @@ class RegularizedLayer:
 
     def state_dict(self) -> dict[str, Any]:
         """Rank, metric and memory as plain data."""
-        memory = {key: value.clone() for key, value in self._memory.items()}
+        memory = {key: value.clone() for key, value in self.memory.items()}
         return {"rank": self.rank, "left": self.metric.left, "right": self.metric.right, "memory": memory}
 
     @classmethod
@@ -73,7 +73,7 @@ class RegularizedLayer:
         device = module.weight.device
         roots = (None if state[side] is None else state[side].to(device) for side in ("left", "right"))
         layer = cls(name, module, state["rank"], Metric(*roots))
-        layer._memory = {key: value.to("cpu" if key == "age" else device) for key, value in state["memory"].items()}
+        layer.memory = {key: value.to("cpu" if key == "age" else device) for key, value in state["memory"].items()}
         return layer
 
     def spectral_ranks(self) -> tuple[Tensor, Tensor]:
@@ -97,14 +97,27 @@ class RegularizedLayer:
         if not bool(torch.isfinite(energy)):
             return energy * math.nan, energy * math.nan
         rows = seen if seen.shape[0] <= seen.shape[1] else seen.mT
-        basis = leading_subspace(rows, self.rank, self._memory.get("forecast"))
-        self._memory["forecast"] = basis
+        basis = leading_subspace(rows, self.rank, self.memory.get("forecast"))
+        self.memory["forecast"] = basis
         return (rows - basis @ (basis.mT @ rows)).square().sum(), energy
 
     def penalty(self, regularizer: Penalty) -> Tensor:
         """R(L^T W S) in float32."""
         try:
-            return regularizer(self.metric.view(self.module.weight.float()), self.rank, self._memory)
+            return regularizer(self.metric.view(self.module.weight.float()), self.rank, self.memory)
+        except PrehabError as error:
+            raise type(error)(f"Layer {self.name!r}: {error}") from error
+
+    def has_work(self, regularizer: Shrinkage, progress: float) -> bool:
+        """Whether the next :meth:`shrink_` has spectral work to do that one process can do for all."""
+        below = self.rank is None or self.rank < min(self.module.weight.shape)
+        return below and regularizer.has_work(self.memory, progress, self.rank)
+
+    @torch.no_grad()
+    def prepare_(self, regularizer: Shrinkage, progress: float) -> None:
+        """Does that work; its results are in the memory."""
+        try:
+            regularizer.prepare_(self.module.weight.float(), self.rank, self.memory, progress, self.metric)
         except PrehabError as error:
             raise type(error)(f"Layer {self.name!r}: {error}") from error
 
@@ -113,7 +126,7 @@ class RegularizedLayer:
         """Replaces the weight by the shrunk one, in place."""
         weight = self.module.weight
         try:
-            weight.copy_(regularizer(weight.float(), self.rank, self._memory, progress, lr, self.metric))
+            weight.copy_(regularizer(weight.float(), self.rank, self.memory, progress, lr, self.metric))
         except PrehabError as error:
             raise type(error)(f"Layer {self.name!r}: {error}") from error
 

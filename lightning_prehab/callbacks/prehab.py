@@ -16,6 +16,7 @@ from lightning_prehab.callbacks._arguments import (
     default_strength,
 )
 from lightning_prehab.callbacks._checkpoint import check_version
+from lightning_prehab.callbacks._distributed import gather_memories, owner_of, raise_together, share_memories
 from lightning_prehab.callbacks._preparation import Preparation
 from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, cut_now, space_of
 from lightning_prehab.callbacks._timeline import batches_to_watch, remaining_batches
@@ -158,7 +159,7 @@ class PrehabCallback(pl.Callback):
         self._ready = False
         self._into_loss = True
         self._restored: dict[str, Any] = {}
-        self._world_size = 1
+        self._world_size, self._global_rank = 1, 0
 
     def forecasts(self, compression: CompressionCallback) -> bool:
         """Whether the loss increase of a cut is predicted during training."""
@@ -170,7 +171,7 @@ class PrehabCallback(pl.Callback):
             return
         check_strategy(trainer, self)
         self._release()
-        self._restored, self._world_size = {}, trainer.world_size
+        self._restored, self._world_size, self._global_rank = {}, trainer.world_size, trainer.global_rank
         compression = find_callback(trainer, CompressionCallback)
         if self._open:
             self.regularizer = StableRank() if compression is None else TailShrinkage()
@@ -225,7 +226,7 @@ class PrehabCallback(pl.Callback):
         if not self._into_loss or not self._acts(trainer) or not loss.requires_grad:
             return
         with torch.autocast(loss.device.type, enabled=False):
-            penalty = self._penalty(pl_module, self._layers)
+            penalty = self._penalty(pl_module, self._own_layers(trainer), share=True)
             if penalty is None:
                 return
             strength = self.strength * self._ramp()
@@ -308,6 +309,12 @@ class PrehabCallback(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on bit by bit: steps, metrics, ranks, warm starts; plain data only."""
         preparation = self._preparation
+        if self._shares_penalty and self._world_size > 1:
+            own = {layer.name: layer.memory for layer in self._layers[self._global_rank :: self._world_size]}
+            memories = gather_memories(own, self._world_size)
+            for layer in self._layers:
+                if layer.name not in own:
+                    layer.memory.update(memories[layer.name])
         return {
             "version": STATE_VERSION,
             "steps": self._steps,
@@ -396,15 +403,34 @@ class PrehabCallback(pl.Callback):
         norms = (torch.stack([part.float().norm() for part in parts]).norm() for parts in (task, gradients))
         return self._ratio.update(next(norms) / scale, next(norms))
 
-    def _penalty(self, pl_module: "pl.LightningModule", layers: list[RegularizedLayer]) -> Tensor | None:
-        """Sum over the trainable ones of some layers, divided by the number of all; their mean is logged."""
+    @property
+    def _shares_penalty(self) -> bool:
+        """Whether each process computes the penalty of its own layers alone."""
+        return self._into_loss and isinstance(self.regularizer, Penalty)
+
+    def _own_layers(self, trainer: "pl.Trainer") -> list[RegularizedLayer]:
+        """The layers whose penalty this process adds to its loss: one in ``world_size``."""
+        return self._layers[trainer.global_rank :: trainer.world_size]
+
+    def _penalty(
+        self, pl_module: "pl.LightningModule", layers: list[RegularizedLayer], share: bool = False
+    ) -> Tensor | None:
+        """Sum over the trainable ones of some layers, divided by the number of all; the mean is logged.
+
+        With ``share`` the layers are those of this process, and the sum is multiplied by the number of processes: DDP
+        takes the mean of the gradients, which is then that of the whole penalty, at no communication of its own.
+        """
         assert isinstance(self.regularizer, Penalty)
+        trainable = [layer for layer in self._layers if layer.module.weight.requires_grad]
         values = [layer.penalty(self.regularizer) for layer in layers if layer.module.weight.requires_grad]
-        if not values:
+        if not trainable or not (values or share):
             return None
-        total = torch.stack(values).sum()
-        pl_module.log("prehab/penalty", total.detach() / len(values), batch_size=1)
-        return total / len(self._layers)
+        total = torch.stack(values).sum() if values else torch.zeros((), device=trainable[0].module.weight.device)
+        factor = self._world_size if share else 1
+        count = len(trainable) if share else len(values)
+        shared = share and self._world_size > 1
+        pl_module.log("prehab/penalty", factor * total.detach() / count, batch_size=1, sync_dist=shared)
+        return total * (factor / len(self._layers))
 
     def _shrink(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch_idx: int) -> None:
         """Applies a shrinkage to the trainable weights that an optimizer has stepped."""
@@ -412,10 +438,28 @@ class PrehabCallback(pl.Callback):
             return
         progress = self._progress(trainer, batch_idx)
         pl_module.log("prehab/progress", progress, batch_size=1)
+        if trainer.world_size > 1:
+            self._prepare_together(trainer, self.regularizer, progress)
         for layer in self._layers:
             rate = self._rates.get(id(layer.module.weight))
             if rate is not None and layer.module.weight.requires_grad:
                 layer.shrink_(self.regularizer, progress, rate)
+
+    def _prepare_together(self, trainer: "pl.Trainer", shrinkage: Shrinkage, progress: float) -> None:
+        """Spectral work of one layer in ``world_size`` on each process, shared with the others."""
+        owners = {layer.name: owner_of(index, trainer.world_size) for index, layer in enumerate(self._layers)}
+        waiting = [layer for layer in self._layers if layer.has_work(shrinkage, progress)]
+        if not waiting:
+            return
+        error = None
+        try:
+            for layer in waiting:
+                if owners[layer.name] == trainer.global_rank:
+                    layer.prepare_(shrinkage, progress)
+        except Exception as caught:
+            error = caught
+        raise_together(trainer, error)
+        share_memories(trainer, {layer.name: layer.memory for layer in waiting}, owners)
 
     def _remaining(self, trainer: "pl.Trainer", batch_idx: int) -> int | None:
         return remaining_batches(trainer, self.stop_epoch, batch_idx)

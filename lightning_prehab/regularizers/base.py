@@ -50,6 +50,16 @@ class Shrinkage(ABC):
 
     needs_rank: ClassVar[bool] = False
 
+    def has_work(self, memory: Memory, progress: float, rank: int | None) -> bool:
+        """Whether the next call with this memory has spectral work to do that :meth:`prepare_` can do before it.
+
+        The answer depends on nothing but the arguments, so that all processes give the same.
+        """
+        return False
+
+    def prepare_(self, weight: Tensor, rank: int | None, memory: Memory, progress: float, metric: Metric) -> None:
+        """Does that work and leaves its results in the memory; another process may then take them over from there."""
+
     @abstractmethod
     def __call__(
         self,
@@ -92,6 +102,16 @@ def is_due(memory: Memory | None, every: int, first: bool = True) -> bool:
     calls = int(memory["age"]) + 1 if "age" in memory else every if first else 1
     memory["age"] = torch.tensor(calls % every, dtype=torch.int64, device="cpu")
     return calls >= every
+
+
+def will_be_due(memory: Memory, every: int) -> bool:
+    """What the next :func:`is_due` is going to say; nothing is counted.
+
+    >>> memory = {}
+    >>> [(will_be_due(memory, 3), is_due(memory, 3)) for _ in range(4)]
+    [(True, True), (False, False), (False, False), (True, True)]
+    """
+    return "age" not in memory or int(memory["age"]) + 1 >= every
 
 
 def start_vector(size: int, like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.linalg import leading_subspace
-from lightning_prehab.regularizers.base import Memory, Shrinkage, is_due
+from lightning_prehab.regularizers.base import Memory, Shrinkage, is_due, will_be_due
 from lightning_prehab.regularizers.metric import IDENTITY, Metric, Side, project
 
 Schedule = Literal["geometric", "linear"]
@@ -84,6 +84,23 @@ class TailShrinkage(Shrinkage):
             return "left", leading_subspace(matrix, rank, warm)
         return "right", leading_subspace(matrix.mT, rank, warm)
 
+    def has_work(self, memory: Memory, progress: float, rank: int | None) -> bool:
+        """At the first call, at every ``refresh``-th, at progress 1, and for a new rank."""
+        basis = memory.get("basis")
+        return (
+            basis is None or will_be_due(memory, self.refresh) or progress >= 1.0 or basis.shape[1] != self._rank(rank)
+        )
+
+    @torch.no_grad()
+    def prepare_(self, weight: Tensor, rank: int | None, memory: Memory, progress: float, metric: Metric) -> None:
+        """Brings the projector up to date."""
+        target, warm = self._rank(rank), None if progress >= 1.0 else memory.get("basis")
+        side, basis = self.projector(metric.view(weight), target, warm)
+        memory["basis"] = basis
+        if not metric.is_identity_on(side):
+            memory["outer"], memory["inner"] = metric.projector(side, basis)
+        memory["prepared"] = torch.ones((), dtype=torch.bool, device="cpu")
+
     @torch.no_grad()
     def __call__(
         self,
@@ -95,23 +112,24 @@ class TailShrinkage(Shrinkage):
         metric: Metric = IDENTITY,
     ) -> Tensor:
         """The weight less ``eta(progress)`` of its tail; of exactly the target rank where that is 1."""
-        target = self.rank if rank is None else rank
-        if target is None:
-            raise ArgumentError(
-                "TailShrinkage has no target rank: give TailShrinkage(rank=...), or a plan to take it from."
-            )
-        if target >= min(weight.shape):
+        if self._rank(rank) >= min(weight.shape):
             return weight.clone()
         memory = {} if memory is None else memory
-        warm, due, last = memory.get("basis"), is_due(memory, self.refresh), progress >= 1.0
-        if due or last or warm is None or warm.shape[1] != target:
-            side, basis = self.projector(metric.view(weight), target, None if last else warm)
-            memory["basis"] = basis
-            if not metric.is_identity_on(side):
-                memory["outer"], memory["inner"] = metric.projector(side, basis)
-        side = "left" if weight.shape[0] <= weight.shape[1] else "right"
+        if self.has_work(memory, progress, rank) and "prepared" not in memory:
+            self.prepare_(weight, rank, memory, progress, metric)
+        memory.pop("prepared", None)
+        is_due(memory, self.refresh)
+        side: Side = "left" if weight.shape[0] <= weight.shape[1] else "right"
         if metric.is_identity_on(side):
             outer, inner = IDENTITY.projector(side, memory["basis"].to(weight))
         else:
             outer, inner = memory["outer"].to(weight), memory["inner"].to(weight)
         return torch.lerp(weight, project(weight, side, outer, inner), self.eta(progress))
+
+    def _rank(self, planned: int | None) -> int:
+        target = self.rank if planned is None else planned
+        if target is None:
+            raise ArgumentError(
+                "TailShrinkage has no target rank: give TailShrinkage(rank=...), or a plan to take it from."
+            )
+        return target

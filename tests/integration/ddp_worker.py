@@ -306,6 +306,52 @@ def check_shrinkage():
     assert forecasts[forecasts.index("surgery") - 1] < 1e-5
 
 
+def check_spectral_work_is_shared():
+    """Each rank brings its own layers up to date alone; what comes out is what one process computes by itself."""
+    prepared, whole, alone = [], [], lp.TailShrinkage.prepare_
+
+    def counted(self, weight, rank, memory, progress, metric):
+        prepared.append(tuple(weight.shape))
+        reference = {key: value.clone() for key, value in memory.items()}
+        alone(self, weight, rank, memory, progress, metric)
+        alone(self, weight, rank, reference, progress, metric)
+        whole.append(all(torch.equal(memory[key], reference[key]) for key in memory))
+
+    lit = Lit(make_net(), torch.optim.Adam)
+    lp.TailShrinkage.prepare_ = counted
+    try:
+        fit(lit, [lp.PrehabCallback(lp.TailShrinkage(rank=2, refresh=100), stop_epoch=2)], 2)
+    finally:
+        lp.TailShrinkage.prepare_ = alone
+    assert all(whole)
+    assert_ranks_identical(lit)
+    ranks = [int(torch.linalg.matrix_rank(layer.weight, rtol=1e-5)) for layer in lit.net if type(layer) is nn.Linear]
+    assert ranks == [2, 2, 2]
+    owned = {0: {(16, 12), (6, 14)}, 1: {(14, 16)}}[distributed.get_rank()]
+    assert set(prepared) == owned
+    assert prepared[0] in owned
+    calls = on_all_ranks(torch.tensor([len(prepared)]))
+    assert int(calls[0]) == 2 * int(calls[1]) > 2
+
+    prehab = lp.PrehabCallback(lp.StableRank())
+    fit(Lit(make_net(), torch.optim.Adam), [Saved(prehab), prehab], 1)
+
+
+class Saved(pl.Callback):
+    """The state for a checkpoint holds the warm starts of all layers, and is the same on every rank."""
+
+    def __init__(self, prehab):
+        self.prehab = prehab
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        own = [layer.name for layer in self.prehab._layers if "v" in layer.memory]
+        if batch_idx == 0:
+            assert own == [["net.0", "net.4"], ["net.2"]][trainer.global_rank]
+        for layer in self.prehab.state_dict()["layers"].values():
+            first, second = on_all_ranks(layer["memory"]["v"])
+            assert torch.equal(first, second)
+
+
 def check_strength_share():
     lit = Lit(make_net(), torch.optim.Adam)
     fit(lit, [lp.PrehabCallback(lp.NuclearNorm(), strength_share=0.3)], 2)
@@ -323,6 +369,7 @@ def check_policies_that_measure():
 
 
 CHECKS = {
+    "spectral work is shared": check_spectral_work_is_shared,
     "shrinkage": check_shrinkage,
     "strength share": check_strength_share,
     "policies that measure": check_policies_that_measure,
