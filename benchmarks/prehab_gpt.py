@@ -6,15 +6,15 @@
 A character-level GPT (4 blocks, 128 wide) is trained for 1,000 steps, then all its linear layers but the head are
 targets: 120 steps of prehab and 60 of rehab, batches of 12 x 64 characters, AdamW at 2e-3, then 1e-3. The first 80 % of
 the text are for training, the next 10 % for tuning, the last 10 % for what is reported
-(40,000 characters of each are measured). ``prehab_trial.py`` says what
-the rows are. The text is tinyshakespeare/input.txt of https://github.com/karpathy/char-rnn (the ``datasets`` library has it
-as ``karpathy/tiny_shakespeare``).
+(40,000 characters of each are measured). ``prehab_trial.py`` says what the rows are. The text is
+tinyshakespeare/input.txt of https://github.com/karpathy/char-rnn (the ``datasets`` library has it as
+``karpathy/tiny_shakespeare``).
 """
 
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from prehab_trial import Record, Task, copied, main, parser, print_tables
@@ -64,7 +64,7 @@ class Shakespeare(Task):
     lr = 1e-3
     targets = "model.blocks.*"
     results = Path(__file__).with_suffix(".jsonl")
-    metrics = {"loss": "Cross-entropy per character"}
+    metrics: ClassVar = {"loss": "Cross-entropy per character"}
 
     def __init__(self, file: str | None, cache: str | Path = DEFAULT_CACHE) -> None:
         self.cache = Path(cache)

@@ -6,12 +6,12 @@
 
 All 36 linear layers of the encoder are targets, the head stays dense. 80 steps of prehab and 40 of rehab, batches of 16
 sentences, AdamW at 5e-5. Reported on 1,500 sentences of dev + test (one standard error of a single run is about 0.9
-points, but all rows see the same ones); tuned on 692 sentences held out of the training file. ``prehab_trial.py`` says what the rows are, ``sst2.py``
-where to get the data and the model; needs the ``hf`` extra.
+points, but all rows see the same ones); tuned on 692 sentences held out of the training file. ``prehab_trial.py`` says
+what the rows are, ``sst2.py`` where to get the data and the model; needs the ``hf`` extra.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from prehab_trial import Record, Task, copied, main, parser, print_tables
@@ -26,7 +26,7 @@ class MiniLM(Task):
     lr = 5e-5
     targets = f"model.{TARGETS}"
     results = Path(__file__).with_suffix(".jsonl")
-    metrics = {"accuracy": "Accuracy on dev + test in %", "loss": "Cross-entropy on dev + test"}
+    metrics: ClassVar = {"accuracy": "Accuracy in %", "loss": "Cross-entropy"}
 
     def __init__(self, folder: str | None, cache: str | Path = DEFAULT_CACHE, source: str | None = None) -> None:
         self.cache, self.source = cache, source

@@ -125,7 +125,7 @@ def recipes(args: argparse.Namespace) -> dict[str, Callable[[], list[L.Callback]
 
     return {
         "prehab + surgery + rehab": lambda: [
-            lp.PrehabCallback(lp.TailEnergy(), space="loss"),
+            lp.PrehabCallback(),
             cut(),
             lp.RehabSchedule(warmup_epochs=1),
         ],

@@ -57,7 +57,9 @@ class Shrinkage(ABC):
         """
         return False
 
-    def prepare_(self, weight: Tensor, rank: int | None, memory: Memory, progress: float, metric: Metric) -> None:
+    def prepare_(  # noqa: B027 (nothing to do is the rule, not a gap)
+        self, weight: Tensor, rank: int | None, memory: Memory, progress: float, metric: Metric
+    ) -> None:
         """Does that work and leaves its results in the memory; another process may then take them over from there."""
 
     @abstractmethod
