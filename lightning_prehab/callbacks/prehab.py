@@ -527,8 +527,8 @@ class PrehabCallback(pl.Callback):
             if self._span is None and isinstance(self.regularizer, Shrinkage):
                 raise UnsupportedError(
                     f"{self.regularizer} has to know when it must be done, but the length of an epoch or the last one "
-                    "is not known. Give limit_train_batches and a CompressionCallback, stop_epoch or max_epochs, or use a "
-                    "penalty: PrehabCallback(StableRank())."
+                    "is not known. Give limit_train_batches and a CompressionCallback, stop_epoch or max_epochs, or "
+                    "take a penalty: PrehabCallback(StableRank())."
                 )
         self._layers, self._ready, self._planned_at = layers, True, self._steps
 

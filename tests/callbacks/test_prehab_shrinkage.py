@@ -265,8 +265,13 @@ def test_auto_needs_a_forecast_and_an_end(lit, data, make_trainer):
 
 @pytest.mark.parametrize(
     ("factorization", "space"),
-    [(lp.KroneckerSVD(), "loss"), (lp.WhitenedSVD(), "activation"), (lp.ActivationSVD(), "activation"), (lp.SVD(), "weight")],
-)  # fmt: skip
+    [
+        (lp.KroneckerSVD(), "loss"),
+        (lp.WhitenedSVD(), "activation"),
+        (lp.ActivationSVD(), "activation"),
+        (lp.SVD(), "weight"),
+    ],
+)
 def test_the_default_aims_at_the_planned_cut_in_its_metric(factorization, space, lit, loader, make_trainer):
     prehab = lp.PrehabCallback()
     compression = lp.CompressionCallback(2, 0.5, factorization=factorization, calibration_batches=4)
