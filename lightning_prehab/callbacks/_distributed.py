@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_prehab.errors import PrehabError
 from lightning_prehab.factorizations import Decomposition, Factorization, Factors
 from lightning_prehab.plan import CompressionPlan
-from lightning_prehab.regularizers import Memory
 from lightning_prehab.spectra import Spectrum, decompose_targets, spectrum
 from lightning_prehab.statistics import LayerStatistics
 from lightning_prehab.surgery import compute_factors
@@ -132,38 +131,6 @@ def share_factors(
             shared.append(tensor)
         factors[layer.name] = Factors.from_parts(shared)
     return factors
-
-
-def owner_of(index: int, world_size: int) -> int:
-    """The rank that does the spectral work of the layer at this place."""
-    return index % world_size
-
-
-def share_memories(trainer: "pl.Trainer", memories: Mapping[str, Memory], owners: Mapping[str, int]) -> None:
-    """Gives every rank the owner's tensors of each memory, bit by bit; counters on the CPU too."""
-    mine = {name: memory for name, memory in memories.items() if owners[name] == trainer.global_rank}
-    described = merge(
-        trainer,
-        {name: {key: (t.shape, t.dtype, t.is_cpu) for key, t in memory.items()} for name, memory in mine.items()},
-    )
-    root = trainer.strategy.root_device
-    for name, memory in memories.items():
-        for key, (shape, dtype, on_cpu) in described[name].items():
-            tensor = memory[key] if name in mine else torch.empty(shape, dtype=dtype)
-            travelling = tensor.to(root).contiguous()
-            distributed.broadcast(travelling, src=owners[name])
-            memory[key] = travelling.cpu() if on_cpu else travelling
-
-
-def gather_memories(own: Mapping[str, Memory], world_size: int) -> dict[str, Memory]:
-    """The memories of all layers from their owners, for a checkpoint; every rank has to call this."""
-    if world_size == 1:
-        return dict(own)
-    parts: list[dict[str, Memory]] = [{}] * world_size
-    distributed.all_gather_object(
-        parts, {name: {k: t.cpu() for k, t in memory.items()} for name, memory in own.items()}
-    )
-    return {name: memory for part in parts for name, memory in part.items()}
 
 
 def raise_together(trainer: "pl.Trainer", error: Exception | None) -> None:

@@ -1,6 +1,7 @@
 """A spectral regularizer in an ordinary training run, until the surgery."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -16,9 +17,9 @@ from lightning_prehab.callbacks._arguments import (
     default_strength,
 )
 from lightning_prehab.callbacks._checkpoint import check_version
-from lightning_prehab.callbacks._distributed import gather_memories, owner_of, raise_together, share_memories
 from lightning_prehab.callbacks._preparation import Preparation
 from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, cut_now, space_of
+from lightning_prehab.callbacks._shared_work import complete_memories_, own_part, prepare_together
 from lightning_prehab.callbacks._timeline import batches_to_watch, remaining_batches
 from lightning_prehab.callbacks._trainer import (
     check_strategy,
@@ -226,7 +227,7 @@ class PrehabCallback(pl.Callback):
         if not self._into_loss or not self._acts(trainer) or not loss.requires_grad:
             return
         with torch.autocast(loss.device.type, enabled=False):
-            penalty = self._penalty(pl_module, self._own_layers(trainer), share=True)
+            penalty = self._penalty(pl_module, own_part(self._layers, trainer.global_rank, trainer.world_size), True)
             if penalty is None:
                 return
             strength = self.strength * self._ramp()
@@ -309,12 +310,8 @@ class PrehabCallback(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on bit by bit: steps, metrics, ranks, warm starts; plain data only."""
         preparation = self._preparation
-        if self._shares_penalty and self._world_size > 1:
-            own = {layer.name: layer.memory for layer in self._layers[self._global_rank :: self._world_size]}
-            memories = gather_memories(own, self._world_size)
-            for layer in self._layers:
-                if layer.name not in own:
-                    layer.memory.update(memories[layer.name])
+        if self._into_loss and isinstance(self.regularizer, Penalty):
+            complete_memories_(self._layers, self._global_rank, self._world_size)
         return {
             "version": STATE_VERSION,
             "steps": self._steps,
@@ -403,17 +400,8 @@ class PrehabCallback(pl.Callback):
         norms = (torch.stack([part.float().norm() for part in parts]).norm() for parts in (task, gradients))
         return self._ratio.update(next(norms) / scale, next(norms))
 
-    @property
-    def _shares_penalty(self) -> bool:
-        """Whether each process computes the penalty of its own layers alone."""
-        return self._into_loss and isinstance(self.regularizer, Penalty)
-
-    def _own_layers(self, trainer: "pl.Trainer") -> list[RegularizedLayer]:
-        """The layers whose penalty this process adds to its loss: one in ``world_size``."""
-        return self._layers[trainer.global_rank :: trainer.world_size]
-
     def _penalty(
-        self, pl_module: "pl.LightningModule", layers: list[RegularizedLayer], share: bool = False
+        self, pl_module: "pl.LightningModule", layers: Sequence[RegularizedLayer], share: bool = False
     ) -> Tensor | None:
         """Sum over the trainable ones of some layers, divided by the number of all; the mean is logged.
 
@@ -438,28 +426,11 @@ class PrehabCallback(pl.Callback):
             return
         progress = self._progress(trainer, batch_idx)
         pl_module.log("prehab/progress", progress, batch_size=1)
-        if trainer.world_size > 1:
-            self._prepare_together(trainer, self.regularizer, progress)
+        prepare_together(trainer, self._layers, self.regularizer, progress)
         for layer in self._layers:
             rate = self._rates.get(id(layer.module.weight))
             if rate is not None and layer.module.weight.requires_grad:
                 layer.shrink_(self.regularizer, progress, rate)
-
-    def _prepare_together(self, trainer: "pl.Trainer", shrinkage: Shrinkage, progress: float) -> None:
-        """Spectral work of one layer in ``world_size`` on each process, shared with the others."""
-        owners = {layer.name: owner_of(index, trainer.world_size) for index, layer in enumerate(self._layers)}
-        waiting = [layer for layer in self._layers if layer.has_work(shrinkage, progress)]
-        if not waiting:
-            return
-        error = None
-        try:
-            for layer in waiting:
-                if owners[layer.name] == trainer.global_rank:
-                    layer.prepare_(shrinkage, progress)
-        except Exception as caught:
-            error = caught
-        raise_together(trainer, error)
-        share_memories(trainer, {layer.name: layer.memory for layer in waiting}, owners)
 
     def _remaining(self, trainer: "pl.Trainer", batch_idx: int) -> int | None:
         return remaining_batches(trainer, self.stop_epoch, batch_idx)
