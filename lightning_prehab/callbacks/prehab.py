@@ -63,7 +63,8 @@ class PrehabCallback(pl.Callback):
     Args:
         regularizer: A penalty or a shrinkage. None means :class:`~lightning_prehab.TailShrinkage` toward the planned
             ranks, which makes the cut itself free; where there is no CompressionCallback to plan them, or a setting is
-            given that penalties alone have, :class:`~lightning_prehab.StableRank`.
+            given that penalties alone have, or the end of the time before the cut cannot be foreseen,
+            :class:`~lightning_prehab.StableRank`.
         strength: Factor on the mean penalty, at least 0; None means the ``default_strength`` of the penalty. Shrinkages
             have none.
         ramp_steps: Optimizer steps over which the strength rises linearly to its full value.
@@ -201,6 +202,8 @@ class PrehabCallback(pl.Callback):
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Notes where the run stands, and goes on with a preparation that was under way."""
         self._global_step = trainer.global_step
+        if isinstance(self.regularizer, Shrinkage) and self._remaining(trainer, -1) is None:
+            self._do_without_an_end(trainer)
         under_way, self._restored = self._restored.get("preparation"), {}
         if under_way is not None and self._targets is not None:
             self._preparation = self._new_preparation(trainer)
@@ -451,6 +454,20 @@ class PrehabCallback(pl.Callback):
             self.forecast = increase
             pl_module.log("prehab/forecast", increase, batch_size=1, prog_bar=True)
 
+    def _do_without_an_end(self, trainer: "pl.Trainer") -> None:
+        """A shrinkage has to be done in time; where none was asked for, a penalty, which need not, takes its place."""
+        why = "the length of an epoch or the last one is not known"
+        remedy = "Give limit_train_batches and a CompressionCallback, stop_epoch or max_epochs"
+        if not self._open:
+            raise UnsupportedError(
+                f"{self.regularizer} has to know when it must be done, but {why}. {remedy}, or take a penalty: "
+                "PrehabCallback(StableRank())."
+            )
+        rank_zero_warn(f"PrehabCallback takes StableRank() instead of {self.regularizer}: {why}. {remedy}.")
+        self.regularizer = StableRank()
+        self.strength = default_strength(self.regularizer)
+        self.space = self._space_for(find_callback(trainer, CompressionCallback))
+
     def _rank_source(self, trainer: "pl.Trainer") -> CompressionCallback | None:
         """Whose plan gives the target ranks: for regularizers that aim at them, and where a forecast is to be had."""
         compression = find_callback(trainer, CompressionCallback)
@@ -495,12 +512,6 @@ class PrehabCallback(pl.Callback):
             return
         if not self._ready:
             self._span = self._remaining(trainer, batch_idx)
-            if self._span is None and isinstance(self.regularizer, Shrinkage):
-                raise UnsupportedError(
-                    f"{self.regularizer} has to know when it must be done, but the length of an epoch or the last one "
-                    "is not known. Give limit_train_batches and a CompressionCallback, stop_epoch or max_epochs, or "
-                    "take a penalty: PrehabCallback(StableRank())."
-                )
         self._layers, self._ready, self._planned_at = layers, True, self._steps
 
     def _warn_if_never_ready(self) -> None:

@@ -132,6 +132,19 @@ def test_an_end_that_cannot_be_foreseen_is_refused(lit, data, make_trainer):
         make_trainer(callbacks=[lp.PrehabCallback(lp.TailShrinkage(rank=2))]).fit(lit, DataLoader(Stream(), 16))
 
 
+def test_the_default_takes_a_penalty_where_the_end_cannot_be_foreseen(lit, data, make_trainer):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(zip(*data.tensors, strict=True))
+
+    prehab = lp.PrehabCallback()
+    compression = lp.CompressionCallback(1, 0.5, calibration_batches=4)
+    with pytest.warns(UserWarning, match="takes StableRank.. instead of TailShrinkage"):
+        make_trainer(max_epochs=2, callbacks=[prehab, compression]).fit(lit, DataLoader(Stream(), 16))
+    assert (prehab.regularizer, prehab.space, prehab._steps) == (lp.StableRank(), "weight", 6)
+    assert compression.done
+
+
 class Gradients(pl.Callback):
     """Gradients of the weights, before the callbacks behind it and right before the step."""
 
