@@ -1,6 +1,7 @@
 """What does a regularizer cost an ordinary training step, and how much did the authors' way cost?
 
-    python benchmarks/penalty_overhead.py            # measures, writes penalty_overhead.json, prints the table
+    python benchmarks/penalty_overhead.py            # measures what is missing in penalty_overhead.json, prints the table
+    python benchmarks/penalty_overhead.py --only "TailShrinkage.*loss|authors"
     python benchmarks/penalty_overhead.py --table    # prints the table only
 
 One transformer block of each size; its linear layers are the targets, ranks are those of keep 0.2. A step is forward,
@@ -14,6 +15,7 @@ eigendecompositions in float64 (one for the value, one in the backward pass), bo
 import argparse
 import json
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -109,6 +111,13 @@ def authors_nuclear_norm(layers: list[RegularizedLayer]) -> None:
         _ = (seen @ inverse) @ layer.metric.right.double().T
 
 
+AUTHORS = {
+    "the authors' way, stable rank | activation": authors_stable_rank,
+    "the authors' way, nuclear norm | activation": authors_nuclear_norm,
+}
+NAMES = [*(f"{name} | {space}" for space in SPACES for name in REGULARIZERS), *AUTHORS]
+
+
 def layers_of(block: Block, space: str) -> list[RegularizedLayer]:
     found = []
     for name, module in block.named_modules():
@@ -119,7 +128,7 @@ def layers_of(block: Block, space: str) -> list[RegularizedLayer]:
     return found
 
 
-def measure(size: str, repeats: int) -> dict[str, object]:
+def measure(size: str, repeats: int, wanted: Callable[[str], bool]) -> dict[str, float]:
     torch.manual_seed(0)
     width, hidden, tokens = SIZES[size]
     block = Block(width, hidden, fused=size.startswith("ViT"))
@@ -134,12 +143,17 @@ def measure(size: str, repeats: int) -> dict[str, object]:
     works: dict[str, tuple[int, Callable[[], object]]] = {}
     for space in SPACES:
         for name, regularizer in REGULARIZERS.items():
+            if not wanted(f"{name} | {space}"):
+                continue
             work = calls(regularizer, layers_of(block, space))
             work()
             works[f"{name} | {space}"] = CALLS, work
     layers = layers_of(block, "activation")
-    works["the authors' way, stable rank | activation"] = 1, lambda: authors_stable_rank(layers)
-    works["the authors' way, nuclear norm | activation"] = 1, lambda: authors_nuclear_norm(layers)
+    for name, authors in AUTHORS.items():
+        if wanted(name):
+            works[name] = 1, lambda authors=authors: authors(layers)
+    if not works:
+        return {}
     step()
     ratios: dict[str, list[float]] = {name: [] for name in works}
     steps = []
@@ -149,36 +163,39 @@ def measure(size: str, repeats: int) -> dict[str, object]:
                 steps.append(timed(step))
             spent = statistics.mean(timed(work) for _ in range(count))
             ratios[name].append(spent / statistics.median(steps[-5:]))
-    found = {name: round(statistics.median(values), 5) for name, values in ratios.items()}
-    return {"size": size, "seconds per step": round(statistics.median(steps), 3), "ratios": found, "repeats": repeats}
+    return {name: round(statistics.median(values), 5) for name, values in ratios.items()}
 
 
-def print_table(results: dict[str, object]) -> None:
-    sizes = results["sizes"]
-    print("| cost of a step in % | space | " + " | ".join(one["size"] for one in sizes) + " |")
-    print("|---|---|" + "---|" * len(sizes))
-    for key in sizes[0]["ratios"]:
+def print_table(results: dict[str, dict[str, float]]) -> None:
+    print("| cost of a step in % | space | " + " | ".join(SIZES) + " |")
+    print("|---|---|" + "---|" * len(SIZES))
+    for key in NAMES:
+        cells = [results[size].get(key) for size in SIZES]
         name, space = key.split(" | ")
-        print(f"| {name} | {space} | " + " | ".join(f"{100 * one['ratios'][key]:.1f}" for one in sizes) + " |")
+        if any(cell is not None for cell in cells):
+            print(f"| {name} | {space} | " + " | ".join("" if c is None else f"{100 * c:.1f}" for c in cells) + " |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="print the stored table only")
+    parser.add_argument("--only", default="", metavar="REGEX", help="rows to measure, as 'name | space'")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"ratios": {}}
     if not args.table:
         torch.set_num_threads(args.threads)
-        results = {
-            "command": f"python benchmarks/penalty_overhead.py --repeats {args.repeats} --threads {args.threads}",
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-            "batch": BATCH,
-            "sizes": [measure(size, args.repeats) for size in SIZES],
-        }
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    print_table(json.loads(RESULTS.read_text()))
+        about = {"torch": torch.__version__, "machine": platform.machine(), "batch": BATCH}
+        for size in SIZES:
+            done = stored["ratios"].setdefault(size, {})
+
+            def wanted(key: str, done: dict[str, float] = done) -> bool:
+                return key not in done and re.search(args.only, key) is not None
+
+            done.update(measure(size, args.repeats, wanted))
+            RESULTS.write_text(json.dumps({**about, **stored}, indent=1) + "\n")
+    print_table(stored["ratios"])
 
 
 if __name__ == "__main__":
