@@ -1,6 +1,6 @@
 """What does a regularizer cost an ordinary training step, and how much did the authors' way cost?
 
-    python benchmarks/penalty_overhead.py            # measures what is missing in penalty_overhead.json, prints the table
+    python benchmarks/penalty_overhead.py            # measures what is missing in its .json, prints the table
     python benchmarks/penalty_overhead.py --only "TailShrinkage.*loss|authors"
     python benchmarks/penalty_overhead.py --table    # prints the table only
 
