@@ -8,7 +8,7 @@ one budget).
 Tuning, the same for every regularizer: five runs with seed 0 at the keep ``Task.tuned_at``; what has the lowest loss on
 the *validation* split right after the cut is used in all reported runs. Three runs choose the space, two more the value
 in it; SpectralWeightDecay, whose decay has no scale that spaces share, tries five values on the weights themselves. The
-paper's preset is taken as published.
+paper's preset is taken as published, the default of PrehabCallback as it is.
 
 Results are lines of JSON, appended one by one: a run that was stopped goes on where it was, and several processes may
 share the work (``--only``, ``--seeds``).
@@ -49,7 +49,8 @@ PENALTIES = ("StableRank", "NuclearNorm", "EffectiveRank", "TailEnergy")
 AIMED = ("TailEnergy", "TailShrinkage")  # at the planned ranks: another prehab for each keep
 TUNED = (*PENALTIES, "TailShrinkage", "SpectralWeightDecay")
 CONTROL, CUT_FIRST, PAPER = "equal-step control", "cut first", "the paper's preset"
-ROWS = (CUT_FIRST, CONTROL, PAPER, *TUNED)
+DEFAULT = "PrehabCallback(), not tuned"
+ROWS = (CUT_FIRST, CONTROL, PAPER, DEFAULT, *TUNED)
 
 
 class Task(ABC):
@@ -129,6 +130,8 @@ def regularizer(setting: Setting) -> list[L.Callback]:
         return []
     if name == PAPER:
         return [lp.PaperPrehab()]
+    if name == DEFAULT:
+        return [lp.PrehabCallback()]
     space = setting["space"]
     if name == "TailShrinkage":
         return [lp.PrehabCallback(lp.TailShrinkage(anneal=setting["anneal"]), space=space)]
@@ -234,7 +237,7 @@ def run_missing(task: Task, rows: Sequence[str], seeds: Sequence[int]) -> None:
                 continue
             setting = tune(task, row) if row in TUNED else {"row": row}
             with tempfile.TemporaryDirectory() as folder:
-                shared = None if row in (*AIMED, CUT_FIRST) else Path(folder) / "before.ckpt"
+                shared = None if row in (*AIMED, DEFAULT, CUT_FIRST) else Path(folder) / "before.ckpt"
                 before: Record = {}
                 for keep in keeps:
                     found = fit(task, setting, keep, seed, keep_file=shared)
