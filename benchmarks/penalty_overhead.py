@@ -6,7 +6,7 @@
 
 One transformer block of each size; its linear layers are the targets, ranks are those of keep 0.2. A step is forward,
 backward and AdamW of that block at batch 32; a regularizer's time is that of its value and gradient (or of the
-shrinkage) for all layers, the mean of 10 calls in a row after the first one, so that what is refreshed every few calls
+shrinkage) for all layers, the mean of 20 calls in a row after the first one, so that what is refreshed every few calls
 is in it. Both alternate; the table has the median over repeats of the ratios. "the authors' way" is, for the stable
 rank, 50 power iterations in float64 from a random start for each matrix at each step, and for the nuclear norm two
 eigendecompositions in float64 (one for the value, one in the backward pass), both on W S, as their published code does.
@@ -29,7 +29,7 @@ from lightning_prehab.callbacks._regularized import RegularizedLayer
 from lightning_prehab.regularizers import Metric, Penalty
 
 RESULTS = Path(__file__).with_suffix(".json")
-CALLS, BATCH, KEEP = 10, 32, 0.2
+CALLS, BATCH, KEEP = 20, 32, 0.2
 SIZES = {"ViT-S": (384, 1536, 197), "ViT-B": (768, 3072, 197), "BERT-base": (768, 3072, 128)}  # width, MLP, tokens
 REGULARIZERS = {
     "TailShrinkage (default in the loss space)": lp.TailShrinkage(),

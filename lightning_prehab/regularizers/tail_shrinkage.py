@@ -48,7 +48,7 @@ class TailShrinkage(Shrinkage):
 
     start: float = 0.002
     anneal: float = 0.8
-    refresh: int = 10
+    refresh: int = 20
     schedule: Schedule = "geometric"
     rank: int | None = None
     needs_rank: ClassVar[bool] = True
