@@ -126,7 +126,9 @@ class RegularizedLayer:
         """Replaces the weight by the shrunk one, in place."""
         weight = self.module.weight
         try:
-            weight.copy_(regularizer(weight.float(), self.rank, self.memory, progress, lr, self.metric))
+            shrunk = regularizer(weight.float(), self.rank, self.memory, progress, lr, self.metric)
+            if shrunk.data_ptr() != weight.data_ptr():
+                weight.copy_(shrunk)
         except PrehabError as error:
             raise type(error)(f"Layer {self.name!r}: {error}") from error
 

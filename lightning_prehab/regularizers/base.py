@@ -83,7 +83,7 @@ class Shrinkage(ABC):
             metric: The space in which singular values are meant, ``M = L^T W S``. The result is in the space of ``W``.
 
         Returns:
-            Shape and dtype of ``weight``.
+            Shape and dtype of ``weight``; it shares the memory of ``weight`` where there is nothing to do.
         """
 
 

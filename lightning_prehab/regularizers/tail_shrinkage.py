@@ -16,14 +16,15 @@ Schedule = Literal["geometric", "linear"]
 
 @dataclass(frozen=True)
 class TailShrinkage(Shrinkage):
-    """After each optimizer step ``W <- W - eta (W - W_r)``, where ``W_r`` is the part of ``W`` that the cut keeps.
+    """After an optimizer step ``W <- W - eta (W - W_r)``, where ``W_r`` is the part of ``W`` that the cut keeps.
 
     ``eta`` rises from ``start`` to 1 over the first ``anneal`` of the time before the surgery, so the tail is gone when
-    the cut comes, and for the rest of that time the layer trains at its final rank. There is no strength to tune.
-    ``W_r`` is the projection of ``W``, in the metric, on leading directions that are exact at the first call and at
-    progress 1, and brought up to date by one warm subspace step at every ``refresh``-th call between. Seen from the
-    weight the projection is one fixed map, so steps between refreshes cost two thin products and never touch the
-    metric.
+    the cut comes, and for the rest of that time the layer trains near its final rank. There is no strength to tune.
+    It is done at every ``every``-th call, with the effect of as many single ones, ``1 - (1 - eta)^every``, and at
+    progress 1. ``W_r`` is the projection of ``W``, in the metric, on leading directions that are exact at the first
+    call and at progress 1, and brought up to date by one warm subspace step at every ``refresh``-th call between. Seen
+    from the weight the projection is one fixed map, so between refreshes it costs two thin products and never touches
+    the metric.
 
     Original to this package in this form; a cousin of Trained Rank Pruning (Xu et al., 2020,
     https://arxiv.org/abs/2004.14566), which truncates at once every few steps.
@@ -32,6 +33,7 @@ class TailShrinkage(Shrinkage):
         start: ``eta`` at progress 0, in (0, 1].
         anneal: Share of the time over which ``eta`` rises to 1, in (0, 1].
         refresh: Calls between two subspace steps.
+        every: Calls between two shrinkages; counted from the last subspace step.
         schedule: ``"geometric"``: the same factor in equal times. ``"linear"``: the same difference.
         rank: Target rank for all layers where no plan gives one.
 
@@ -49,6 +51,7 @@ class TailShrinkage(Shrinkage):
     start: float = 0.002
     anneal: float = 0.8
     refresh: int = 20
+    every: int = 5
     schedule: Schedule = "geometric"
     rank: int | None = None
     needs_rank: ClassVar[bool] = True
@@ -60,11 +63,14 @@ class TailShrinkage(Shrinkage):
             raise ArgumentError(f"anneal must lie in (0, 1], got {self.anneal}.")
         if self.schedule not in ("geometric", "linear"):
             raise ArgumentError(f"schedule must be 'geometric' or 'linear', got {self.schedule!r}.")
-        if self.refresh < 1 or (self.rank is not None and self.rank < 1):
-            raise ArgumentError(f"rank and refresh must be at least 1, got rank={self.rank}, refresh={self.refresh}.")
+        if min(self.refresh, self.every) < 1 or (self.rank is not None and self.rank < 1):
+            raise ArgumentError(
+                f"rank, refresh and every must be at least 1, got rank={self.rank}, refresh={self.refresh}, "
+                f"every={self.every}."
+            )
 
     def eta(self, progress: float) -> float:
-        """Share of the tail that a step takes off, non-decreasing in ``progress``, exactly 1 from ``anneal`` on."""
+        """Share of the tail that each step takes off on average, non-decreasing in ``progress``, exactly 1 from ``anneal`` on."""
         done = min(max(progress, 0.0) / self.anneal, 1.0)
         if done == 1.0:
             return 1.0
@@ -111,20 +117,26 @@ class TailShrinkage(Shrinkage):
         lr: float = 0.0,
         metric: Metric = IDENTITY,
     ) -> Tensor:
-        """The weight less ``eta(progress)`` of its tail; of exactly the target rank where that is 1."""
+        """The weight less a share of its tail; of exactly the target rank where that is 1."""
+        weight = weight.detach()
         if self._rank(rank) >= min(weight.shape):
-            return weight.clone()
+            return weight
         memory = {} if memory is None else memory
         if self.has_work(memory, progress, rank) and "prepared" not in memory:
             self.prepare_(weight, rank, memory, progress, metric)
-        memory.pop("prepared", None)
+        if "prepared" in memory:
+            del memory["prepared"]
+            memory.pop("age", None)  # counted from here
         is_due(memory, self.refresh)
+        if progress < 1.0 and int(memory["age"]) % self.every:
+            return weight
         side: Side = "left" if weight.shape[0] <= weight.shape[1] else "right"
         if metric.is_identity_on(side):
             outer, inner = IDENTITY.projector(side, memory["basis"].to(weight))
         else:
             outer, inner = memory["outer"].to(weight), memory["inner"].to(weight)
-        return torch.lerp(weight, project(weight, side, outer, inner), self.eta(progress))
+        share = 1.0 - (1.0 - self.eta(progress)) ** min(self.every, self.refresh)
+        return torch.lerp(weight, project(weight, side, outer, inner), share)
 
     def _rank(self, planned: int | None) -> int:
         target = self.rank if planned is None else planned
