@@ -5,9 +5,10 @@
     python benchmarks/prehab_sst2.py --table                     # prints the tables of the stored results only
 
 All 36 linear layers of the encoder are targets, the head stays dense, the embeddings are frozen. 150 steps of prehab
-and 50 of rehab, batches of 16 sentences, AdamW at 3e-5. Reported on 1,000 sentences of dev + test (one standard error of
-a single run is about 1 point, but all rows see the same ones); tuned on 692 sentences held out of the training file. ``prehab_trial.py`` says
-what the rows are, ``sst2.py`` where to get the data and the model; needs the ``hf`` extra.
+and 50 of rehab, batches of 16 sentences, AdamW at 3e-5. Reported on 1,000 sentences of dev + test (one standard error
+of a single run is about 1 point, but all rows see the same ones); tuned on 692 sentences held out of the training
+file. ``prehab_trial.py`` says what the rows are, ``sst2.py`` where to get the data and the model; needs the ``hf``
+extra.
 """
 
 from pathlib import Path

@@ -70,7 +70,7 @@ class TailShrinkage(Shrinkage):
             )
 
     def eta(self, progress: float) -> float:
-        """Share of the tail that each step takes off on average, non-decreasing in ``progress``, exactly 1 from ``anneal`` on."""
+        """Share of the tail that a step takes off on average; non-decreasing in ``progress``, 1 from ``anneal`` on."""
         done = min(max(progress, 0.0) / self.anneal, 1.0)
         if done == 1.0:
             return 1.0
