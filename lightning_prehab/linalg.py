@@ -5,6 +5,8 @@ that decompose work in float64 and return float64; functions for use inside a tr
 given.
 """
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 
@@ -188,11 +190,25 @@ def spectral_ranks(values: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(values[0] > 0, stable, zero), torch.where(values[0] > 0, effective, zero)
 
 
-def power_iteration(matrix: Tensor, vector: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+class Operator(Protocol):
+    """What can be multiplied by vectors from both sides; tensors can."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the entries."""
+
+    @property
+    def mT(self) -> Any:
+        """The transpose."""
+
+    def __matmul__(self, vector: Tensor, /) -> Tensor: ...
+
+
+def power_iteration(matrix: Operator, vector: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Leading singular triple of ``matrix`` by alternating products, from a start vector.
 
     Args:
-        matrix: Shape ``(m, n)``.
+        matrix: Shape ``(m, n)``; products with vectors are all that is asked of it.
         vector: Estimate of the leading right singular vector, shape ``(n,)``; keep it between calls for a warm start.
         steps: Iterations, at least 1. From a cold start about 20 are needed for 1 % in the squared singular value; from
             a warm start 1 per training step is enough.

@@ -104,7 +104,7 @@ class RegularizedLayer:
     def penalty(self, regularizer: Penalty) -> Tensor:
         """R(L^T W S) in float32."""
         try:
-            return regularizer(self.metric.view(self.module.weight.float()), self.rank, self.memory)
+            return regularizer.in_metric(self.module.weight.float(), self.metric, self.rank, self.memory)
         except PrehabError as error:
             raise type(error)(f"Layer {self.name!r}: {error}") from error
 

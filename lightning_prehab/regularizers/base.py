@@ -16,8 +16,8 @@ Memory = dict[str, Tensor]
 class Penalty(ABC):
     """A differentiable scalar of a matrix. Subclasses are frozen dataclasses that check their own fields.
 
-    The penalty never hears of whitening: the caller hands it ``W``, or ``W`` in another metric. A call does not wait
-    for the device, but for eigendecompositions: at the first call, and where a subclass says so.
+    A subclass need not know of metrics; one that does can save products by overriding :meth:`in_metric`. A call does not
+    wait for the device, but for eigendecompositions: at the first call, and where a subclass says so.
 
     Attributes:
         needs_rank: The penalty aims at a target rank.
@@ -39,6 +39,12 @@ class Penalty(ABC):
         Returns:
             Scalar of the dtype of ``matrix``.
         """
+
+    def in_metric(
+        self, weight: Tensor, metric: Metric, rank: int | None = None, memory: Memory | None = None
+    ) -> Tensor:
+        """The penalty of ``M = L^T W S``, differentiable in ``W``."""
+        return self(metric.view(weight), rank, memory)
 
 
 class Shrinkage(ABC):

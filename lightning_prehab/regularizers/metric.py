@@ -64,6 +64,30 @@ class Metric:
         assert self.right is not None
         return _inverse(self.right)
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether ``M`` is ``W``."""
+        return self.left is None and self.right is None
+
+    def weigh(self, weight: Tensor) -> Tensor:
+        """``L L^T W S S^T``: half the gradient of ``|M|_F^2`` in ``W``, at the cost of one :meth:`view`."""
+        weighed = weight if self.left is None else self.left_gram.to(weight) @ weight
+        return weighed if self.right is None else weighed @ self.right_gram.to(weight)
+
+    @cached_property
+    def left_gram(self) -> Tensor:
+        """``L L^T``, computed once, in float64, and kept in the dtype of the root."""
+        assert self.left is not None
+        root = to_float64(self.left)
+        return (root.mT @ root).to(self.left)
+
+    @cached_property
+    def right_gram(self) -> Tensor:
+        """``S S^T``, computed once, in float64, and kept in the dtype of the root."""
+        assert self.right is not None
+        root = to_float64(self.right)
+        return (root @ root.mT).to(self.right)
+
     def is_identity_on(self, side: Side) -> bool:
         """Whether a projection on this side is the same in both spaces."""
         return (self.left if side == "left" else self.right) is None
@@ -87,6 +111,30 @@ class Metric:
             outer, inner = _oblique(None if self.right is None else self.right.mT, basis)
             return inner.mT, outer.mT
         return _oblique(self.left, basis)
+
+
+@dataclass(frozen=True, eq=False)
+class Unformed:
+    """``M = L^T W S``, never multiplied out, for products with vectors: ``unformed @ v``, ``unformed.mT @ u``."""
+
+    weight: Tensor
+    metric: Metric
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weight."""
+        return self.weight.dtype
+
+    @property
+    def mT(self) -> "Unformed":
+        """The transpose."""
+        left, right = (None if root is None else root.mT for root in (self.metric.left, self.metric.right))
+        return Unformed(self.weight.mT, Metric(right, left))
+
+    def __matmul__(self, vector: Tensor) -> Tensor:
+        seen = vector if self.metric.right is None else self.metric.right.to(vector) @ vector
+        seen = self.weight @ seen
+        return seen if self.metric.left is None else self.metric.left.to(vector) @ seen
 
 
 #: Weights as they are.

@@ -10,26 +10,37 @@ from torch.autograd.function import once_differentiable
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.linalg import power_iteration
 from lightning_prehab.regularizers.base import Memory, Penalty, start_vector
+from lightning_prehab.regularizers.metric import IDENTITY, Metric, Unformed
 
 
 class _StableRankFunction(torch.autograd.Function):
-    """``|M|_F^2 / s_1^2`` with its closed-form gradient ``2 M / s_1^2 - 2 |M|_F^2 / s_1^3 u v^T``."""
+    """``|M|_F^2 / s_1^2`` of ``M = L^T W S`` with its closed-form gradient in ``W``.
+
+    That is ``2 / s_1^2 (L L^T W S S^T) - 2 |M|_F^2 / s_1^3 (L u) (S v)^T``. The first product gives the value too,
+    since ``|M|_F^2 = <W, L L^T W S S^T>``: ``M`` itself is not needed.
+    """
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, sigma: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """The value, given the leading singular triple; 0 for a zero matrix."""
-        ctx.save_for_backward(matrix, sigma, u, v)
-        return torch.where(_is_safe(sigma), matrix.square().sum() / sigma.square(), torch.zeros_like(sigma))
+    def forward(ctx: Any, weight: Tensor, metric: Metric, sigma: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """The value, given the leading singular triple of ``M``; 0 for a zero matrix."""
+        weighed = metric.weigh(weight)
+        energy = weight.square().sum() if metric.is_identity else (weight * weighed).sum()
+        ctx.metric = metric
+        ctx.save_for_backward(weighed, energy, sigma, u, v)
+        return torch.where(_is_safe(sigma), energy / sigma.square(), torch.zeros_like(sigma))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        """The gradient in the matrix; 0 for a zero matrix."""
-        matrix, sigma, u, v = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """The gradient in the weight; 0 for a zero matrix."""
+        weighed, energy, sigma, u, v = ctx.saved_tensors
         inverse = torch.where(_is_safe(sigma), 1.0 / sigma, torch.zeros_like(sigma))
         scale = 2.0 * grad * inverse.square()
-        ratio = matrix.square().sum() * inverse
-        return torch.addcmul(scale * matrix, scale * ratio * u[:, None], v[None, :], value=-1.0), None, None, None
+        left, right = ctx.metric.left, ctx.metric.right
+        u = u if left is None else left.to(u).mT @ u
+        v = v if right is None else right.to(v) @ v
+        change = torch.addcmul(scale * weighed, scale * energy * inverse * u[:, None], v[None, :], value=-1.0)
+        return change, None, None, None, None
 
 
 def _is_safe(sigma: Tensor) -> Tensor:
@@ -65,9 +76,16 @@ class StableRank(Penalty):
 
     def __call__(self, matrix: Tensor, rank: int | None = None, memory: Memory | None = None) -> Tensor:
         """The stable rank, in ``[1, min(m, n)]``; ``rank`` is ignored."""
+        return self.in_metric(matrix, IDENTITY, rank, memory)
+
+    def in_metric(
+        self, weight: Tensor, metric: Metric, rank: int | None = None, memory: Memory | None = None
+    ) -> Tensor:
+        """The stable rank of ``M = L^T W S``: one product ``L L^T W S S^T`` and products with vectors."""
         warm = memory.get("v") if memory is not None else None
-        start = start_vector(matrix.shape[1], matrix) if warm is None else warm.to(matrix)
-        sigma, u, v = power_iteration(matrix.detach(), start, self.first_steps if warm is None else self.steps)
+        start = start_vector(weight.shape[1], weight) if warm is None else warm.to(weight)
+        steps = self.first_steps if warm is None else self.steps
+        sigma, u, v = power_iteration(Unformed(weight.detach(), metric), start, steps)
         if memory is not None:
             memory["v"] = v
-        return _StableRankFunction.apply(matrix, sigma, u, v)  # type: ignore[no-any-return]
+        return _StableRankFunction.apply(weight, metric, sigma, u, v)  # type: ignore[no-any-return]

@@ -169,9 +169,9 @@ def test_bf16_autocast_leaves_the_penalty_in_float32(mlp, loader, make_trainer, 
     dtypes = []
 
     class Spy(lp.StableRank):
-        def __call__(self, matrix, rank=None, memory=None):
-            dtypes.append((matrix.dtype, (matrix @ matrix.mT).dtype))
-            return super().__call__(matrix, rank, memory)
+        def in_metric(self, weight, metric, rank=None, memory=None):
+            dtypes.append((weight.dtype, (weight @ weight.mT).dtype))
+            return super().in_metric(weight, metric, rank, memory)
 
     for injection in ("loss", "gradient"):
         make_trainer(precision="bf16-mixed", callbacks=[lp.PrehabCallback(Spy(), injection=injection)]).fit(

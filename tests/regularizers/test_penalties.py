@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prehab import regularizers
 from lightning_prehab.errors import ArgumentError, NumericalError
-from lightning_prehab.regularizers import EffectiveRank, NuclearNorm, Penalty, StableRank, TailEnergy
+from lightning_prehab.regularizers import EffectiveRank, Metric, NuclearNorm, Penalty, StableRank, TailEnergy
 
 SHAPES = [(6, 9), (9, 6), (7, 7), (1, 5), (5, 1)]
 
@@ -66,6 +66,20 @@ class TestAgainstAnExactSVD:
         (3 * value).backward()
         (3 * expected).backward()
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-8)
+
+    @pytest.mark.parametrize("sides", ["left", "right", "both"])
+    def test_value_and_gradient_in_a_metric(self, penalty, used, exact, shape, sides):
+        """The gradient is that in the weight. Roots are not symmetric: a Cholesky factor is one too."""
+        roots = [torch.linalg.cholesky(matrix((size, 2 * size), 5) @ matrix((size, 2 * size), 5).mT) for size in shape]
+        metric = Metric(None if sides == "right" else roots[0].mT, None if sides == "left" else roots[1])
+        ours, theirs = matrix(shape).requires_grad_(), matrix(shape).requires_grad_()
+        seen = theirs if metric.left is None else metric.left @ theirs
+        expected = exact(seen if metric.right is None else seen @ metric.right, 2)
+        value = penalty.in_metric(ours, metric, rank=2, memory={})
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-12)
+        (3 * value).backward()
+        (3 * expected).backward()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5 * theirs.grad.norm().item() + 1e-12)
 
     def test_float32_with_the_settings_as_they_are_used(self, penalty, used, exact, shape):
         ours, theirs = matrix(shape).float().requires_grad_(), matrix(shape).requires_grad_()
