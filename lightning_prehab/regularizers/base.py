@@ -16,8 +16,8 @@ Memory = dict[str, Tensor]
 class Penalty(ABC):
     """A differentiable scalar of a matrix. Subclasses are frozen dataclasses that check their own fields.
 
-    A subclass need not know of metrics; one that does can save products by overriding :meth:`in_metric`. A call does not
-    wait for the device, but for eigendecompositions: at the first call, and where a subclass says so.
+    A subclass need not know of metrics; one that does can save products by overriding :meth:`in_metric`. A call does
+    not wait for the device, but for eigendecompositions: at the first call, and where a subclass says so.
 
     Attributes:
         needs_rank: The penalty aims at a target rank.

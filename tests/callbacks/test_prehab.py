@@ -323,9 +323,9 @@ def test_frozen_layers_are_left_out(mlp, loader, make_trainer, lit_class):
     shapes = set()
 
     class Spy(lp.StableRank):
-        def __call__(self, matrix, rank=None, memory=None):
-            shapes.add(tuple(matrix.shape))
-            return super().__call__(matrix, rank, memory)
+        def in_metric(self, weight, metric, rank=None, memory=None):
+            shapes.add(tuple(weight.shape))
+            return super().in_metric(weight, metric, rank, memory)
 
     make_trainer(callbacks=[lp.PrehabCallback(Spy())]).fit(lit_class(mlp), loader)
     assert shapes == {(14, 16), (6, 14)}
@@ -440,9 +440,9 @@ def test_manual_optimization_leaves_autocast_on_and_we_turn_it_off(mlp, loader, 
     dtypes = set()
 
     class Spy(lp.StableRank):
-        def __call__(self, matrix, rank=None, memory=None):
-            dtypes.add((matrix @ matrix.mT).dtype)
-            return super().__call__(matrix, rank, memory)
+        def in_metric(self, weight, metric, rank=None, memory=None):
+            dtypes.add((weight @ weight.mT).dtype)
+            return super().in_metric(weight, metric, rank, memory)
 
     for injection in ("loss", "gradient"):
         prehab = lp.PrehabCallback(Spy(), injection=injection)
