@@ -1,10 +1,14 @@
 """What happened to each layer."""
 
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_prehab.errors import CheckpointError
+from lightning_prehab import documents
+from lightning_prehab.errors import CheckpointError, PrehabError
 from lightning_prehab.factorizations import Factorization
 from lightning_prehab.plan import CompressionPlan, LayerPlan
 from lightning_prehab.tables import Table, format_loss, format_number
@@ -14,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Of the dictionary form.
 VERSION = 1
+#: Class paths that a report may name: reading one imports nothing of others.
+_OURS = "lightning_prehab."
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,51 @@ class CompressionReport:
         plan = CompressionPlan(layers, factorization, data["skipped"], data["parameters_before"])
         errors = {layer["name"]: layer["weight_error"] for layer in data["layers"] if layer["rank"] is not None}
         return cls(plan, errors, data["parameters_before"], data["parameters_after"])
+
+    def save_json(self, path: str | os.PathLike[str]) -> None:
+        """Writes :meth:`to_dict` and, under ``method``, the settings of the factorization into a file.
+
+        Raises:
+            PlanError: If the factorization cannot be written down (a class of your own, in most cases local).
+        """
+        data = {**self.to_dict(), "method": documents.describe(self.plan.factorization)}
+        Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load_json(cls, path: str | os.PathLike[str], factorization: Factorization | None = None) -> "CompressionReport":
+        """The report that :meth:`save_json` has written.
+
+        Args:
+            path: The file.
+            factorization: For reports of a class of your own: only classes of this package are imported.
+
+        Raises:
+            CheckpointError: If the file cannot be read, or holds something else; the file is named.
+        """
+        where = os.fspath(path)
+        try:
+            data = json.loads(documents.read_file(path))
+            if not isinstance(data, dict):
+                raise CheckpointError(f"this is not a compression report, but {documents.show(data)}")
+            if factorization is None and data.get("version") == VERSION:
+                method = data.get("method")
+                class_path = method.get("class_path") if isinstance(method, dict) else None
+                if not isinstance(class_path, str) or not class_path.startswith(_OURS):
+                    raise CheckpointError(
+                        f"the method {documents.show(class_path)} is not one of this package; load it in Python with "
+                        "CompressionReport.load_json(path, factorization)"
+                    )
+                factorization = documents.build(method, Factorization, "method")  # type: ignore[type-abstract]
+            found = cls.from_dict(data, factorization)  # type: ignore[arg-type]  # refused before it is looked at
+            str(found)  # whatever is wrong in it shows here, not later
+        except PrehabError as error:
+            raise CheckpointError(f"{where}: {error}") from error
+        except RecursionError as error:
+            raise CheckpointError(f"{where}: the file is nested too deeply to be a compression report.") from error
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            text = f"{where} is not a whole compression report ({type(error).__name__}: {error})."
+            raise CheckpointError(text) from error
+        return found
 
     def table(self) -> Table:
         """A row for each target and each layer that was left out, and the totals."""

@@ -39,6 +39,9 @@ FLOORS = {
     "spectral_metrics": 2,
     "callbacks": 3,
     "loading": 3,
+    "cli_inputs": 3,
+    "cli": 4,
+    "__main__": 4,
     "__init__": 4,
 }
 #: rich and yaml: lightning brings yaml, and whoever prints with rich has it.
@@ -48,6 +51,10 @@ EXTRAS = {
     ("report.py", "rich"),
     ("tables.py", "rich"),
     ("documents.py", "yaml"),
+    ("cli.py", "rich"),
+    ("cli.py", "jsonargparse"),
+    ("cli_inputs.py", "safetensors"),
+    ("cli_inputs.py", "transformers"),
 }
 CORE = {"torch", "lightning", "torchmetrics", "lightning_prehab"}
 

@@ -1,0 +1,297 @@
+"""The command line: plan, compress, report and bench for Hugging Face folders and Lightning checkpoints.
+
+Results go to standard output, progress and errors to standard error. Exit codes: 0 done, 1 refused (the reason is one
+sentence), 2 wrong arguments, 130 interrupted.
+"""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_prehab.batches import call_model, to_device
+from lightning_prehab.calibration import as_found, collect_statistics
+from lightning_prehab.cli_inputs import Batches, copy_settings, example_batch, load_model, read_batches
+from lightning_prehab.compress import compress_
+from lightning_prehab.errors import ArgumentError, PrehabError
+from lightning_prehab.factorizations import SVD, ActivationSVD, Factorization, FisherSVD, KroneckerSVD, WhitenedSVD
+from lightning_prehab.latency import time_calls
+from lightning_prehab.plan import CompressionPlan
+from lightning_prehab.planning import check_wish, default_policy, plan_ranks, usable_targets, wanted_statistics
+from lightning_prehab.report import CompressionReport
+from lightning_prehab.serialization import STRUCTURE, load_compressed, save_compressed
+from lightning_prehab.spectra import decompose_targets, spectrum
+from lightning_prehab.tables import Table
+from lightning_prehab.targets import count_parameters, find_targets
+
+METHODS: dict[str, Callable[[], Factorization]] = {
+    "svd": SVD,
+    "activation": ActivationSVD,
+    "fisher": FisherSVD,
+    "whitened": WhitenedSVD,
+    "kronecker": KroneckerSVD,
+}
+#: Of a folder that ``compress`` has written.
+REPORT = "report.json"
+#: A difference of latencies up to this share is called none: medians on a busy machine differ by as much.
+NO_DIFFERENCE = 0.05
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: Words of the command line; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        settings = _parser().parse_args(arguments)
+        command = settings.command
+        _COMMANDS[command](settings[command])
+    except PrehabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def plan(settings: Any) -> None:
+    """What each budget would do; nothing is changed or written."""
+    model, batches = _inputs(settings)
+    with _working("calibrating and decomposing"):
+        plans = _plans(model, batches, settings)
+    data = [{"keep": found.keep, "model_keep": found.model_keep, **found.to_dict()} for found in plans]
+    _show(settings, {"plans": data}, *plans)
+
+
+def compress(settings: Any) -> None:
+    """Writes a compressed model and the report of it into a folder, whole or not at all."""
+    output = Path(settings.output)
+    _check_output(output, settings.force)
+    model, batches = _inputs(settings)
+    with _working("compressing"):
+        report = compress_(
+            model,
+            settings.keep,
+            batches,
+            factorization=_method(settings),
+            target_modules=settings.target_modules,
+            exclude_modules=settings.exclude_modules,
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    try:
+        made = save_compressed(model, work / "new", report)
+        report.save_json(made / REPORT)
+        copy_settings(Path(settings.source), made)
+        if output.exists():
+            os.replace(output, work / "old")
+        try:
+            os.replace(made, output)
+        except BaseException:
+            if (work / "old").exists():
+                os.replace(work / "old", output)
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    _show(settings, {"folder": str(output), "report": report.to_dict()}, report, f"written to {output}")
+
+
+def report(settings: Any) -> None:
+    """Shows a report that ``compress`` or ``CompressionReport.save_json`` has written."""
+    path = Path(settings.path)
+    found = CompressionReport.load_json(path / REPORT if path.is_dir() else path)
+    _show(settings, found.to_dict(), found)
+
+
+def bench(settings: Any) -> None:
+    """Measures the dense and the compressed model in turn."""
+    if any(size < 1 for size in settings.batch_sizes):
+        raise ArgumentError(f"--batch-sizes must be at least 1, got {settings.batch_sizes}.")
+    dense, batches = _inputs(settings)
+    low = load_compressed(settings.compressed, load_model(settings.source, settings.model)).to(settings.device)
+    rows = []
+    with _working("measuring"):
+        for size in settings.batch_sizes:
+            batch = to_device(example_batch(dense, batches, size, settings.max_length), torch.device(settings.device))
+            rows.append({"batch_size": size, **_measure(dense, low, batch)})
+    facts = {
+        "device": settings.device,
+        "threads": torch.get_num_threads(),
+        "parameters_dense": count_parameters(dense),
+        "parameters_compressed": count_parameters(low),
+    }
+    _show(settings, {**facts, "latency": rows}, _bench_table(rows, facts))
+
+
+_COMMANDS: dict[str, Callable[[Any], None]] = {"plan": plan, "compress": compress, "report": report, "bench": bench}
+
+
+def _plans(model: nn.Module, batches: Batches | None, settings: Any) -> list[CompressionPlan]:
+    """A plan for each keep, out of one calibration and one decomposition; the same steps as in ``compress_``."""
+    targets = find_targets(model, settings.target_modules, settings.exclude_modules)
+    factorization = _method(settings) or (SVD() if batches is None else KroneckerSVD())
+    policies = [default_policy(keep, factorization) for keep in settings.keep]
+    for policy in policies:
+        check_wish(targets, policy, factorization)
+    statistics = None
+    wanted = wanted_statistics(factorization, policies[0])
+    if batches is not None and any(wanted):
+        statistics = collect_statistics(model, targets, batches, wanted=wanted)
+    usable = usable_targets(targets, policies[0], factorization, statistics)
+    spectra = {
+        name: spectrum(decomposition, (statistics or {}).get(name))
+        for name, decomposition in decompose_targets(usable, factorization, statistics).items()
+    }
+    return [plan_ranks(targets, usable, policy, factorization, spectra) for policy in policies]
+
+
+def _measure(dense: nn.Module, low: nn.Module, batch: Any) -> dict[str, Any]:
+    with as_found(dense, []), as_found(low, []), torch.no_grad():
+        calls: dict[int | None, Callable[[], object]] = {
+            None: lambda: call_model(dense, batch),
+            1: lambda: call_model(low, batch),
+        }
+        seconds = time_calls(calls, next(low.parameters()).device)
+    return {"dense_seconds": seconds[None], "compressed_seconds": seconds[1], "verdict": verdict(*seconds.values())}
+
+
+def verdict(dense: float, compressed: float) -> str:
+    """What two latencies say, in words.
+
+    >>> verdict(2.0, 1.0), verdict(1.0, 0.97), verdict(1.0, 2.0)
+    ('2.00 times as fast', 'no gain', 'no gain: slower, 0.50 times as fast')
+    """
+    speed = dense / compressed
+    if speed > 1 + NO_DIFFERENCE:
+        return f"{speed:.2f} times as fast"
+    return "no gain" if speed >= 1 / (1 + NO_DIFFERENCE) else f"no gain: slower, {speed:.2f} times as fast"
+
+
+def _bench_table(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Table:
+    cells = [
+        {
+            "batch size": str(row["batch_size"]),
+            "dense ms": f"{1e3 * row['dense_seconds']:.3f}",
+            "compressed ms": f"{1e3 * row['compressed_seconds']:.3f}",
+            "verdict": row["verdict"],
+        }
+        for row in rows
+    ]
+    caption = (
+        f"medians of this machine under its load of the moment, {facts['device']}, {facts['threads']} threads; "
+        f"{facts['parameters_dense']:,} -> {facts['parameters_compressed']:,} parameters"
+    )
+    return Table(
+        "Latency of a forward pass", ["batch size", "dense ms", "compressed ms", "verdict"], cells, {}, caption
+    )
+
+
+def _inputs(settings: Any) -> tuple[nn.Module, Batches | None]:
+    with _working("reading the model"):
+        try:
+            model = load_model(settings.source, settings.model).to(settings.device)
+        except (RuntimeError, AssertionError) as error:
+            if isinstance(error, PrehabError):
+                raise
+            raise ArgumentError(f"--device {settings.device!r} cannot be used: {error}") from error
+        batches = None
+        if settings.data is not None:
+            batches = read_batches(settings.data, settings.source, settings.batch_size, settings.max_length)
+    return model, batches
+
+
+def _method(settings: Any) -> Factorization | None:
+    return None if settings.method is None else METHODS[settings.method]()
+
+
+def _check_output(output: Path, force: bool) -> None:
+    """An existing folder is replaced only when asked, and only if it is one of ours: others may hold anything."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not force:
+        raise ArgumentError(f"{output} exists; give --force to replace it, or another --output.")
+    if not (output / STRUCTURE).is_file():
+        raise ArgumentError(f"{output} does not hold a compressed model, so --force leaves it; give another --output.")
+
+
+def _show(settings: Any, data: object, *shown: object) -> None:
+    if settings.json:
+        print(json.dumps(data, indent=1))
+        return
+    import rich.console
+
+    console = rich.console.Console()
+    for item in shown:
+        if isinstance(item, str) or not console.is_terminal:
+            print(item)  # in files and pipes: whole lines, whatever the width
+        else:
+            console.print(item)
+
+
+def _working(what: str) -> AbstractContextManager[object]:
+    import rich.console
+
+    return rich.console.Console(stderr=True).status(f"{what} ...")
+
+
+def _parser() -> Any:
+    try:
+        import rich  # noqa: F401
+        from jsonargparse import ArgumentParser
+    except ImportError as error:
+        raise PrehabError(
+            f"The command line needs the {error.name} package: pip install 'lightning-prehab[cli]'."
+        ) from error
+    from jsonargparse.typing import ClosedUnitInterval as Share
+
+    def command(name: str, text: str) -> Any:
+        made = ArgumentParser(description=text)
+        made.add_argument("--json", action="store_true", help="print JSON instead of text")
+        parsers[name] = made, text
+        return made
+
+    parsers: dict[str, tuple[Any, str]] = {}
+    planning = command("plan", "Show what a budget would do to each layer; nothing is changed.")
+    compressing = command("compress", "Write a compressed model and its report into a new folder.")
+    reporting = command("report", "Show a report that compress has written.")
+    measuring = command("bench", "Measure the dense against the compressed model on this machine.")
+    for made in (planning, compressing, measuring):
+        made.add_argument("source", type=str, help="Hugging Face folder (config.json, safetensors), or a .ckpt file")
+        made.add_argument("--model", type=str, help="class of the .ckpt: some.module.ClassName (is imported)")
+        made.add_argument("--data", type=str, help="text file (Hugging Face), or .pt or .safetensors of batches")
+        made.add_argument("--batch-size", type=int, default=8, help="rows of a calibration batch")
+        made.add_argument("--max-length", type=int, default=128, help="tokens of a line of text")
+        made.add_argument("--device", type=str, default="cpu", help="where to compute")
+    for made in (planning, compressing):
+        made.add_argument("--method", choices=list(METHODS), help="default: kronecker with --data, svd without")
+        made.add_argument("--target-modules", type=str, nargs="+", help="names or patterns to take")
+        made.add_argument("--exclude-modules", type=str, nargs="+", help="names or patterns to leave")
+    planning.add_argument("--keep", type=Share, nargs="+", default=[0.5], help="shares of the parameters to keep")
+    compressing.add_argument("--keep", type=Share, default=0.5, help="share of the targets' parameters to keep")
+    compressing.add_argument("--output", type=str, required=True, help="the folder to write")
+    compressing.add_argument("--force", action="store_true", help="replace a compressed model that is there")
+    reporting.add_argument("path", type=str, help="report.json, or the folder that holds it")
+    measuring.add_argument("--compressed", type=str, required=True, help="the folder that compress has written")
+    measuring.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], help="rows of the measured batches")
+
+    parser = ArgumentParser(prog="lightning_prehab", description="SVD compression of neural networks.")
+    commands = parser.add_subcommands(dest="command", required=True)
+    for name, (made, text) in parsers.items():
+        commands.add_subcommand(name, made, help=text)
+    return parser
