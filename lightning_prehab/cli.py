@@ -116,6 +116,10 @@ def report(settings: Any) -> None:
     """Shows a report that ``compress`` or ``CompressionReport.save_json`` has written."""
     path = Path(settings.path)
     found = CompressionReport.load_json(path / REPORT if path.is_dir() else path)
+    if settings.metrics is not None and settings.html is None:
+        raise ArgumentError("--metrics is for the page; give --html too.")
+    if settings.html is not None:
+        found.save_html(settings.html, settings.metrics)
     _show(settings, found.to_dict(), found)
 
 
@@ -287,6 +291,8 @@ def _parser() -> Any:
     compressing.add_argument("--output", type=str, required=True, help="the folder to write")
     compressing.add_argument("--force", action="store_true", help="replace a compressed model that is there")
     reporting.add_argument("path", type=str, help="report.json, or the folder that holds it")
+    reporting.add_argument("--html", type=str, help="write a page with figures too (extra plot)")
+    reporting.add_argument("--metrics", type=str, help="metrics.csv of the run's CSVLogger, for a timeline in the page")
     measuring.add_argument("--compressed", type=str, required=True, help="the folder that compress has written")
     measuring.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], help="rows of the measured batches")
 

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_prehab import documents
+from lightning_prehab import documents, figures
 from lightning_prehab.errors import CheckpointError, PrehabError
 from lightning_prehab.factorizations import Factorization
 from lightning_prehab.plan import CompressionPlan, LayerPlan
+from lightning_prehab.report_html import build_page
 from lightning_prehab.tables import Table, format_loss, format_number
 
 if TYPE_CHECKING:
     import rich.table
+    from matplotlib.figure import Figure
 
 #: Of the dictionary form.
 VERSION = 1
@@ -143,6 +145,31 @@ class CompressionReport:
             text = f"{where} is not a whole compression report ({type(error).__name__}: {error})."
             raise CheckpointError(text) from error
         return found
+
+    def figure(self, name: str) -> "Figure":
+        """A matplotlib figure: ``"ranks"``, ``"errors"`` or ``"parameters"``; save it with its ``savefig``.
+
+        Raises:
+            ArgumentError: If there is no such figure.
+            PrehabError: If matplotlib is missing.
+        """
+        return figures.layer_figure(self.plan, self.weight_errors, name)
+
+    def save_html(self, path: str | os.PathLike[str], metrics: str | os.PathLike[str] | None = None) -> None:
+        """Writes one page with the figures and the table, which loads nothing from elsewhere.
+
+        Args:
+            path: The file.
+            metrics: The ``metrics.csv`` of the run's CSVLogger, for a timeline with the surgery marked.
+
+        Raises:
+            ArgumentError: If the metrics cannot be read.
+            PrehabError: If matplotlib is missing.
+        """
+        pictures = {name.capitalize(): figures.to_png(self.figure(name)) for name in figures.FIGURES}
+        if metrics is not None:
+            pictures["Timeline"] = figures.to_png(figures.timeline_figure(metrics))
+        Path(path).write_text(build_page(self.table(), pictures), encoding="utf-8")
 
     def table(self) -> Table:
         """A row for each target and each layer that was left out, and the totals."""
