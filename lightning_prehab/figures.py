@@ -56,7 +56,8 @@ def layer_figure(plan: CompressionPlan, weight_errors: Mapping[str, float], name
 def timeline_figure(path: str | os.PathLike[str]) -> "Figure":
     """Loss, penalty, forecast and learning rate over the steps, out of the ``metrics.csv`` of Lightning's CSVLogger.
 
-    A dashed line marks the surgery, where ``compression/keep`` was logged.
+    A dashed line marks the first logged step after the surgery: the first one of the epoch in which
+    ``compression/keep`` stands, which Lightning writes at the end of that epoch.
 
     Raises:
         ArgumentError: If the file cannot be read or holds none of these.
@@ -66,7 +67,9 @@ def timeline_figure(path: str | os.PathLike[str]) -> "Figure":
     chosen = {name: curve for name, curve in curves.items() if "loss" in name or name.startswith(("prehab/", "lr"))}
     if not chosen:
         raise ArgumentError(f"{os.fspath(path)} holds no loss, prehab/... or learning rate to draw.")
-    cuts = [step for step, _ in curves.get("compression/keep", [])]
+    epochs = curves.get("epoch", [])
+    cut_at = {dict(epochs).get(step) for step, _ in curves.get("compression/keep", [])}
+    cuts = [min(step for step, epoch in epochs if epoch == cut) for cut in cut_at if cut is not None]
     figure = _figure(1.5 * len(chosen) + 0.5)
     for axes, (name, curve) in zip(figure.subplots(len(chosen), sharex=True, squeeze=False)[:, 0], chosen.items()):  # noqa: B905
         axes.plot(*zip(*curve, strict=True), color=_AFTER, marker="." if len(curve) < 40 else None)
@@ -74,7 +77,7 @@ def timeline_figure(path: str | os.PathLike[str]) -> "Figure":
         axes.spines[["top", "right"]].set_visible(False)
         for step in cuts:
             axes.axvline(step, color="black", linestyle="--", linewidth=1)
-    axes.set_xlabel("step" + ("; dashed: the surgery" if cuts else ""))
+    axes.set_xlabel("step" + ("; dashed: first logged step after the surgery" if cuts else ""))
     return figure
 
 
@@ -90,7 +93,7 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, list[tuple[int, floa
             for row in csv.DictReader(file):
                 step = int(row["step"])
                 for name, text in row.items():
-                    if name not in ("step", "epoch") and text and math.isfinite(value := float(text)):
+                    if name != "step" and text and math.isfinite(value := float(text)):
                         curves.setdefault(name, []).append((step, value))
     except (OSError, csv.Error, KeyError, TypeError, ValueError) as error:
         text = f"{os.fspath(path)} cannot be read as the metrics.csv of a CSVLogger ({type(error).__name__}: {error})."
