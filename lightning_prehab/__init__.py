@@ -5,6 +5,7 @@ from lightning_prehab.callbacks import CompressionCallback, PaperPrehab, PrehabC
 from lightning_prehab.compress import compress_
 from lightning_prehab.errors import PrehabError
 from lightning_prehab.factorizations import SVD, ActivationSVD, FisherSVD, KroneckerSVD, LowRankPlusSparse, WhitenedSVD
+from lightning_prehab.integrations._registration import register_when_imported
 from lightning_prehab.layers import LowRankLinear, LowRankPlusSparseLinear
 from lightning_prehab.loading import LowRankCheckpointMixin, load_from_checkpoint
 from lightning_prehab.plan import CompressionPlan, LayerPlan
@@ -66,3 +67,5 @@ __all__ = [
     "make_plan",
     "save_compressed",
 ]
+
+register_when_imported()

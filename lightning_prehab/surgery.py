@@ -17,6 +17,7 @@ from lightning_prehab.layers import LowRankLinear, LowRankPlusSparseLinear
 from lightning_prehab.moments import entry_state, factor_states
 from lightning_prehab.plan import CompressionPlan, LayerPlan
 from lightning_prehab.planning import added_parameters
+from lightning_prehab.pretrained import check_pretrained, note_structure_
 from lightning_prehab.report import CompressionReport
 from lightning_prehab.sparse import Sparse
 from lightning_prehab.spectra import decompose_targets, naming
@@ -87,6 +88,7 @@ def swap_(
     optimizers: Iterable[torch.optim.Optimizer] = (),
 ) -> CompressionReport:
     """Puts factors in the place of the planned layers; see :func:`apply_plan_`."""
+    check_pretrained(model)
     layers = _planned_layers(model, plan)
     before = count_parameters(model)
     cuts = [_prepare(cut.name, layer, factors[cut.name]) for cut, layer in layers.values()]
@@ -102,6 +104,7 @@ def swap_(
         parent._modules[key] = new
     for edit in edits:
         edit.commit()
+    note_structure_(model)
     after = count_parameters(model)
     return CompressionReport(plan, errors, before, after)
 
@@ -137,6 +140,8 @@ def follow_state_dict_(model: nn.Module, state_dict: Mapping[str, Any], prefix: 
             names.append(name)
     for parent, key, new in _slots(model, replacement):
         parent._modules[key] = new
+    if names:
+        note_structure_(model)
     return names
 
 
@@ -150,6 +155,7 @@ def densify_(model: nn.Module, names: Iterable[str]) -> None:
     }
     for parent, key, new in _slots(model, replacement):
         parent._modules[key] = new
+    note_structure_(model)
 
 
 def stored_factors(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Factors]:

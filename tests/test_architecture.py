@@ -15,6 +15,7 @@ FLOORS = {
     "tables": 0,
     "__about__": 0,
     "layers": 1,
+    "pretrained": 1,
     "statistics": 1,
     "schedules": 1,
     "moments": 1,
@@ -44,6 +45,7 @@ FLOORS = {
     "cli_inputs": 3,
     "cli": 4,
     "__main__": 4,
+    "integrations": 3,
     "__init__": 4,
 }
 #: rich and yaml: lightning brings yaml, and whoever prints with rich has it.
@@ -59,6 +61,7 @@ EXTRAS = {
     ("cli.py", "jsonargparse"),
     ("cli_inputs.py", "safetensors"),
     ("cli_inputs.py", "transformers"),
+    ("huggingface.py", "transformers"),
 }
 CORE = {"torch", "lightning", "torchmetrics", "lightning_prehab"}
 
