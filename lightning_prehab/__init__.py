@@ -23,7 +23,7 @@ from lightning_prehab.report import CompressionReport
 from lightning_prehab.serialization import load_compressed, save_compressed
 from lightning_prehab.spectral_metrics import EffectiveRankMetric, StableRankMetric
 from lightning_prehab.statistics import LayerStatistics
-from lightning_prehab.surgery import apply_plan_
+from lightning_prehab.surgery import apply_plan_, to_dense_
 from lightning_prehab.targets import find_targets
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "load_from_checkpoint",
     "make_plan",
     "save_compressed",
+    "to_dense_",
 ]
 
 register_when_imported()

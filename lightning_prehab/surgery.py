@@ -22,7 +22,7 @@ from lightning_prehab.report import CompressionReport
 from lightning_prehab.sparse import Sparse
 from lightning_prehab.spectra import decompose_targets, naming
 from lightning_prehab.statistics import LayerStatistics
-from lightning_prehab.targets import clean_name, count_parameters
+from lightning_prehab.targets import Patterns, clean_name, count_parameters, match_names
 
 
 def apply_plan_(
@@ -143,6 +143,30 @@ def follow_state_dict_(model: nn.Module, state_dict: Mapping[str, Any], prefix: 
     if names:
         note_structure_(model)
     return names
+
+
+def to_dense_(model: nn.Module, names: Patterns = None) -> list[str]:
+    """Replaces low-rank layers by dense ones with the same function, in place: the way back from the surgery.
+
+    Args:
+        model: Any module. A layer that is the model itself cannot be replaced: use its ``to_linear()``. Make optimizers
+            anew afterwards; they still hold the factors.
+        names: Names or patterns of the layers, as for :func:`~lightning_prehab.find_targets`; None takes all.
+
+    Returns:
+        The names of the replaced layers, in model order; empty if ``names`` is None and there are none.
+
+    Raises:
+        TargetError: If a pattern matches no low-rank layer; the model is then as it was.
+
+    >>> model = nn.Sequential(LowRankLinear(8, 8, rank=2))
+    >>> to_dense_(model), type(model[0]).__name__
+    (['0'], 'Linear')
+    """
+    found = [clean_name(name) for name, module in model.named_modules() if name and isinstance(module, LowRankLinear)]
+    wanted = found if names is None else match_names(names, found, "names")
+    densify_(model, wanted)
+    return wanted
 
 
 def densify_(model: nn.Module, names: Iterable[str]) -> None:

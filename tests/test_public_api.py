@@ -44,6 +44,7 @@ NAMES = {
     "load_from_checkpoint",
     "make_plan",
     "save_compressed",
+    "to_dense_",
 }
 
 
