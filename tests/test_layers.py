@@ -204,3 +204,43 @@ class TestLowRankPlusSparse:
         assert not low.training
         assert not low.values.requires_grad
         assert low.values.data_ptr() != layer.values.data_ptr()
+
+
+def test_meta_and_back_by_assignment():
+    layer = lp.LowRankLinear(8, 6, 3)
+    moved = copy.deepcopy(layer).to(device="meta")
+    moved.load_state_dict(layer.state_dict(), assign=True)
+    x = torch.randn(2, 8)
+    assert torch.equal(moved(x), layer(x))
+
+
+def test_flops_are_those_of_the_factors():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        lp.LowRankLinear(16, 12, 3)(torch.randn(5, 16))
+    assert counter.get_total_flops() == 2 * 5 * 3 * (16 + 12)
+
+
+def test_parameters_to_vector_and_back():
+    layer, other = lp.LowRankLinear(8, 6, 3), lp.LowRankLinear(8, 6, 3)
+    vector = nn.utils.parameters_to_vector(layer.parameters())
+    nn.utils.vector_to_parameters(vector, other.parameters())
+    assert torch.equal(other.weight, layer.weight)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    from torch.utils.checkpoint import checkpoint
+
+    layer = lp.LowRankLinear(8, 6, 3)
+    x = torch.randn(2, 8)
+    expected = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    found = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), list(layer.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_compiles_without_a_graph_break():
+    layer = lp.LowRankLinear(8, 6, 3)
+    x = torch.randn(2, 8)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
