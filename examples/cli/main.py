@@ -1,0 +1,13 @@
+"""Digits from a YAML file: ``python main.py fit --config config.yaml``; on two processes with ``--trainer.devices 2``."""
+
+import lightning_prehab  # noqa: F401 (its classes can then be named without their module)
+from digits import Classifier, Digits
+from lightning.pytorch.cli import LightningCLI
+
+if __name__ == "__main__":
+    LightningCLI(
+        Classifier,
+        Digits,
+        seed_everything_default=0,
+        save_config_kwargs={"config_filename": "used.yaml", "overwrite": True},
+    )
