@@ -28,6 +28,7 @@ from lightning_prehab.callbacks._distributed import (
     sum_statistics_,
 )
 from lightning_prehab.callbacks._own_pass import collect_in_own_pass, probe_in_own_pass
+from lightning_prehab.callbacks._report_logging import log_report
 from lightning_prehab.callbacks._trainer import (
     batches_per_epoch,
     callbacks_of,
@@ -81,7 +82,8 @@ class CompressionCallback(pl.Callback):
     the module.) Then the ranks are planned, all factors computed, the modules swapped, the optimizers edited in place
     with their first moments carried over, and a DDP wrapper rebuilt. Learning-rate schedulers go on as if nothing had
     happened. If anything fails before the swap, the model is as it was. A table of what was done is printed once;
-    ``compression/keep`` and ``compression/model_keep`` are logged.
+    ``compression/keep`` and ``compression/model_keep`` are logged; TensorBoard, W&B and MLflow get the table and the
+    figures too.
 
     Any callback or the LightningModule may define ``on_surgery(trainer, pl_module, report)``; it is called right after.
 
@@ -406,6 +408,7 @@ class CompressionCallback(pl.Callback):
             reset_scores_(trainer)
         pl_module.print(f"\n{report}")
         pl_module.log_dict({"compression/keep": report.keep, "compression/model_keep": report.model_keep}, batch_size=1)
+        log_report(trainer, report)
         for listener in (*callbacks_of(trainer), pl_module):
             on_surgery = getattr(listener, "on_surgery", None)
             if callable(on_surgery):

@@ -1,0 +1,77 @@
+"""The report in experiment loggers, by what they offer; none of them is imported.
+
+TensorBoard, W&B and MLflow get the table and the figures (those only with matplotlib); others, CSVLogger among them,
+keep the two numbers that are logged in any case.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_prehab.errors import PrehabError
+from lightning_prehab.figures import FIGURES
+from lightning_prehab.report import CompressionReport
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def log_report(trainer: "pl.Trainer", report: CompressionReport) -> None:
+    """Writes the report to each logger of rank zero; one that fails is named in a warning, and training goes on."""
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        _try_to_log(logger, trainer.global_step, report)
+
+
+def _try_to_log(logger: Any, step: int, report: CompressionReport) -> None:
+    try:
+        _log_to(logger, step, report)
+    except Exception as error:  # a logger's network or disk is no reason to lose the run
+        rank_zero_warn(
+            f"The compression report could not be written to {type(logger).__name__} "
+            f"({type(error).__name__}: {error}); it is in CompressionCallback.report all the same."
+        )
+
+
+def _log_to(logger: Any, step: int, report: CompressionReport) -> None:
+    if _offers(logger, "log_text", "log_image"):  # W&B: the logger itself
+        table = report.table()
+        rows = [[row.get(column, "") for column in table.columns] for row in (*table.rows, table.footer)]
+        logger.log_text("compression/report", columns=list(table.columns), data=rows, step=step)
+        for name, figure in _figures(report).items():
+            logger.log_image(f"compression/{name}", [_pixels(figure)], step=step)
+        return
+    experiment = logger.experiment
+    if _offers(experiment, "add_text", "add_figure"):  # TensorBoard: its text is markdown, where this is code
+        code = "\n".join(f"    {line}" for line in str(report).splitlines())
+        experiment.add_text("compression/report", code, step)
+        for name, figure in _figures(report).items():
+            experiment.add_figure(f"compression/{name}", figure, step)
+    elif _offers(experiment, "log_text", "log_figure") and hasattr(logger, "run_id"):  # MLflow: files of a run
+        experiment.log_text(logger.run_id, f"{report}\n", "compression/report.txt")
+        for name, figure in _figures(report).items():
+            experiment.log_figure(logger.run_id, figure, f"compression/{name}.png")
+
+
+def _offers(found: object, *names: str) -> bool:
+    return all(callable(getattr(found, name, None)) for name in names)
+
+
+def _figures(report: CompressionReport) -> "dict[str, Figure]":
+    """All figures by name; none without matplotlib, which is an extra."""
+    try:
+        return {name: report.figure(name) for name in FIGURES}
+    except PrehabError:
+        return {}
+
+
+def _pixels(figure: "Figure") -> Any:
+    """The figure as an array (height, width, 4) of bytes."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(figure)  # its methods have no types
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
