@@ -207,6 +207,10 @@ def _bench_table(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Table
 
 
 def _inputs(settings: Any) -> tuple[nn.Module, Batches | None]:
+    if settings.batch_size < 1 or settings.max_length < 1:
+        raise ArgumentError(
+            f"--batch-size and --max-length must be at least 1, got {settings.batch_size} and {settings.max_length}."
+        )
     with _working("reading the model"):
         try:
             model = load_model(settings.source, settings.model).to(settings.device)
@@ -217,7 +221,22 @@ def _inputs(settings: Any) -> tuple[nn.Module, Batches | None]:
         batches = None
         if settings.data is not None:
             batches = read_batches(settings.data, settings.source, settings.batch_size, settings.max_length)
+            _check_fit(model, batches[0], settings)
     return model, batches
+
+
+def _check_fit(model: nn.Module, batch: Any, settings: Any) -> None:
+    """One forward pass, so that data of another model is refused in one sentence, not in the middle of the work."""
+    try:
+        with as_found(model, []), torch.no_grad():
+            call_model(model, to_device(batch, torch.device(settings.device)))
+    except PrehabError:
+        raise
+    except Exception as error:  # whatever the user's model leads to
+        raise ArgumentError(
+            f"--data {settings.data}: the model cannot be called on its first batch ({type(error).__name__}: {error}); "
+            "give other data, or for lines that are too long a smaller --max-length."
+        ) from error
 
 
 def _method(settings: Any) -> Factorization | None:

@@ -64,8 +64,6 @@ def read_batches(data: str, source: str, rows: int, max_length: int) -> Batches:
     Raises:
         ArgumentError: If the file cannot be read or holds something else.
     """
-    if rows < 1 or max_length < 1:
-        raise ArgumentError(f"--batch-size and --max-length must be at least 1, got {rows} and {max_length}.")
     path = Path(data)
     if not path.is_file():
         raise ArgumentError(f"--data {path} does not exist.")

@@ -5,7 +5,9 @@ import io
 import math
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from lightning_prehab.errors import ArgumentError, PrehabError
 from lightning_prehab.plan import CompressionPlan
@@ -106,6 +108,16 @@ def to_png(figure: "Figure") -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
+
+
+def to_pixels(figure: "Figure") -> Any:
+    """The figure as a numpy array of bytes, (height, width, 4)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(figure)  # its methods have no types
+    canvas.draw()
+    width, height = canvas.get_width_height()
+    return torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8).reshape(height, width, 4).numpy()
 
 
 def _figure(height: float) -> "Figure":

@@ -4,17 +4,14 @@ TensorBoard, W&B and MLflow get the table and the figures (those only with matpl
 keep the two numbers that are logged in any case.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prehab.errors import PrehabError
-from lightning_prehab.figures import FIGURES
+from lightning_prehab.figures import FIGURES, to_pixels
 from lightning_prehab.report import CompressionReport
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def log_report(trainer: "pl.Trainer", report: CompressionReport) -> None:
@@ -41,7 +38,7 @@ def _log_to(logger: Any, step: int, report: CompressionReport) -> None:
         rows = [[row.get(column, "") for column in table.columns] for row in (*table.rows, table.footer)]
         logger.log_text("compression/report", columns=list(table.columns), data=rows, step=step)
         for name, figure in _figures(report).items():
-            logger.log_image(f"compression/{name}", [_pixels(figure)], step=step)
+            logger.log_image(f"compression/{name}", [to_pixels(figure)], step=step)
         return
     experiment = logger.experiment
     if _offers(experiment, "add_text", "add_figure"):  # TensorBoard: its text is markdown, where this is code
@@ -59,19 +56,9 @@ def _offers(found: object, *names: str) -> bool:
     return all(callable(getattr(found, name, None)) for name in names)
 
 
-def _figures(report: CompressionReport) -> "dict[str, Figure]":
+def _figures(report: CompressionReport) -> dict[str, Any]:
     """All figures by name; none without matplotlib, which is an extra."""
     try:
         return {name: report.figure(name) for name in FIGURES}
     except PrehabError:
         return {}
-
-
-def _pixels(figure: "Figure") -> Any:
-    """The figure as an array (height, width, 4) of bytes."""
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas: Any = FigureCanvasAgg(figure)  # its methods have no types
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())
