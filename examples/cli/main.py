@@ -1,8 +1,9 @@
-"""Digits from a YAML file: ``python main.py fit --config config.yaml``; on two processes with ``--trainer.devices 2``."""
+"""Digits from a YAML file: ``python main.py fit --config config.yaml``, or with ``--trainer.devices 2`` on two."""
 
-import lightning_prehab  # noqa: F401 (its classes can then be named without their module)
 from digits import Classifier, Digits
 from lightning.pytorch.cli import LightningCLI
+
+import lightning_prehab  # noqa: F401 (its classes can then be named without their module)
 
 if __name__ == "__main__":
     LightningCLI(

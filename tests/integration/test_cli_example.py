@@ -1,4 +1,4 @@
-"""examples/cli: from the YAML file on two processes, killed after the surgery, resumed; and what it says of mistakes."""
+"""examples/cli: on two processes, killed after the surgery, resumed; and what it says of mistakes."""
 
 import os
 import signal
