@@ -23,6 +23,7 @@ from lightning_prehab.cli_inputs import Batches, copy_settings, example_batch, l
 from lightning_prehab.compress import compress_
 from lightning_prehab.errors import ArgumentError, PrehabError
 from lightning_prehab.factorizations import SVD, ActivationSVD, Factorization, FisherSVD, KroneckerSVD, WhitenedSVD
+from lightning_prehab.figures import FIGURES, to_png
 from lightning_prehab.latency import time_calls
 from lightning_prehab.plan import CompressionPlan
 from lightning_prehab.planning import check_wish, default_policy, plan_ranks, usable_targets, wanted_statistics
@@ -118,6 +119,14 @@ def report(settings: Any) -> None:
     found = CompressionReport.load_json(path / REPORT if path.is_dir() else path)
     if settings.metrics is not None and settings.html is None:
         raise ArgumentError("--metrics is for the page; give --html too.")
+    wishes = [wish.partition("=") for wish in settings.png or []]
+    for name, _, file in wishes:
+        if name not in FIGURES or not file:
+            raise ArgumentError(
+                f"--png takes NAME=FILE with a NAME of {', '.join(FIGURES)}, got {name!r} for {file!r}."
+            )
+    for name, _, file in wishes:
+        Path(file).write_bytes(to_png(found.figure(name)))
     if settings.html is not None:
         found.save_html(settings.html, settings.metrics)
     _show(settings, found.to_dict(), found)
@@ -311,6 +320,7 @@ def _parser() -> Any:
     compressing.add_argument("--force", action="store_true", help="replace a compressed model that is there")
     reporting.add_argument("path", type=str, help="report.json, or the folder that holds it")
     reporting.add_argument("--html", type=str, help="write a page with figures too (extra plot)")
+    reporting.add_argument("--png", type=str, nargs="+", help="NAME=FILE: write the figure ranks, errors or parameters")
     reporting.add_argument("--metrics", type=str, help="metrics.csv of the run's CSVLogger, for a timeline in the page")
     measuring.add_argument("--compressed", type=str, required=True, help="the folder that compress has written")
     measuring.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], help="rows of the measured batches")

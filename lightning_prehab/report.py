@@ -104,6 +104,25 @@ class CompressionReport:
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Writes :meth:`to_dict` and, under ``method``, the settings of the factorization into a file.
 
+        The file is one JSON object. Errors are relative Frobenius norms without unit, loss increases are in units of
+        the loss, parameters are counts; "or null" means not known.
+
+        - ``version`` (int): of this form, 1; other versions are refused when read.
+        - ``factorization`` (str): for people. ``method`` (object): the same for :meth:`load_json`.
+        - ``keep``, ``model_keep`` (float): share of the parameters kept, of the targets' weights, of the whole model.
+        - ``parameters_before``, ``parameters_after`` (int): of the whole model.
+        - ``loss_increase`` (float or null): predicted, of all cuts together.
+        - ``skipped`` (object): ``{name: reason}`` of layers that were no targets.
+        - ``layers`` (list of objects, in model order), each with:
+
+          - ``name`` (str), ``shape`` (``[out_features, in_features]``), ``rank`` (int; null: stayed dense),
+            ``reason`` (str): why it stayed dense, else empty.
+          - ``parameters_before``, ``parameters_after`` (int): of the weight; after it, of all that replaces it.
+          - ``new_bias``, ``nonzeros`` (int): parameters of a bias that the cut adds, stored entries of a sparse part.
+          - ``predicted_error`` (float or null): in the metric of the factorization.
+          - ``weight_error`` (float): measured, ``|W - W'|_F / |W|_F``; 0 for dense layers.
+          - ``loss_increase`` (float or null): predicted, of this cut.
+
         Raises:
             PlanError: If the factorization cannot be written down (a class of your own, in most cases local).
         """

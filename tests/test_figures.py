@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 import lightning_prehab as lp
 from lightning_prehab.cli import main
 from lightning_prehab.errors import ArgumentError
-from lightning_prehab.figures import read_metrics, timeline_figure
+from lightning_prehab.figures import read_metrics, timeline_figure, to_png
 
 pytest.importorskip("matplotlib")
 
@@ -66,6 +66,18 @@ def test_page_from_a_real_run(lit, loader, make_trainer, tmp_path, capsys):
         text = text.replace(image, "")
     assert "http" not in text
     assert "url(" not in text
+
+
+def test_one_picture(report, tmp_path, capsys):
+    report.save_json(tmp_path / "report.json")
+    words = ["report", str(tmp_path / "report.json"), "--png"]
+    assert main([*words, f"ranks={tmp_path / 'a=b.png'}", f"errors={tmp_path / 'errors.png'}"]) == 0
+    assert (tmp_path / "a=b.png").read_bytes() == to_png(report.figure("ranks"))
+    assert (tmp_path / "errors.png").read_bytes() == to_png(report.figure("errors"))
+    for wrong in ("pie=x.png", "ranks", "ranks=", "=x.png"):
+        assert main([*words, f"parameters={tmp_path / 'no.png'}", wrong]) == 1
+        assert "NAME=FILE with a NAME of ranks, errors, parameters" in capsys.readouterr().err
+    assert not (tmp_path / "no.png").exists()
 
 
 def test_names_are_escaped(report, tmp_path):
