@@ -220,6 +220,8 @@ def _inputs(settings: Any) -> tuple[nn.Module, Batches | None]:
         raise ArgumentError(
             f"--batch-size and --max-length must be at least 1, got {settings.batch_size} and {settings.max_length}."
         )
+    if settings.device == "meta":
+        raise ArgumentError("--device 'meta' cannot be used: it holds no values.")
     with _working("reading the model"):
         try:
             model = load_model(settings.source, settings.model).to(settings.device)

@@ -116,9 +116,9 @@ class CompressionReport:
         - ``layers`` (list of objects, in model order), each with:
 
           - ``name`` (str), ``shape`` (``[out_features, in_features]``), ``rank`` (int; null: stayed dense),
-            ``reason`` (str): why it stayed dense, else empty.
+            ``reason`` (str or null): why it stayed dense.
           - ``parameters_before``, ``parameters_after`` (int): of the weight; after it, of all that replaces it.
-          - ``new_bias``, ``nonzeros`` (int): parameters of a bias that the cut adds, stored entries of a sparse part.
+          - ``new_bias``, ``nonzeros`` (int): parameters of a bias that the cut adds, values of a sparse part.
           - ``predicted_error`` (float or null): in the metric of the factorization.
           - ``weight_error`` (float): measured, ``|W - W'|_F / |W|_F``; 0 for dense layers.
           - ``loss_increase`` (float or null): predicted, of this cut.

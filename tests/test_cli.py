@@ -212,6 +212,7 @@ def test_wrong_inputs(bert, ckpt, tmp_path, capsys):
     assert "holds no config.json" in refused(capsys, "plan", tmp_path)
     assert "needs calibration statistics" in refused(capsys, "plan", bert, "--method", "whitened")
     assert "--device 'warp' cannot be used" in refused(capsys, "plan", bert, "--device", "warp")
+    assert "holds no values" in refused(capsys, "plan", bert, "--device", "meta")
     (tmp_path / "bad.ckpt").write_bytes(b"nothing")
     assert "cannot be loaded as" in refused(capsys, "plan", tmp_path / "bad.ckpt", "--model", "lit_of_a_user.Lit")
     for name in ("bad.pt", "bad.safetensors"):

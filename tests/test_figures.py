@@ -1,6 +1,7 @@
 """Figures and the page, by what is drawn and what a parser finds."""
 
 import base64
+import json
 from html.parser import HTMLParser
 
 import pytest
@@ -66,6 +67,13 @@ def test_page_from_a_real_run(lit, loader, make_trainer, tmp_path, capsys):
         text = text.replace(image, "")
     assert "http" not in text
     assert "url(" not in text
+
+
+def test_every_key_of_the_file_is_documented(report, tmp_path):
+    report.save_json(tmp_path / "report.json")
+    data = json.loads((tmp_path / "report.json").read_text())
+    for key in (*data, *data["layers"][0]):
+        assert f"``{key}``" in lp.CompressionReport.save_json.__doc__
 
 
 def test_one_picture(report, tmp_path, capsys):
