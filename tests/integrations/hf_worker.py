@@ -27,8 +27,11 @@ def main(folder: Path, mode: str) -> None:
         if "tokens" in expected:
             tokens = model.generate(**expected["inputs"], max_new_tokens=4, do_sample=False)
             difference += float((tokens != expected["tokens"]).sum())
+        weights = model.state_dict()
         result[path.name] = {
             "difference": difference,
+            "same weights": weights.keys() == expected["weights"].keys()
+            and all(torch.equal(weights[key], value) for key, value in expected["weights"].items()),
             "ranks": {
                 n: m.rank for n, m in model.named_modules() if mode == "with" and isinstance(m, lp.LowRankLinear)
             },

@@ -94,6 +94,7 @@ def saved(tmp_path_factory):
         lp.compress_(model, keep=0.5)
         with torch.no_grad():
             expected = {"class": kind, "arguments": arguments, "inputs": inputs, "logits": model(**inputs).logits}
+        expected["weights"] = model.state_dict()
         if generates:
             expected["tokens"] = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         model.save_pretrained(folder / name, max_shard_size="10KB")
@@ -110,7 +111,9 @@ def test_round_trip_in_a_fresh_process(saved):
     assert set(result) == set(CASES)
     for name, found in result.items():
         assert not isinstance(found, str), f"{name}: {found}"
-        assert found["difference"] == 0.0, name
+        assert found["same weights"], name
+        # The weights are the same bits; the products of another process may be rounded otherwise in the last one.
+        assert found["difference"] <= (2e-2 if found["dtype"] == "torch.bfloat16" else 1e-6), name
         assert found["ranks"] == ranks[name] != {}
         assert found["shards"] > 1
         assert found["left behind"] == []
