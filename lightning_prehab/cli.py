@@ -255,8 +255,14 @@ def _method(settings: Any) -> Factorization | None:
 
 
 def _check_output(output: Path, force: bool) -> None:
-    """An existing folder is replaced only when asked, and only if it is one of ours: others may hold anything."""
+    """Before any work: an existing folder is replaced only when asked, and only if it is one of ours."""
+    inside = next((folder for folder in output.absolute().parents if (folder / STRUCTURE).is_file()), None)
+    if inside is not None:
+        raise ArgumentError(f"{output} lies inside {inside}, a compressed model; give another --output.")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        near = next(folder for folder in output.absolute().parents if folder.exists())
+        if not near.is_dir() or not os.access(near, os.W_OK | os.X_OK):
+            raise ArgumentError(f"{output} cannot be written: {near} is not a folder to write in.")
         return
     if not force:
         raise ArgumentError(f"{output} exists; give --force to replace it, or another --output.")

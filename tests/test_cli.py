@@ -164,6 +164,10 @@ def test_nothing_is_overwritten_unless_asked(ckpt, tmp_path, capsys):
     (other / "cat.jpg").write_text("cat")
     assert "--force leaves it" in refused(capsys, *words[:-1], other, "--force")
     assert os.listdir(other) == ["cat.jpg"]
+    assert "lies inside" in refused(capsys, *words[:-1], out / "sub")
+    assert "not a folder to write in" in refused(capsys, *words[:-1], other / "cat.jpg" / "sub")
+    assert sorted(os.listdir(other)) == ["cat.jpg"]
+    assert not (out / "sub").exists()
 
 
 def test_a_failure_leaves_the_old_folder(ckpt, tmp_path, capsys, monkeypatch):
