@@ -1,5 +1,6 @@
 """Drop-in low-rank modules."""
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,15 @@ from lightning_prehab.errors import ArgumentError
 from lightning_prehab.sparse import Sparse
 
 
-class LowRankLinear(nn.Module):
+class LowRankLayer(nn.Module):
+    """A layer that holds low-rank factors in place of one dense weight or several."""
+
+    @abstractmethod
+    def to_dense(self) -> nn.Module:
+        """The dense layer with the same function, as it was before the surgery; its parameters are copies."""
+
+
+class LowRankLinear(LowRankLayer):
     """A linear layer whose weight is the product of two factors: ``y = B(A(x)) + bias``.
 
     The children ``A`` (``in_features -> rank``, no bias) and ``B`` (``rank -> out_features``) are ordinary
@@ -119,6 +128,10 @@ class LowRankLinear(nn.Module):
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
+
+    def to_dense(self) -> nn.Module:
+        """The same as :meth:`to_linear`."""
+        return self.to_linear()
 
 
 class LowRankPlusSparseLinear(LowRankLinear):

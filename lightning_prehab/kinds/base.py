@@ -1,0 +1,164 @@
+"""How a layer shows its weight matrices: what every kind of layer has in common."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prehab.factorizations import Factors
+from lightning_prehab.layers import LowRankLayer
+
+#: Receives the matrices of a layer that were just used together: ``see(views, x, y)``. ``x`` and ``y`` are what
+#: :meth:`MatrixView.inputs` and :meth:`MatrixView.outputs` read.
+See = Callable[[Sequence["MatrixView"], Tensor, Tensor], None]
+
+
+class MatrixView(ABC):
+    """One weight matrix ``W`` of a layer, ``y = W x`` for each token ``x``.
+
+    A layer of several matrices (fused queries, keys and values) shows a view for each. A grouped convolution shows one
+    view whose matrix is that of its groups, one below the other; the groups share a rank, and :meth:`groups` gives a
+    view for each.
+
+    Args:
+        module: The layer.
+        out_features: Rows of the matrix, ``m``.
+        in_features: Its columns, ``n``.
+        group_count: Number of groups; each has ``m / group_count`` rows.
+
+    Attributes:
+        module: The layer.
+        out_features: ``m``.
+        in_features: ``n``.
+        group_count: Number of groups.
+    """
+
+    def __init__(self, module: nn.Module, out_features: int, in_features: int, group_count: int = 1) -> None:
+        self.module = module
+        self.out_features = out_features
+        self.in_features = in_features
+        self.group_count = group_count
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.out_features}x{self.in_features} of {type(self.module).__name__})"
+
+    @property
+    @abstractmethod
+    def parameter(self) -> nn.Parameter:
+        """The parameter that holds the matrix, and perhaps others beside it."""
+
+    @property
+    @abstractmethod
+    def has_bias(self) -> bool:
+        """Whether a bias is added to the output of this matrix."""
+
+    @abstractmethod
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """The matrix, shape ``(m, n)``, in a tensor of the parameter's shape (its value, gradient, moments).
+
+        Differentiable.
+        """
+
+    @abstractmethod
+    def write_(self, matrix: Tensor) -> None:
+        """Copies ``matrix`` of shape ``(m, n)`` into the parameter, in place, without autograd."""
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """What is multiplied, shape ``(*, n)``, from the input of the layer; ``(*, groups, n)`` if there are groups."""
+        return x
+
+    def outputs(self, y: Tensor) -> Tensor:
+        """The product, shape ``(*, m)``, from the output of the layer or its gradient; leading sizes as of the inputs.
+
+        ``(*, groups, m / groups)`` if there are groups.
+        """
+        return y
+
+    def groups(self) -> list["MatrixView"]:
+        """A view of each group; of a layer without groups the view itself."""
+        return [self]
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix itself: shape ``(m, n)``, differentiable."""
+        return self.matrix(self.parameter)
+
+
+class Kind(ABC):
+    """One kind of layer: which modules, which matrices, which low-rank module in their place.
+
+    A kind of your own is one subclass, made known with :func:`~lightning_prehab.kinds.register_kind`.
+
+    Attributes:
+        linear: Every matrix is applied to the last dimension of the input as it is, so that a sparse part can be
+            kept beside the factors and the time of a matrix product is the time of the layer.
+    """
+
+    linear: ClassVar[bool] = False
+
+    @abstractmethod
+    def fits(self, module: nn.Module) -> bool:
+        """Whether a module is of this kind: the exact type, since the forward pass of a subclass is not known."""
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Why a module of this kind cannot be cut all the same, or None."""
+        return None
+
+    @abstractmethod
+    def views(self, module: nn.Module, blocks: Mapping[str, int] | None = None) -> dict[str, MatrixView]:
+        """The matrices by part.
+
+        Args:
+            module: A module that fits.
+            blocks: Row blocks that the one matrix of the layer shall be seen as, ``{part: rows}``; None sees it whole.
+
+        Returns:
+            ``{part: view}`` in a fixed order. The part of a layer that is one matrix is ``""``; others name a child of
+            the low-rank module that takes the place of the matrix.
+        """
+
+    @abstractmethod
+    def low_rank(
+        self, module: nn.Module, views: Mapping[str, MatrixView], factors: Mapping[str, Factors]
+    ) -> LowRankLayer:
+        """The module that takes the place of a layer.
+
+        It shares the bias of the layer and, for matrices without factors, holds a dense child with a copy.
+
+        Args:
+            module: The layer.
+            views: As from :meth:`views`.
+            factors: By part, at least one.
+        """
+
+    def watch(self, module: nn.Module, views: Sequence[MatrixView], see: See) -> list[RemovableHandle]:
+        """Calls ``see`` whenever the layer has been called, until the handles are removed."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], settings: dict[str, Any], output: Tensor) -> None:
+            see(views, first_argument(args, settings), output)
+
+        return [module.register_forward_hook(hook, with_kwargs=True)]
+
+
+def first_argument(args: tuple[Any, ...], settings: Mapping[str, Any]) -> Tensor:
+    """The input of a layer with one, however it was passed."""
+    found: Tensor = args[0] if args else next(iter(settings.values()))
+    return found
+
+
+def parameter_like(value: Tensor, like: nn.Parameter) -> nn.Parameter:
+    """A parameter with a copy of ``value``, of the device, dtype and ``requires_grad`` of ``like``."""
+    data = value.detach().to(device=like.device, dtype=like.dtype, copy=True).contiguous()
+    return nn.Parameter(data, requires_grad=like.requires_grad)
+
+
+@torch.no_grad()
+def dense_linear(matrix: Tensor, like: nn.Parameter, training: bool) -> nn.Linear:
+    """An ``nn.Linear`` without bias that holds a copy of ``matrix``."""
+    rows, columns = matrix.shape
+    linear = nn.Linear(columns, rows, bias=False, device="meta", dtype=like.dtype)
+    linear.weight = parameter_like(matrix, like)
+    return linear.train(training)
