@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from lightning_prehab.batches import batch_size, call_model, to_device
 from lightning_prehab.collector import Collector
 from lightning_prehab.errors import ArgumentError, StatisticsError
+from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg import require_finite
 from lightning_prehab.statistics import LayerStatistics, Wanted
+from lightning_prehab.targets import Target
 
 #: Calls the model on a batch and returns its output, or the loss as a scalar tensor.
 Forward = Callable[[nn.Module, Any], Any]
@@ -22,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 def collect_statistics(
     model: nn.Module,
-    targets: Mapping[str, nn.Linear],
+    targets: Mapping[str, Target],
     batches: Iterable[Any],
     forward: Forward | None = None,
     gradients: bool = False,
@@ -45,7 +47,8 @@ def collect_statistics(
         wanted: Exactly what to collect, for example ``factorization.wanted``, instead of what ``gradients`` says.
 
     Returns:
-        ``{name: LayerStatistics}`` for every target.
+        ``{name: LayerStatistics}`` for every target; those of a grouped convolution for each group, ``"name:0"`` and
+        so on.
 
     Raises:
         StatisticsError: If there are no batches, or no loss can be found.
@@ -56,11 +59,11 @@ def collect_statistics(
     if wanted is None:
         wanted = Wanted(inputs=True, gradients=gradients, weight_gradients=gradients, magnitudes=True)
     for name, layer in targets.items():
-        require_finite(layer.weight.detach(), f"Layer {name!r}: the weight")
+        require_finite(view_of(layer).weight.detach(), f"Layer {name!r}: the weight")
     collector = Collector(targets, wanted)
     _log.info("Calibration of %d layers: at most %.1f MB of sums.", len(targets), collector.memory() / 1e6)
     generator = torch.Generator().manual_seed(0)
-    weights = [cast(nn.Parameter, layer.weight) for layer in targets.values()]
+    weights = [view_of(layer).parameter for layer in targets.values()]
     device = next(model.parameters()).device
     seen = 0
     with as_found(model, weights), torch.random.fork_rng([device] if device.type == "cuda" else []):

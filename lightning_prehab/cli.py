@@ -168,7 +168,7 @@ def _plans(model: nn.Module, batches: Batches | None, settings: Any) -> list[Com
         statistics = collect_statistics(model, targets, batches, wanted=wanted)
     usable = usable_targets(targets, policies[0], factorization, statistics)
     spectra = {
-        name: spectrum(decomposition, (statistics or {}).get(name))
+        name: spectrum(name, usable[name], decomposition, statistics)
         for name, decomposition in decompose_targets(usable, factorization, statistics).items()
     }
     return [plan_ranks(targets, usable, policy, factorization, spectra) for policy in policies]

@@ -3,15 +3,18 @@
 import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.batches import batch_size, padding_mask
+from lightning_prehab.errors import ArgumentError
+from lightning_prehab.kinds import MatrixView, kind_of, view_of
 from lightning_prehab.statistics import (
     InputSums,
     LayerStatistics,
@@ -20,6 +23,7 @@ from lightning_prehab.statistics import (
     input_sums,
     statistics_bytes,
 )
+from lightning_prehab.targets import Target, group_names
 
 #: Tokens that a Gram matrix is estimated from, per row, where the number of batches is known.
 TOKENS_PER_FEATURE = 8
@@ -29,21 +33,23 @@ MIN_TOKENS = 256
 
 @dataclass(eq=False)
 class _Fed:
-    """A tensor that one layer, or several one after the other, were fed with."""
+    """A tensor that one matrix, or several one after the other, were fed with."""
 
     source: "weakref.ref[Tensor] | None"  # None: never the same as another
     version: int
     number: int
+    reads: Hashable = None  # what was made of it
     copy: Tensor | None = None
     sums: InputSums | None = None  # kept until those of another tensor are computed
 
-    def is_made_of(self, x: Tensor) -> bool:
-        return self.source is not None and self.source() is x and self.version == x._version
+    def is_made_of(self, x: Tensor, reads: Hashable) -> bool:
+        same = self.source is not None and self.source() is x and self.version == x._version
+        return same and self.reads == reads
 
 
 @dataclass(eq=False)
 class _Watched:
-    """A layer under observation: its sums, the weight gradient of this batch, and what it was fed with."""
+    """A matrix under observation: its sums, the weight gradient of this batch, and what it was fed with."""
 
     statistics: LayerStatistics
     weight_gradient: Tensor | None = None
@@ -72,13 +78,15 @@ class Collector:
 
     def __init__(
         self,
-        targets: Mapping[str, nn.Linear],
+        targets: Mapping[str, Target],
         wanted: Wanted,
         *,
         drop_overflow: bool = False,
         batches: int | None = None,
     ) -> None:
-        self._targets = dict(targets)
+        self._views: dict[str, MatrixView] = {}
+        for target_name, target in targets.items():
+            self._views |= zip(group_names(target_name, target), view_of(target).groups(), strict=True)
         self.wanted = wanted
         self._drop_overflow = drop_overflow
         self._batches = batches
@@ -90,17 +98,17 @@ class Collector:
         self.loss_scale = 1.0
         self.statistics = {
             name: LayerStatistics(
-                layer.in_features,
-                layer.out_features,
+                view.in_features,
+                view.out_features,
                 gradients=wanted.gradients,
                 weight_gradients=wanted.weight_gradients,
                 halves=wanted.halves,
                 magnitudes=wanted.magnitudes,
-                device=layer.weight.device,
+                device=view.parameter.device,
             )
-            for name, layer in self._targets.items()
+            for name, view in self._views.items()
         }
-        self._watched = {name: _Watched(layer) for name, layer in self.statistics.items()}
+        self._watched = {id(self._views[name]): _Watched(layer) for name, layer in self.statistics.items()}
         self._last: _Fed | None = None
         self._computed: _Fed | None = None
         self._numbers = itertools.count()
@@ -112,9 +120,16 @@ class Collector:
     def attach(self) -> None:
         """Puts the hooks on the layers; they are idle between batches."""
         recompile()
-        for name, layer in self._targets.items():
-            hook = run_eagerly(self._hook(self._watched[name]))
-            self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+        layers: dict[int, list[MatrixView]] = defaultdict(list)
+        for view in self._views.values():
+            layers[id(view.module)].append(view)
+        see = run_eagerly(self._see)
+        for views in layers.values():
+            module = views[0].module
+            kind = kind_of(module)
+            if kind is None:
+                raise ArgumentError(f"{type(module).__name__} is not a layer kind that can be cut.")
+            self._handles += kind.watch(module, views, see)
 
     def detach(self) -> None:
         """Takes the hooks off again; layers that have seen the same share their input sums from now on."""
@@ -162,38 +177,43 @@ class Collector:
         if watched.statistics.half is not None and self._odd:
             yield watched.statistics.half
 
-    def _hook(self, watched: _Watched) -> Callable[..., None]:
-        def count(module: nn.Module, args: tuple[Any, ...], settings: dict[str, Any], output: Any) -> None:
-            if not self._counting:
-                return
-            given: Tensor = args[0] if args else settings["input"]
-            fed, x = self._fed_by(given), given.detach()
-            if self.wanted.backward and output.requires_grad:
-                if torch.is_autocast_enabled(x.device.type) or not module.weight.requires_grad:
-                    # autograd does not guard this tensor itself: it may be changed in place later
-                    fed.copy = x.clone() if fed.copy is None else fed.copy
-                    x = fed.copy
-                output.register_hook(lambda gradient: self._add(watched, fed, x, gradient))
-            elif not self.wanted.backward or torch.is_grad_enabled():  # frozen: there will be no gradient
-                self._add_inputs(watched, fed, self._tokens(x))
+    def _see(self, views: Sequence[MatrixView], given: Tensor, output: Tensor) -> None:
+        if not self._counting:
+            return
+        x = given.detach()
+        fed = [self._fed_by(given, view.reads) for view in views]
+        if self.wanted.backward and output.requires_grad:
+            frozen = not all(view.parameter.requires_grad for view in views)
+            if torch.is_autocast_enabled(x.device.type) or frozen:
+                # autograd does not guard this tensor itself: it may be changed in place later
+                fed[0].copy = x.clone() if fed[0].copy is None else fed[0].copy
+                x = fed[0].copy
 
-        return count
+            def add(gradient: Tensor) -> None:
+                for view, source in zip(views, fed, strict=True):
+                    self._add(view, source, x, gradient)
 
-    def _fed_by(self, x: Tensor) -> _Fed:
-        """The tensor that the layer before was fed with, if it is this very one, else a new one."""
-        if self._last is None or not self._last.is_made_of(x):
+            output.register_hook(add)  # type: ignore[no-untyped-call]
+        elif not self.wanted.backward or torch.is_grad_enabled():  # frozen: there will be no gradient
+            for view, source in zip(views, fed, strict=True):
+                self._add_inputs(view, source, self._tokens(view.inputs(x)))
+
+    def _fed_by(self, x: Tensor, reads: Hashable) -> _Fed:
+        """The tensor that the matrix before was fed with, if it is this very one, else a new one."""
+        if self._last is None or not self._last.is_made_of(x, reads):
             source = None if x.is_inference() else weakref.ref(x)  # such a tensor does not tell when it is changed
-            self._last = _Fed(source, 0 if source is None else x._version, next(self._numbers))
+            self._last = _Fed(source, 0 if source is None else x._version, next(self._numbers), reads)
         return self._last
 
-    def _add(self, watched: _Watched, fed: _Fed, x: Tensor, gradient: Tensor) -> None:
+    def _add(self, view: MatrixView, fed: _Fed, x: Tensor, gradient: Tensor) -> None:
+        watched = self._watched[id(view)]
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            x, g = self._tokens(x), self._tokens(gradient.detach())
+            x, g = self._tokens(view.inputs(x)), self._tokens(view.outputs(gradient.detach()))
             if self._drop_overflow:
                 finite = torch.isfinite(g).all(-1)
                 x, g = x[finite], g[finite]
                 fed = _Fed(None, 0, next(self._numbers))  # other layers may drop other tokens
-            self._add_inputs(watched, fed, x)
+            self._add_inputs(view, fed, x)
             if self.wanted.weight_gradients:
                 product = (g.float().mT @ x.float()) / self.loss_scale
                 watched.weight_gradient = (
@@ -206,7 +226,8 @@ class Collector:
                 for statistics in self._of(watched):
                     statistics.add_gradient_gram(gram)
 
-    def _add_inputs(self, watched: _Watched, fed: _Fed, x: Tensor) -> None:
+    def _add_inputs(self, view: MatrixView, fed: _Fed, x: Tensor) -> None:
+        watched = self._watched[id(view)]
         if fed.sums is None:
             if self._computed is not None:
                 self._computed.sums = None

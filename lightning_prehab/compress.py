@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_prehab.calibration import collect_statistics
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import SVD, Decomposition, Factorization, KroneckerSVD
+from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg import break_even_rank
 from lightning_prehab.planning import (
     check_method,
@@ -92,9 +93,10 @@ def compress_(
         usable.skipped |= found.skipped
         for name, decomposition in decompose_targets(found, factorization, statistics).items():
             decompositions[name] = decomposition
-            spectra[name] = spectrum(decomposition, (statistics or {}).get(name), policy.needs_weight_gradients)
+            spectra[name] = spectrum(name, found[name], decomposition, statistics, policy.needs_weight_gradients)
             if layers_at_once is not None and decomposition.compact is not None:
-                decomposition.compact(max(break_even_rank(*found[name].weight.shape), 1))
+                view = view_of(found[name])
+                decomposition.compact(max(break_even_rank(*view.shape, view.group_count), 1))
     require_targets(usable)
 
     probes = None

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.errors import ArgumentError
+from lightning_prehab.kinds import MatrixView, view_of
 from lightning_prehab.layers import LowRankLinear
 from lightning_prehab.linalg import break_even_rank
+from lightning_prehab.targets import Target
 
 #: Ranks that are measured of each shape, spread evenly.
 GRID = 6
@@ -21,7 +23,7 @@ LEAST_SECONDS = 5e-4
 
 
 def measure_latencies(
-    targets: Mapping[str, nn.Linear], tokens: int, ranks: Mapping[str, Sequence[int]] | None = None
+    targets: Mapping[str, Target], tokens: int, ranks: Mapping[str, Sequence[int]] | None = None
 ) -> dict[str, dict[int | None, float]]:
     """Seconds of a forward pass of each target, dense and at some ranks, for rank policies that count time.
 
@@ -45,11 +47,12 @@ def measure_latencies(
     measured: dict[object, dict[int | None, float]] = {}
     latencies = {}
     for name, layer in targets.items():
-        m, n = layer.out_features, layer.in_features
+        view = view_of(layer)
+        m, n = view.shape
         grid = spread(range(1, break_even_rank(m, n) + 1) if ranks is None else ranks[name])
-        key = (m, n, layer.bias is None, layer.weight.device, layer.weight.dtype, grid)
+        key = (m, n, view.bias is None, view.parameter.device, view.parameter.dtype, grid)
         if key not in measured:
-            measured[key] = _measure(layer, tokens, grid)
+            measured[key] = _measure(view, tokens, grid)
         latencies[name] = dict(measured[key])
     return latencies
 
@@ -66,18 +69,23 @@ def spread(ranks: Iterable[int]) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _measure(layer: nn.Linear, tokens: int, grid: Sequence[int]) -> dict[int | None, float]:
+def _measure(view: MatrixView, tokens: int, grid: Sequence[int]) -> dict[int | None, float]:
     generator = torch.Generator().manual_seed(0)
+    weight, bias = view.weight.contiguous(), view.bias
 
     def normal(*shape: int) -> Tensor:  # real numbers, neither zero nor denormal: they can be faster or slower
-        return torch.randn(shape, generator=generator).to(layer.weight)
+        return torch.randn(shape, generator=generator).to(weight)
 
-    x = normal(tokens, layer.in_features)
-    calls: dict[int | None, Callable[[], Tensor]] = {None: partial(nn.functional.linear, x, layer.weight, layer.bias)}
+    x = normal(tokens, view.in_features)
+    dense = nn.Linear(view.in_features, view.out_features, bias=False, device="meta", dtype=weight.dtype)
+    dense.weight = nn.Parameter(weight)
+    dense.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+    calls: dict[int | None, Callable[[], Tensor]] = {None: partial(nn.functional.linear, x, weight, bias)}
     for rank in grid:
-        low = LowRankLinear.from_factors(normal(rank, layer.in_features), normal(layer.out_features, rank), like=layer)
-        calls[rank] = partial(low, x)
-    return time_calls(calls, layer.weight.device)
+        calls[rank] = partial(
+            LowRankLinear.from_factors(normal(rank, view.in_features), normal(view.out_features, rank), like=dense), x
+        )
+    return time_calls(calls, weight.device)
 
 
 def time_calls(calls: Mapping[int | None, Callable[[], object]], device: torch.device) -> dict[int | None, float]:

@@ -22,6 +22,7 @@ class LayerPlan:
         reason: Why the layer stays dense, or None.
         new_bias: Parameters of a bias that the factorization adds to a layer without one, if it is cut.
         nonzeros: Values of a sparse part beside the factors, if the layer is cut.
+        groups: Number of groups of a grouped convolution; each has its factors, all of the same rank.
         loss_increase: Predicted increase of the mean loss by cutting this layer, in units of the loss; only for
             factorizations whose spectrum measures the loss (KroneckerSVD), else None.
     """
@@ -35,6 +36,7 @@ class LayerPlan:
     new_bias: int = 0
     nonzeros: int = 0
     loss_increase: float | None = None
+    groups: int = 1
 
     @property
     def dense_parameters(self) -> int:
@@ -43,16 +45,16 @@ class LayerPlan:
 
     @property
     def parameters(self) -> int:
-        """Parameters after: ``r (m + n)``, a new bias and a sparse part, or ``m n`` if the layer stays dense."""
+        """Parameters after: ``r (m + groups n)``, a new bias and a sparse part, or ``m n`` if it stays dense."""
         if self.rank is None:
             return self.dense_parameters
-        return self.rank * (self.out_features + self.in_features) + self.new_bias + self.nonzeros
+        return self.rank * (self.out_features + self.groups * self.in_features) + self.new_bias + self.nonzeros
 
     @property
     def max_rank(self) -> int:
         """The largest rank that saves parameters; 0 if there is none."""
         spare = self.dense_parameters - self.new_bias - self.nonzeros - 1
-        return max(spare, 0) // (self.out_features + self.in_features)
+        return max(spare, 0) // (self.out_features + self.groups * self.in_features)
 
     def with_rank(self, rank: int | str | None) -> "LayerPlan":
         """The same layer at another rank, its predictions dropped.
@@ -103,6 +105,7 @@ class LayerPlan:
             "reason": self.reason,
             **({"new_bias": self.new_bias} if self.new_bias else {}),
             **({"nonzeros": self.nonzeros} if self.nonzeros else {}),
+            **({"groups": self.groups} if self.groups > 1 else {}),
             "predicted": {"rank": rank, "relative_error": self.relative_error, "loss_increase": self.loss_increase},
         }
 
@@ -115,7 +118,7 @@ class LayerPlan:
         """
         name = data.get("name") if isinstance(data, Mapping) else None
         where = "A layer" if name is None else f"Layer {documents.show(name)}"
-        optional = ["reason", "new_bias", "nonzeros", "predicted"]
+        optional = ["reason", "new_bias", "nonzeros", "groups", "predicted"]
         entries = documents.read_mapping(data, where, ["name", "shape", "rank"], optional)
         shape, rank, reason = entries["shape"], entries["rank"], entries.get("reason")
         if not isinstance(shape, list | tuple) or len(shape) != 2:
@@ -132,6 +135,7 @@ class LayerPlan:
             reason=None if reason is None else documents.read_text(reason, f"{where}: reason"),
             new_bias=documents.read_integer(entries.get("new_bias", 0), f"{where}: new_bias", 0, m),
             nonzeros=documents.read_integer(entries.get("nonzeros", 0), f"{where}: nonzeros", 0, m * n),
+            groups=documents.read_integer(entries.get("groups", 1), f"{where}: groups", 1, m),
         )
         if rank is None:
             raise PlanError(f"{where}: rank is empty; give a rank from 1 to {layer.max_rank}, or 'dense'.")

@@ -75,35 +75,40 @@ class LowRankLinear(LowRankLayer):
     @property
     def weight(self) -> Tensor:
         """Dense product ``B A`` of shape ``(out_features, in_features)``; read-only."""
-        return self.B.weight @ self.A.weight
+        return self._product()
 
     @property
     def bias(self) -> nn.Parameter | None:
         """The bias of shape ``(out_features,)``, or None; read-only."""
         return self.B.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps ``(*, in_features)`` to ``(*, out_features)``."""
-        y: Tensor = self.B(self.A(x))
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps ``(*, in_features)`` to ``(*, out_features)``; the argument is named as in ``nn.Linear``."""
+        y: Tensor = self.B(self.A(input))
         return y
 
     def extra_repr(self) -> str:
         """Sizes for ``repr``."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
+    def _product(self) -> Tensor:
+        return self.B.weight @ self.A.weight
+
     @classmethod
-    def from_factors(cls, a: Tensor, b: Tensor, like: nn.Linear) -> "LowRankLinear":
+    def from_factors(cls, a: Tensor, b: Tensor, like: nn.Module) -> "LowRankLinear":
         """A layer that holds the given factors and *shares* the bias parameter of ``like``.
 
         Args:
             a: Shape ``(rank, in_features)``.
             b: Shape ``(out_features, rank)``.
-            like: The dense layer; device, dtype, ``requires_grad``, train/eval mode and the bias object are taken from
-                it.
+            like: The dense layer, with a ``weight`` and a ``bias``; device, dtype, ``requires_grad``, train/eval mode
+                and the bias object are taken from it.
         """
-        layer = cls(a.shape[1], b.shape[0], a.shape[0], bias=False, device="meta", dtype=like.weight.dtype)
-        layer.A.weight, layer.B.weight = _parameter_like(a, like.weight), _parameter_like(b, like.weight)
-        layer.B.bias = like.bias
+        weight, bias = like._parameters["weight"], like._parameters["bias"]
+        assert weight is not None
+        layer = cls(a.shape[1], b.shape[0], a.shape[0], bias=False, device="meta", dtype=weight.dtype)
+        layer.A.weight, layer.B.weight = parameter_like(a, weight), parameter_like(b, weight)
+        layer.B.register_parameter("bias", bias)
         return layer.train(like.training)
 
     @classmethod
@@ -120,7 +125,7 @@ class LowRankLinear(LowRankLayer):
     def to_linear(self) -> nn.Linear:
         """A dense ``nn.Linear`` with the same function; its parameters are copies."""
         with torch.no_grad():
-            weight = self.weight
+            weight = self._product()
         linear = nn.Linear(
             self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=weight.dtype
         )
@@ -198,36 +203,42 @@ class LowRankPlusSparseLinear(LowRankLinear):
         """Entries of the sparse part."""
         return self.values.numel()
 
-    @property
-    def weight(self) -> Tensor:
-        """Dense ``B A + S`` of shape ``(out_features, in_features)``; read-only."""
-        return super().weight + self._sparse_matrix()
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Maps ``(*, in_features)`` to ``(*, out_features)``."""
-        return super().forward(x) + nn.functional.linear(x, self._sparse_matrix())
+        return super().forward(input) + nn.functional.linear(input, self._sparse_matrix())
 
     def extra_repr(self) -> str:
         """Sizes for ``repr``."""
         return f"{super().extra_repr()}, nonzeros={self.nonzeros}"
 
+    def _product(self) -> Tensor:
+        return super()._product() + self._sparse_matrix()
+
     @classmethod
     def from_factors(
-        cls, a: Tensor, b: Tensor, like: nn.Linear, sparse: Sparse | None = None
+        cls, a: Tensor, b: Tensor, like: nn.Module, sparse: Sparse | None = None
     ) -> "LowRankPlusSparseLinear":
         """A layer that holds the given parts; see :meth:`LowRankLinear.from_factors`. By default ``S`` has no entry."""
         layer = super().from_factors(a, b, like)
         assert isinstance(layer, cls)
         places, values = (a.new_empty(0), a.new_empty(0)) if sparse is None else sparse
-        layer.values = _parameter_like(values, like.weight)
-        layer.indices = places.to(device=like.weight.device, dtype=layer.indices.dtype, copy=True).contiguous()
+        weight = layer.A.weight
+        layer.values = parameter_like(values, weight)
+        layer.indices = places.to(device=weight.device, dtype=layer.indices.dtype, copy=True).contiguous()
         return layer
 
     def _sparse_matrix(self) -> Tensor:
         return Sparse(self.indices, self.values).matrix(self.out_features, self.in_features)
 
 
-def _parameter_like(value: Tensor, like: Tensor) -> nn.Parameter:
-    """A parameter with a copy of ``value``, of the kind of ``like``."""
+def low_rank_linear(a: Tensor, b: Tensor, like: nn.Module, sparse: Sparse | None = None) -> LowRankLinear:
+    """A layer of the kind that the factors need; see :meth:`LowRankLinear.from_factors`."""
+    if sparse is None:
+        return LowRankLinear.from_factors(a, b, like)
+    return LowRankPlusSparseLinear.from_factors(a, b, like, sparse)
+
+
+def parameter_like(value: Tensor, like: Tensor) -> nn.Parameter:
+    """A parameter with a copy of ``value``, of the device, dtype and ``requires_grad`` of ``like``."""
     data = value.detach().to(device=like.device, dtype=like.dtype, copy=True).contiguous()
     return nn.Parameter(data, requires_grad=like.requires_grad)

@@ -16,13 +16,15 @@ from lightning_prehab.errors import ArgumentError, NumericalError
 RELATIVE_FLOOR = 1e-12
 
 
-def break_even_rank(out_features: int, in_features: int) -> int:
+def break_even_rank(out_features: int, in_features: int, groups: int = 1) -> int:
     """Largest rank at which two factors hold fewer parameters than the dense matrix: ``(mn - 1) // (m + n)``.
+
+    Of a stack of ``groups`` matrices of ``m / groups`` rows, which have factors each: ``(mn - 1) // (m + groups n)``.
 
     >>> break_even_rank(768, 768), break_even_rank(10, 1)
     (383, 0)
     """
-    return (out_features * in_features - 1) // (out_features + in_features)
+    return (out_features * in_features - 1) // (out_features + groups * in_features)
 
 
 def require_finite(tensor: Tensor, what: str) -> None:

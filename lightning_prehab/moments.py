@@ -1,6 +1,6 @@
 """Optimizer state of what replaces a dense weight from the optimizer state of that weight: pure functions."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,31 @@ def factor_states(state: Mapping[str, Any], a: Tensor, b: Tensor) -> tuple[dict[
             if key in moved and "exp_avg" in moved:
                 moved[key] = torch.maximum(moved[key], moved["exp_avg"].square())
     return for_a, for_b
+
+
+def block_state(state: Mapping[str, Any], shape: Sequence[int], part: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """State of a part of ``W``, kept as a parameter of its own, from the state of ``W``: that part of each moment.
+
+    Args:
+        state: ``optimizer.state[W]``.
+        shape: Of ``W``.
+        part: Takes the part out of a tensor of this shape.
+
+    Returns:
+        The state; empty, a fresh start, if the state holds a tensor of another shape.
+
+    >>> block_state({"exp_avg": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}, (2, 2), lambda moment: moment[1:])
+    {'exp_avg': tensor([[3., 4.]])}
+    """
+    moved: dict[str, Any] = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            moved[key] = value.clone() if isinstance(value, Tensor) else value
+        elif value.shape == tuple(shape):
+            moved[key] = part(value).clone(memory_format=torch.contiguous_format)
+        else:
+            return {}
+    return moved
 
 
 def entry_state(state: Mapping[str, Any], indices: Tensor, shape: tuple[int, ...]) -> dict[str, Any]:

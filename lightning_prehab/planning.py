@@ -4,16 +4,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_prehab.errors import ArgumentError, PlanError
 from lightning_prehab.factorizations import Factorization, KroneckerSVD
+from lightning_prehab.kinds import kind_of, view_of
 from lightning_prehab.latency import measure_latencies
 from lightning_prehab.plan import CompressionPlan, LayerPlan
 from lightning_prehab.rank_policies import LayerChoices, ParameterBudget, Probe, RankPolicy, RankRatio
 from lightning_prehab.spectra import Spectrum, decompose_targets, spectrum
 from lightning_prehab.statistics import LayerStatistics, Wanted
-from lightning_prehab.targets import Targets, match_names
+from lightning_prehab.targets import Target, Targets, group_names, layer_names, match_names
 
 #: For a layer: a rank (int), a share of its parameters (float), or "dense".
 RankOverride = int | float | str
@@ -25,7 +26,7 @@ def default_policy(keep: float, factorization: Factorization) -> RankPolicy:
 
 
 def make_plan(
-    targets: Mapping[str, nn.Linear],
+    targets: Mapping[str, Target],
     policy_or_keep: RankPolicy | float,
     factorization: Factorization | None = None,
     statistics: Mapping[str, LayerStatistics] | None = None,
@@ -64,12 +65,12 @@ def make_plan(
     require_targets(usable)
     spectra = {}
     for name, decomposition in decompose_targets(usable, factorization, statistics).items():
-        spectra[name] = spectrum(decomposition, (statistics or {}).get(name), policy.needs_weight_gradients)
+        spectra[name] = spectrum(name, usable[name], decomposition, statistics, policy.needs_weight_gradients)
     return plan_ranks(targets, usable, policy, factorization, spectra, rank_overrides, rank_multiple_of, probes=probes)
 
 
 def usable_targets(
-    targets: Mapping[str, nn.Linear],
+    targets: Mapping[str, Target],
     policy: RankPolicy,
     factorization: Factorization,
     statistics: Mapping[str, LayerStatistics] | None,
@@ -82,17 +83,29 @@ def usable_targets(
     wanted = wanted_statistics(factorization, policy)
     skipped = dict(targets.skipped) if isinstance(targets, Targets) else {}
     usable = dict(targets)
-    if any(wanted):
-        if statistics is None:
-            who = factorization if factorization.needs_statistics else policy
-            raise PlanError(f"{who} needs calibration statistics; pass batches, or choose SVD().")
-        for name in targets:
-            reason = "no statistics were collected for it"
-            if name in statistics and (reason := statistics[name].missing(wanted) or "") == "":
-                continue
+    if any(wanted) and statistics is None:
+        who = factorization if factorization.needs_statistics else policy
+        raise PlanError(f"{who} needs calibration statistics; pass batches, or choose SVD().")
+    for name, target in targets.items():
+        reason = _no_sparse_part(target, factorization)
+        if any(wanted) and statistics is not None:
+            for group in group_names(name, target):
+                unseen = group not in statistics
+                reason = reason or (
+                    "no statistics were collected for it" if unseen else statistics[group].missing(wanted)
+                )
+        if reason is not None:
             skipped[name] = reason
             del usable[name]
     return Targets(usable, skipped, getattr(targets, "model_parameters", None))
+
+
+def _no_sparse_part(target: Target, factorization: Factorization) -> str | None:
+    view = view_of(target)
+    kind = kind_of(view.module)
+    if factorization.nonzeros(view.out_features, view.in_features) and (kind is None or not kind.sparse):
+        return f"{type(view.module).__name__} cannot keep a sparse part"
+    return None
 
 
 def require_targets(usable: Targets) -> None:
@@ -103,7 +116,7 @@ def require_targets(usable: Targets) -> None:
 
 
 def plan_ranks(
-    targets: Mapping[str, nn.Linear],
+    targets: Mapping[str, Target],
     usable: Targets,
     policy: RankPolicy,
     factorization: Factorization,
@@ -148,7 +161,7 @@ def wanted_statistics(factorization: Factorization, policy: RankPolicy) -> Wante
 
 
 def check_wish(
-    targets: Mapping[str, nn.Linear],
+    targets: Mapping[str, Target],
     policy: RankPolicy,
     factorization: Factorization,
     rank_overrides: Mapping[str, RankOverride] | None = None,
@@ -158,23 +171,32 @@ def check_wish(
     if not isinstance(rank_multiple_of, int) or rank_multiple_of < 1:
         raise ArgumentError(f"rank_multiple_of must be at least 1, got {rank_multiple_of!r}.")
     if (policy.needs_positions or policy.needs_latencies) and any(
-        factorization.nonzeros(layer.out_features, layer.in_features) for layer in targets.values()
+        factorization.nonzeros(*view_of(layer).shape) for layer in targets.values()
     ):
         raise ArgumentError(
             f"{policy} counts operations or time, and the sparse part of {factorization} saves neither: it is "
             "multiplied as a dense matrix. Count parameters, or choose a factorization without a sparse part."
         )
+    for name, target in targets.items() if policy.needs_latencies else ():
+        kind = kind_of(view_of(target).module)
+        if kind is None or not kind.linear:
+            raise ArgumentError(
+                f"{policy} counts time, and only linear layers are measured; leave {name!r} out with "
+                "exclude_modules, or count parameters or FLOPs."
+            )
     overrides = _resolve_overrides(rank_overrides or {}, targets, factorization)
     policy = policy.for_model(_dense_parameters(targets.values()), getattr(targets, "model_parameters", None))
     choices = []
     for name, layer in targets.items():
-        flat = torch.ones(min(layer.out_features, layer.in_features), dtype=torch.float64)
+        view = view_of(layer)
+        size = min(view.out_features // view.group_count, view.in_features)
+        flat = torch.ones(size, dtype=torch.float64)
         choices.append(_choices(name, layer, flat, factorization, overrides.get(name), rank_multiple_of))
     policy.check(choices)
 
 
-def _dense_parameters(layers: Iterable[nn.Linear]) -> int:
-    return sum(layer.out_features * layer.in_features for layer in layers)
+def _dense_parameters(layers: Iterable[Target]) -> int:
+    return sum(view_of(layer).out_features * view_of(layer).in_features for layer in layers)
 
 
 def _require_budget(policy: RankPolicy, choices: Sequence[LayerChoices], plan: CompressionPlan) -> None:
@@ -199,14 +221,14 @@ def check_method(factorization: object, policy: object) -> None:
 
 def _choices(
     name: str,
-    layer: nn.Linear,
+    layer: Target,
     spectrum: Tensor,
     factorization: Factorization,
     override: int | str | None,
     multiple: int,
 ) -> LayerChoices:
     """What a rank policy may choose from for one layer."""
-    m, n = layer.out_features, layer.in_features
+    view = view_of(layer)
     if override == "dense":
         ranks: tuple[int, ...] = ()
     elif isinstance(override, int):
@@ -216,7 +238,8 @@ def _choices(
         ranks = tuple(range(multiple, limit + 1, multiple)) or tuple(range(1, limit + 1))
     dense = override is None or override == "dense"
     added = added_parameters(layer, factorization)
-    return LayerChoices(name, m, n, spectrum.detach().to("cpu", torch.float64), ranks, dense, added)
+    values = spectrum.detach().to("cpu", torch.float64)
+    return LayerChoices(name, *view.shape, values, ranks, dense, added, groups=view.group_count)
 
 
 def _layer_plan(
@@ -224,7 +247,8 @@ def _layer_plan(
 ) -> LayerPlan:
     m, n = layer.out_features, layer.in_features
     nonzeros = factorization.nonzeros(m, n)
-    dense = LayerPlan(layer.name, m, n, None, new_bias=layer.new_bias - nonzeros, nonzeros=nonzeros)
+    new_bias = layer.new_bias - nonzeros
+    dense = LayerPlan(layer.name, m, n, None, new_bias=new_bias, nonzeros=nonzeros, groups=layer.groups)
     comparable = factorization.comparable
     if rank is None:
         reason = "rank_overrides" if override == "dense" else "every rank below break-even costs more than it saves"
@@ -235,36 +259,38 @@ def _layer_plan(
     return replace(dense, rank=rank, relative_error=error, loss_increase=0.5 * dropped if comparable else None)
 
 
-def added_parameters(layer: nn.Linear, factorization: Factorization) -> int:
+def added_parameters(layer: Target, factorization: Factorization) -> int:
     """Parameters that a cut adds beside the two factors: a new bias, the values of a sparse part."""
-    new_bias = layer.out_features if factorization.adds_bias and layer._parameters["bias"] is None else 0
-    return new_bias + factorization.nonzeros(layer.out_features, layer.in_features)
+    view = view_of(layer)
+    new_bias = view.out_features if factorization.adds_bias and view.bias is None else 0
+    return new_bias + factorization.nonzeros(*view.shape)
 
 
-def _limit(layer: nn.Linear, factorization: Factorization) -> int:
+def _limit(layer: Target, factorization: Factorization) -> int:
     """The break-even rank, with what a cut adds beside the factors counted."""
-    m, n = layer.out_features, layer.in_features
-    return max(m * n - added_parameters(layer, factorization) - 1, 0) // (m + n)
+    view = view_of(layer)
+    (m, n), groups = view.shape, view.group_count
+    return max(m * n - added_parameters(layer, factorization) - 1, 0) // (m + groups * n)
 
 
 def _resolve_overrides(
-    overrides: Mapping[str, RankOverride], targets: Mapping[str, nn.Linear], factorization: Factorization
+    overrides: Mapping[str, RankOverride], targets: Mapping[str, Target], factorization: Factorization
 ) -> dict[str, int | str]:
     """A rank or "dense" for each layer that a pattern names."""
     resolved: dict[str, int | str] = {}
     for pattern, wish in overrides.items():
-        for name in match_names(pattern, list(targets), "rank_overrides"):
+        for name in match_names(pattern, list(targets), "rank_overrides", layer_names(targets)):
             resolved[name] = _resolve_override(name, wish, targets[name], factorization)
     return resolved
 
 
-def _resolve_override(name: str, wish: RankOverride, layer: nn.Linear, factorization: Factorization) -> int | str:
-    m, n = layer.out_features, layer.in_features
+def _resolve_override(name: str, wish: RankOverride, layer: Target, factorization: Factorization) -> int | str:
+    (m, n), groups = view_of(layer).shape, view_of(layer).group_count
     limit = _limit(layer, factorization)
     if wish == "dense":
         return "dense"
     if isinstance(wish, float) and 0.0 < wish < 1.0:
-        wish = max(int((wish * m * n - added_parameters(layer, factorization)) / (m + n)), 1)
+        wish = max(int((wish * m * n - added_parameters(layer, factorization)) / (m + groups * n)), 1)
     if isinstance(wish, bool) or not isinstance(wish, int) or not 1 <= wish <= limit:
         raise ArgumentError(
             f"rank_overrides: {wish!r} does not suit layer {name!r} ({m}x{n}); give a rank from 1 to {limit} "

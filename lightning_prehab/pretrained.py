@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lightning_prehab.errors import UnsupportedError
-from lightning_prehab.layers import LowRankLinear, LowRankPlusSparseLinear
+from lightning_prehab.layers import LowRankLayer, LowRankPlusSparseLinear
 
 #: ``quant_method`` in ``config.json``.
 METHOD = "lightning_prehab"
@@ -58,15 +58,19 @@ def check_pretrained(model: nn.Module) -> None:
 
 
 def describe_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """``{name: {shape, rank, bias}}`` of the low-rank layers, with ``nonzeros`` where there is a sparse part."""
+    """``{name: {shape, rank, bias}}`` of the low-rank layers.
+
+    With ``nonzeros`` where there is a sparse part, and ``factors``, their shapes, where these are no matrices.
+    """
     layers: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
-            layers[name] = {
-                "shape": [module.out_features, module.in_features],
-                "rank": module.rank,
-                "bias": module.bias is not None,
-            }
+        if isinstance(module, LowRankLayer) and {"A", "B"} <= module._modules.keys():
+            children: Any = module
+            a, b = children.A.weight, children.B.weight
+            shape = [b.shape[0], a[0].numel()]
+            layers[name] = {"shape": shape, "rank": b.shape[1], "bias": children.B.bias is not None}
+            if a.dim() > 2:
+                layers[name]["factors"] = [list(a.shape), list(b.shape)]
             if isinstance(module, LowRankPlusSparseLinear):
                 layers[name]["nonzeros"] = module.nonzeros
     return layers

@@ -1,7 +1,7 @@
 """Measures what a small cut of each layer alone does to the model's output; nothing is changed."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, cast
 
@@ -13,9 +13,11 @@ from lightning_prehab.calibration import Forward, as_found
 from lightning_prehab.collector import recompile, run_eagerly
 from lightning_prehab.errors import ArgumentError, NumericalError, StatisticsError
 from lightning_prehab.factorizations import Factors
+from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg import break_even_rank
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.rank_policies.base import check_probe_keep
+from lightning_prehab.targets import Target, join, locate
 
 #: Rows of logits that are compared at a time, in float64.
 ROWS = 1024
@@ -23,7 +25,7 @@ ROWS = 1024
 
 def measure_probes(
     model: nn.Module,
-    targets: Mapping[str, nn.Linear],
+    targets: Mapping[str, Target],
     factors_of: Callable[[str, int], Factors],
     batches: Iterable[Any],
     probe_keep: float = 0.9,
@@ -71,15 +73,16 @@ def measure_probes(
             yield _logits_or_loss(output)
 
     probes = {}
-    with torch.no_grad(), as_found(model, []), closing(_Cutter(targets)) as cutter:
+    with torch.no_grad(), as_found(model, []), closing(_Cutter(model, targets)) as cutter:
         dense = list(outputs())
         for output in dense:
             _require_finite(output, "The output of the dense model")
-        for name, layer in targets.items():
+        for name, target in targets.items():
             if name not in cutter.reached:
                 continue
-            rank = probe_rank(layer.out_features, layer.in_features, probe_keep)
-            cutter.cut(name, layer, factors_of(name, rank))
+            view = view_of(target)
+            rank = probe_rank(*view.shape, probe_keep, view.group_count)
+            cutter.cut(name, factors_of(name, rank))
             total = 0.0
             for batch, before, after in zip(listed, dense, outputs(), strict=True):
                 _require_finite(after, f"Layer {name!r} cut to rank {rank}: the output of the model")
@@ -88,56 +91,74 @@ def measure_probes(
     return probes
 
 
-def probe_rank(out_features: int, in_features: int, probe_keep: float) -> int:
+def probe_rank(out_features: int, in_features: int, probe_keep: float, groups: int = 1) -> int:
     """The largest rank with at most the given share of the dense parameters; at least 1, never above break-even.
 
     >>> probe_rank(768, 768, 0.9)
     345
     """
-    wanted = math.floor(probe_keep * out_features * in_features / (out_features + in_features) + 1e-9)
-    return max(min(wanted, break_even_rank(out_features, in_features)), 1)
+    wanted = math.floor(probe_keep * out_features * in_features / (out_features + groups * in_features) + 1e-9)
+    return max(min(wanted, break_even_rank(out_features, in_features, groups)), 1)
 
 
 class _Cutter:
-    """Hooks on all targets; while a layer is cut, its hook returns what the factors would.
+    """Hooks on the layers of all targets; while a matrix is cut, the hook of its layer returns what the cut one would.
 
     All hooks are there from the start: a compiled model is then compiled once, not once for each target.
     """
 
-    def __init__(self, targets: Mapping[str, nn.Linear]) -> None:
+    def __init__(self, model: nn.Module, targets: Mapping[str, Target]) -> None:
         recompile()
         self.reached: set[str] = set()
-        self._active: tuple[str, Tensor, Tensor, Tensor | None, Tensor | None] | None = None
+        self._layers = locate(model, targets)
+        self._names = {join(name, part): (name, part) for name, (_, views) in self._layers.items() for part in views}
+        self._active: tuple[str, nn.Module] | None = None
+        self._bias: tuple[Tensor, Tensor] | None = None  # the one that is shifted, and as it was
         self._handles = [
-            layer.register_forward_hook(run_eagerly(cast(Callable[..., None], self._hook(name))), with_kwargs=True)
-            for name, layer in targets.items()
+            layer.module.register_forward_hook(
+                run_eagerly(cast(Callable[..., None], self._hook(name, [join(name, part) for part in views]))),
+                with_kwargs=True,
+            )
+            for name, (layer, views) in self._layers.items()
         ]
 
-    def cut(self, name: str, layer: nn.Linear, factors: Factors) -> None:
-        """From now on the named layer is cut, and no other."""
-        bias: Tensor | None = layer.bias
+    def cut(self, name: str, factors: Factors) -> None:
+        """From now on the named matrix is cut, and no other."""
+        self._restore()
+        layer_name, part = self._names[name]
+        layer, views = self._layers[layer_name]
+        assert layer.kind is not None
+        view, weight = views[part], views[part].parameter
+        new = layer.kind.low_rank(layer.module, views, {part: factors})
         if factors.bias_shift is not None:
-            shift = factors.bias_shift.to(layer.weight)
-            bias = shift if bias is None else bias + shift
-        sparse = factors.sparse
-        entries = None if sparse is None else sparse.matrix(*layer.weight.shape).to(layer.weight)
-        self._active = name, factors.A.to(layer.weight), factors.B.to(layer.weight), entries, bias
+            shift = factors.bias_shift.to(weight)
+            if view.bias is None:
+                child: Any = new.get_submodule(part)
+                child.B.bias = nn.Parameter(shift, requires_grad=False)
+            else:
+                self._bias = view.bias, view.bias.clone()
+                self._bias[0].add_(shift)
+        self._active = layer_name, new
 
     def close(self) -> None:
         """Takes the hooks off again."""
+        self._restore()
         for handle in self._handles:
             handle.remove()
         recompile()
 
-    def _hook(self, name: str) -> Callable[..., Tensor | None]:
+    def _restore(self) -> None:
+        self._active = None
+        if self._bias is not None:
+            self._bias[0].copy_(self._bias[1])
+            self._bias = None
+
+    def _hook(self, layer: str, names: Sequence[str]) -> Callable[..., Any]:
         def replace_output(module: nn.Module, args: tuple[Any, ...], settings: dict[str, Any], output: Any) -> Any:
-            self.reached.add(name)
-            if self._active is None or self._active[0] != name:
+            self.reached.update(names)
+            if self._active is None or self._active[0] != layer:
                 return None
-            _, a, b, entries, bias = self._active
-            x = args[0] if args else settings["input"]
-            low_rank = nn.functional.linear(nn.functional.linear(x, a), b, bias)
-            return low_rank if entries is None else low_rank + nn.functional.linear(x, entries)
+            return self._active[1](*args, **settings)
 
         return replace_output
 

@@ -227,7 +227,7 @@ class CompressionReport:
 def _read_layer(layer: Mapping[str, Any]) -> LayerPlan:
     m, n = layer["shape"]
     rank = layer["rank"]
-    beside_factors = 0 if rank is None else layer["parameters_after"] - rank * (m + n)
+    beside_factors = 0 if rank is None else layer["parameters_after"] - rank * (m + layer.get("groups", 1) * n)
     return LayerPlan(
         layer["name"],
         m,
@@ -237,5 +237,6 @@ def _read_layer(layer: Mapping[str, Any]) -> LayerPlan:
         reason=layer["reason"],
         new_bias=layer.get("new_bias", beside_factors),  # the first reports tell only the sum
         nonzeros=layer.get("nonzeros", 0),
+        groups=layer.get("groups", 1),
         loss_increase=layer.get("loss_increase"),
     )

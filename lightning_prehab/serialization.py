@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_prehab.__about__ import __version__
 from lightning_prehab.errors import CheckpointError, PrehabError
-from lightning_prehab.layers import LowRankLinear, LowRankPlusSparseLinear
+from lightning_prehab.layers import LowRankLayer, LowRankPlusSparseLinear
 from lightning_prehab.report import CompressionReport
 from lightning_prehab.surgery import follow_state_dict_
 
@@ -169,12 +169,14 @@ def _layers(model: nn.Module, report: CompressionReport | None) -> list[dict[str
     facts = {} if report is None else {layer["name"]: layer for layer in report.to_dict()["layers"]}
     layers = []
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, LowRankLayer) and {"A", "B"} <= module._modules.keys():
+            parts: Any = module
+            a, b = parts.A.weight, parts.B.weight
             entry = {
                 "name": name,
                 "kind": type(module).__name__,
-                "shape": [module.out_features, module.in_features],
-                "rank": module.rank,
+                "shape": [b.shape[0], a[0].numel()],
+                "rank": b.shape[1],
             }
             if isinstance(module, LowRankPlusSparseLinear):
                 entry["nonzeros"] = module.nonzeros

@@ -6,6 +6,7 @@ halfway.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from lightning_prehab.errors import CheckpointError, NumericalError, PlanError, UnsupportedError
 from lightning_prehab.factorizations import Decomposition, Factors
-from lightning_prehab.layers import LowRankLinear, LowRankPlusSparseLinear
-from lightning_prehab.moments import entry_state, factor_states
+from lightning_prehab.kinds import MatrixView, kind_of, view_of
+from lightning_prehab.layers import LowRankLayer, LowRankPlusSparseLinear
+from lightning_prehab.moments import block_state, entry_state, factor_states
 from lightning_prehab.plan import CompressionPlan, LayerPlan
 from lightning_prehab.planning import added_parameters
 from lightning_prehab.pretrained import check_pretrained, note_structure_
@@ -22,7 +24,7 @@ from lightning_prehab.report import CompressionReport
 from lightning_prehab.sparse import Sparse
 from lightning_prehab.spectra import decompose_targets, naming
 from lightning_prehab.statistics import LayerStatistics
-from lightning_prehab.targets import Patterns, clean_name, count_parameters, match_names
+from lightning_prehab.targets import Layer, Patterns, Target, clean_name, count_parameters, join, locate, match_names
 
 
 def apply_plan_(
@@ -66,19 +68,20 @@ def compute_factors(
 
     Decompositions that planning has made already may be given; the others are made here.
     """
-    layers = _planned_layers(model, plan)
-    for cut, layer in layers.values():
-        counted, added = cut.new_bias + cut.nonzeros, added_parameters(layer, plan.factorization)
+    targets = _planned_targets(model, plan)
+    cuts = {cut.name: cut for cut in plan.layers if cut.rank is not None}
+    for cut in cuts.values():
+        counted, added = cut.new_bias + cut.nonzeros, added_parameters(targets[cut.name], plan.factorization)
         if counted != added:
             raise PlanError(
                 f"Layer {cut.name!r}: the plan counts {counted} parameters beside the two factors, "
                 f"{plan.factorization} adds {added}. A plan belongs to its factorization; make it anew with make_plan."
             )
-    wanted = list(layers) if names is None else [name for name in layers if name in set(names)]
+    wanted = list(cuts) if names is None else [name for name in cuts if name in set(names)]
     found = dict(decompositions or {})
-    missing = {name: layers[name][1] for name in wanted if name not in found}
+    missing = {name: targets[name] for name in wanted if name not in found}
     found |= decompose_targets(missing, plan.factorization, statistics)
-    return {name: _checked_factors(*layers[name], plan, found[name]) for name in wanted}
+    return {name: _checked_factors(cuts[name], targets[name], plan, found[name]) for name in wanted}
 
 
 def swap_(
@@ -89,24 +92,24 @@ def swap_(
 ) -> CompressionReport:
     """Puts factors in the place of the planned layers; see :func:`apply_plan_`."""
     check_pretrained(model)
-    layers = _planned_layers(model, plan)
+    _planned_targets(model, plan)
     before = count_parameters(model)
-    cuts = [_prepare(cut.name, layer, factors[cut.name]) for cut, layer in layers.values()]
-    edits = [edit for optimizer in optimizers for edit in _optimizer_edits(optimizer, cuts)]
-    slots = _slots(model, {id(cut.old): cut.new for cut in cuts})
-    errors = {cut.name: cut.weight_error() for cut in cuts}
+    cut = {layer.name: factors[layer.name] for layer in plan.layers if layer.rank is not None}
+    swaps = [_Swap.prepare(layer, views, cut) for layer, views in locate(model, cut).values()]
+    edits = [edit for optimizer in optimizers for edit in _optimizer_edits(optimizer, swaps)]
+    slots = _slots(model, {id(swap.old): swap.new for swap in swaps})
+    errors = {name: error for swap in swaps for name, error in swap.errors().items()}
 
     with torch.no_grad():
-        for cut in cuts:
-            if cut.bias is not None:
-                cut.old.bias.copy_(cut.bias)
+        for swap in swaps:
+            swap.shift_biases_()
     for parent, key, new in slots:
         parent._modules[key] = new
     for edit in edits:
         edit.commit()
     note_structure_(model)
     after = count_parameters(model)
-    return CompressionReport(plan, errors, before, after)
+    return CompressionReport(plan, {name: errors[name] for name in cut}, before, after)
 
 
 def follow_state_dict_(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -126,15 +129,16 @@ def follow_state_dict_(model: nn.Module, state_dict: Mapping[str, Any], prefix: 
     Raises:
         CheckpointError: If the shapes do not fit (the layer is named); the model is then as it was.
     """
-    factored = stored_factors(state_dict, prefix)
+    stored = stored_factors(state_dict, prefix)
+    modules = dict(model.named_modules())
     replacement: dict[int, nn.Module] = {}
     names = []
-    for name, module in model.named_modules():
-        new: nn.Module | None = None
-        if name in factored and (type(module) is nn.Linear or isinstance(module, LowRankLinear)):
-            new = _low_rank_like(name, module, factored[name])
-        elif isinstance(module, LowRankLinear) and f"{prefix}{name}.weight" in state_dict:
-            new = _dense_like(module, bias=f"{prefix}{name}.bias" in state_dict)
+    inside: set[int] = set()
+    for name, module in modules.items():
+        if not name or id(module) in inside or (kind_of(module) is None and not isinstance(module, LowRankLayer)):
+            continue
+        inside.update(id(inner) for inner in module.modules())
+        new = _follower(modules, name, stored, state_dict, prefix)
         if new is not None:
             replacement[id(module)] = new
             names.append(name)
@@ -159,27 +163,38 @@ def to_dense_(model: nn.Module, names: Patterns = None) -> list[str]:
     Raises:
         TargetError: If a pattern matches no low-rank layer; the model is then as it was.
 
+    >>> from lightning_prehab import LowRankLinear
     >>> model = nn.Sequential(LowRankLinear(8, 8, rank=2))
     >>> to_dense_(model), type(model[0]).__name__
     (['0'], 'Linear')
     """
-    found = [clean_name(name) for name, module in model.named_modules() if name and isinstance(module, LowRankLinear)]
+    found = [clean_name(name) for name, _ in _low_rank_layers(model) if name]
     wanted = found if names is None else match_names(names, found, "names")
     densify_(model, wanted)
     return wanted
 
 
 def densify_(model: nn.Module, names: Iterable[str]) -> None:
-    """Replaces the named low-rank layers by dense ones with the same function."""
+    """Replaces the named low-rank layers, or those that the names are parts of, by dense ones of the same function."""
     wanted = set(names)
-    replacement: dict[int, nn.Module] = {
-        id(module): _dense_like(module, bias=module.bias is not None)
-        for name, module in model.named_modules()
-        if clean_name(name) in wanted and isinstance(module, LowRankLinear)
-    }
+    replacement: dict[int, nn.Module] = {}
+    for name, module in _low_rank_layers(model):
+        if any(join(clean_name(name), part) in wanted for part, _ in module.named_modules()):
+            replacement[id(module)] = module.to_dense()
     for parent, key, new in _slots(model, replacement):
         parent._modules[key] = new
     note_structure_(model)
+
+
+def _low_rank_layers(model: nn.Module) -> list[tuple[str, LowRankLayer]]:
+    """The outermost low-rank layers."""
+    inside: set[int] = set()
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLayer) and id(module) not in inside:
+            inside.update(id(inner) for inner in module.modules())
+            found.append((name, module))
+    return found
 
 
 def stored_factors(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Factors]:
@@ -195,91 +210,211 @@ def stored_factors(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str,
     return found
 
 
-def _low_rank_like(name: str, layer: nn.Linear | LowRankLinear, stored: Factors) -> LowRankLinear | None:
-    """A layer for the stored factors, or None if ``layer`` fits them already."""
+def _follower(
+    modules: Mapping[str, nn.Module],
+    name: str,
+    stored: Mapping[str, Factors],
+    state_dict: Mapping[str, Any],
+    prefix: str,
+) -> nn.Module | None:
+    """What a layer has to be replaced by to fit a state dict, or None if it fits already."""
+    module = modules[name]
+    dense = module.to_dense() if isinstance(module, LowRankLayer) else module
+    found = factors_of_layer(name, Layer.at(name, dense, modules), stored)
+    if found is not None:
+        new = _low_rank_like(dense, *found)
+        return None if isinstance(module, LowRankLayer) and _alike(module, new) else new
+    if dense is module or not any(f"{prefix}{name}.{key}" in state_dict for key, _ in dense.named_parameters()):
+        return None
+    if type(dense) is nn.Linear:
+        _fit_bias(dense, f"{prefix}{name}.bias" in state_dict, dense.weight)
+    return dense
+
+
+def factors_of_layer(
+    name: str, layer: Layer, stored: Mapping[str, Factors]
+) -> tuple[dict[str, MatrixView], dict[str, Factors]] | None:
+    """The matrices of a dense layer and those of the stored factors that belong to it, by part; None if none do.
+
+    Args:
+        name: Name of the layer as it stands in the state dict.
+        layer: The layer.
+        stored: As from :func:`stored_factors`.
+
+    Raises:
+        CheckpointError: If the shapes do not fit.
+    """
+    for split in (False, True):
+        views = layer.views(split)
+        found = {part: stored[join(name, part)] for part in views if join(name, part) in stored}
+        if found:
+            return views, {part: _fitting(join(name, part), views[part], found[part]) for part in found}
+    return None
+
+
+def _fitting(name: str, view: MatrixView, stored: Factors) -> Factors:
+    """Stored factors as matrices, checked against the matrix that they stand for."""
+    m, n, groups = *view.shape, view.group_count
     a, b, bias, sparse = stored
-    m, n = layer.out_features, layer.in_features
-    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != n or b.shape[0] != m or a.shape[0] != b.shape[1] or 0 in a.shape:
+    try:
+        a, b = view.unfold(a, b)
+        rank = b.shape[1] if b.dim() == 2 else 0
+        fits = b.shape == (m, rank) and a.shape == (groups * rank, n) and rank > 0
+    except RuntimeError:
+        fits = False
+    if not fits:
         raise CheckpointError(
-            f"Layer {name!r}: the checkpoint holds factors of shapes {tuple(b.shape)} and {tuple(a.shape)}, the model "
-            f"has a {m}x{n} layer. Build the model with the same sizes as the one that was saved."
+            f"Layer {name!r}: the checkpoint holds factors of shapes {tuple(stored.B.shape)} and "
+            f"{tuple(stored.A.shape)}, the model has a {m}x{n} layer. Build the model with the same sizes as the one "
+            "that was saved."
         )
     if sparse is not None and not sparse.fits(m, n):
         raise CheckpointError(
             f"Layer {name!r}: the checkpoint holds a sparse part of {sparse.values.numel()} values that has no place "
             f"in a {m}x{n} weight; the file is damaged, or the model has other sizes than the one that was saved."
         )
-    has_bias = layer.bias is not None
-    nonzeros = None if sparse is None else len(sparse.values)
-    same = isinstance(layer, LowRankLinear) and layer.rank == a.shape[0] and _nonzeros(layer) == nonzeros
-    if isinstance(layer, LowRankLinear) and same and has_bias == (bias is not None):
-        return None
-    dense = layer if isinstance(layer, nn.Linear) else _dense_like(layer, bias=has_bias)
-    new = _low_rank(stored, like=dense)
-    if not has_bias and bias is not None:
-        value = bias.detach().to(dense.weight, copy=True)
-        new.B.bias = nn.Parameter(value, requires_grad=dense.weight.requires_grad)
-    elif bias is None:
-        new.B.register_parameter("bias", None)
+    return Factors(a, b, bias, sparse)
+
+
+def _low_rank_like(dense: nn.Module, views: Mapping[str, MatrixView], factors: Mapping[str, Factors]) -> LowRankLayer:
+    """The low-rank layer for stored factors, with the biases that were stored with them."""
+    kind = kind_of(dense)
+    assert kind is not None
+    new = kind.low_rank(dense, views, factors)
+    for part, stored in factors.items():
+        child: Any = new.get_submodule(part)
+        _fit_bias(child.B, stored.bias_shift is not None, child.A.weight, stored.bias_shift)
     return new
 
 
-def _low_rank(factors: Factors, like: nn.Linear) -> LowRankLinear:
-    """A layer of the kind that the factors need."""
-    if factors.sparse is None:
-        return LowRankLinear.from_factors(factors.A, factors.B, like)
-    return LowRankPlusSparseLinear.from_factors(factors.A, factors.B, like, factors.sparse)
+def _fit_bias(module: nn.Module, wanted: bool, like: Tensor, value: Tensor | None = None) -> None:
+    """Gives a layer a bias, or takes it away; one that is there is left as it is."""
+    if not wanted:
+        module.register_parameter("bias", None)
+    elif module._parameters["bias"] is None:
+        size: Any = module._parameters["weight"]
+        start = like.new_zeros(size.shape[0]) if value is None else value.detach().to(like, copy=True)
+        module.register_parameter("bias", nn.Parameter(start, requires_grad=like.requires_grad))
 
 
-def _nonzeros(layer: nn.Module) -> int | None:
-    """Entries of the sparse part, or None if the layer has no such part."""
-    return layer.nonzeros if isinstance(layer, LowRankPlusSparseLinear) else None
-
-
-def _dense_like(layer: LowRankLinear, bias: bool) -> nn.Linear:
-    """The dense product, with or without a bias."""
-    dense = layer.to_linear()
-    if not bias:
-        dense.register_parameter("bias", None)
-    elif layer.bias is None:
-        zeros = dense.weight.new_zeros(layer.out_features)
-        dense.bias = nn.Parameter(zeros, requires_grad=dense.weight.requires_grad)
-    return dense
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two layers have the same structure, of the same sizes."""
+    shapes = [{key: tensor.shape for key, tensor in module.state_dict().items()} for module in (one, other)]
+    return type(one) is type(other) and shapes[0] == shapes[1]
 
 
 @dataclass
-class _Cut:
-    """One layer, its replacement, and the new value of its bias if that changes."""
+class _Swap:
+    """One layer and its replacement."""
 
-    name: str
-    old: nn.Linear
-    new: LowRankLinear
-    bias: Tensor | None
+    layer: Layer
+    views: dict[str, MatrixView]
+    factors: dict[str, Factors]  # by part, those that are cut
+    new: LowRankLayer
 
-    def parameters(self) -> dict[str, Tensor]:
-        """What takes the place of the weight in an optimizer, by suffix. An old bias object stays where it is."""
-        found: dict[str, Tensor] = dict(self.new.named_parameters())
-        if _bias(self.old) is not None:
-            del found["B.bias"]
-        return found
+    @classmethod
+    def prepare(cls, layer: Layer, views: dict[str, MatrixView], factors: Mapping[str, Factors]) -> "_Swap":
+        mine = {part: factors[join(layer.name, part)] for part in views if join(layer.name, part) in factors}
+        assert layer.kind is not None
+        new = layer.kind.low_rank(layer.module, views, mine)
+        swap = cls(layer, views, mine, new)
+        for part, found in mine.items():
+            if found.bias_shift is not None and views[part].bias is None:
+                shift = found.bias_shift.clone()
+                swap.child(part).B.bias = nn.Parameter(shift, requires_grad=views[part].parameter.requires_grad)
+        return swap
 
-    def states(self, state: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
+    @property
+    def old(self) -> nn.Module:
+        return self.layer.module
+
+    def child(self, part: str) -> Any:
+        """What holds the factors of a part, or its dense weight."""
+        return self.new.get_submodule(part)
+
+    def shift_biases_(self) -> None:
+        """Adds to the biases that are there already, and that both layers share."""
+        for part, found in self.factors.items():
+            bias = self.views[part].bias
+            if found.bias_shift is not None and bias is not None:
+                bias += found.bias_shift
+
+    def parameters(self, weight: Tensor) -> dict[str, Tensor]:
+        """What takes the place of a weight in an optimizer, by name in the new layer; old biases stay."""
+        kept = {id(parameter) for parameter in self.old.parameters()}
+        return {
+            join(part, name): parameter
+            for part, view in self.views.items()
+            if view.parameter is weight
+            for name, parameter in self.child(part).named_parameters()
+            if id(parameter) not in kept
+        }
+
+    def states(self, weight: Tensor, state: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
         """What an optimizer knows of these parameters, from what it knows of the weight; unknown ones are left out."""
-        a, b = self.new.A.weight, self.new.B.weight
-        for_a, for_b = factor_states(state, a, b)
-        states = {a: for_a, b: for_b}
-        if isinstance(self.new, LowRankPlusSparseLinear):
-            states[self.new.values] = entry_state(state, self.new.indices, self.old.weight.shape)
-        return {parameter: moved for parameter, moved in states.items() if moved}
+        found: dict[Tensor, dict[str, Any]] = {}
+        for part, view in self.views.items():
+            if view.parameter is not weight:
+                continue
+            child = self.child(part)
+            if part not in self.factors:
+                found[child.weight] = block_state(state, weight.shape, view.matrix)
+                continue
+            seen = block_state(state, weight.shape, view.matrix)
+            found |= _factor_states(view, child, seen)
+            if isinstance(child, LowRankPlusSparseLinear):
+                found[child.values] = entry_state(seen, child.indices, view.shape)
+        return {parameter: moved for parameter, moved in found.items() if moved}
 
     @torch.no_grad()
-    def weight_error(self) -> float:
-        """``|W - B A - S|_F / |W|_F``; 0 for a zero weight."""
-        weight = self.old.weight.float()
-        error = weight - self.new.B.weight.float() @ self.new.A.weight.float()
-        if isinstance(self.new, LowRankPlusSparseLinear):
-            error -= Sparse(self.new.indices, self.new.values.float()).matrix(*error.shape)
-        return float(error.norm() / weight.norm().clamp_min(torch.finfo(torch.float32).tiny))
+    def errors(self) -> dict[str, float]:
+        """``|W - B A - S|_F / |W|_F`` of each matrix that is cut, by name; 0 for a zero weight."""
+        errors = {}
+        for part, found in self.factors.items():
+            view = self.views[part]
+            weight, groups = view.weight.float(), view.group_count
+            parts = zip(found.A.float().chunk(groups), found.B.float().chunk(groups), strict=True)
+            error = weight - torch.cat([b @ a for a, b in parts])
+            if found.sparse is not None:
+                error -= Sparse(found.sparse.indices, found.sparse.values.float()).matrix(*error.shape)
+            norm = weight.norm().clamp_min(torch.finfo(torch.float32).tiny)
+            errors[join(self.layer.name, part)] = float(error.norm() / norm)
+        return errors
+
+
+def _factor_states(view: MatrixView, child: Any, state: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
+    """States of the two factors of a matrix, from the state of the matrix."""
+    a, b = view.unfold(child.A.weight, child.B.weight)
+    if view.group_count == 1:
+        for_a, for_b = factor_states(state, a, b)
+    else:
+        parts = []
+        for index, (a_part, b_part) in enumerate(
+            zip(a.chunk(view.group_count), b.chunk(view.group_count), strict=True)
+        ):
+            own = block_state(state, view.shape, partial(_chunk, count=view.group_count, index=index))
+            parts.append(factor_states(own, a_part, b_part))
+        for_a, for_b = (_joined_states([part[side] for part in parts]) for side in (0, 1))
+    folded = {key: view.fold(for_a[key], for_b[key]) for key in for_a if _is_matrix(for_a[key])}
+    for_a |= {key: pair[0] for key, pair in folded.items()}
+    for_b |= {key: pair[1] for key, pair in folded.items()}
+    return {child.A.weight: for_a, child.B.weight: for_b}
+
+
+def _chunk(tensor: Tensor, count: int, index: int) -> Tensor:
+    return tensor.chunk(count)[index]
+
+
+def _joined_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One state of factors that stand one below the other."""
+    first = states[0]
+    return {
+        key: torch.cat([state[key] for state in states]) if _is_matrix(value) else value for key, value in first.items()
+    }
+
+
+def _is_matrix(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
 
 
 @dataclass
@@ -329,35 +464,33 @@ def check_optimizer(optimizer: torch.optim.Optimizer, split: Iterable[Tensor] = 
         )
 
 
-def _planned_layers(model: nn.Module, plan: CompressionPlan) -> dict[str, tuple[LayerPlan, nn.Linear]]:
-    """The layers that are to be cut, checked against the plan."""
-    modules = {clean_name(name): module for name, module in model.named_modules()}
-    found = {}
+def _planned_targets(model: nn.Module, plan: CompressionPlan) -> dict[str, Target]:
+    """The matrices that the plan names, checked against it."""
+    located = locate(model, [layer.name for layer in plan.layers])
+    views = {join(name, part): view for name, (_, parts) in located.items() for part, view in parts.items()}
     for cut in plan.layers:
-        layer = modules.get(cut.name)
-        if type(layer) is not nn.Linear or (layer.out_features, layer.in_features) != (
-            cut.out_features,
-            cut.in_features,
-        ):
-            have = "nothing" if layer is None else repr(layer)
+        view = views.get(cut.name)
+        if view is None or (*view.shape, view.group_count) != (cut.out_features, cut.in_features, cut.groups):
+            modules = {clean_name(name): module for name, module in model.named_modules()}
+            have = view.module if view is not None else modules.get(cut.name)
             raise PlanError(
-                f"Layer {cut.name!r}: the plan expects a {cut.out_features}x{cut.in_features} nn.Linear, the model has "
-                f"{have}. Make the plan for this very model, before any surgery."
+                f"Layer {cut.name!r}: the plan expects a {cut.out_features}x{cut.in_features} weight, the model has "
+                f"{'nothing' if have is None else repr(have)}. Make the plan for this very model, before any surgery."
             )
-        if cut.rank is not None:
-            found[cut.name] = (cut, layer)
-    return found
+    return {cut.name: views[cut.name] for cut in plan.layers}
 
 
-def _checked_factors(cut: LayerPlan, layer: nn.Linear, plan: CompressionPlan, decomposition: Decomposition) -> Factors:
+def _checked_factors(cut: LayerPlan, target: Target, plan: CompressionPlan, decomposition: Decomposition) -> Factors:
     assert cut.rank is not None
+    weight = view_of(target).parameter
     where = f"Layer {cut.name!r} ({cut.out_features}x{cut.in_features}): "
-    with torch.no_grad(), naming(cut.name, layer):
+    with torch.no_grad(), naming(cut.name, target):
         a, b, shift, sparse = decomposition.factors(cut.rank)
-    if a.shape != (cut.rank, cut.in_features) or b.shape != (cut.out_features, cut.rank):
+    expected = (cut.groups * cut.rank, cut.in_features), (cut.out_features, cut.rank)
+    if (a.shape, b.shape) != expected:
         raise PlanError(
             f"{where}{plan.factorization} returned factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, "
-            f"expected {(cut.rank, cut.in_features)} and {(cut.out_features, cut.rank)}."
+            f"expected {expected[0]} and {expected[1]}."
         )
     nonzeros = 0 if sparse is None else len(sparse.values)
     if nonzeros != cut.nonzeros or (sparse is not None and not sparse.fits(cut.out_features, cut.in_features)):
@@ -365,30 +498,14 @@ def _checked_factors(cut: LayerPlan, layer: nn.Linear, plan: CompressionPlan, de
             f"{where}{plan.factorization} returned a sparse part of {nonzeros} values; the plan expects "
             f"{cut.nonzeros}, each at a place of its own, in ascending order."
         )
-    a, b = a.to(layer.weight), b.to(layer.weight)
-    shift = None if shift is None else shift.to(layer.weight)
+    a, b = a.to(weight), b.to(weight)
+    shift = None if shift is None else shift.to(weight)
     if sparse is not None:
-        sparse = Sparse(sparse.indices.to(layer.weight.device), sparse.values.to(layer.weight))
+        sparse = Sparse(sparse.indices.to(weight.device), sparse.values.to(weight))
     parts = (a, b, shift, None if sparse is None else sparse.values)
     if not all(bool(torch.isfinite(part).all()) for part in parts if part is not None):
         raise NumericalError(f"{where}{plan.factorization} returned factors with NaN or Inf at rank {cut.rank}.")
     return Factors(a, b, shift, sparse)
-
-
-def _prepare(name: str, layer: nn.Linear, factors: Factors) -> _Cut:
-    new = _low_rank(factors, like=layer)
-    bias = None
-    if factors.bias_shift is not None:
-        old = _bias(layer)
-        if old is None:
-            new.B.bias = nn.Parameter(factors.bias_shift.clone(), requires_grad=layer.weight.requires_grad)
-        else:
-            bias = old.detach() + factors.bias_shift
-    return _Cut(name, layer, new, bias)
-
-
-def _bias(layer: nn.Linear) -> nn.Parameter | None:
-    return layer._parameters["bias"]
 
 
 def _slots(model: nn.Module, replacement: Mapping[int, nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
@@ -401,27 +518,40 @@ def _slots(model: nn.Module, replacement: Mapping[int, nn.Module]) -> list[tuple
     ]
 
 
-def _optimizer_edits(optimizer: torch.optim.Optimizer, cuts: Sequence[_Cut]) -> list[_GroupEdit]:
-    split = [cut.old.weight for cut in cuts if any(part.dim() < 2 for part in cut.parameters().values())]
+def _optimizer_edits(optimizer: torch.optim.Optimizer, swaps: Sequence[_Swap]) -> list[_GroupEdit]:
+    by_weight = {id(view.parameter): swap for swap in swaps for view in swap.views.values()}
+    weights = {id(view.parameter): view.parameter for swap in swaps for view in swap.views.values()}
+    split = [
+        weight
+        for key, weight in weights.items()
+        if any(part.dim() < 2 for part in by_weight[key].parameters(weight).values())
+    ]
     check_optimizer(optimizer, split)
-    by_weight = {id(cut.old.weight): cut for cut in cuts}
-    biases = {id(bias) for cut in cuts if (bias := _bias(cut.old)) is not None}
+    renamed = {id(parameter): names for swap in swaps for parameter, names in _renamed(swap)}
     edits = []
     for group in optimizer.param_groups:
         names = group.get("param_names", [""] * len(group["params"]))
         edit = _GroupEdit(optimizer, group, [], [], [], {})
         for parameter, name in zip(group["params"], names, strict=True):
-            cut = by_weight.get(id(parameter))
-            if cut is None:
+            swap = by_weight.get(id(parameter))
+            if swap is None:
+                old, new = renamed.get(id(parameter), ("", ""))
                 edit.params.append(parameter)
-                edit.names.append(f"{name.removesuffix('bias')}B.bias" if id(parameter) in biases else name)
+                edit.names.append(name.removesuffix(old) + new)
                 continue
-            new = cut.parameters()
-            edit.params.extend(new.values())
-            edit.names.extend(name.removesuffix("weight") + suffix for suffix in new)
+            own = next(found for found, weight in swap.old.named_parameters() if weight is parameter)
+            parts = swap.parameters(parameter)
+            edit.params.extend(parts.values())
+            edit.names.extend(name.removesuffix(own) + part for part in parts)
             edit.removed.append(parameter)
             state = optimizer.state.get(parameter)
             if state:
-                edit.states.update(cut.states(state))
+                edit.states.update(swap.states(parameter, state))
         edits.append(edit)
     return edits
+
+
+def _renamed(swap: _Swap) -> list[tuple[Tensor, tuple[str, str]]]:
+    """Parameters that both layers hold, each with its old and its new name within the layer."""
+    old = {id(parameter): name for name, parameter in swap.old.named_parameters()}
+    return [(p, (old[id(p)], name)) for name, p in swap.new.named_parameters() if id(p) in old]

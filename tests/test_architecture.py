@@ -16,6 +16,7 @@ FLOORS = {
     "__about__": 0,
     "layers": 1,
     "kinds": 1,
+    "block_layers": 1,
     "pretrained": 1,
     "statistics": 1,
     "schedules": 1,
@@ -63,6 +64,7 @@ EXTRAS = {
     ("cli_inputs.py", "safetensors"),
     ("cli_inputs.py", "transformers"),
     ("huggingface.py", "transformers"),
+    ("block_layers.py", "transformers"),
 }
 CORE = {"torch", "lightning", "torchmetrics", "lightning_prehab"}
 

@@ -383,5 +383,5 @@ def test_parameters_of_a_new_bias_are_counted(data):
 def test_a_plan_for_another_model_is_refused(mlp):
     plan = lp.make_plan(lp.find_targets(mlp), 0.5, lp.SVD())
     text = plan.to_yaml().replace("shape: [16, 12]", "shape: [16, 13]")
-    with pytest.raises(PlanError, match="Layer '0': the plan expects a 16x13 nn.Linear"):
+    with pytest.raises(PlanError, match="Layer '0': the plan expects a 16x13 weight"):
         lp.apply_plan_(mlp, lp.CompressionPlan.from_yaml(text))

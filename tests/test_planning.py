@@ -246,9 +246,9 @@ def test_the_first_order_effect_of_a_component_has_the_right_sign():
     with torch.no_grad():
         model[0].weight += 0.1 * torch.randn(5, 6)
     targets = lp.find_targets(model)
-    statistics = lp.collect_statistics(model, targets, [batch], forward=loss, gradients=True)["0"]
-    decomposition = lp.WhitenedSVD().decompose([(model[0].weight.detach(), statistics)])[0]
-    found = spectrum(decomposition, statistics, components=True).components
+    statistics = lp.collect_statistics(model, targets, [batch], forward=loss, gradients=True)
+    decomposition = lp.WhitenedSVD().decompose([(model[0].weight.detach(), statistics["0"])])[0]
+    found = spectrum("0", targets["0"], decomposition, statistics, components=True).components
     a, b, *_ = decomposition.factors(5)
     weight, before = model[0].weight.detach().clone(), loss(model, batch).item()
     for i in range(5):

@@ -130,6 +130,12 @@ def test_logits_come_first_padding_is_left_out_and_unreached_layers_too():
     assert probes["head"].loss_increase == pytest.approx(float((p * (p / q).log()).sum()) / 4, rel=1e-3)
 
 
+def whole(weight):
+    """Factors of full rank, without rounding: the smaller side is the identity."""
+    m, n = weight.shape
+    return Factors(torch.eye(n).to(weight), weight) if n <= m else Factors(weight, torch.eye(m).to(weight))
+
+
 def test_a_bias_shift_counts():
     model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh(), nn.Linear(6, 5))
     targets, x = lp.find_targets(model), torch.randn(8, 6)
@@ -137,7 +143,7 @@ def test_a_bias_shift_counts():
     def exact_but_shifted(name, rank):
         weight = targets[name].weight
         shift = torch.linspace(0, 1, weight.shape[0], dtype=torch.float64)
-        return Factors(torch.eye(6, dtype=torch.float64), weight.double().detach(), shift)
+        return whole(weight.double().detach())._replace(bias_shift=shift)
 
     probes = measure_probes(model, targets, exact_but_shifted, [x])
     assert all(probe.loss_increase > 1e-3 for probe in probes.values())
@@ -172,8 +178,7 @@ def test_noise_of_the_model_is_the_same_with_and_without_the_cut(mlp, data):
     targets, x = lp.find_targets(mlp), data.tensors[0]
 
     def exact(name, rank):
-        layer = targets[name]
-        return Factors(torch.eye(layer.in_features), layer.weight.detach())
+        return whole(targets[name].weight.detach())
 
     def noisy(model, batch):
         return model(batch) + torch.randn(len(batch), 6)

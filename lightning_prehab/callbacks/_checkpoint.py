@@ -15,10 +15,11 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.errors import CheckpointError
 from lightning_prehab.factorizations import Factorization, Factors
+from lightning_prehab.kinds import MatrixView
 from lightning_prehab.plan import CompressionPlan, LayerPlan
 from lightning_prehab.statistics import LayerStatistics
-from lightning_prehab.surgery import densify_, follow_state_dict_, stored_factors
-from lightning_prehab.targets import clean_name
+from lightning_prehab.surgery import densify_, factors_of_layer, follow_state_dict_, stored_factors
+from lightning_prehab.targets import Layer, clean_name, join, locate
 
 
 def follow_on_load(pl_module: "pl.LightningModule") -> RemovableHandle:
@@ -63,39 +64,69 @@ def _shell_hook(shell: DenseShell, own: frozenset[str]) -> Callable[..., None]:
         shell.loaded = True
         densify_(module, own)
         modules = dict(module.named_modules(remove_duplicate=False))
+        stored = stored_factors(state_dict, prefix)
         seen: set[int] = set()  # a shared module has its factors under each of its names
-        for name, stored in stored_factors(state_dict, prefix).items():
-            dense = modules.get(name)
-            if type(dense) is not nn.Linear:
+        for name, dense in modules.items():
+            layer = Layer.at(name, dense, modules)
+            found = factors_of_layer(name, layer, stored) if name else None
+            if found is None:
                 continue
-            sizes = dense.out_features, dense.in_features
-            if (stored.B.shape[:1] + stored.A.shape[1:]) != sizes or not (
-                stored.sparse is None or stored.sparse.fits(*sizes)
-            ):
-                raise CheckpointError(
-                    f"Layer {name!r}: the checkpoint holds factors of shapes {tuple(stored.B.shape)} and "
-                    f"{tuple(stored.A.shape)}, the model has a {dense.out_features}x{dense.in_features} layer. Resume "
-                    "with the module and the settings that the checkpoint was written with."
-                )
-            has_bias = dense._parameters["bias"] is not None
-            if id(dense) not in seen:
-                shell.factors[name] = stored._replace(bias_shift=None if has_bias else stored.bias_shift)
+            views, factors = found
+            for part, part_factors in factors.items() if id(dense) not in seen else ():
+                has_bias = views[part].bias is not None
+                kept = part_factors._replace(bias_shift=None) if has_bias else part_factors
+                shell.factors[join(name, part)] = kept
             seen.add(id(dense))
-            for part in ("A.weight", "B.weight", *(("indices", "values") if stored.sparse is not None else ())):
-                del state_dict[f"{prefix}{name}.{part}"]
-            bias = state_dict.pop(f"{prefix}{name}.B.bias", None)
-            state_dict[f"{prefix}{name}.weight"] = dense.weight.detach()
-            if has_bias and bias is not None:
-                state_dict[f"{prefix}{name}.bias"] = bias
+            _put_dense_(state_dict, f"{prefix}{name}.", layer, views, factors)
 
     return take_factors
 
 
-def plan_of_factors(factors: Mapping[str, Factors], factorization: Factorization) -> CompressionPlan:
+def _put_dense_(
+    state_dict: dict[str, Any],
+    prefix: str,
+    layer: Layer,
+    views: Mapping[str, MatrixView],
+    factors: Mapping[str, Factors],
+) -> None:
+    """Puts the entries of the dense layer in the place of those of its low-rank one.
+
+    Biases and parts that are not cut are those of the state dict; the rest of the weight does not matter, since the
+    replay is going to cut it off.
+    """
+    assert layer.kind is not None
+    low_rank = layer.kind.low_rank(layer.module, views, factors)
+    old = {id(parameter): key for key, parameter in layer.module.named_parameters()}
+    kept = {old[id(p)]: key for key, p in low_rank.named_parameters() if id(p) in old}  # dense name -> low-rank name
+    stored = {key: state_dict.pop(prefix + key) for key in low_rank.state_dict() if prefix + key in state_dict}
+    for part in factors:  # biases that the surgery has added
+        state_dict.pop(f"{prefix}{join(part, 'B')}.bias", None)
+    dense = {key: parameter.detach() for key, parameter in layer.module.named_parameters()}
+    for key, name in kept.items():
+        del dense[key]
+        if name in stored:
+            dense[key] = stored[name]
+    for part, view in views.items():
+        if part not in factors:
+            key = old[id(view.parameter)]
+            if dense[key].data_ptr() == view.parameter.data_ptr():
+                dense[key] = dense[key].clone()
+            view.write_(stored[f"{part}.weight"], into=dense[key])
+    state_dict.update({prefix + key: tensor for key, tensor in dense.items()})
+
+
+def plan_of_factors(module: nn.Module, factors: Mapping[str, Factors], factorization: Factorization) -> CompressionPlan:
     """The plan that a replay carries out: the stored ranks, whatever policy once chose them."""
+    views = {
+        join(name, part): view for name, (_, parts) in locate(module, factors).items() for part, view in parts.items()
+    }
     layers = tuple(
         LayerPlan(
-            name, f.B.shape[0], f.A.shape[1], f.A.shape[0], nonzeros=0 if f.sparse is None else len(f.sparse.values)
+            name,
+            *views[name].shape,
+            f.B.shape[1],
+            nonzeros=0 if f.sparse is None else len(f.sparse.values),
+            groups=views[name].group_count,
         )
         for name, f in factors.items()
     )

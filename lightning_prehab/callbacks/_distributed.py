@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prehab.errors import PrehabError
 from lightning_prehab.factorizations import Decomposition, Factorization, Factors
+from lightning_prehab.kinds import view_of
 from lightning_prehab.plan import CompressionPlan
 from lightning_prehab.spectra import Spectrum, decompose_targets, spectrum
 from lightning_prehab.statistics import LayerStatistics
@@ -73,7 +74,7 @@ def decompose_together(
     try:
         own = list(targets)[trainer.global_rank :: trainer.world_size]
         mine = decompose_targets(targets, factorization, statistics, own)
-        spectra = {name: spectrum(mine[name], (statistics or {}).get(name), components) for name in own}
+        spectra = {name: spectrum(name, targets[name], mine[name], statistics, components) for name in own}
     except Exception as caught:
         error = caught
     raise_together(trainer, error)
@@ -125,7 +126,7 @@ def share_factors(
             tensor = None
             if description is not None:
                 shape, dtype = description
-                device = targets[layer.name].weight.device
+                device = view_of(targets[layer.name]).parameter.device
                 tensor = torch.empty(shape, dtype=dtype, device=device) if part is None else part.contiguous()
                 distributed.broadcast(tensor, src=owner[layer.name])
             shared.append(tensor)

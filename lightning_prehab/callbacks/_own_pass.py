@@ -18,6 +18,7 @@ from lightning_prehab.callbacks._trainer import gradient_scale, uses_loss_scalin
 from lightning_prehab.collector import Collector
 from lightning_prehab.errors import StatisticsError, UnsupportedError
 from lightning_prehab.factorizations import Decomposition
+from lightning_prehab.kinds import view_of
 from lightning_prehab.probes import measure_probes
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.statistics import LayerStatistics, Wanted
@@ -39,7 +40,7 @@ def collect_in_own_pass(
     clone = _quiet_copy(trainer, pl_module)
     targets = find_targets(clone, names)
     for layer in targets.values():
-        layer.weight.requires_grad_()
+        view_of(layer).parameter.requires_grad_()
     collector = Collector(targets, wanted, drop_overflow=uses_loss_scaling(trainer))
     collector.attach()
     seen = 0
@@ -78,10 +79,11 @@ def probe_in_own_pass(
         def forward(module: torch.nn.Module, batch: Any) -> Any:
             return _loss(_training_step(trainer, clone, batch, 0))
 
-        targets = {name: clone.get_submodule(name) for name in decompositions}
+        if not decompositions:  # more processes than layers
+            return {}
         return measure_probes(
             clone,
-            targets,  # type: ignore[arg-type]
+            find_targets(clone, list(decompositions)),
             lambda name, rank: decompositions[name].factors(rank),
             prepared,
             probe_keep,

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 
 from lightning_prehab.callbacks._checkpoint import dump_statistics, restore_statistics_
 from lightning_prehab.callbacks._distributed import decide_on_rank_zero, sum_statistics_
-from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, is_reached, wanted_in
+from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, is_reached, matrices, wanted_in
 from lightning_prehab.callbacks._trainer import loss_scale, uses_loss_scaling
 from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.collector import Collector
@@ -94,9 +94,11 @@ class Preparation:
             plan = decide_on_rank_zero(trainer, lambda: source.make_plan(self._planned, statistics))
             ranks = {name: rank for name, rank in plan.ranks.items() if rank is not None}
         return [
-            RegularizedLayer.seen_in(self._space, name, module, ranks.get(name), statistics)
-            for name, module in self._targets.items()
-            if (name in ranks or not self._only_cut) and is_reached(self._space, name, statistics)
+            RegularizedLayer.seen_in(self._space, group, view, ranks.get(name), statistics)
+            for name, target in self._targets.items()
+            if name in ranks or not self._only_cut
+            for group, view in matrices({name: target}).items()
+            if is_reached(self._space, group, statistics)
         ]
 
     def state_dict(self, world_size: int) -> dict[str, Any]:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.errors import PrehabError
+from lightning_prehab.kinds import MatrixView, view_of
 from lightning_prehab.linalg import gram_root, leading_subspace, singular_values, spectral_ranks
 from lightning_prehab.regularizers import Memory, Metric, Penalty, Shrinkage
 from lightning_prehab.statistics import LayerStatistics, Wanted
+from lightning_prehab.targets import Target, group_names
 
 Space = Literal["weight", "activation", "loss"]
 
@@ -35,19 +37,24 @@ def space_of(wanted: Wanted) -> Space:
 class RegularizedLayer:
     """A target with the metric it is seen in, its target rank and the memory of its regularizer."""
 
-    def __init__(self, name: str, module: nn.Linear, rank: int | None, metric: Metric) -> None:
+    def __init__(self, name: str, view: MatrixView, rank: int | None, metric: Metric) -> None:
         self.name = name
-        self.module = module
+        self.view = view
         self.rank = rank
         self.metric = metric
         self.memory: Memory = {}
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """What holds the matrix, and perhaps others beside it."""
+        return self.view.parameter
 
     @classmethod
     def seen_in(
         cls,
         space: Space,
         name: str,
-        module: nn.Linear,
+        view: MatrixView,
         rank: int | None,
         statistics: Mapping[str, LayerStatistics] | None,
     ) -> "RegularizedLayer":
@@ -60,7 +67,7 @@ class RegularizedLayer:
                 left = gram_root(statistics[name].gradient_second_moment())[0].float()
         except PrehabError as error:
             raise type(error)(f"Layer {name!r}: {error}") from error
-        return cls(name, module, rank, Metric(left, right))
+        return cls(name, view, rank, Metric(left, right))
 
     def state_dict(self) -> dict[str, Any]:
         """Rank, metric and memory as plain data."""
@@ -68,17 +75,17 @@ class RegularizedLayer:
         return {"rank": self.rank, "left": self.metric.left, "right": self.metric.right, "memory": memory}
 
     @classmethod
-    def from_state_dict(cls, name: str, module: nn.Linear, state: Mapping[str, Any]) -> "RegularizedLayer":
+    def from_state_dict(cls, name: str, view: MatrixView, state: Mapping[str, Any]) -> "RegularizedLayer":
         """The layer that :meth:`state_dict` describes."""
-        device = module.weight.device
+        device = view.parameter.device
         roots = (None if state[side] is None else state[side].to(device) for side in ("left", "right"))
-        layer = cls(name, module, state["rank"], Metric(*roots))
+        layer = cls(name, view, state["rank"], Metric(*roots))
         layer.memory = {key: value.to("cpu" if key == "age" else device) for key, value in state["memory"].items()}
         return layer
 
     def spectral_ranks(self) -> tuple[Tensor, Tensor]:
         """Stable and effective rank of the weight itself; NaN if it is not finite, since this is only shown."""
-        weight = self.module.weight.detach()
+        weight = self.view.weight.detach()
         if not bool(torch.isfinite(weight).all()):
             nan = torch.full((), float("nan"), device=weight.device)
             return nan, nan
@@ -92,7 +99,7 @@ class RegularizedLayer:
         subspace step: the tail is never underestimated.
         """
         assert self.rank is not None
-        seen = self.metric.view(self.module.weight.detach().float())
+        seen = self.metric.view(self.view.weight.detach().float())
         energy = seen.square().sum()
         if not bool(torch.isfinite(energy)):
             return energy * math.nan, energy * math.nan
@@ -104,33 +111,42 @@ class RegularizedLayer:
     def penalty(self, regularizer: Penalty) -> Tensor:
         """R(L^T W S) in float32."""
         try:
-            return regularizer.in_metric(self.module.weight.float(), self.metric, self.rank, self.memory)
+            return regularizer.in_metric(self.view.weight.float(), self.metric, self.rank, self.memory)
         except PrehabError as error:
             raise type(error)(f"Layer {self.name!r}: {error}") from error
 
     def has_work(self, regularizer: Shrinkage, progress: float) -> bool:
         """Whether the next :meth:`shrink_` has spectral work to do that one process can do for all."""
-        below = self.rank is None or self.rank < min(self.module.weight.shape)
+        below = self.rank is None or self.rank < min(self.view.shape)
         return below and regularizer.has_work(self.memory, progress, self.rank)
 
     @torch.no_grad()
     def prepare_(self, regularizer: Shrinkage, progress: float) -> None:
         """Does that work; its results are in the memory."""
         try:
-            regularizer.prepare_(self.module.weight.float(), self.rank, self.memory, progress, self.metric)
+            regularizer.prepare_(self.view.weight.float(), self.rank, self.memory, progress, self.metric)
         except PrehabError as error:
             raise type(error)(f"Layer {self.name!r}: {error}") from error
 
     @torch.no_grad()
     def shrink_(self, regularizer: Shrinkage, progress: float, lr: float) -> None:
         """Replaces the weight by the shrunk one, in place."""
-        weight = self.module.weight
+        weight = self.view.weight
         try:
             shrunk = regularizer(weight.float(), self.rank, self.memory, progress, lr, self.metric)
             if shrunk.data_ptr() != weight.data_ptr():
-                weight.copy_(shrunk)
+                self.view.write_(shrunk)
         except PrehabError as error:
             raise type(error)(f"Layer {self.name!r}: {error}") from error
+
+
+def matrices(targets: Mapping[str, Target]) -> dict[str, MatrixView]:
+    """What can be regularized for itself, by name: the targets, and each group of a grouped convolution."""
+    return {
+        name: view
+        for target_name, target in targets.items()
+        for name, view in zip(group_names(target_name, target), view_of(target).groups(), strict=True)
+    }
 
 
 def cut_now(layers: Sequence[RegularizedLayer]) -> tuple[float | None, float]:

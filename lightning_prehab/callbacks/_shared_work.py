@@ -63,7 +63,7 @@ def _hand_out_(
         for key, (shape, dtype, on_cpu) in described[layer.name].items():
             source = owners[layer.name]
             tensor = layer.memory[key] if source == global_rank else torch.empty(shape, dtype=dtype)
-            tensor = tensor.to(layer.module.weight.device).contiguous()
+            tensor = tensor.to(layer.parameter.device).contiguous()
             distributed.broadcast(tensor, src=source)
             layer.memory[key] = tensor.cpu() if on_cpu else tensor
 

@@ -42,7 +42,8 @@ from lightning_prehab.callbacks._trainer import (
 from lightning_prehab.collector import Collector
 from lightning_prehab.errors import ArgumentError, UnsupportedError
 from lightning_prehab.factorizations import Decomposition, Factorization, Factors, KroneckerSVD
-from lightning_prehab.layers import LowRankLinear
+from lightning_prehab.kinds import view_of
+from lightning_prehab.layers import LowRankLayer
 from lightning_prehab.plan import CompressionPlan
 from lightning_prehab.planning import (
     RankOverride,
@@ -219,7 +220,7 @@ class CompressionCallback(pl.Callback):
             )
         cuts = [] if self.report is None else [name for name, rank in self.report.ranks.items() if rank is not None]
         modules = {clean_name(name): module for name, module in pl_module.named_modules()}
-        if not all(isinstance(modules.get(name), LowRankLinear) for name in cuts):
+        if not all(isinstance(modules.get(name), LowRankLayer) for name in cuts):
             self.report, cuts = None, []  # another module, or one that has followed a dense checkpoint since
         self._stop_collecting()
         self._restored, self._world_size, self._older = {}, trainer.world_size, None
@@ -243,7 +244,7 @@ class CompressionCallback(pl.Callback):
         if not self.done:
             targets = self.find_targets(pl_module)
             check_wish(targets, self.policy, self.factorization, self.rank_overrides, self.rank_multiple_of)
-            split = [layer.weight for layer in targets.values() if added_parameters(layer, self.factorization)]
+            split = [view_of(t).parameter for t in targets.values() if added_parameters(t, self.factorization)]
             for optimizer in trainer.optimizers:
                 check_optimizer(optimizer, split)
 
@@ -358,7 +359,7 @@ class CompressionCallback(pl.Callback):
 
     def _replay(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", factors: Mapping[str, Factors]) -> None:
         """The same edits of modules and optimizers, with stored factors; nobody is told, since it is no new surgery."""
-        report = swap_(pl_module, plan_of_factors(factors, self.factorization), factors, trainer.optimizers)
+        report = swap_(pl_module, plan_of_factors(pl_module, factors, self.factorization), factors, trainer.optimizers)
         rewrap(trainer, pl_module)
         stored = self._restored.get("report")
         self.report = report if stored is None else CompressionReport.from_dict(stored, self.factorization)

@@ -94,12 +94,12 @@ class PaperPrehab(PrehabCallback):
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         with torch.no_grad():
             for layer in self._layers:
-                weight, root = layer.module.weight, layer.metric.right
-                if id(weight) in held and weight.grad is not None and root is not None:
-                    seen = layer.metric.view(weight)
-                    self._inside.append((layer, weight.clone(), seen))
-                    weight.copy_(seen)
-                    weight.grad.copy_(weight.grad @ layer.metric.right_inverse.mT.to(weight.grad))
+                view, parameter, root = layer.view, layer.parameter, layer.metric.right
+                if id(parameter) in held and parameter.grad is not None and root is not None:
+                    seen, gradient = layer.metric.view(view.weight), view.matrix(parameter.grad)
+                    self._inside.append((layer, view.weight.clone(), seen))
+                    view.write_(seen)
+                    view.write_(gradient @ layer.metric.right_inverse.mT.to(gradient), into=parameter.grad)
 
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
@@ -112,7 +112,7 @@ class PaperPrehab(PrehabCallback):
         if self._ready and (ends or not was_ready):
             for layer in self._layers:
                 for optimizer in trainer.optimizers:
-                    optimizer.state.pop(layer.module.weight, None)
+                    optimizer.state.pop(layer.parameter, None)
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Maps back, and takes the hooks off."""
@@ -134,8 +134,8 @@ class PaperPrehab(PrehabCallback):
     def _map_back(self, *_: Any) -> None:
         """The weights, changed by what the step has done to ``M``."""
         for layer, weight, seen in self._inside:
-            change = layer.metric.back(layer.module.weight - seen)
-            layer.module.weight.copy_(weight + change)
+            change = layer.metric.back(layer.view.weight - seen)
+            layer.view.write_(weight + change)
         self._inside = []
 
     def _remove_handles(self) -> None:

@@ -18,7 +18,7 @@ from lightning_prehab.callbacks._arguments import (
 )
 from lightning_prehab.callbacks._checkpoint import check_version
 from lightning_prehab.callbacks._preparation import Preparation
-from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, cut_now, space_of
+from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, cut_now, matrices, space_of
 from lightning_prehab.callbacks._shared_work import complete_memories_, own_part, prepare_together
 from lightning_prehab.callbacks._timeline import batches_to_watch, remaining_batches
 from lightning_prehab.callbacks._trainer import (
@@ -30,6 +30,7 @@ from lightning_prehab.callbacks._trainer import (
 )
 from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.errors import ArgumentError, CheckpointError, TargetError, UnsupportedError
+from lightning_prehab.kinds import view_of
 from lightning_prehab.regularizers import GradientRatio, Penalty, Shrinkage, StableRank, TailShrinkage
 from lightning_prehab.schedules import ramp
 from lightning_prehab.targets import Patterns, Targets, find_targets
@@ -253,12 +254,10 @@ class PrehabCallback(pl.Callback):
         if self._into_loss or not self._acts(trainer):
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        layers = [
-            layer for layer in self._layers if id(layer.module.weight) in held and layer.module.weight.requires_grad
-        ]
-        if all(layer.module.weight.grad is None for layer in layers):
+        layers = [layer for layer in self._layers if id(layer.parameter) in held and layer.parameter.requires_grad]
+        if all(layer.parameter.grad is None for layer in layers):
             return  # no backward pass has been made
-        weights = [layer.module.weight for layer in layers]
+        weights = list({id(layer.parameter): layer.parameter for layer in layers}.values())
         with torch.enable_grad(), torch.autocast(weights[0].device.type, enabled=False):
             penalty = self._penalty(pl_module, layers)
             if penalty is None:
@@ -342,13 +341,14 @@ class PrehabCallback(pl.Callback):
         self._ready, self.forecast = state["ready"], state["forecast"]
         if self._ratio is not None and state["ratio"] is not None:
             self._ratio.load_state_dict(state["ratio"])
+        views = matrices(self._targets)
         for name, stored in state["layers"].items():
-            if name not in self._targets:
+            if name not in views:
                 raise CheckpointError(
                     f"PrehabCallback: the checkpoint holds the state of layer {name!r}, which is not a target now. "
                     "Resume with the target_modules and exclude_modules that the checkpoint was written with."
                 )
-            self._layers.append(RegularizedLayer.from_state_dict(name, self._targets[name], stored))
+            self._layers.append(RegularizedLayer.from_state_dict(name, views[name], stored))
 
     def _space_for(self, compression: CompressionCallback | None) -> Space:
         if self._asked_space is not None:
@@ -365,7 +365,7 @@ class PrehabCallback(pl.Callback):
             targets = find_targets(pl_module, self.target_modules, self.exclude_modules)
         else:
             targets = compression.find_targets(pl_module)
-        for name in [name for name, layer in targets.items() if not layer.weight.requires_grad]:
+        for name in [name for name, layer in targets.items() if not view_of(layer).parameter.requires_grad]:
             targets.skipped[name] = "its weight is frozen"
             del targets[name]
         if not targets:
@@ -397,7 +397,9 @@ class PrehabCallback(pl.Callback):
     def _ramp(self) -> float:
         return ramp(self._steps, self.ramp_steps)
 
-    def _measured_strength(self, weights: list[Tensor], gradients: tuple[Tensor, ...], scale: float) -> float | Tensor:
+    def _measured_strength(
+        self, weights: Sequence[Tensor], gradients: tuple[Tensor, ...], scale: float
+    ) -> float | Tensor:
         """The strength, or the factor that gives the penalty its share of the task gradient."""
         if self._ratio is None:
             return self.strength
@@ -414,11 +416,11 @@ class PrehabCallback(pl.Callback):
         takes the mean of the gradients, which is then that of the whole penalty, at no communication of its own.
         """
         assert isinstance(self.regularizer, Penalty)
-        trainable = [layer for layer in self._layers if layer.module.weight.requires_grad]
-        values = [layer.penalty(self.regularizer) for layer in layers if layer.module.weight.requires_grad]
+        trainable = [layer for layer in self._layers if layer.parameter.requires_grad]
+        values = [layer.penalty(self.regularizer) for layer in layers if layer.parameter.requires_grad]
         if not trainable or not (values or share):
             return None
-        total = torch.stack(values).sum() if values else torch.zeros((), device=trainable[0].module.weight.device)
+        total = torch.stack(values).sum() if values else torch.zeros((), device=trainable[0].parameter.device)
         factor = self._world_size if share else 1
         count = len(trainable) if share else len(values)
         shared = share and self._world_size > 1
@@ -433,8 +435,8 @@ class PrehabCallback(pl.Callback):
         pl_module.log("prehab/progress", progress, batch_size=1)
         prepare_together(trainer, self._layers, self.regularizer, progress)
         for layer in self._layers:
-            rate = self._rates.get(id(layer.module.weight))
-            if rate is not None and layer.module.weight.requires_grad:
+            rate = self._rates.get(id(layer.parameter))
+            if rate is not None and layer.parameter.requires_grad:
                 layer.shrink_(self.regularizer, progress, rate)
 
     def _remaining(self, trainer: "pl.Trainer", batch_idx: int) -> int | None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_prehab.errors import CheckpointError, PrehabError
+from lightning_prehab.kinds import kind_of
 from lightning_prehab.pretrained import FORMAT_VERSION, GUARD, METHOD, check_pretrained, note_structure_
 from lightning_prehab.surgery import follow_state_dict_
 
@@ -43,7 +44,8 @@ class LowRankConfig(QuantizationConfigMixin):
 
     Args:
         format_version: Of the entry.
-        layers: ``{name: {"shape": [out, in], "rank": r, "bias": bool}}``, with ``"nonzeros"`` for a sparse part.
+        layers: ``{name: {"shape": [out, in], "rank": r, "bias": bool}}``, with ``"nonzeros"`` for a sparse part and
+            ``"factors": [shape of A, shape of B]`` where these are no matrices.
         quant_method: Always ``"lightning_prehab"``.
         unknown: Anything else is refused.
 
@@ -83,7 +85,8 @@ class LowRankQuantizer(HfQuantizer):
         for stored, layer in self.quantization_config.layers.items():
             # a base model may be loaded from the file of a model with a head, and the other way round
             names = (stored, stored.removeprefix(prefix), prefix + stored)
-            name = next((name for name in names if name in modules), None)
+            # a part of a fused layer has no module of its own before the surgery
+            name = next((name for name in names if name in modules or _is_part(name, modules)), None)
             if name is not None:
                 state |= _empty_state(name, layer)
             elif any(other.split(".")[0] in modules for other in names):
@@ -111,19 +114,30 @@ class LowRankQuantizer(HfQuantizer):
         return True
 
 
+def _is_part(name: str, modules: dict[str, nn.Module]) -> bool:
+    layer = modules.get(name.rpartition(".")[0])
+    return layer is not None and kind_of(layer) is not None
+
+
 def _is_layer(layer: Any) -> bool:
     if not isinstance(layer, dict) or not isinstance(layer.get("shape"), list) or len(layer["shape"]) != 2:
         return False
     numbers = [*layer["shape"], layer.get("rank"), layer.get("nonzeros", 0)]
+    sizes = layer.get("factors", [[1, 1], [1, 1]])  # of factors that are no matrices
+    if not isinstance(sizes, list) or len(sizes) != 2 or not all(isinstance(size, list) for size in sizes):
+        return False
+    if not all(type(number) is int and number > 0 for size in sizes for number in size):
+        return False
     return all(type(number) is int for number in numbers) and 1 <= numbers[2] <= min(numbers[:2]) and numbers[3] >= 0
 
 
 def _empty_state(name: str, layer: dict[str, Any]) -> dict[str, torch.Tensor]:
     """What the state dict of the layer would hold, on the meta device but for the places of a sparse part."""
     (m, n), rank = layer["shape"], layer["rank"]
+    a, b = layer.get("factors", [[rank, n], [m, rank]])
     state = {
-        f"{name}.A.weight": torch.empty(rank, n, device="meta"),
-        f"{name}.B.weight": torch.empty(m, rank, device="meta"),
+        f"{name}.A.weight": torch.empty(a, device="meta"),
+        f"{name}.B.weight": torch.empty(b, device="meta"),
     }
     if layer.get("bias"):
         state[f"{name}.B.bias"] = torch.empty(m, device="meta")

@@ -1,7 +1,7 @@
 """How a layer shows its weight matrices: what every kind of layer has in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.factorizations import Factors
-from lightning_prehab.layers import LowRankLayer
+from lightning_prehab.layers import LowRankLayer, parameter_like
 
 #: Receives the matrices of a layer that were just used together: ``see(views, x, y)``. ``x`` and ``y`` are what
 #: :meth:`MatrixView.inputs` and :meth:`MatrixView.outputs` read.
@@ -34,7 +34,12 @@ class MatrixView(ABC):
         out_features: ``m``.
         in_features: ``n``.
         group_count: Number of groups.
+        part: Which of the layer's matrices this is; ``""`` if it has one.
+        reads: Views with equal values make the same of the same input; None: they take it as it is.
     """
+
+    part: str = ""
+    reads: Hashable = None
 
     def __init__(self, module: nn.Module, out_features: int, in_features: int, group_count: int = 1) -> None:
         self.module = module
@@ -52,8 +57,8 @@ class MatrixView(ABC):
 
     @property
     @abstractmethod
-    def has_bias(self) -> bool:
-        """Whether a bias is added to the output of this matrix."""
+    def bias(self) -> Tensor | None:
+        """What is added to the output of this matrix, shape ``(m,)``: the parameter, or a part of it; or None."""
 
     @abstractmethod
     def matrix(self, tensor: Tensor) -> Tensor:
@@ -62,9 +67,13 @@ class MatrixView(ABC):
         Differentiable.
         """
 
-    @abstractmethod
-    def write_(self, matrix: Tensor) -> None:
-        """Copies ``matrix`` of shape ``(m, n)`` into the parameter, in place, without autograd."""
+    @torch.no_grad()
+    def write_(self, matrix: Tensor, into: Tensor | None = None) -> None:
+        """Copies ``matrix`` of shape ``(m, n)`` into the parameter (or a tensor of its shape), in place.
+
+        This default is for kinds whose :meth:`matrix` is a view of the tensor's memory.
+        """
+        self.matrix(self.parameter if into is None else into).copy_(matrix)
 
     def inputs(self, x: Tensor) -> Tensor:
         """What is multiplied, shape ``(*, n)``, from the input of the layer; ``(*, groups, n)`` if there are groups."""
@@ -77,9 +86,26 @@ class MatrixView(ABC):
         """
         return y
 
-    def groups(self) -> list["MatrixView"]:
+    def fold(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors ``A`` (``(groups * rank, n)``) and ``B`` (``(m, rank)``) in the shapes of the low-rank module's."""
+        return a, b
+
+    def unfold(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The way back from :meth:`fold`.
+
+        Raises:
+            RuntimeError: If the shapes cannot be those of factors of this matrix.
+        """
+        return a, b
+
+    def groups(self) -> Sequence["MatrixView"]:
         """A view of each group; of a layer without groups the view itself."""
         return [self]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(m, n)``."""
+        return self.out_features, self.in_features
 
     @property
     def weight(self) -> Tensor:
@@ -93,11 +119,13 @@ class Kind(ABC):
     A kind of your own is one subclass, made known with :func:`~lightning_prehab.kinds.register_kind`.
 
     Attributes:
-        linear: Every matrix is applied to the last dimension of the input as it is, so that a sparse part can be
-            kept beside the factors and the time of a matrix product is the time of the layer.
+        linear: Every matrix is applied to the last dimension of the input as it is: the time of a matrix product is the
+            time of the layer.
+        sparse: A sparse part can be kept beside the factors.
     """
 
     linear: ClassVar[bool] = False
+    sparse: ClassVar[bool] = False
 
     @abstractmethod
     def fits(self, module: nn.Module) -> bool:
@@ -147,12 +175,6 @@ def first_argument(args: tuple[Any, ...], settings: Mapping[str, Any]) -> Tensor
     """The input of a layer with one, however it was passed."""
     found: Tensor = args[0] if args else next(iter(settings.values()))
     return found
-
-
-def parameter_like(value: Tensor, like: nn.Parameter) -> nn.Parameter:
-    """A parameter with a copy of ``value``, of the device, dtype and ``requires_grad`` of ``like``."""
-    data = value.detach().to(device=like.device, dtype=like.dtype, copy=True).contiguous()
-    return nn.Parameter(data, requires_grad=like.requires_grad)
 
 
 @torch.no_grad()

@@ -36,16 +36,17 @@ class LayerChoices:
         name: Dotted name.
         out_features: ``m``.
         in_features: ``n``.
-        singular_values: Spectrum in the metric of the factorization, shape ``(min(m, n),)``, descending, float64 on the
-            CPU.
+        singular_values: Spectrum in the metric of the factorization, shape ``(min(m / groups, n),)``, descending,
+            float64 on the CPU.
         ranks: Ranks that may be chosen, ascending, none above break-even.
         dense: Whether the layer may also stay dense.
         new_bias: Parameters that a cut adds beside the two factors: a new bias, the values of a sparse part.
         components: Predicted change of the loss when component ``i`` alone is removed, first order, with its sign;
-            shape ``(min(m, n),)``; None unless the policy asks for weight gradients.
+            same shape; None unless the policy asks for weight gradients.
         probe: Measured effect of a small cut of this layer alone, or None.
         positions: Tokens that go through the layer per sample; FLOPs are parameters times positions.
         latencies: Measured seconds at some ranks and dense (None), or None.
+        groups: Number of groups of a grouped convolution; each has its factors, all of the same rank.
     """
 
     name: str
@@ -59,16 +60,15 @@ class LayerChoices:
     probe: Probe | None = None
     positions: float = 1.0
     latencies: Mapping[int | None, float] | None = None
+    groups: int = 1
 
     def __post_init__(self) -> None:
+        size = min(self.out_features // self.groups, self.in_features)
         for what, values in (("spectrum", self.singular_values), ("predicted changes", self.components)):
             if values is None:
                 continue
-            if values.shape != (min(self.out_features, self.in_features),):
-                raise PlanError(
-                    f"{self}: the {what} must have shape ({min(self.out_features, self.in_features)},), "
-                    f"got {tuple(values.shape)}."
-                )
+            if values.shape != (size,):
+                raise PlanError(f"{self}: the {what} must have shape ({size},), got {tuple(values.shape)}.")
             require_finite(values, f"{self}: the {what}")
 
     def __str__(self) -> str:
@@ -82,10 +82,10 @@ class LayerChoices:
     def parameters(self, rank: int | None) -> int:
         """Parameters at ``rank``, with a new bias; None means dense."""
         m, n = self.out_features, self.in_features
-        return m * n if rank is None else rank * (m + n) + self.new_bias
+        return m * n if rank is None else rank * (m + self.groups * n) + self.new_bias
 
     def retained(self) -> Tensor:
-        """``sum of s_i^2 over i <= r`` at index ``r``, shape ``(min(m, n) + 1,)``."""
+        """``sum of s_i^2 over i <= r`` at index ``r``, one more than singular values."""
         squares = self.singular_values.square()
         return torch.cat([squares.new_zeros(1), squares.cumsum(0)])
 

@@ -42,5 +42,5 @@ class RankRatio(BudgetPolicy):
         if not ranks or (self.keep == 1.0 and layer.dense):
             return None
         m, n = layer.out_features, layer.in_features
-        wanted = math.floor((self.keep * m * n - layer.new_bias) / (m + n) + 1e-9)
+        wanted = math.floor((self.keep * m * n - layer.new_bias) / (m + layer.groups * n) + 1e-9)
         return max((rank for rank in ranks if rank <= wanted), default=ranks[0])

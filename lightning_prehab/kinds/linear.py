@@ -1,0 +1,124 @@
+"""``nn.Linear``, whole or as row blocks."""
+
+from collections.abc import Mapping
+from typing import ClassVar, cast
+
+from torch import Tensor, nn
+
+from lightning_prehab.block_layers import LowRankBlocks
+from lightning_prehab.factorizations import Factors
+from lightning_prehab.kinds.base import Kind, MatrixView, dense_linear
+from lightning_prehab.layers import LowRankLayer, low_rank_linear
+
+
+class LinearView(MatrixView):
+    """The weight of an ``nn.Linear``."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        super().__init__(module, module.out_features, module.in_features)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight."""
+        return cast(nn.Parameter, self.module.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias."""
+        return self.module._parameters["bias"]
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """The tensor itself."""
+        return tensor
+
+
+class RowBlock(MatrixView):
+    """Rows of the matrix of a layer, such as the queries of a fused projection.
+
+    Args:
+        whole: The view of the whole matrix.
+        start: First row.
+        rows: Number of rows.
+    """
+
+    def __init__(self, whole: MatrixView, start: int, rows: int) -> None:
+        super().__init__(whole.module, rows, whole.in_features)
+        self.whole, self.start = whole, start
+        self.reads = whole.reads
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight of the layer."""
+        return self.whole.parameter
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The part of the bias that belongs to these rows."""
+        bias = self.whole.bias
+        return None if bias is None else bias.narrow(0, self.start, self.out_features)
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """The rows."""
+        return self.whole.matrix(tensor).narrow(0, self.start, self.out_features)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """What the whole matrix is multiplied with."""
+        return self.whole.inputs(x)
+
+    def outputs(self, y: Tensor) -> Tensor:
+        """The part of the output that belongs to these rows."""
+        return self.whole.outputs(y).narrow(-1, self.start, self.out_features)
+
+
+def row_blocks(whole: MatrixView, blocks: Mapping[str, int] | None) -> dict[str, MatrixView]:
+    """Views of row blocks, ``{part: rows}``, or of the whole under the part ``""``."""
+    if blocks is None:
+        return {"": whole}
+    views: dict[str, MatrixView] = {}
+    start = 0
+    for part, rows in blocks.items():
+        views[part] = RowBlock(whole, start, rows)
+        start += rows
+    assert start == whole.out_features, (blocks, whole)
+    return views
+
+
+class LinearKind(Kind):
+    """Layers of exactly the type ``nn.Linear``."""
+
+    linear: ClassVar[bool] = True
+    sparse: ClassVar[bool] = True
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether this is an ``nn.Linear``."""
+        return type(module) is nn.Linear
+
+    def whole(self, module: nn.Module) -> MatrixView:
+        """The view of the whole matrix."""
+        return LinearView(cast(nn.Linear, module))
+
+    def views(self, module: nn.Module, blocks: Mapping[str, int] | None = None) -> dict[str, MatrixView]:
+        """One view, or one for each row block."""
+        return row_blocks(self.whole(module), blocks)
+
+    def low_rank(
+        self, module: nn.Module, views: Mapping[str, MatrixView], factors: Mapping[str, Factors]
+    ) -> LowRankLayer:
+        """A :class:`~lightning_prehab.LowRankLinear`, or :class:`~lightning_prehab.LowRankBlocks` of some."""
+        if "" in views:
+            return self.one(module, factors[""])
+        return self.joined(module, {part: _child(view, factors.get(part)) for part, view in views.items()})
+
+    def one(self, module: nn.Module, factors: Factors) -> LowRankLayer:
+        """The low-rank module for a layer that is one matrix."""
+        return low_rank_linear(factors.A, factors.B, module, factors.sparse)
+
+    def joined(self, module: nn.Module, children: Mapping[str, nn.Module]) -> LowRankLayer:
+        """The low-rank module for a layer of row blocks."""
+        return LowRankBlocks(children, module._parameters["bias"]).train(module.training)
+
+
+def _child(view: MatrixView, factors: Factors | None) -> nn.Module:
+    """A block with its factors, or dense."""
+    dense = dense_linear(view.weight, view.parameter, view.module.training)
+    return dense if factors is None else low_rank_linear(factors.A, factors.B, dense, factors.sparse)
