@@ -40,6 +40,7 @@ def compress_(
     optimizers: Iterable[torch.optim.Optimizer] = (),
     *,
     layers_at_once: int | None = None,
+    split_fused: bool = True,
 ) -> CompressionReport:
     """Compresses a model in place: targets, statistics, plan, surgery.
 
@@ -57,6 +58,8 @@ def compress_(
         layers_at_once: Keep the statistics of so many layers in memory at a time, and run over the batches once for
             each such block: for models whose Gram matrices do not fit. Of a layer that is done its factors up to the
             break-even rank stay, at most as large as the weight. None keeps all, in one pass.
+        split_fused: Cut the parts of fused projections (queries, keys and values; gate and up) each for itself; else
+            they are one matrix.
 
     Returns:
         The report; print it.
@@ -72,7 +75,7 @@ def compress_(
     check_method(factorization, policy)
     if layers_at_once is not None and (not isinstance(layers_at_once, int) or layers_at_once < 1):
         raise ArgumentError(f"layers_at_once must be at least 1, got {layers_at_once!r}.")
-    targets = find_targets(model, target_modules, exclude_modules)
+    targets = find_targets(model, target_modules, exclude_modules, split_fused=split_fused)
     if factorization is None:
         factorization = SVD() if batches is None else KroneckerSVD()
     policy = default_policy(keep, factorization) if policy is None else policy

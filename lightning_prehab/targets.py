@@ -174,6 +174,14 @@ def locate(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[Layer, dic
     return found
 
 
+def named_targets(model: nn.Module, names: Sequence[str]) -> dict[str, MatrixView]:
+    """The targets of these names in another copy of the model that they were found in; see :func:`locate`."""
+    found = {
+        join(name, part): view for name, (_, views) in locate(model, names).items() for part, view in views.items()
+    }
+    return {name: found[name] for name in names if name in found}
+
+
 def join(layer: str, part: str) -> str:
     """Name of a matrix of a layer, or of a module in another one.
 

@@ -22,7 +22,7 @@ from lightning_prehab.kinds import view_of
 from lightning_prehab.probes import measure_probes
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.statistics import LayerStatistics, Wanted
-from lightning_prehab.targets import find_targets
+from lightning_prehab.targets import named_targets
 
 
 def collect_in_own_pass(
@@ -38,7 +38,7 @@ def collect_in_own_pass(
     """
     _check_automatic(pl_module, "Use CompressionCallback(epoch=1, ...) or later, or factorization=SVD().")
     clone = _quiet_copy(trainer, pl_module)
-    targets = find_targets(clone, names)
+    targets = named_targets(clone, names)
     for layer in targets.values():
         view_of(layer).parameter.requires_grad_()
     collector = Collector(targets, wanted, drop_overflow=uses_loss_scaling(trainer))
@@ -79,11 +79,9 @@ def probe_in_own_pass(
         def forward(module: torch.nn.Module, batch: Any) -> Any:
             return _loss(_training_step(trainer, clone, batch, 0))
 
-        if not decompositions:  # more processes than layers
-            return {}
         return measure_probes(
             clone,
-            find_targets(clone, list(decompositions)),
+            named_targets(clone, list(decompositions)),
             lambda name, rank: decompositions[name].factors(rank),
             prepared,
             probe_keep,

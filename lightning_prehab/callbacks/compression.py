@@ -108,6 +108,8 @@ class CompressionCallback(pl.Callback):
             that are written already stay. Otherwise "best" can remain a dense checkpoint, and patience counts on.
         forecast_below: With ``epoch="auto"``: predicted increase of the loss, in its units, at which the cut counts as
             free; positive.
+        split_fused: Cut the parts of fused projections (queries, keys and values; gate and up) each for itself; else
+            they are one matrix.
 
     Attributes:
         report: The :class:`~lightning_prehab.CompressionReport` once the surgery is done, else None.
@@ -137,6 +139,7 @@ class CompressionCallback(pl.Callback):
         rank_multiple_of: int = 1,
         reset_scores: bool = False,
         forecast_below: float = 0.01,
+        split_fused: bool = True,
     ) -> None:
         super().__init__()
         if epoch != "auto" and (not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0):
@@ -159,6 +162,7 @@ class CompressionCallback(pl.Callback):
         self.rank_overrides = rank_overrides
         self.rank_multiple_of = rank_multiple_of
         self.reset_scores = reset_scores
+        self.split_fused = split_fused
         self.report: CompressionReport | None = None
         self._collector: Collector | None = None
         self._older: dict[str, LayerStatistics] | None = None
@@ -179,7 +183,7 @@ class CompressionCallback(pl.Callback):
 
     def find_targets(self, pl_module: "pl.LightningModule") -> Targets:
         """The layers that this callback is going to cut, and why others are left."""
-        return find_targets(pl_module, self.target_modules, self.exclude_modules)
+        return find_targets(pl_module, self.target_modules, self.exclude_modules, split_fused=self.split_fused)
 
     def make_plan(self, targets: Targets, statistics: Mapping[str, LayerStatistics] | None) -> CompressionPlan:
         """What the surgery would do, given these statistics.

@@ -362,7 +362,8 @@ class PrehabCallback(pl.Callback):
     def _find_targets(self, pl_module: "pl.LightningModule", compression: CompressionCallback | None) -> Targets:
         own = self.target_modules is not None or self.exclude_modules is not None
         if compression is None or own:
-            targets = find_targets(pl_module, self.target_modules, self.exclude_modules)
+            split = compression is None or compression.split_fused
+            targets = find_targets(pl_module, self.target_modules, self.exclude_modules, split_fused=split)
         else:
             targets = compression.find_targets(pl_module)
         for name in [name for name, layer in targets.items() if not view_of(layer).parameter.requires_grad]:
