@@ -15,6 +15,7 @@ FLOORS = {
     "tables": 0,
     "__about__": 0,
     "layers": 1,
+    "conv_layers": 1,
     "kinds": 1,
     "block_layers": 1,
     "pretrained": 1,
