@@ -3,6 +3,7 @@
 from lightning_prehab.calibration import collect_statistics
 from lightning_prehab.callbacks import CompressionCallback, PaperPrehab, PrehabCallback, RehabSchedule
 from lightning_prehab.compress import compress_
+from lightning_prehab.conv_layers import LowRankConv1d, LowRankConv2d
 from lightning_prehab.errors import PrehabError
 from lightning_prehab.factorizations import SVD, ActivationSVD, FisherSVD, KroneckerSVD, LowRankPlusSparse, WhitenedSVD
 from lightning_prehab.integrations._registration import register_when_imported
@@ -40,6 +41,8 @@ __all__ = [
     "LayerPlan",
     "LayerStatistics",
     "LowRankCheckpointMixin",
+    "LowRankConv1d",
+    "LowRankConv2d",
     "LowRankLinear",
     "LowRankPlusSparse",
     "LowRankPlusSparseLinear",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_prehab.decomposition import weighted_low_rank
 from lightning_prehab.errors import ArgumentError
-from lightning_prehab.layers import LowRankLayer
+from lightning_prehab.layers import LowRankLayer, parameter_like
 
 #: Which matrix of a kernel is factorized: ``"channel"``, of shape ``(out, in k_h k_w)``, or ``"spatial"``, of shape
 #: ``(out k_w, in k_h)``.
@@ -41,6 +41,20 @@ def matrix_to_kernel(matrix: Tensor, shape: Sequence[int], scheme: Scheme = "cha
         return matrix.reshape(*shape)
     m, n, height, width = shape
     return matrix.reshape(m, width, n, height).permute(0, 2, 3, 1)
+
+
+def factor_shapes(
+    kernel: Sequence[int], rank: int, scheme: Scheme = "channel", groups: int = 1
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the two kernels in the place of one.
+
+    >>> factor_shapes((8, 4, 3, 5), 2), factor_shapes((8, 4, 3, 5), 2, "spatial")
+    (((2, 4, 3, 5), (8, 2, 1, 1)), ((2, 4, 3, 1), (8, 2, 1, 5)))
+    """
+    m, n, *sizes = kernel
+    if scheme == "channel":
+        return (groups * rank, n, *sizes), (m, rank, *(1 for _ in sizes))
+    return (rank, n, sizes[0], 1), (m, rank, 1, sizes[1])
 
 
 class LowRankConv(LowRankLayer):
@@ -126,9 +140,9 @@ class LowRankConv(LowRankLayer):
         """Both factors as matrices, of the shapes that :meth:`from_factors` takes; differentiable."""
         return kernel_to_matrix(self.A.weight), kernel_to_matrix(self.B.weight, self.scheme)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Does what the dense convolution with the kernel :attr:`weight` does."""
-        y: Tensor = self.B(self.A(x))
+        y: Tensor = self.B(self.A(input))
         return y
 
     def extra_repr(self) -> str:
@@ -168,8 +182,8 @@ class LowRankConv(LowRankLayer):
             dtype=like.weight.dtype,
             scheme=scheme,
         )
-        layer.A.weight = _parameter_like(matrix_to_kernel(a, layer.A.weight.shape), like.weight)
-        layer.B.weight = _parameter_like(matrix_to_kernel(b, layer.B.weight.shape, scheme), like.weight)
+        layer.A.weight = parameter_like(matrix_to_kernel(a, layer.A.weight.shape), like.weight)
+        layer.B.weight = parameter_like(matrix_to_kernel(b, layer.B.weight.shape, scheme), like.weight)
         layer.B.bias = like.bias
         return layer.train(like.training)
 
@@ -202,9 +216,9 @@ class LowRankConv(LowRankLayer):
             device="meta",
             dtype=self.A.weight.dtype,
         )
-        dense.weight = _parameter_like(self.weight, self.A.weight)
+        dense.weight = parameter_like(self.weight, self.A.weight)
         if self.bias is not None:
-            dense.bias = _parameter_like(self.bias, self.bias)
+            dense.bias = parameter_like(self.bias, self.bias)
         return dense.train(self.training)
 
 
@@ -294,9 +308,3 @@ def check_scheme(scheme: str, conv: nn.Conv1d | nn.Conv2d) -> None:
             "scheme 'spatial' is for two-dimensional convolutions without groups; got kernel size "
             f"{tuple(conv.kernel_size)} and groups={conv.groups}. Use scheme='channel'."
         )
-
-
-def _parameter_like(value: Tensor, like: Tensor) -> nn.Parameter:
-    """A parameter with a copy of ``value``, of the kind of ``like``."""
-    data = value.detach().to(device=like.device, dtype=like.dtype, copy=True).contiguous()
-    return nn.Parameter(data, requires_grad=like.requires_grad)

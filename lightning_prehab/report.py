@@ -74,6 +74,7 @@ class CompressionReport:
                     "parameters_after": layer.parameters,
                     "new_bias": layer.new_bias,
                     "nonzeros": layer.nonzeros,
+                    "groups": layer.groups,
                     "predicted_error": layer.relative_error,
                     "loss_increase": layer.loss_increase,
                     "weight_error": self.weight_errors.get(layer.name, 0.0),
@@ -119,6 +120,7 @@ class CompressionReport:
             ``reason`` (str or null): why it stayed dense.
           - ``parameters_before``, ``parameters_after`` (int): of the weight; after it, of all that replaces it.
           - ``new_bias``, ``nonzeros`` (int): parameters of a bias that the cut adds, values of a sparse part.
+          - ``groups`` (int): of a grouped convolution, each with factors of its own; else 1.
           - ``predicted_error`` (float or null): in the metric of the factorization.
           - ``weight_error`` (float): measured, ``|W - W'|_F / |W|_F``; 0 for dense layers.
           - ``loss_increase`` (float or null): predicted, of this cut.

@@ -18,6 +18,8 @@ NAMES = {
     "LayerPlan",
     "LayerStatistics",
     "LowRankCheckpointMixin",
+    "LowRankConv1d",
+    "LowRankConv2d",
     "LowRankLinear",
     "NuclearNorm",
     "LowRankPlusSparse",

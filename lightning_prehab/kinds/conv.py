@@ -5,7 +5,7 @@ outputs are those of a linear layer that is fed with patches. The spatial scheme
 :class:`SpatialView` says which.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from lightning_prehab.conv_layers import (
     LowRankConv2d,
     Scheme,
     check_scheme,
+    factor_shapes,
     kernel_to_matrix,
     matrix_to_kernel,
 )
@@ -64,9 +65,26 @@ class _ConvView(MatrixView):
         return weight
 
     @property
-    def has_bias(self) -> bool:
-        """Whether the layer has one."""
-        return self.module.bias is not None
+    def bias(self) -> Tensor | None:
+        """The bias of the layer."""
+        return self.module._parameters["bias"]
+
+    def fold(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Kernels of the two convolutions."""
+        shapes = factor_shapes(self.parameter.shape, b.shape[1], self.scheme, self.group_count)
+        return matrix_to_kernel(a, shapes[0]), matrix_to_kernel(b, shapes[1], self.scheme)
+
+    def unfold(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Their matrices."""
+        shapes = factor_shapes(self.parameter.shape, b.shape[1], self.scheme, self.group_count)
+        if (a.shape, b.shape) != shapes:
+            raise RuntimeError(f"Expected kernels of shapes {shapes}, got {tuple(a.shape)} and {tuple(b.shape)}.")
+        return kernel_to_matrix(a), kernel_to_matrix(b, self.scheme)
+
+    def _geometry(self) -> tuple[object, ...]:
+        """What decides which patches are seen."""
+        conv = self.module
+        return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode
 
     def _padded(self, x: Tensor) -> tuple[Tensor, _Axis, _Axis]:
         """The input as ``(B, C, H, W)`` with its padding, and the two axes; a signal is an image of height 1."""
@@ -94,15 +112,22 @@ class ChannelView(_ConvView):
         m = module.out_channels if group is None else module.out_channels // module.groups
         super().__init__(module, m, module.weight[0].numel(), count)
         self._group = group
+        self.reads = ("channel", module.groups, group, *self._geometry())
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the layer, or of the group."""
+        bias = super().bias
+        return None if bias is None else self._rows(bias)
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """Flattened rows of a kernel."""
         return kernel_to_matrix(self._rows(tensor))
 
     @torch.no_grad()
-    def write_(self, matrix: Tensor) -> None:
+    def write_(self, matrix: Tensor, into: Tensor | None = None) -> None:
         """Copies the rows into the kernel, whatever its memory format."""
-        rows = self._rows(self.parameter)
+        rows = self._rows(self.parameter if into is None else into)
         rows.copy_(matrix_to_kernel(matrix, rows.shape))
 
     def inputs(self, x: Tensor) -> Tensor:
@@ -126,14 +151,14 @@ class ChannelView(_ConvView):
             return y
         return y.unflatten(2, (self.group_count, -1))  # type: ignore[no-untyped-call, no-any-return]
 
-    def groups(self) -> list[MatrixView]:
+    def groups(self) -> Sequence[MatrixView]:
         """The rows of each group."""
         if self.group_count == 1:
             return [self]
         return [ChannelView(self.module, group) for group in range(self.group_count)]
 
-    def _rows(self, kernel: Tensor) -> Tensor:
-        return kernel if self._group is None else kernel.narrow(0, self._group * self.out_features, self.out_features)
+    def _rows(self, tensor: Tensor) -> Tensor:
+        return tensor if self._group is None else tensor.narrow(0, self._group * self.out_features, self.out_features)
 
     def _channels(self, x: Tensor, channels: int) -> Tensor:
         assert self._group is not None
@@ -157,15 +182,17 @@ class SpatialView(_ConvView):
         check_scheme("spatial", module)
         height, width = module.kernel_size
         super().__init__(module, module.out_channels * width, module.in_channels * height)
+        self.reads = ("spatial", *self._geometry())
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """A kernel with its axes permuted and flattened."""
         return kernel_to_matrix(tensor, "spatial")
 
     @torch.no_grad()
-    def write_(self, matrix: Tensor) -> None:
+    def write_(self, matrix: Tensor, into: Tensor | None = None) -> None:
         """Copies the matrix into the kernel, whatever its memory format."""
-        self.parameter.copy_(matrix_to_kernel(matrix, self.parameter.shape, "spatial"))
+        kernel = self.parameter if into is None else into
+        kernel.copy_(matrix_to_kernel(matrix, kernel.shape, "spatial"))
 
     def inputs(self, x: Tensor) -> Tensor:
         """Vertical patches at output rows and input columns: ``(B, H_out * columns, n)``."""

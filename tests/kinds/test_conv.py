@@ -45,11 +45,11 @@ def test_channel_tokens(case):
         assert part.group_count == 1
         assert part.weight.shape == (part.out_features, part.in_features)
         assert torch.equal(part.weight, rows[number])
+        assert (part.bias is None) == (conv.bias is None)
         assert torch.equal(part.inputs(x), tokens if conv.groups == 1 else tokens[:, :, number])
         assert torch.equal(part.outputs(y), view.outputs(y) if conv.groups == 1 else view.outputs(y)[:, :, number])
         product = part.inputs(x) @ part.weight.mT
-        bias = 0 if conv.bias is None else conv.bias.chunk(conv.groups)[number]
-        torch.testing.assert_close(product + bias, part.outputs(y))
+        torch.testing.assert_close(product + (0 if part.bias is None else part.bias), part.outputs(y))
         assert torch.equal(part.inputs(x[0]), part.inputs(x[:1]))
         assert torch.equal(part.outputs(g[0]), part.outputs(g[:1]))
 
@@ -110,6 +110,10 @@ def test_write_is_the_inverse_of_the_matrix(layout, group):
         assert view.parameter is conv.weight
         if group is not None:
             assert torch.equal(conv.weight[:3], before[:3])
+        moment = torch.zeros_like(conv.weight)
+        view.write_(2 * matrix, into=moment)
+        assert torch.equal(view.matrix(moment), 2 * matrix)
+        assert torch.equal(view.weight, matrix)
 
 
 def test_matrices_of_moments_and_gradients():
@@ -125,7 +129,7 @@ def test_kind(conv):
     kind = ConvKind()
     views = kind.views(conv)
     assert list(views) == [""]
-    assert views[""].has_bias == (conv.bias is not None)
+    assert views[""].bias is conv.bias
     assert kind.fits(conv)
     assert not kind.linear
     a, b = torch.randn(2 * conv.groups, views[""].in_features), torch.randn(6, 2)
@@ -136,6 +140,31 @@ def test_kind(conv):
     assert torch.equal(low.factors()[1], b)
     with pytest.raises(ArgumentError, match="no row blocks"):
         kind.views(conv, {"q": 3})
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_factors_are_folded_as_the_module_holds_them(groups):
+    conv = nn.Conv2d(4, 6, (3, 2), groups=groups)
+    for view in [ChannelView(conv)] if groups > 1 else [ChannelView(conv), SpatialView(conv)]:
+        a, b = torch.randn(2 * groups, view.in_features), torch.randn(view.out_features, 2)
+        low = LowRankConv2d.from_factors(a, b, conv, view.scheme)
+        folded = view.fold(a, b)
+        assert torch.equal(folded[0], low.A.weight)
+        assert torch.equal(folded[1], low.B.weight)
+        back = view.unfold(*folded)
+        assert torch.equal(back[0], a)
+        assert torch.equal(back[1], b)
+        with pytest.raises(RuntimeError, match="Expected kernels of shapes"):
+            view.unfold(folded[0], folded[1].repeat(1, 1, 1, 3))
+
+
+def test_who_reads_the_same():
+    conv = nn.Conv2d(4, 6, 3, padding=1)
+    alike, strided = nn.Conv2d(4, 2, 3, padding=1, bias=False), nn.Conv2d(4, 6, 3, 2, padding=1)
+    assert ChannelView(conv).reads == ChannelView(alike).reads
+    assert len({ChannelView(conv).reads, ChannelView(strided).reads, SpatialView(conv).reads, None}) == 4
+    groups = ChannelView(nn.Conv2d(4, 6, 3, padding=1, groups=2)).groups()
+    assert len({ChannelView(conv).reads, *(view.reads for view in groups)}) == 3
 
 
 def test_other_modules_do_not_fit():
