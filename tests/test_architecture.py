@@ -16,6 +16,7 @@ FLOORS = {
     "__about__": 0,
     "layers": 1,
     "conv_layers": 1,
+    "attention_layers": 1,
     "kinds": 1,
     "block_layers": 1,
     "pretrained": 1,
