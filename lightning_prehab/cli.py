@@ -24,14 +24,13 @@ from lightning_prehab.compress import compress_
 from lightning_prehab.errors import ArgumentError, PrehabError
 from lightning_prehab.factorizations import SVD, ActivationSVD, Factorization, FisherSVD, KroneckerSVD, WhitenedSVD
 from lightning_prehab.figures import FIGURES, to_png
-from lightning_prehab.latency import time_calls
+from lightning_prehab.model_latency import ModelLatency, compare_latencies
 from lightning_prehab.plan import CompressionPlan
 from lightning_prehab.planning import check_wish, default_policy, plan_ranks, usable_targets, wanted_statistics
 from lightning_prehab.report import CompressionReport
 from lightning_prehab.serialization import STRUCTURE, load_compressed, save_compressed
 from lightning_prehab.spectra import decompose_targets, spectrum
-from lightning_prehab.tables import Table
-from lightning_prehab.targets import count_parameters, find_targets
+from lightning_prehab.targets import find_targets
 
 METHODS: dict[str, Callable[[], Factorization]] = {
     "svd": SVD,
@@ -42,8 +41,6 @@ METHODS: dict[str, Callable[[], Factorization]] = {
 }
 #: Of a folder that ``compress`` has written.
 REPORT = "report.json"
-#: A difference of latencies up to this share is called none: medians on a busy machine differ by as much.
-NO_DIFFERENCE = 0.05
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,14 +116,17 @@ def report(settings: Any) -> None:
     found = CompressionReport.load_json(path / REPORT if path.is_dir() else path)
     if settings.metrics is not None and settings.html is None:
         raise ArgumentError("--metrics is for the page; give --html too.")
+    if settings.bench is not None:
+        found = found.with_latency(ModelLatency.load_json(settings.bench))
     wishes = [wish.partition("=") for wish in settings.png or []]
     for name, _, file in wishes:
         if name not in FIGURES or not file:
             raise ArgumentError(
                 f"--png takes NAME=FILE with a NAME of {', '.join(FIGURES)}, got {name!r} for {file!r}."
             )
-    for name, _, file in wishes:
-        Path(file).write_bytes(to_png(found.figure(name)))
+    pictures = [(file, to_png(found.figure(name))) for name, _, file in wishes]  # all of them, before the first is kept
+    for file, picture in pictures:
+        Path(file).write_bytes(picture)
     if settings.html is not None:
         found.save_html(settings.html, settings.metrics)
     _show(settings, found.to_dict(), found)
@@ -138,18 +138,10 @@ def bench(settings: Any) -> None:
         raise ArgumentError(f"--batch-sizes must be at least 1, got {settings.batch_sizes}.")
     dense, batches = _inputs(settings)
     low = load_compressed(settings.compressed, load_model(settings.source, settings.model)).to(settings.device)
-    rows = []
     with _working("measuring"):
-        for size in settings.batch_sizes:
-            batch = to_device(example_batch(dense, batches, size, settings.max_length), torch.device(settings.device))
-            rows.append({"batch_size": size, **_measure(dense, low, batch)})
-    facts = {
-        "device": settings.device,
-        "threads": torch.get_num_threads(),
-        "parameters_dense": count_parameters(dense),
-        "parameters_compressed": count_parameters(low),
-    }
-    _show(settings, {**facts, "latency": rows}, _bench_table(rows, facts))
+        sized = (example_batch(dense, batches, size, settings.max_length) for size in settings.batch_sizes)
+        latency = compare_latencies(dense, low, sized)
+    _show(settings, latency.to_dict(), latency)
 
 
 _COMMANDS: dict[str, Callable[[Any], None]] = {"plan": plan, "compress": compress, "report": report, "bench": bench}
@@ -172,47 +164,6 @@ def _plans(model: nn.Module, batches: Batches | None, settings: Any) -> list[Com
         for name, decomposition in decompose_targets(usable, factorization, statistics).items()
     }
     return [plan_ranks(targets, usable, policy, factorization, spectra) for policy in policies]
-
-
-def _measure(dense: nn.Module, low: nn.Module, batch: Any) -> dict[str, Any]:
-    with as_found(dense, []), as_found(low, []), torch.no_grad():
-        calls: dict[int | None, Callable[[], object]] = {
-            None: lambda: call_model(dense, batch),
-            1: lambda: call_model(low, batch),
-        }
-        seconds = time_calls(calls, next(low.parameters()).device)
-    return {"dense_seconds": seconds[None], "compressed_seconds": seconds[1], "verdict": verdict(*seconds.values())}
-
-
-def verdict(dense: float, compressed: float) -> str:
-    """What two latencies say, in words.
-
-    >>> verdict(2.0, 1.0), verdict(1.0, 0.97), verdict(1.0, 2.0)
-    ('2.00 times as fast', 'no gain', 'no gain: slower, 0.50 times as fast')
-    """
-    speed = dense / compressed
-    if speed > 1 + NO_DIFFERENCE:
-        return f"{speed:.2f} times as fast"
-    return "no gain" if speed >= 1 / (1 + NO_DIFFERENCE) else f"no gain: slower, {speed:.2f} times as fast"
-
-
-def _bench_table(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Table:
-    cells = [
-        {
-            "batch size": str(row["batch_size"]),
-            "dense ms": f"{1e3 * row['dense_seconds']:.3f}",
-            "compressed ms": f"{1e3 * row['compressed_seconds']:.3f}",
-            "verdict": row["verdict"],
-        }
-        for row in rows
-    ]
-    caption = (
-        f"medians of this machine under its load of the moment, {facts['device']}, {facts['threads']} threads; "
-        f"{facts['parameters_dense']:,} -> {facts['parameters_compressed']:,} parameters"
-    )
-    return Table(
-        "Latency of a forward pass", ["batch size", "dense ms", "compressed ms", "verdict"], cells, {}, caption
-    )
 
 
 def _inputs(settings: Any) -> tuple[nn.Module, Batches | None]:
@@ -328,7 +279,8 @@ def _parser() -> Any:
     compressing.add_argument("--force", action="store_true", help="replace a compressed model that is there")
     reporting.add_argument("path", type=str, help="report.json, or the folder that holds it")
     reporting.add_argument("--html", type=str, help="write a page with figures too (extra plot)")
-    reporting.add_argument("--png", type=str, nargs="+", help="NAME=FILE: write the figure ranks, errors or parameters")
+    reporting.add_argument("--png", type=str, nargs="+", help=f"NAME=FILE: write a figure; {', '.join(FIGURES)}")
+    reporting.add_argument("--bench", type=str, help="what bench --json has printed, for latencies before and after")
     reporting.add_argument("--metrics", type=str, help="metrics.csv of the run's CSVLogger, for a timeline in the page")
     measuring.add_argument("--compressed", type=str, required=True, help="the folder that compress has written")
     measuring.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], help="rows of the measured batches")

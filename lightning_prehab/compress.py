@@ -113,7 +113,8 @@ def compress_(
             forward=loss,
         )
     plan = plan_ranks(targets, usable, policy, factorization, spectra, probes=probes)
-    return swap_(model, plan, compute_factors(model, plan, decompositions=decompositions), optimizers)
+    report = swap_(model, plan, compute_factors(model, plan, decompositions=decompositions), optimizers)
+    return report.with_spectra({name: found.singular_values for name, found in spectra.items()})
 
 
 def _blocks(targets: Targets, size: int | None) -> list[Targets]:

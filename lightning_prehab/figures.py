@@ -4,19 +4,30 @@ import csv
 import io
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightning_prehab.errors import ArgumentError, PrehabError
+from lightning_prehab.layer_spectrum import LayerSpectrum
+from lightning_prehab.model_latency import ModelLatency
 from lightning_prehab.plan import CompressionPlan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FIGURES = ("ranks", "errors", "parameters")
-_BEFORE, _AFTER = "#c9d1d9", "#1f6feb"
+FIGURES = ("ranks", "errors", "parameters", "spectra", "latency")
+#: Grey and blue differ in lightness too, for those who do not see colours, and in print.
+_BEFORE, _AFTER = "#b6bec8", "#0b5cad"
+#: Spectra side by side, and the longest name above one.
+_COLUMNS, _LONGEST = 4, 34
+#: Width and height of the place of one of them, whose picture is 1 by 1.
+_CELL = (1.12, 1.6)
+#: Singular values below this share of the largest one are drawn at it.
+_LOWEST = 1e-4
+
+_Point = tuple[float, float]
 
 
 def layer_figure(plan: CompressionPlan, weight_errors: Mapping[str, float], name: str) -> "Figure":
@@ -32,7 +43,7 @@ def layer_figure(plan: CompressionPlan, weight_errors: Mapping[str, float], name
         ArgumentError: If there is no figure of this name.
         PrehabError: If matplotlib is missing.
     """
-    if name not in FIGURES:
+    if name not in ("ranks", "errors", "parameters"):
         raise ArgumentError(f"There is no figure {name!r}; choose one of {', '.join(FIGURES)}.")
     layers = plan.layers
     figure = _figure(0.24 * len(layers) + 1.2)
@@ -49,10 +60,120 @@ def layer_figure(plan: CompressionPlan, weight_errors: Mapping[str, float], name
         axes.barh(places, [layer.dense_parameters for layer in layers], color=_BEFORE, label="parameters before")
         axes.barh(places, [layer.parameters for layer in layers], height=0.5, color=_AFTER, label="after")
     axes.set_yticks(places, [layer.name for layer in layers], fontsize=7, parse_math=False)
-    axes.invert_yaxis()
+    axes.set_ylim(len(layers) - 0.4, -0.6)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=8)
     return figure
+
+
+def spectra_figure(spectra: Mapping[str, LayerSpectrum], ranks: Mapping[str, int | None]) -> "Figure":
+    """One small picture for each layer: singular values before, and what the cut keeps of them.
+
+    Each layer is seen against its own largest value and its own full rank, so that decays can be compared.
+
+    Args:
+        spectra: Of the layers, in model order.
+        ranks: The rank of each layer, or None where it stays dense.
+
+    Raises:
+        PrehabError: If matplotlib is missing.
+    """
+    columns = min(_COLUMNS, len(spectra))
+    rows = -(-len(spectra) // columns)
+    figure = _figure(1.45 * rows + 0.9)
+    from matplotlib.collections import PolyCollection
+
+    axes = figure.subplots()  # a single one for all cells: as many axes as layers would take a minute to draw
+    before, after, areas, frames = [], [], [], []
+    for index, (name, spectrum) in enumerate(spectra.items()):
+        x, y = index % columns * _CELL[0], (rows - 1 - index // columns) * _CELL[1]
+        rank = ranks.get(name)
+        whole, kept = _curves(spectrum, rank)
+        frames.append([(x, y + 1), (x, y), (x + 1, y)])
+        before.append([(x + u, y + v) for u, v in whole])
+        after.append([(x + u, y + v) for u, v in kept])
+        areas.append([(after[-1][0][0], y), *after[-1], (after[-1][-1][0], y)])
+        cut = f"{'dense' if rank is None else f'rank {rank}'} of {spectrum.indices[-1]}"
+        axes.text(x, y + 1.06, f"{_short(name)}\n{cut}", fontsize=6.5, parse_math=False)
+    _add_lines(axes, frames, color="black", linewidth=0.6)
+    _add_lines(axes, before, color=_BEFORE, linewidth=2.5, label="before the cut")
+    axes.add_collection(PolyCollection(areas, color=_AFTER, alpha=0.15, linewidth=0), autolim=False)
+    _add_lines(axes, after, color=_AFTER, linewidth=1.2, label="after it: as before up to the rank, zero beyond")
+    axes.set(xlim=(-0.02, columns * _CELL[0]), ylim=(-0.02, rows * _CELL[1]))
+    xticks = [(column * _CELL[0] + share, f"{share:g}") for column in range(columns) for share in (0.0, 0.5, 1.0)]
+    powers = [(_LOWEST, f"{_LOWEST:g}"), (_LOWEST**0.5, f"{_LOWEST**0.5:g}"), (1.0, "1")]
+    yticks = [(row * _CELL[1] + _height(share), text) for row in range(rows) for share, text in powers]
+    axes.set_xticks(*zip(*xticks, strict=True), fontsize=6)
+    axes.set_yticks(*zip(*yticks, strict=True), fontsize=6)
+    axes.set_xlabel("place of the singular value / full rank", fontsize=8)
+    axes.set_ylabel("singular value in the metric of the cut / largest one", fontsize=8)
+    axes.spines[:].set_visible(False)
+    figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def _curves(spectrum: LayerSpectrum, rank: int | None) -> tuple[list[_Point], list[_Point]]:
+    """All points of a spectrum, and those that a cut keeps with the fall to zero after them; from (0, 0) to (1, 1)."""
+    full, top = spectrum.indices[-1], spectrum.values[0] or 1.0
+    whole = [(i / full, _height(value / top)) for i, value in zip(spectrum.indices, spectrum.values, strict=True)]
+    if rank is None:
+        return whole, whole
+    kept = whole[: sum(index <= rank for index in spectrum.indices)]
+    return whole, [*kept, (kept[-1][0], 0.0)]
+
+
+def _height(share: float) -> float:
+    return 1.0 - math.log10(max(share, _LOWEST)) / math.log10(_LOWEST)
+
+
+def _add_lines(axes: Any, lines: Sequence[Sequence[_Point]], **style: Any) -> None:
+    from matplotlib.collections import LineCollection
+
+    axes.add_collection(LineCollection(lines, **style), autolim=False)
+
+
+def latency_figure(latency: ModelLatency) -> "Figure":
+    """Milliseconds of a forward pass: of the model for each batch, and of the replaced layers for the largest batch.
+
+    Raises:
+        PrehabError: If matplotlib is missing.
+    """
+    layers = latency.largest.layers
+    figure = _figure(0.35 * len(latency.batches) + 0.24 * len(layers) + 2.0)
+    heights = [0.35 * len(latency.batches) + 0.3, 0.24 * len(layers) + 0.3]
+    grid = figure.subplots(2 if layers else 1, squeeze=False, height_ratios=heights if layers else None)[:, 0]
+    rows = {f"{one.batch_size} rows": (one.dense_seconds, one.compressed_seconds) for one in latency.batches}
+    _draw_pairs(grid[0], rows, f"whole model, {latency.device}, {latency.threads} threads")
+    if layers:
+        _draw_pairs(grid[1], layers, f"each replaced layer alone, {latency.largest.batch_size} rows")
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def _draw_pairs(axes: Any, pairs: Mapping[str, tuple[float, float]], title: str) -> None:
+    places = range(len(pairs))
+    before, after = ([1e3 * pair[side] for pair in pairs.values()] for side in (0, 1))
+    axes.barh(places, before, color=_BEFORE, label="before")
+    axes.barh(places, after, height=0.4, color=_AFTER, label="after")
+    axes.set_yticks(places, pairs, fontsize=7, parse_math=False)
+    axes.set_ylim(len(pairs) - 0.4, -0.6)
+    axes.set_title(title, fontsize=8, loc="left", parse_math=False)
+    axes.set_xlabel("milliseconds, median of turns", fontsize=8)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _short(name: str) -> str:
+    """The end of a name that is too long, from a dot on if there is one: there it differs from the others.
+
+    >>> _short("bert.encoder.layer.10.attention.self.query"), _short("fc1")
+    ('….layer.10.attention.self.query', 'fc1')
+    """
+    if len(name) <= _LONGEST:
+        return name
+    end = name[1 - _LONGEST :]
+    return f"…{end[max(end.find('.'), 0) :]}"
 
 
 def timeline_figure(path: str | os.PathLike[str]) -> "Figure":

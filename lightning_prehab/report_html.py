@@ -11,18 +11,14 @@ div{overflow-x:auto}table{border-collapse:collapse;font-size:13px}td,th{padding:
 td:first-child,th:first-child,td:last-child{text-align:left}tr{border-bottom:1px solid #d8dee4}img{max-width:100%}"""
 
 
-def build_page(table: Table, pictures: Mapping[str, bytes]) -> str:
-    """The page: title, caption, one PNG under each heading, the table."""
+def build_page(table: Table, sections: Mapping[str, bytes | str]) -> str:
+    """The page: title, caption, under each heading a PNG or the reason why there is none, the table."""
     head = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
     rows = [
         "<tr>" + "".join(f"<td>{html.escape(row.get(column, ''))}</td>" for column in table.columns) + "</tr>"
         for row in (*table.rows, table.footer)
     ]
-    images = [
-        f'<h2>{html.escape(heading)}</h2>\n<img alt="{html.escape(heading)}" src="data:image/png;base64,'
-        f'{base64.b64encode(png).decode()}">'
-        for heading, png in pictures.items()
-    ]
+    images = [f"<h2>{html.escape(heading)}</h2>\n{_picture(heading, found)}" for heading, found in sections.items()]
     title = html.escape(table.title)
     parts = [
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -33,3 +29,9 @@ def build_page(table: Table, pictures: Mapping[str, bytes]) -> str:
         "</table></div></body></html>\n",
     ]
     return "\n".join(parts)
+
+
+def _picture(heading: str, found: bytes | str) -> str:
+    if isinstance(found, str):
+        return f"<p>{html.escape(found)}</p>"
+    return f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{base64.b64encode(found).decode()}">'

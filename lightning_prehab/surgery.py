@@ -54,7 +54,11 @@ def apply_plan_(
         UnsupportedError: If an optimizer cannot be edited.
         PrehabError: Whatever a factorization raises. The model and the optimizers are then as they were.
     """
-    return swap_(model, plan, compute_factors(model, plan, statistics), optimizers)
+    made: dict[str, Decomposition] = {}
+    factors = compute_factors(model, plan, statistics, decompositions=made)
+    spectra = {name: decomposition.singular_values for name, decomposition in made.items()}
+    made.clear()  # they can be large
+    return swap_(model, plan, factors, optimizers).with_spectra(spectra)
 
 
 def compute_factors(
@@ -62,11 +66,11 @@ def compute_factors(
     plan: CompressionPlan,
     statistics: Mapping[str, LayerStatistics] | None = None,
     names: Iterable[str] | None = None,
-    decompositions: Mapping[str, Decomposition] | None = None,
+    decompositions: dict[str, Decomposition] | None = None,
 ) -> dict[str, Factors]:
     """Factors for the layers that the plan cuts (or for those of ``names``), in the dtype of their weights.
 
-    Decompositions that planning has made already may be given; the others are made here.
+    Decompositions that planning has made already may be given; the others are made here and added to them.
     """
     targets = _planned_targets(model, plan)
     cuts = {cut.name: cut for cut in plan.layers if cut.rank is not None}
@@ -78,7 +82,7 @@ def compute_factors(
                 f"{plan.factorization} adds {added}. A plan belongs to its factorization; make it anew with make_plan."
             )
     wanted = list(cuts) if names is None else [name for name in cuts if name in set(names)]
-    found = dict(decompositions or {})
+    found = {} if decompositions is None else decompositions
     missing = {name: targets[name] for name in wanted if name not in found}
     found |= decompose_targets(missing, plan.factorization, statistics)
     return {name: _checked_factors(cuts[name], targets[name], plan, found[name]) for name in wanted}

@@ -16,7 +16,8 @@ from torch import nn
 
 import lightning_prehab as lp
 from lightning_prehab import latency
-from lightning_prehab.cli import main, verdict
+from lightning_prehab.cli import main
+from lightning_prehab.model_latency import verdict
 
 transformers = pytest.importorskip("transformers")
 TEXT = "the cat sat on the mat\na dog ran\n\nthe dog sat on a cat and ran and ran\n" * 4
@@ -205,7 +206,36 @@ def test_bench(bert, tmp_path, capsys, monkeypatch):
     assert [row["batch_size"] for row in rows] == [1, 3]
     for row in rows:
         assert row["verdict"] == verdict(row["dense_seconds"], row["compressed_seconds"])
+        assert {layer["name"] for layer in row["layers"]} == {
+            name for name, rank in lp.CompressionReport.load_json(tmp_path / "out/report.json").ranks.items() if rank
+        }
     assert "medians of this machine" in run(capsys, *words, "--data", bert / "text.txt")
+
+
+def test_bench_in_the_report(bert, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(latency, "LEAST_SECONDS", 1e-6)
+    out, bench = tmp_path / "out", tmp_path / "bench.json"
+    run(capsys, "compress", bert, "--output", out)
+    assert "Latencies were not measured" in refused(capsys, "report", out, "--png", f"latency={tmp_path / 'l.png'}")
+    assert not (tmp_path / "l.png").exists()
+    bench.write_text(run(capsys, "bench", bert, "--compressed", out, "--batch-sizes", 2, "--json"))
+    words = [
+        "report",
+        out,
+        "--bench",
+        bench,
+        "--png",
+        f"latency={tmp_path / 'l.png'}",
+        "--html",
+        tmp_path / "page.html",
+    ]
+    assert "forward pass of 2 rows" in run(capsys, *words)
+    assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
+    assert "not measured" not in (tmp_path / "page.html").read_text()
+    run(capsys, "compress", bert, "--keep", 0.2, "--output", tmp_path / "other")
+    assert "measure the models of this report" in refused(capsys, "report", tmp_path / "other", "--bench", bench)
+    assert "nowhere.json' cannot be read" in refused(capsys, "report", out, "--bench", tmp_path / "nowhere.json")
 
 
 def test_wrong_inputs(bert, ckpt, tmp_path, capsys):
@@ -246,6 +276,9 @@ def test_wrong_inputs(bert, ckpt, tmp_path, capsys):
         (lambda d: d["layers"][0].update(rank="x"), "report.json"),
         (lambda d: d.update(parameters_before="many"), "not a whole compression report"),
         (lambda d: d.update(skipped=[1]), "not a whole compression report"),
+        (lambda d: d["layers"][0].update(spectrum=3), "not a whole compression report"),
+        (lambda d: d["layers"][0]["spectrum"].update(indices=[0]), "ascending indices from 1"),
+        (lambda d: d.update(latency={}), "not whole latencies"),
     ],
 )
 def test_hostile_reports(mlp, tmp_path, capsys, change, message):

@@ -1,16 +1,22 @@
 """Figures and the page, by what is drawn and what a parser finds."""
 
 import base64
+import copy
 import json
+import math
+import re
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger
 
 import lightning_prehab as lp
+from lightning_prehab import latency
 from lightning_prehab.cli import main
 from lightning_prehab.errors import ArgumentError
-from lightning_prehab.figures import read_metrics, timeline_figure, to_png
+from lightning_prehab.figures import FIGURES, read_metrics, spectra_figure, timeline_figure, to_png
+from lightning_prehab.model_latency import BatchLatency, ModelLatency, compare_latencies
 
 pytest.importorskip("matplotlib")
 
@@ -50,29 +56,128 @@ def test_page_from_a_real_run(lit, loader, make_trainer, tmp_path, capsys):
     page = tmp_path / "report.html"
     words = ["report", str(tmp_path / "report.json"), "--html", str(page), "--metrics", str(metrics)]
     assert main(words) == 0
+    assert_self_contained(page.read_text(), pictures=5)
+    assert "Latencies were not measured." in page.read_text()
+
+
+def assert_self_contained(text, pictures):
+    """Nothing on the page is loaded, sent or run; all that it shows is in it."""
     found = []
 
     class Finder(HTMLParser):
         def handle_starttag(self, tag, attrs):
             found.append((tag, dict(attrs)))
 
-    Finder().feed(page.read_text())
+    Finder().feed(text)
     images = [attributes["src"] for tag, attributes in found if tag == "img"]
-    assert len(images) == 4
+    assert len(images) == pictures
     for image in images:
         assert base64.b64decode(image.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
-    assert not {tag for tag, _ in found} & {"script", "link", "iframe", "object"}
-    text = page.read_text()
+    harmless = {
+        "html",
+        "head",
+        "meta",
+        "title",
+        "style",
+        "body",
+        "h1",
+        "h2",
+        "p",
+        "div",
+        "img",
+        "table",
+        "tr",
+        "th",
+        "td",
+    }
+    assert {tag for tag, _ in found} <= harmless
+    for tag, attributes in found:
+        assert tag == "img" or not attributes.keys() & {"src", "href", "srcset", "data", "action", "background"}
+        assert not any(name.startswith("on") or "refresh" in str(value) for name, value in attributes.items())
     for image in images:
         text = text.replace(image, "")
-    assert "http" not in text
-    assert "url(" not in text
+    assert not re.search(r"https?:|//|url\(|@import|data:", text)
+
+
+def test_page_with_everything(mlp, tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "LEAST_SECONDS", 1e-6)
+    dense = copy.deepcopy(mlp)
+    report = lp.compress_(mlp, 0.5)
+    assert report.figure_names == ("ranks", "errors", "parameters", "spectra")
+    report = report.with_latency(compare_latencies(dense, mlp, [torch.randn(4, 12)]))
+    assert report.figure_names == FIGURES
+    (tmp_path / "metrics.csv").write_text("step,train_loss\n0,2.0\n1,1.0\n")
+    report.save_html(tmp_path / "page.html", tmp_path / "metrics.csv")
+    text = (tmp_path / "page.html").read_text()
+    assert_self_contained(text, pictures=6)
+    assert "not measured" not in text
+    assert re.findall("<h2>(.*)</h2>", text) == [*(name.capitalize() for name in FIGURES), "Timeline", "Layers"]
+
+
+def test_page_of_an_old_report(report, tmp_path):
+    data = report.to_dict()
+    for layer in data["layers"]:
+        del layer["spectrum"]
+    old = lp.CompressionReport.from_dict(data, lp.SVD())
+    with pytest.raises(ArgumentError, match="'spectra' cannot be drawn. This report holds no spectra: it was written"):
+        old.figure("spectra")
+    with pytest.raises(ArgumentError, match="'latency' cannot be drawn. Latencies were not measured"):
+        old.figure("latency")
+    old.save_html(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert_self_contained(text, pictures=3)
+    for reason in ("holds no spectra", "Latencies were not measured", "metrics of the run were not given"):
+        assert reason in text
+
+
+def test_spectra_are_drawn_up_to_the_rank(report):
+    report = lp.CompressionReport.from_dict(report.to_dict(), lp.SVD())
+    axes = report.figure("spectra").axes[0]
+    _, before, _, after = axes.collections
+    assert len(before.get_segments()) == len(report.ranks)
+    for place, (name, spectrum) in enumerate(report.spectra.items()):
+        rank, left = report.ranks[name], 1.12 * (place % 4)
+        whole, kept = before.get_segments()[place], after.get_segments()[place]
+        full = len(spectrum.values)
+        assert [point[0] - left for point in whole] == pytest.approx([(i + 1) / full for i in range(full)])
+        heights = [1 + math.log10(max(value / spectrum.values[0], 1e-4)) / 4 for value in spectrum.values]
+        assert [point[1] for point in whole] == pytest.approx(heights)
+        assert kept[: rank or full].tolist() == whole[: rank or full].tolist()
+        if rank is not None:
+            assert kept[rank:].flatten().tolist() == pytest.approx([left + rank / full, 0.0])
+        words = "dense" if rank is None else f"rank {rank}"
+        assert axes.texts[place].get_text() == f"{name}\n{words} of {full}"
+
+
+def test_many_layers_with_long_names(report):
+    """Rows of four, each name cut at its beginning."""
+    spectrum = report.spectra["0"]
+    names = [f"model.encoder.layers.{i}.attention.self.query_projection" for i in range(9)]
+    many = spectra_figure(dict.fromkeys(names, spectrum), dict.fromkeys(names, 3))
+    axes = many.axes[0]
+    assert [text.get_text().splitlines()[0] for text in axes.texts] == ["….attention.self.query_projection"] * 9
+    assert len({text.get_position()[1] for text in axes.texts}) == 3
+    assert len({text.get_position()[0] for text in axes.texts}) == 4
+
+
+def test_latencies_are_drawn_in_milliseconds(report):
+    counts = report.parameters_before, report.parameters_after
+    batches = BatchLatency(1, 0.002, 0.001), BatchLatency(8, 0.012, 0.006, {"0": (0.004, 0.003), "2": (0.002, 0.005)})
+    full = report.with_latency(ModelLatency("cpu", 1, *counts, batches))
+    whole, layers = full.figure("latency").axes
+    assert [bar.get_width() for bar in (*whole.containers[0], *whole.containers[1])] == [2.0, 12.0, 1.0, 6.0]
+    assert [bar.get_width() for bar in (*layers.containers[0], *layers.containers[1])] == [4.0, 2.0, 3.0, 5.0]
+    alone = report.with_latency(ModelLatency("cpu", 1, *counts, batches[:1]))
+    assert len(alone.figure("latency").axes) == 1
 
 
 def test_every_key_of_the_file_is_documented(report, tmp_path):
-    report.save_json(tmp_path / "report.json")
+    batch = BatchLatency(1, 0.5, 0.5, {"0": (1.0, 1.0)})
+    counts = report.parameters_before, report.parameters_after
+    report.with_latency(ModelLatency("cpu", 1, *counts, (batch,))).save_json(tmp_path / "report.json")
     data = json.loads((tmp_path / "report.json").read_text())
-    for key in (*data, *data["layers"][0]):
+    row = data["latency"]["latency"][0]
+    for key in (*data, *data["layers"][0], *data["layers"][0]["spectrum"], *data["latency"], *row, *row["layers"][0]):
         assert f"``{key}``" in lp.CompressionReport.save_json.__doc__
 
 

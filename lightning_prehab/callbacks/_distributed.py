@@ -94,7 +94,7 @@ def share_factors(
     model: torch.nn.Module,
     plan: CompressionPlan,
     targets: Targets,
-    mine: Mapping[str, Decomposition],
+    mine: dict[str, Decomposition],
 ) -> dict[str, Factors]:
     """Factors of all layers on every rank, bit-identical, from the decompositions that each rank has made."""
     computed: dict[str, Factors] = {}

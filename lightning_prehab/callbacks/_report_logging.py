@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prehab.errors import PrehabError
-from lightning_prehab.figures import FIGURES, to_pixels
+from lightning_prehab.figures import to_pixels
 from lightning_prehab.report import CompressionReport
 
 
@@ -59,6 +59,6 @@ def _offers(found: object, *names: str) -> bool:
 def _figures(report: CompressionReport) -> dict[str, Any]:
     """All figures by name; none without matplotlib, which is an extra."""
     try:
-        return {name: report.figure(name) for name in FIGURES}
+        return {name: report.figure(name) for name in report.figure_names}
     except PrehabError:
         return {}

@@ -407,6 +407,7 @@ class CompressionCallback(pl.Callback):
         )
         factors = share_factors(trainer, pl_module, plan, usable, mine)
         report = swap_(pl_module, plan, factors, trainer.optimizers)
+        report = report.with_spectra({name: found.singular_values for name, found in spectra.items()})
         rewrap(trainer, pl_module)
         self.report = report
         if self.reset_scores:

@@ -59,7 +59,7 @@ def test_each_logger_gets_what_it_can_take(lit, loader, make_trainer, tmp_path):
     (_, (tag, text, step), _), *figures = board.calls
     assert (tag, step) == ("compression/report", STEPS)
     assert [line.removeprefix("    ") for line in text.splitlines()] == str(report).splitlines()
-    names = ["compression/ranks", "compression/errors", "compression/parameters"]
+    names = [f"compression/{name}" for name in ("ranks", "errors", "parameters", "spectra")]
     assert [(method, words[0], words[2]) for method, words, _ in figures] == [("add_figure", n, STEPS) for n in names]
     ranks = [bar.get_width() for bar in figures[0][1][1].axes[0].containers[1]]
     assert ranks == [rank or 0 for rank in report.ranks.values()]

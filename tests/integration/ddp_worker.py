@@ -226,6 +226,10 @@ def check_statistics(epoch):
     )
     report = lp.apply_plan_(reference, lp.make_plan(targets, 0.4, statistics=statistics), statistics)
     assert compression.report.ranks == report.ranks
+    assert compression.report.spectra.keys() >= report.spectra.keys() != set()
+    for name, spectrum in report.spectra.items():
+        shared = compression.report.spectra[name].values
+        assert shared == pytest.approx(spectrum.values, rel=1e-3, abs=1e-3 * spectrum.values[0])
     for name, rank in report.ranks.items():
         if rank is not None:
             ours, theirs = lit.get_submodule(name).weight, reference.get_submodule(name).weight
