@@ -53,14 +53,18 @@ def layer_figure(plan: CompressionPlan, weight_errors: Mapping[str, float], name
         full = [min(layer.out_features, layer.in_features) for layer in layers]
         axes.barh(places, full, color=_BEFORE, label="full rank (dense where nothing is drawn over it)")
         axes.barh(places, [layer.rank or 0 for layer in layers], color=_AFTER, label="rank after the cut")
+        axes.set_xlabel("rank", fontsize=8)
     elif name == "errors":
         errors = [weight_errors.get(layer.name, 0.0) for layer in layers]
         axes.barh(places, errors, color=_AFTER, label="|W - W'| / |W| (Frobenius)")
+        axes.set_xlabel("relative error of the weight", fontsize=8)
     else:
         axes.barh(places, [layer.dense_parameters for layer in layers], color=_BEFORE, label="parameters before")
-        axes.barh(places, [layer.parameters for layer in layers], height=0.5, color=_AFTER, label="after")
+        axes.barh(places, [layer.parameters for layer in layers], height=0.4, color=_AFTER, label="after")
+        axes.set_xlabel("parameters of the weight, and of all that replaces it", fontsize=8)
     axes.set_yticks(places, [layer.name for layer in layers], fontsize=7, parse_math=False)
     axes.set_ylim(len(layers) - 0.4, -0.6)
+    axes.tick_params(axis="x", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=8)
     return figure
@@ -143,7 +147,7 @@ def latency_figure(latency: ModelLatency) -> "Figure":
     heights = [0.35 * len(latency.batches) + 0.3, 0.24 * len(layers) + 0.3]
     grid = figure.subplots(2 if layers else 1, squeeze=False, height_ratios=heights if layers else None)[:, 0]
     rows = {f"{one.batch_size} rows": (one.dense_seconds, one.compressed_seconds) for one in latency.batches}
-    _draw_pairs(grid[0], rows, f"whole model, {latency.device}, {latency.threads} threads")
+    _draw_pairs(grid[0], rows, f"whole model, {latency.where}")
     if layers:
         _draw_pairs(grid[1], layers, f"each replaced layer alone, {latency.largest.batch_size} rows")
     handles, labels = grid[0].get_legend_handles_labels()
@@ -168,12 +172,12 @@ def _short(name: str) -> str:
     """The end of a name that is too long, from a dot on if there is one: there it differs from the others.
 
     >>> _short("bert.encoder.layer.10.attention.self.query"), _short("fc1")
-    ('….layer.10.attention.self.query', 'fc1')
+    ('…layer.10.attention.self.query', 'fc1')
     """
     if len(name) <= _LONGEST:
         return name
     end = name[1 - _LONGEST :]
-    return f"…{end[max(end.find('.'), 0) :]}"
+    return f"…{end[end.find('.') + 1 :]}"
 
 
 def timeline_figure(path: str | os.PathLike[str]) -> "Figure":
@@ -187,7 +191,12 @@ def timeline_figure(path: str | os.PathLike[str]) -> "Figure":
         PrehabError: If matplotlib is missing.
     """
     curves = read_metrics(path)
-    chosen = {name: curve for name, curve in curves.items() if "loss" in name or name.startswith(("prehab/", "lr"))}
+    kinds = (
+        lambda name: "loss" in name,
+        lambda name: name.startswith("prehab/"),
+        lambda name: name.startswith("lr"),
+    )
+    chosen = {name: curve for is_one in kinds for name, curve in curves.items() if is_one(name)}
     if not chosen:
         raise ArgumentError(f"{os.fspath(path)} holds no loss, prehab/... or learning rate to draw.")
     epochs = curves.get("epoch", [])
@@ -196,11 +205,13 @@ def timeline_figure(path: str | os.PathLike[str]) -> "Figure":
     figure = _figure(1.5 * len(chosen) + 0.5)
     for axes, (name, curve) in zip(figure.subplots(len(chosen), sharex=True, squeeze=False)[:, 0], chosen.items()):  # noqa: B905
         axes.plot(*zip(*curve, strict=True), color=_AFTER, marker="." if len(curve) < 40 else None)
-        axes.set_title(name, fontsize=8, loc="left", parse_math=False)
+        axes.set_title(name, fontsize=8, loc="right", parse_math=False)
+        axes.tick_params(labelsize=7)
+        axes.yaxis.get_offset_text().set_fontsize(7)
         axes.spines[["top", "right"]].set_visible(False)
         for step in cuts:
             axes.axvline(step, color="black", linestyle="--", linewidth=1)
-    axes.set_xlabel("step" + ("; dashed: first logged step after the surgery" if cuts else ""))
+    axes.set_xlabel("step" + ("; dashed: first logged step after the surgery" if cuts else ""), fontsize=8)
     return figure
 
 

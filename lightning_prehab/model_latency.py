@@ -76,6 +76,11 @@ class ModelLatency:
     batches: tuple[BatchLatency, ...]
 
     @property
+    def where(self) -> str:
+        """Device and threads, in words."""
+        return f"{self.device}, {self.threads} thread{'' if self.threads == 1 else 's'}"
+
+    @property
     def largest(self) -> BatchLatency:
         """The batch with the most rows, the first of several."""
         return max(self.batches, key=lambda batch: batch.batch_size)
@@ -156,7 +161,7 @@ class ModelLatency:
             for batch in self.batches
         ]
         caption = (
-            f"medians of this machine under its load of the moment, {self.device}, {self.threads} threads; "
+            f"medians of this machine under its load of the moment, {self.where}; "
             f"{self.parameters_before:,} -> {self.parameters_after:,} parameters"
         )
         columns = ["batch size", "dense ms", "compressed ms", "verdict"]
