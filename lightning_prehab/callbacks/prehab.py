@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_prehab.callbacks._arguments import (
@@ -17,8 +16,18 @@ from lightning_prehab.callbacks._arguments import (
     default_strength,
 )
 from lightning_prehab.callbacks._checkpoint import check_version
+from lightning_prehab.callbacks._prehab_choice import (
+    Injection,
+    check_target_rank,
+    choose_rank_source,
+    choose_space,
+    choose_targets,
+    default_regularizer,
+    injects_into_loss,
+    penalty_without_an_end,
+)
 from lightning_prehab.callbacks._preparation import Preparation
-from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, cut_now, matrices, space_of
+from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, cut_now, matrices
 from lightning_prehab.callbacks._shared_work import complete_memories_, own_part, prepare_together
 from lightning_prehab.callbacks._timeline import batches_to_watch, remaining_batches
 from lightning_prehab.callbacks._trainer import (
@@ -29,13 +38,10 @@ from lightning_prehab.callbacks._trainer import (
     loss_scale,
 )
 from lightning_prehab.callbacks.compression import CompressionCallback
-from lightning_prehab.errors import ArgumentError, CheckpointError, TargetError, UnsupportedError
-from lightning_prehab.kinds import view_of
-from lightning_prehab.regularizers import GradientRatio, Penalty, Shrinkage, StableRank, TailShrinkage
+from lightning_prehab.errors import CheckpointError, UnsupportedError
+from lightning_prehab.regularizers import GradientRatio, Penalty, Shrinkage
 from lightning_prehab.schedules import ramp
-from lightning_prehab.targets import Patterns, Targets, find_targets
-
-Injection = Literal["auto", "loss", "gradient"]
+from lightning_prehab.targets import Patterns, Targets
 
 #: Of the state in checkpoints.
 STATE_VERSION = 1
@@ -133,7 +139,7 @@ class PrehabCallback(pl.Callback):
         penalty = strength, strength_share, ramp_steps, every_n_steps, injection
         self._open = regularizer is None and not changed_for_penalties(*penalty)  # decided when the Trainer is known
         if regularizer is None:
-            regularizer = TailShrinkage() if self._open else StableRank()
+            regularizer = default_regularizer(planned=self._open)
         check_regularizer(regularizer, *penalty)
         self.regularizer: Penalty | Shrinkage = regularizer
         self.strength = default_strength(regularizer) if strength is None else strength
@@ -168,7 +174,8 @@ class PrehabCallback(pl.Callback):
 
     def forecasts(self, compression: CompressionCallback) -> bool:
         """Whether the loss increase of a cut is predicted during training."""
-        return self._space_for(compression) == "loss" and self.forecast_every_n_steps > 0
+        space = choose_space(self._asked_space, self.regularizer, compression)
+        return space == "loss" and self.forecast_every_n_steps > 0
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Refuses what cannot work, before anything has been trained."""
@@ -179,14 +186,10 @@ class PrehabCallback(pl.Callback):
         self._restored, self._world_size, self._global_rank = {}, trainer.world_size, trainer.global_rank
         compression = find_callback(trainer, CompressionCallback)
         if self._open:
-            self.regularizer = StableRank() if compression is None else TailShrinkage()
+            self.regularizer = default_regularizer(planned=compression is not None)
             self.strength = default_strength(self.regularizer)
-        self.space = self._space_for(compression)
-        if self.regularizer.needs_rank and compression is None and getattr(self.regularizer, "rank", None) is None:
-            raise ArgumentError(
-                f"{self.regularizer} aims at a target rank: add a CompressionCallback to take it from, or give it a "
-                "rank."
-            )
+        self.space = choose_space(self._asked_space, self.regularizer, compression)
+        check_target_rank(self.regularizer, compression)
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Finds the targets and decides where to inject."""
@@ -194,10 +197,11 @@ class PrehabCallback(pl.Callback):
         compression = find_callback(trainer, CompressionCallback)
         if compression is not None and compression.done:
             return
-        self._targets = self._find_targets(pl_module, compression)
+        self._targets = choose_targets(pl_module, compression, self.target_modules, self.exclude_modules)
         source = self._rank_source(trainer)
         self._planned = None if source is None else source.find_targets(pl_module)
-        self._into_loss = self._injects_into_loss(trainer, pl_module)
+        where = self.injection, self.strength_share
+        self._into_loss = injects_into_loss(trainer, pl_module, self.regularizer, *where)
         self._steps, self._planned_at, self._span = 0, 0, None
         if self._restored:
             self._restore()
@@ -206,7 +210,10 @@ class PrehabCallback(pl.Callback):
         """Notes where the run stands, and goes on with a preparation that was under way."""
         self._global_step = trainer.global_step
         if isinstance(self.regularizer, Shrinkage) and self._remaining(trainer, -1) is None:
-            self._do_without_an_end(trainer)
+            self.regularizer = penalty_without_an_end(self.regularizer, may_replace=self._open)
+            self.strength = default_strength(self.regularizer)
+            compression = find_callback(trainer, CompressionCallback)
+            self.space = choose_space(self._asked_space, self.regularizer, compression)
         under_way, self._restored = self._restored.get("preparation"), {}
         if under_way is not None and self._targets is not None:
             self._preparation = self._new_preparation(trainer)
@@ -350,43 +357,6 @@ class PrehabCallback(pl.Callback):
                 )
             self._layers.append(RegularizedLayer.from_state_dict(name, views[name], stored))
 
-    def _space_for(self, compression: CompressionCallback | None) -> Space:
-        if self._asked_space is not None:
-            return self._asked_space
-        return (
-            "weight"
-            if compression is None or not self.regularizer.needs_rank
-            else space_of(compression.factorization.wanted)
-        )
-
-    def _find_targets(self, pl_module: "pl.LightningModule", compression: CompressionCallback | None) -> Targets:
-        own = self.target_modules is not None or self.exclude_modules is not None
-        if compression is None or own:
-            split = compression is None or compression.split_fused
-            targets = find_targets(pl_module, self.target_modules, self.exclude_modules, split_fused=split)
-        else:
-            targets = compression.find_targets(pl_module)
-        for name in [name for name, layer in targets.items() if not view_of(layer).parameter.requires_grad]:
-            targets.skipped[name] = "its weight is frozen"
-            del targets[name]
-        if not targets:
-            raise TargetError("PrehabCallback has nothing to train: the weights of all targets are frozen.")
-        return targets
-
-    def _injects_into_loss(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> bool:
-        if self.injection != "auto":
-            return self.injection == "loss"
-        why = None
-        if self.strength_share is not None:
-            return False
-        if not pl_module.automatic_optimization:
-            why = "manual optimization"
-        elif isinstance(trainer.strategy, DDPStrategy) and trainer.strategy._ddp_kwargs.get("find_unused_parameters"):
-            why = "find_unused_parameters"
-        if why is not None and isinstance(self.regularizer, Penalty):
-            rank_zero_info(f"PrehabCallback adds the penalty to the gradients, not to the loss, because of {why}.")
-        return why is None
-
     def _in_season(self, trainer: "pl.Trainer") -> bool:
         return self.start_epoch <= trainer.current_epoch < (math.inf if self.stop_epoch is None else self.stop_epoch)
 
@@ -459,27 +429,9 @@ class PrehabCallback(pl.Callback):
             self.forecast = increase
             pl_module.log("prehab/forecast", increase, batch_size=1, prog_bar=True)
 
-    def _do_without_an_end(self, trainer: "pl.Trainer") -> None:
-        """A shrinkage has to be done in time; where none was asked for, a penalty, which need not, takes its place."""
-        why = "the length of an epoch or the last one is not known"
-        remedy = "Give limit_train_batches and a CompressionCallback, stop_epoch or max_epochs"
-        if not self._open:
-            raise UnsupportedError(
-                f"{self.regularizer} has to know when it must be done, but {why}. {remedy}, or take a penalty: "
-                "PrehabCallback(StableRank())."
-            )
-        rank_zero_warn(f"PrehabCallback takes StableRank() instead of {self.regularizer}: {why}. {remedy}.")
-        self.regularizer = StableRank()
-        self.strength = default_strength(self.regularizer)
-        self.space = self._space_for(find_callback(trainer, CompressionCallback))
-
     def _rank_source(self, trainer: "pl.Trainer") -> CompressionCallback | None:
-        """Whose plan gives the target ranks: for regularizers that aim at them, and where a forecast is to be had."""
         compression = find_callback(trainer, CompressionCallback)
-        if compression is None or self.regularizer.needs_rank:
-            return compression
-        foreseen = self.space == "loss" and self.forecast_every_n_steps > 0 and compression.factorization.comparable
-        return compression if foreseen else None
+        return choose_rank_source(compression, self.regularizer, self.space, self.forecast_every_n_steps > 0)
 
     def _wanted_batches(self, trainer: "pl.Trainer") -> int:
         """Batches to take statistics from: at most half of those that the regularizer has in all."""
