@@ -1,7 +1,7 @@
 """What the regularizers of a shelf have in common: penalties are added to the loss, shrinkages applied to weights."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ Memory = dict[str, Tensor]
 class Penalty(ABC):
     """A differentiable scalar of a matrix. Subclasses are frozen dataclasses that check their own fields.
 
-    A subclass need not know of metrics; one that does can save products by overriding :meth:`in_metric`. A call does
-    not wait for the device, but for eigendecompositions: at the first call, and where a subclass says so.
+    A subclass need not know of metrics; one that does can save products by overriding :meth:`in_metric`, which is what
+    training asks. A subclass that overrides the call alone is asked through the call, whatever its parent does. A call
+    does not wait for the device, but for eigendecompositions: at the first call, and where a subclass says so.
 
     Attributes:
         needs_rank: The penalty aims at a target rank.
@@ -26,6 +27,16 @@ class Penalty(ABC):
 
     needs_rank: ClassVar[bool] = False
     default_strength: ClassVar[float] = 1.0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Makes :meth:`in_metric` ask the call where the call is defined further down than the ``in_metric`` found."""
+        super().__init_subclass__(**kwargs)
+        call, in_metric = (
+            next(place for place, kind in enumerate(cls.__mro__) if name in vars(kind))
+            for name in ("__call__", "in_metric")
+        )
+        if call < in_metric:
+            cls.in_metric = Penalty.in_metric  # type: ignore[method-assign]
 
     @abstractmethod
     def __call__(self, matrix: Tensor, rank: int | None = None, memory: Memory | None = None) -> Tensor:

@@ -76,7 +76,7 @@ class StableRank(Penalty):
 
     def __call__(self, matrix: Tensor, rank: int | None = None, memory: Memory | None = None) -> Tensor:
         """The stable rank, in ``[1, min(m, n)]``; ``rank`` is ignored."""
-        return self.in_metric(matrix, IDENTITY, rank, memory)
+        return StableRank.in_metric(self, matrix, IDENTITY, rank, memory)  # that of a subclass may come back here
 
     def in_metric(
         self, weight: Tensor, metric: Metric, rank: int | None = None, memory: Memory | None = None

@@ -295,3 +295,58 @@ def test_wrong_settings(wrong, value):
 def test_nan_is_an_error_where_directions_are_computed(penalty):
     with pytest.raises(NumericalError, match="NaN or Inf"):
         penalty(torch.full((3, 3), float("nan")), 1)
+
+
+class Doubled(StableRank):
+    """Overrides the call alone, and uses that of its parent."""
+
+    def __call__(self, matrix, rank=None, memory=None):
+        return 2 * super().__call__(matrix, rank, memory)
+
+
+class Scaled:
+    """A mixin in front of a penalty."""
+
+    def __call__(self, matrix, rank=None, memory=None):
+        return 3 * super().__call__(matrix, rank, memory)
+
+
+class Mixed(Scaled, StableRank):
+    pass
+
+
+class Child(Doubled):
+    """Defines neither."""
+
+
+class Both(StableRank):
+    """Knows of metrics itself, as its author wishes."""
+
+    def __call__(self, matrix, rank=None, memory=None):
+        return 5 * super().__call__(matrix, rank, memory)
+
+    def in_metric(self, weight, metric, rank=None, memory=None):
+        return 7 * super().in_metric(weight, metric, rank, memory)
+
+
+class Inside(Doubled):
+    """Overrides ``in_metric`` of a class that overrides the call."""
+
+    def in_metric(self, weight, metric, rank=None, memory=None):
+        return 11 * super().in_metric(weight, metric, rank, memory)
+
+
+@pytest.mark.parametrize(
+    ("kind", "call", "seen"),
+    [(StableRank, 1, 1), (Doubled, 2, 2), (Mixed, 3, 3), (Child, 2, 2), (Both, 5, 7), (Inside, 2, 22)],
+)
+def test_a_call_that_is_overridden_is_asked_in_metrics_too(kind, call, seen):
+    """Training asks in_metric; a subclass that overrides the call alone would otherwise be passed over."""
+    penalty, weight, metric = kind(first_steps=200), matrix((6, 9)), Metric(None, matrix((9, 9), 3))
+    ours, theirs = weight.clone().requires_grad_(), weight.clone().requires_grad_()
+    value, expected = penalty.in_metric(ours, metric), seen * exact_stable_rank(metric.view(theirs), None)
+    torch.testing.assert_close(value, expected, rtol=1e-7, atol=0)
+    value.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(penalty(weight), call * exact_stable_rank(weight, None), rtol=1e-7, atol=0)
