@@ -233,12 +233,7 @@ def _layers(
     dense: nn.Module, compressed: nn.Module, run: Callable[[], object], device: torch.device
 ) -> dict[str, tuple[float, float]]:
     """Seconds of each replaced layer, measured when the dense model calls it for the first time."""
-    news = {clean_name(name): module for name, module in compressed.named_modules()}
-    replaced = {
-        name: (old, news[name])
-        for name, old in ((clean_name(full_name), module) for full_name, module in dense.named_modules())
-        if name and name in news and type(news[name]) is not type(old) and not any(True for _ in old.children())
-    }
+    replaced = _replaced(dense, compressed)
     found: dict[str, tuple[float, float]] = {}
     handles: dict[str, RemovableHandle] = {}
 
@@ -255,6 +250,19 @@ def _layers(
         for handle in handles.values():
             handle.remove()
     return {name: found[name] for name in replaced if name in found}
+
+
+def _replaced(dense: nn.Module, compressed: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """The outermost modules that another type has taken the place of, with what has, by name."""
+    news = {clean_name(name): module for name, module in compressed.named_modules()}
+    found: dict[str, tuple[nn.Module, nn.Module]] = {}
+    inside: set[int] = set()
+    for full_name, old in dense.named_modules():
+        new = news.get(name := clean_name(full_name))
+        if name and new is not None and id(old) not in inside and type(new) is not type(old):
+            inside.update(id(module) for module in old.modules())
+            found[name] = old, new
+    return found
 
 
 def _in_turn(

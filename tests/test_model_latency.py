@@ -86,6 +86,18 @@ def test_models_stay_as_they_are(pair):
     assert dense.training
 
 
+def test_a_layer_of_several_is_one():
+    """What takes the place of a whole module is measured as a whole, not by its parts."""
+
+    class Wrapped(nn.Sequential):
+        pass
+
+    dense = nn.Sequential(nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 4)), nn.Linear(4, 4))
+    low = copy.deepcopy(dense)
+    low[0] = Wrapped(lp.LowRankLinear.from_linear(dense[0][0], 2), copy.deepcopy(dense[0][1]))
+    assert list(compare_latencies(dense, low, [torch.randn(3, 12)]).batches[0].layers) == ["0"]
+
+
 def test_wrong_arguments(pair):
     with pytest.raises(ArgumentError, match="no batches to measure"):
         compare_latencies(*pair, [])
