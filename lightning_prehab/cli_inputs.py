@@ -133,8 +133,9 @@ def _tokens(path: Path, source: Path, max_length: int) -> dict[str, Tensor]:
         raise ArgumentError(f"--data {path}: text needs a Hugging Face folder with a tokenizer; give .pt batches.")
     if not lines:
         raise ArgumentError(f"--data {path} holds no text.")
+    transformers = _transformers()
     try:
-        tokenizer = _transformers().AutoTokenizer.from_pretrained(source, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         encoded = tokenizer(lines, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
     except Exception as error:  # whatever a damaged tokenizer leads to

@@ -17,6 +17,7 @@ from torch import nn
 import lightning_prehab as lp
 from lightning_prehab import latency
 from lightning_prehab.cli import main
+from lightning_prehab.cli_inputs import read_batches
 from lightning_prehab.model_latency import verdict
 
 transformers = pytest.importorskip("transformers")
@@ -322,3 +323,26 @@ def test_wrong_words(words, capsys):
         main(words)
     assert stopped.value.code == 2
     assert "error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "words"),
+    [
+        ("rich", "cli", ["report", "report.json"]),
+        ("jsonargparse", "cli", ["report", "report.json"]),
+        ("transformers", "hf", ["plan", "bert"]),
+        ("safetensors.torch", "hf", ["plan", "lit.ckpt", "--model", "lit_of_a_user.Lit", "--data", "x.safetensors"]),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(package, extra, words, ckpt, bert, capsys, monkeypatch):
+    monkeypatch.chdir(ckpt.parent)
+    Path("bert").symlink_to(bert)
+    Path("x.safetensors").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, package, None)
+    assert f"pip install 'lightning-prehab[{extra}]'" in refused(capsys, *words)
+
+
+def test_text_without_transformers_is_one_sentence(bert, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(lp.PrehabError, match="^Hugging Face folders need transformers: pip install"):
+        read_batches(str(bert / "text.txt"), str(bert), 8, 8)
