@@ -1,0 +1,118 @@
+"""What the pages under docs/ say, runs; and they leave out nothing that is public.
+
+A page is a session: its blocks share one folder and one namespace, from top to bottom. A block with a title is a file
+that a later command uses. Other YAML blocks are configurations, which are instantiated.
+"""
+
+import dataclasses
+import inspect
+import pkgutil
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+import lightning_prehab as lp
+from lightning_prehab.cli import main
+from lightning_prehab.factorizations import Factorization
+from lightning_prehab.rank_policies import RankPolicy
+from lightning_prehab.regularizers import Penalty, Shrinkage
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r'^```(\w+)(?: title="(.*?)")?\n(.*?)^```$', flags=re.MULTILINE | re.DOTALL)
+_SECTION = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
+EXTRAS = set(re.findall(r"^(\w+) = \[", _SECTION, flags=re.MULTILINE))
+PAGES = {
+    str(path.relative_to(DOCS)): blocks
+    for path in sorted(DOCS.rglob("*.md"))
+    if (blocks := BLOCK.findall(path.read_text()))
+}
+CARDS = "\n".join((DOCS / "methods" / f"{name}.md").read_text() for name in ("regularizers", "factorizations"))
+CARDS += (DOCS / "methods" / "rank-policies.md").read_text() + (DOCS / "methods" / "index.md").read_text()
+METHODS = [
+    name
+    for name in lp.__all__
+    if inspect.isclass(found := getattr(lp, name))
+    and issubclass(found, Penalty | Shrinkage | Factorization | RankPolicy | lp.PaperPrehab)
+]
+
+
+def run_command(line: str, monkeypatch) -> None:
+    """Runs a line of a shell, in this process: starting Python anew takes longer than most of them."""
+    words = shlex.split(line, comments=True)
+    if words[:3] == ["python", "-m", "lightning_prehab"]:
+        assert main(words[3:]) == 0, line
+    elif words[0] == "python":
+        monkeypatch.setattr(sys, "argv", words[1:])
+        runpy.run_path(words[1], run_name="__main__")
+    elif words[:2] == ["pip", "install"]:  # the gate installs; here the names of the extras are checked
+        assert {extra for word in words[2:] for extra in re.findall(r"\w+", word)} <= EXTRAS, line
+    else:
+        raise AssertionError(f"not a command that this test knows: {line}")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # seed_everything sets it; undone after the test
+    namespace = {"__name__": "docs"}
+    for index, (language, title, code) in enumerate(PAGES[page]):
+        if title:
+            assert any(title in later for kind, _, later in PAGES[page][index:] if kind == "bash"), title
+            Path(title).write_text(code)
+        elif language == "python":
+            exec(compile(code, f"{page}, block {index}", "exec"), namespace)
+        elif language == "yaml":
+            Path("block.yaml").write_text(code)
+            monkeypatch.setattr(sys, "argv", ["main.py"])
+            LightningCLI(BoringModel, run=False, args=["--config", "block.yaml"], save_config_callback=None)
+        elif language == "bash":
+            for line in filter(None, code.splitlines()):
+                run_command(line, monkeypatch)
+        else:
+            assert language == "text"
+
+
+def test_most_pages_have_blocks():
+    languages = {page: {language for language, *_ in blocks} for page, blocks in PAGES.items()}
+    assert sum("python" in found for found in languages.values()) >= 6
+    assert any("bash" in found for found in languages.values())
+    assert any("yaml" in found for found in languages.values())
+    fences = sum(path.read_text().count("\n```") for path in DOCS.rglob("*.md"))
+    assert fences == 2 * sum(map(len, PAGES.values()))  # no block has escaped
+
+
+def test_the_reference_has_every_public_name():
+    text = "\n".join(path.read_text() for path in (DOCS / "reference").glob("*.md"))
+    listed = re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    public = {f"lightning_prehab.{name}" for name in lp.__all__}
+    assert public <= set(listed), public - set(listed)
+    for path in set(listed) - public:
+        assert inspect.getdoc(pkgutil.resolve_name(path)), path
+
+
+def test_every_extra_is_explained():
+    table = (DOCS / "index.md").read_text().split("| extra |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", table.split("\n", 1)[1])) >= EXTRAS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_card_with_its_settings(name):
+    card = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", CARDS, flags=re.MULTILINE | re.DOTALL)[1]
+    if name != "PaperPrehab":
+        assert all(f"**{word}**" in card for word in ("Use it", "Cost", "Source"))
+    rows = re.findall(r"^\| `(\w+)` \| (?:`(.*?)`)? ?\|", card, flags=re.MULTILINE)
+    written = {key: eval(value, vars(lp)) if value else inspect.Parameter.empty for key, value in rows}
+    found = {key: setting.default for key, setting in inspect.signature(getattr(lp, name)).parameters.items()}
+    if dataclasses.is_dataclass(getattr(lp, name)):
+        for field in dataclasses.fields(getattr(lp, name)):
+            if field.default_factory is not dataclasses.MISSING:
+                found[field.name] = field.default_factory()
+    assert written == found
