@@ -24,7 +24,7 @@ class Sparse(NamedTuple):
         tensor([[0., 2., 0.],
                 [0., 0., 3.]])
         """
-        return self.values.new_zeros(rows * columns).index_put((self.indices,), self.values).view(rows, columns)
+        return self.values.new_zeros(rows * columns).index_put((self.indices.long(),), self.values).view(rows, columns)
 
     def fits(self, rows: int, columns: int) -> bool:
         """Whether these are entries of a matrix of this size, each place once."""
