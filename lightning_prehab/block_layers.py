@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.layers import LowRankLayer, LowRankLinear
+from lightning_prehab.linalg import dequantized
 
 
 class LowRankBlocks(LowRankLayer):
@@ -66,7 +67,10 @@ class LowRankBlocks(LowRankLayer):
 
     def _product(self) -> Tensor:
         return torch.cat(
-            [block._product() if isinstance(block, LowRankLinear) else block.weight for block in self._blocks()]
+            [
+                block._product() if isinstance(block, LowRankLinear) else dequantized(block.weight)
+                for block in self._blocks()
+            ]
         )
 
     @torch.no_grad()

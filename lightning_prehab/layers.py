@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_prehab.decomposition import weighted_low_rank
 from lightning_prehab.errors import ArgumentError
+from lightning_prehab.linalg import dequantized
 from lightning_prehab.sparse import Sparse
 
 
@@ -25,7 +26,8 @@ class LowRankLinear(LowRankLayer):
     The children ``A`` (``in_features -> rank``, no bias) and ``B`` (``rank -> out_features``) are ordinary
     ``nn.Linear`` modules, so quantizers, adapters and FLOP counters understand them. ``weight`` and ``bias`` can be
     read as on ``nn.Linear`` (``nn.MultiheadAttention``, the fast path of ``nn.TransformerEncoderLayer`` and T5 do
-    that); ``weight`` is then the dense product, differentiable, computed anew at each access.
+    that); ``weight`` is then the dense product, differentiable, computed anew at each access, and an ordinary tensor
+    even if the factors are quantized.
 
     Args:
         in_features: Size of the last dimension of the input.
@@ -92,7 +94,7 @@ class LowRankLinear(LowRankLayer):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
     def _product(self) -> Tensor:
-        return self.B.weight @ self.A.weight
+        return dequantized(self.B.weight) @ dequantized(self.A.weight)
 
     @classmethod
     def from_factors(cls, a: Tensor, b: Tensor, like: nn.Module) -> "LowRankLinear":

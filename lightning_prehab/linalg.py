@@ -72,6 +72,20 @@ def to_float64(tensor: Tensor) -> Tensor:
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
+def is_quantized(weight: Tensor) -> bool:
+    """Whether a quantizer (torchao, for one) has put a tensor of its own class there, which can dequantize itself.
+
+    >>> is_quantized(torch.zeros(2, 2))
+    False
+    """
+    return type(weight).dequantize is not Tensor.dequantize
+
+
+def dequantized(weight: Tensor) -> Tensor:
+    """The weight itself, or the ordinary tensor that a quantized one stands for."""
+    return weight.dequantize() if is_quantized(weight) else weight
+
+
 def gram_root(gram: Tensor, shrinkage: float = 0.0) -> tuple[Tensor, Tensor]:
     """Symmetric root ``L`` of a Gram matrix, ``L L^T = gram``, and its inverse.
 

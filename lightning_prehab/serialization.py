@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.__about__ import __version__
-from lightning_prehab.errors import CheckpointError, PrehabError
+from lightning_prehab.errors import CheckpointError, PrehabError, UnsupportedError
 from lightning_prehab.layers import LowRankLayer, LowRankPlusSparseLinear
+from lightning_prehab.linalg import is_quantized
 from lightning_prehab.report import CompressionReport
 from lightning_prehab.surgery import follow_state_dict_
 
@@ -46,12 +47,19 @@ def save_compressed(model: nn.Module, folder: str | os.PathLike[str], report: Co
 
     Raises:
         PrehabError: If the ``safetensors`` package is missing, or the state dict holds something else than tensors.
+        UnsupportedError: If a tensor is quantized.
     """
     save, _ = _safetensors()
     state = dict(model.state_dict())
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
         raise PrehabError(f"The state dict entry {odd[0]!r} is not a tensor and cannot be stored without pickle.")
+    quantized = [name for name, value in state.items() if is_quantized(value)]
+    if quantized:
+        raise UnsupportedError(
+            f"{quantized[0]!r} is quantized ({type(state[quantized[0]]).__name__}), and safetensors has no place for "
+            "that; save the model before it is quantized, and quantize it anew after load_compressed."
+        )
     stored, aliases = _without_aliases(state)
     weights: bytes = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in stored.items()})
     digest = hashlib.sha256(weights).hexdigest()

@@ -15,7 +15,7 @@ from lightning_prehab.errors import TargetError
 from lightning_prehab.kinds import Kind, MatrixView, kind_of, view_of
 from lightning_prehab.kinds.fused import fused_blocks
 from lightning_prehab.layers import LowRankLayer
-from lightning_prehab.linalg import break_even_rank
+from lightning_prehab.linalg import break_even_rank, is_quantized
 
 #: Parameters that torch.nn.utils.prune, spectral_norm and weight_norm leave in place of the weight.
 _REPARAMETRIZED = {"weight_orig", "weight_v"}
@@ -274,6 +274,8 @@ def _why_not(module: nn.Module, kind: Kind | None) -> str | None:
         return f"{type(module).__name__} is not a layer kind that can be cut"
     if any(is_lazy(parameter) for parameter in module.parameters()):
         return "its weight is not initialized"
+    if any(is_quantized(parameter) for parameter in module.parameters()):
+        return "its weight is quantized; compress the model first, then quantize the factors"
     return kind.refusal(module)
 
 
