@@ -257,7 +257,15 @@ def _has_matrix(module: nn.Module) -> bool:
     if is_parametrized(module) or _REPARAMETRIZED & module._parameters.keys():
         return True
     weights = [p for name, p in module._parameters.items() if name.startswith("weight") and p is not None]
-    return any(is_lazy(weight) or weight.dim() >= 2 for weight in weights)
+    return any(is_lazy(weight) or weight.dim() >= 2 for weight in weights) or _stacked_weight(module) is not None
+
+
+def _stacked_weight(module: nn.Module) -> str | None:
+    """Name and shape of a parameter that is a stack of matrices, such as the experts of a mixture; None if none is."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not is_lazy(parameter) and parameter.dim() == 3 and parameter.shape[0] > 1:
+            return f"{name}: {'x'.join(map(str, parameter.shape))}"
+    return None
 
 
 def _why_not(module: nn.Module, kind: Kind | None) -> str | None:
@@ -270,6 +278,8 @@ def _why_not(module: nn.Module, kind: Kind | None) -> str | None:
         return "the fused input projection of nn.MultiheadAttention is a bare parameter"
     if isinstance(module, nn.Embedding):
         return "embeddings are looked up, not multiplied"
+    if kind is None and not any(name.startswith("weight") for name in module._parameters) and _stacked_weight(module):
+        return f"it holds stacked matrices ({_stacked_weight(module)}), which are not cut"
     if kind is None:
         return f"{type(module).__name__} is not a layer kind that can be cut"
     if any(is_lazy(parameter) for parameter in module.parameters()):

@@ -110,3 +110,14 @@ def test_the_root_itself_and_recurrent_layers():
         lp.find_targets(nn.Linear(8, 8))
     targets = lp.find_targets(nn.ModuleDict({"rnn": nn.LSTM(8, 8), "head": nn.Linear(8, 8)}))
     assert "LSTM is not a layer kind" in targets.skipped["rnn"]
+
+
+def test_stacked_experts_are_listed_with_the_reason():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.zeros(4, 8, 16))
+            self.token = nn.Parameter(torch.zeros(1, 1, 8))
+
+    model = nn.ModuleDict({"experts": Experts(), "gate": nn.Linear(16, 16)})
+    assert lp.find_targets(model).skipped == {"experts": "it holds stacked matrices (up: 4x8x16), which are not cut"}
