@@ -266,3 +266,28 @@ def test_a_kind_of_ones_own_is_used_everywhere(monkeypatch):
     with pytest.raises(ArgumentError, match="Embedding"):
         view_of(nn.Embedding(3, 3))
     assert issubclass(DoubledKind, Kind)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_blocks_behave_like_a_module(transposed):
+    model = Model(transposed)
+    plan = lp.make_plan(lp.find_targets(model), 0.9, lp.SVD(), rank_overrides={"qkv": 2, "qkv.k": "dense"})
+    lp.apply_plan_(model, plan)
+    layer, x = model.attn.qkv, torch.randn(3, 12)
+    copied = copy.deepcopy(layer)
+    assert torch.equal(copied(x), layer(x))
+    assert copied.q.A.weight is not layer.q.A.weight
+    assert layer.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+    assert copied.to("meta")(x.to("meta")).shape == (3, 22)
+    layer.float()
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(layer)(x)
+    assert explained.graph_break_count == 0
+    exported = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close(exported(x), layer(x))
+    vector = torch.nn.utils.parameters_to_vector(layer.parameters())
+    torch.nn.utils.vector_to_parameters(vector * 2, layer.parameters())
+    torch.testing.assert_close(torch.nn.utils.parameters_to_vector(layer.parameters()), 2 * vector)
+    checkpointed = torch.utils.checkpoint.checkpoint(layer, x.requires_grad_(), use_reentrant=False)
+    grads = [torch.autograd.grad(y.square().sum(), list(layer.parameters())) for y in (checkpointed, layer(x))]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
