@@ -40,7 +40,7 @@ def compress_(
     optimizers: Iterable[torch.optim.Optimizer] = (),
     *,
     layers_at_once: int | None = None,
-    split_fused: bool = True,
+    split_fused: bool = False,
 ) -> CompressionReport:
     """Compresses a model in place: targets, statistics, plan, surgery.
 

@@ -43,7 +43,7 @@ class Targets(dict[str, Target]):
 
 
 def find_targets(
-    model: nn.Module, target_modules: Patterns = None, exclude_modules: Patterns = None, *, split_fused: bool = True
+    model: nn.Module, target_modules: Patterns = None, exclude_modules: Patterns = None, *, split_fused: bool = False
 ) -> Targets:
     """Finds the weight matrices that can be cut.
 
@@ -150,7 +150,7 @@ class Layer:
             blocks = fused_blocks(key, kind.views(module)[""].out_features, modules.get(path))
         return cls(clean_name(name), module, kind, blocks)
 
-    def views(self, split_fused: bool = True) -> dict[str, MatrixView]:
+    def views(self, split_fused: bool = False) -> dict[str, MatrixView]:
         """Its matrices by part; the part of a layer that is one matrix is ``""``."""
         views = {} if self.kind is None else self.kind.views(self.module, self.blocks if split_fused else None)
         for part, view in views.items():

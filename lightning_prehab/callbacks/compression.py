@@ -139,7 +139,7 @@ class CompressionCallback(pl.Callback):
         rank_multiple_of: int = 1,
         reset_scores: bool = False,
         forecast_below: float = 0.01,
-        split_fused: bool = True,
+        split_fused: bool = False,
     ) -> None:
         super().__init__()
         if epoch != "auto" and (not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0):
