@@ -9,6 +9,7 @@ the training digits, and is measured on the other 599. Nothing is trained after 
 
 import argparse
 import copy
+import itertools
 import json
 import platform
 import statistics
@@ -22,20 +23,20 @@ from torch import Tensor, nn
 
 import lightning_prehab as lp
 from lightning_prehab.__about__ import __version__
+from lightning_prehab.kinds import ConvKind, register_kind
 
 RESULTS = Path(__file__).with_suffix(".json")
 SEEDS = (0, 1, 2)
 KEEPS = (0.5, 0.25, 0.1)
 EPOCHS, BATCH = 20, 64
-DEFAULT = "KroneckerSVD (default)"
-
+SCHEMES = ("channel", "spatial")
 METHODS: dict[str, Callable[[float], dict[str, Any]]] = {
     "SVD, uniform": lambda keep: {"factorization": lp.SVD(), "policy": lp.RankRatio(keep)},
     "SVD, global budget": lambda keep: {"factorization": lp.SVD(), "policy": lp.ParameterBudget(keep)},
     "WhitenedSVD, uniform": lambda keep: {"factorization": lp.WhitenedSVD(), "policy": lp.RankRatio(keep)},
     "WhitenedSVD, global budget": lambda keep: {"factorization": lp.WhitenedSVD(), "policy": lp.ParameterBudget(keep)},
     "KroneckerSVD, uniform": lambda keep: {"policy": lp.RankRatio(keep)},
-    DEFAULT: lambda keep: {},
+    "KroneckerSVD, global budget (default)": lambda keep: {},
 }
 
 
@@ -108,14 +109,14 @@ def run(seed: int) -> list[dict[str, object]]:
     dense = resnet()
     train(dense, images, labels, seed)
     batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
-    records = [{"method": "dense", "keep": 1.0, "seed": seed, "achieved_keep": 1.0, **measure(dense, *held)}]
-    for keep in KEEPS:
-        for method, settings in METHODS.items():
-            model = copy.deepcopy(dense)
-            report = lp.compress_(model, keep, batches, objective, **settings(keep))
-            found = {"method": method, "keep": keep, "seed": seed, "achieved_keep": round(report.plan.keep, 4)}
-            records.append({**found, **measure(model, *held)})
-            print(json.dumps(records[-1]), flush=True)
+    records: list[dict[str, object]] = [{"method": "dense", "seed": seed, **measure(dense, *held)}]
+    for scheme, keep, method in itertools.product(SCHEMES, KEEPS, METHODS):
+        register_kind(ConvKind(scheme))
+        model = copy.deepcopy(dense)
+        report = lp.compress_(model, keep, batches, objective, **METHODS[method](keep))
+        found = {"method": method, "scheme": scheme, "keep": keep, "seed": seed, "achieved_keep": round(report.keep, 4)}
+        records.append({**found, **measure(model, *held)})
+        print(json.dumps(records[-1]), flush=True)
     return records
 
 
@@ -133,16 +134,20 @@ def load() -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     columns = " | ".join(f"loss, keep {keep} | accuracy" for keep in KEEPS)
-    lines = [f"| method | {columns} |", "|---|" + "---|" * (2 * len(KEEPS))]
-    for method in ("dense", *METHODS):
+    lines = [f"| scheme, method | {columns} |", "|---|" + "---|" * (2 * len(KEEPS))]
+    for name in ("dense", *(f"{scheme}: {method}" for scheme in SCHEMES for method in METHODS)):
         cells = []
         for keep in KEEPS:
-            runs = [r for r in results["runs"] if r["method"] == method and r["keep"] in (keep, 1.0)]
+            runs = [r for r in results["runs"] if _row(r) == name and r.get("keep", keep) == keep]
             for what, scale, digits in (("loss", 1, 3), ("accuracy", 100, 1)):
                 values = [r[what] * scale for r in runs]
                 cells.append(f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}")
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _row(record: dict[str, Any]) -> str:
+    return f"{record['scheme']}: {record['method']}" if "scheme" in record else record["method"]
 
 
 def main() -> None:

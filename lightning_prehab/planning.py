@@ -262,7 +262,7 @@ def _layer_plan(
 def added_parameters(layer: Target, factorization: Factorization) -> int:
     """Parameters that a cut adds beside the two factors: a new bias, the values of a sparse part."""
     view = view_of(layer)
-    new_bias = view.out_features if factorization.adds_bias and view.bias is None else 0
+    new_bias = view.bias_size if factorization.adds_bias and view.bias is None else 0
     return new_bias + factorization.nonzeros(*view.shape)
 
 

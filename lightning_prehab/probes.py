@@ -110,7 +110,7 @@ class _Cutter:
     def __init__(self, model: nn.Module, targets: Mapping[str, Target]) -> None:
         recompile()
         self.reached: set[str] = set()
-        self._layers = locate(model, targets)
+        self._layers = locate(model, {name: view_of(target).shape for name, target in targets.items()})
         self._names = {join(name, part): (name, part) for name, (_, views) in self._layers.items() for part in views}
         self._active: tuple[str, nn.Module] | None = None
         self._bias: tuple[Tensor, Tensor] | None = None  # the one that is shifted, and as it was
@@ -131,7 +131,7 @@ class _Cutter:
         view, weight = views[part], views[part].parameter
         new = layer.kind.low_rank(layer.module, views, {part: factors})
         if factors.bias_shift is not None:
-            shift = factors.bias_shift.to(weight)
+            shift = view.to_bias(factors.bias_shift).to(weight)
             if view.bias is None:
                 child: Any = new.get_submodule(part)
                 child.B.bias = nn.Parameter(shift, requires_grad=False)

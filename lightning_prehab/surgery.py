@@ -99,7 +99,7 @@ def swap_(
     _planned_targets(model, plan)
     before = count_parameters(model)
     cut = {layer.name: factors[layer.name] for layer in plan.layers if layer.rank is not None}
-    swaps = [_Swap.prepare(layer, views, cut) for layer, views in locate(model, cut).values()]
+    swaps = [_Swap.prepare(layer, views, cut) for layer, views in locate(model, shapes_of(cut)).values()]
     edits = [edit for optimizer in optimizers for edit in _optimizer_edits(optimizer, swaps)]
     slots = _slots(model, {id(swap.old): swap.new for swap in swaps})
     errors = {name: error for swap in swaps for name, error in swap.errors().items()}
@@ -248,12 +248,22 @@ def factors_of_layer(
     Raises:
         CheckpointError: If the shapes do not fit.
     """
-    for split in (False, True):
-        views = layer.views(split)
+    error: CheckpointError | None = None
+    for views in [*layer.candidates(split_fused=False), *layer.candidates(split_fused=True)]:
         found = {part: stored[join(name, part)] for part in views if join(name, part) in stored}
-        if found:
-            return views, {part: _fitting(join(name, part), views[part], found[part]) for part in found}
+        try:
+            if found:
+                return views, {part: _fitting(join(name, part), views[part], found[part]) for part in found}
+        except CheckpointError as caught:
+            error = caught if error is None else error
+    if error is not None:
+        raise error
     return None
+
+
+def shapes_of(factors: Mapping[str, Factors]) -> dict[str, tuple[int, int]]:
+    """Shapes of the matrices that factors stand for, by name."""
+    return {name: (found.B.shape[0], found.A.shape[1]) for name, found in factors.items()}
 
 
 def _fitting(name: str, view: MatrixView, stored: Factors) -> Factors:
@@ -470,7 +480,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, split: Iterable[Tensor] = 
 
 def _planned_targets(model: nn.Module, plan: CompressionPlan) -> dict[str, Target]:
     """The matrices that the plan names, checked against it."""
-    located = locate(model, [layer.name for layer in plan.layers])
+    located = locate(model, {layer.name: (layer.out_features, layer.in_features) for layer in plan.layers})
     views = {join(name, part): view for name, (_, parts) in located.items() for part, view in parts.items()}
     for cut in plan.layers:
         view = views.get(cut.name)
@@ -486,7 +496,8 @@ def _planned_targets(model: nn.Module, plan: CompressionPlan) -> dict[str, Targe
 
 def _checked_factors(cut: LayerPlan, target: Target, plan: CompressionPlan, decomposition: Decomposition) -> Factors:
     assert cut.rank is not None
-    weight = view_of(target).parameter
+    view = view_of(target)
+    weight = view.parameter
     where = f"Layer {cut.name!r} ({cut.out_features}x{cut.in_features}): "
     with torch.no_grad(), naming(cut.name, target):
         a, b, shift, sparse = decomposition.factors(cut.rank)
@@ -503,7 +514,7 @@ def _checked_factors(cut: LayerPlan, target: Target, plan: CompressionPlan, deco
             f"{cut.nonzeros}, each at a place of its own, in ascending order."
         )
     a, b = a.to(weight), b.to(weight)
-    shift = None if shift is None else shift.to(weight)
+    shift = None if shift is None else view.to_bias(shift).to(weight)
     if sparse is not None:
         sparse = Sparse(sparse.indices.to(weight.device), sparse.values.to(weight))
     parts = (a, b, shift, None if sparse is None else sparse.values)

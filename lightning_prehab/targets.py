@@ -2,7 +2,7 @@
 
 import difflib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -152,34 +152,50 @@ class Layer:
 
     def views(self, split_fused: bool = False) -> dict[str, MatrixView]:
         """Its matrices by part; the part of a layer that is one matrix is ``""``."""
-        views = {} if self.kind is None else self.kind.views(self.module, self.blocks if split_fused else None)
-        for part, view in views.items():
-            view.part = part
-        return views
+        return self.candidates(split_fused)[0]
+
+    def candidates(self, split_fused: bool = True) -> list[dict[str, MatrixView]]:
+        """All ways to see it, the one that is used when there is a choice first."""
+        blocks = self.blocks if split_fused else None
+        found = [{}] if self.kind is None else list(self.kind.candidates(self.module, blocks))
+        for views in found:
+            for part, view in views.items():
+                view.part = part
+        return found
 
 
-def locate(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[Layer, dict[str, MatrixView]]]:
+def locate(
+    model: nn.Module, shapes: Mapping[str, tuple[int, int] | None]
+) -> dict[str, tuple[Layer, dict[str, MatrixView]]]:
     """The layers that hold some targets, by the name of the layer, with all of their matrices by part.
 
-    A layer is seen whole if its own name is among the names, else as its parts. Names that are not found are left out.
+    A layer is seen whole if its own name is among the names, else as its parts; where there are several ways to see it,
+    in the one whose matrices have the given shapes (None: any). Names that are not found are left out.
     """
-    wanted = set(names)
     found: dict[str, tuple[Layer, dict[str, MatrixView]]] = {}
     for layer in _layers(model):
         if layer.kind is None:
             continue
-        views = layer.views(split_fused=layer.name not in wanted)
-        if any(join(layer.name, part) in wanted for part in views):
+        views = _of_shapes(layer.name, layer.candidates(split_fused=layer.name not in shapes), shapes)
+        if any(join(layer.name, part) in shapes for part in views):
             found[layer.name] = layer, views
     return found
 
 
 def named_targets(model: nn.Module, names: Sequence[str]) -> dict[str, MatrixView]:
     """The targets of these names in another copy of the model that they were found in; see :func:`locate`."""
-    found = {
-        join(name, part): view for name, (_, views) in locate(model, names).items() for part, view in views.items()
-    }
+    located = locate(model, dict.fromkeys(names))
+    found = {join(name, part): view for name, (_, views) in located.items() for part, view in views.items()}
     return {name: found[name] for name in names if name in found}
+
+
+def _of_shapes(
+    name: str, candidates: Sequence[dict[str, MatrixView]], shapes: Mapping[str, tuple[int, int] | None]
+) -> dict[str, MatrixView]:
+    for views in candidates:
+        if all(shapes.get(join(name, part)) in (None, view.shape) for part, view in views.items()):
+            return views
+    return candidates[0]
 
 
 def join(layer: str, part: str) -> str:

@@ -18,7 +18,7 @@ from lightning_prehab.factorizations import Factorization, Factors
 from lightning_prehab.kinds import MatrixView
 from lightning_prehab.plan import CompressionPlan, LayerPlan
 from lightning_prehab.statistics import LayerStatistics
-from lightning_prehab.surgery import densify_, factors_of_layer, follow_state_dict_, stored_factors
+from lightning_prehab.surgery import densify_, factors_of_layer, follow_state_dict_, shapes_of, stored_factors
 from lightning_prehab.targets import Layer, clean_name, join, locate
 
 
@@ -118,7 +118,9 @@ def _put_dense_(
 def plan_of_factors(module: nn.Module, factors: Mapping[str, Factors], factorization: Factorization) -> CompressionPlan:
     """The plan that a replay carries out: the stored ranks, whatever policy once chose them."""
     views = {
-        join(name, part): view for name, (_, parts) in locate(module, factors).items() for part, view in parts.items()
+        join(name, part): view
+        for name, (_, parts) in locate(module, shapes_of(factors)).items()
+        for part, view in parts.items()
     }
     layers = tuple(
         LayerPlan(

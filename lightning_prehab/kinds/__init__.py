@@ -44,4 +44,4 @@ def view_of(target: nn.Module | MatrixView) -> MatrixView:
     return views[""]
 
 
-__all__ = ["Kind", "MatrixView", "kind_of", "register_kind", "view_of"]
+__all__ = ["ConvKind", "Kind", "MatrixView", "kind_of", "register_kind", "view_of"]

@@ -86,6 +86,15 @@ class MatrixView(ABC):
         """
         return y
 
+    @property
+    def bias_size(self) -> int:
+        """Entries of a bias for the outputs of this matrix."""
+        return self.out_features
+
+    def to_bias(self, shift: Tensor) -> Tensor:
+        """What to add to the bias so that every product is shifted: ``shift`` has shape ``(m,)``."""
+        return shift
+
     def fold(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Factors ``A`` (``(groups * rank, n)``) and ``B`` (``(m, rank)``) in the shapes of the low-rank module's."""
         return a, b
@@ -147,6 +156,13 @@ class Kind(ABC):
             ``{part: view}`` in a fixed order. The part of a layer that is one matrix is ``""``; others name a child of
             the low-rank module that takes the place of the matrix.
         """
+
+    def candidates(self, module: nn.Module, blocks: Mapping[str, int] | None = None) -> Sequence[dict[str, MatrixView]]:
+        """All ways to see a layer, :meth:`views` first; their matrices differ in shape.
+
+        Plans and stored factors say by their shapes which one they were made for.
+        """
+        return [self.views(module, blocks)]
 
     @abstractmethod
     def low_rank(

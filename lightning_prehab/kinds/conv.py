@@ -194,6 +194,15 @@ class SpatialView(_ConvView):
         kernel = self.parameter if into is None else into
         kernel.copy_(matrix_to_kernel(matrix, kernel.shape, "spatial"))
 
+    @property
+    def bias_size(self) -> int:
+        """Output channels."""
+        return self.module.out_channels
+
+    def to_bias(self, shift: Tensor) -> Tensor:
+        """Sums over the taps; in columns beside zero padding, where some are missing, that is too much."""
+        return shift.reshape(self.bias_size, -1).sum(1)
+
     def inputs(self, x: Tensor) -> Tensor:
         """Vertical patches at output rows and input columns: ``(B, H_out * columns, n)``."""
         x, vertical, horizontal = self._padded(x)
@@ -263,9 +272,15 @@ class ConvKind(Kind):
         assert isinstance(module, nn.Conv1d | nn.Conv2d)
         if blocks:
             raise ArgumentError(f"A {type(module).__name__} has no row blocks, got {dict(blocks)}.")
-        two_dimensional = module.groups == 1 and len(module.kernel_size) == 2 and min(module.kernel_size) > 1
-        spatial = self.scheme == "spatial" and two_dimensional
-        return {"": SpatialView(module) if spatial else ChannelView(module)}
+        return self.candidates(module, blocks)[0]
+
+    def candidates(self, module: nn.Module, blocks: Mapping[str, int] | None = None) -> Sequence[dict[str, MatrixView]]:
+        """Both schemes where there are two."""
+        assert isinstance(module, nn.Conv1d | nn.Conv2d)
+        found: list[dict[str, MatrixView]] = [{"": ChannelView(module)}]
+        if module.groups == 1 and len(module.kernel_size) == 2 and min(module.kernel_size) > 1:
+            found.insert(0 if self.scheme == "spatial" else 1, {"": SpatialView(module)})
+        return found
 
     def low_rank(
         self, module: nn.Module, views: Mapping[str, MatrixView], factors: Mapping[str, Factors]

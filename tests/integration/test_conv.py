@@ -9,6 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
+from lightning_prehab import kinds
+from lightning_prehab.errors import CheckpointError, PlanError
+from lightning_prehab.kinds.conv import ConvKind
 
 STEPS, EPOCHS, SURGERY = 4, 4, 2
 
@@ -55,8 +58,16 @@ def convolutions(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, lp.LowRankConv2d)}
 
 
-@pytest.mark.parametrize("factorization", [lp.SVD(), lp.WhitenedSVD(), lp.KroneckerSVD()])
-def test_a_small_resnet(factorization):
+@pytest.fixture(params=["channel", "spatial"])
+def scheme(request, monkeypatch):
+    monkeypatch.setattr(kinds, "_kinds", list(kinds._kinds))
+    if request.param == "spatial":
+        kinds.register_kind(ConvKind("spatial"))
+    return request.param
+
+
+@pytest.mark.parametrize("factorization", [lp.SVD(), lp.WhitenedSVD(centered=True), lp.KroneckerSVD()])
+def test_a_small_resnet(factorization, scheme):
     model, (x, y) = resnet(), data()
     dense = copy.deepcopy(model)
     report = lp.compress_(model, 0.5, batches(x, y), objective, factorization=factorization)
@@ -66,22 +77,22 @@ def test_a_small_resnet(factorization):
     assert {"1.conv1", "1.conv2", "2.conv1", "2.conv2"} <= set(cut)
     weights = sum(layer.A.weight.numel() + layer.B.weight.numel() for layer in cut.values())
     planned = {layer.name: layer for layer in report.plan.layers}
-    assert weights == sum(planned[name].parameters for name in cut)
+    assert weights == sum(planned[name].parameters - planned[name].new_bias for name in cut)
     assert cut["2.conv1"].groups == 2
+    assert cut["2.conv1"].scheme == "channel"
+    assert cut["2.conv2"].scheme == scheme
     for name, layer in cut.items():  # the dense network with the products in place of the kernels is the same function
         assert layer.rank == planned[name].rank
-        assert layer.bias is model.get_submodule(name).bias
-        with torch.no_grad():
-            dense.get_submodule(name).weight.copy_(layer.weight)
-            if layer.bias is not None:
-                dense.get_submodule(name).bias.copy_(layer.bias)
+        whole = dense.get_submodule(name)
+        assert (layer.bias is None) == (whole.bias is None and not getattr(factorization, "centered", False))
+        whole.weight.data, whole.bias = layer.weight.detach(), layer.bias
     if isinstance(model[6], lp.LowRankLinear):
-        dense[6].weight.data.copy_(model[6].weight)
+        dense[6].weight.data, dense[6].bias = model[6].weight.detach(), model[6].bias
     model.eval(), dense.eval()
     torch.testing.assert_close(model(x), dense(x), atol=1e-5, rtol=1e-5)
     back = copy.deepcopy(model)
     assert set(cut) <= set(lp.to_dense_(back))
-    assert repr(back) == repr(resnet().eval())
+    assert repr(back) == repr(dense)
     torch.testing.assert_close(back(x), model(x), atol=1e-5, rtol=1e-5)
 
 
@@ -142,7 +153,7 @@ def test_each_group_is_cut_by_itself():
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_first_moments_are_carried_exactly(groups):
+def test_first_moments_are_carried_exactly(groups, scheme):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.Tanh(), nn.Conv2d(8, 8, 3, groups=groups, bias=False), nn.Flatten())
     optimizer = torch.optim.AdamW(model.parameters())
@@ -155,13 +166,10 @@ def test_first_moments_are_carried_exactly(groups):
     low = model[2]
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert [id(p) for p in held] == [id(p) for p in model.parameters()]
-    for name, factor in (("A", low.A.weight), ("B", low.B.weight)):
-        found = optimizer.state[factor]["exp_avg"]
-        assert found.shape == factor.shape
-        expected = []  # the gradient in a factor is linear in the gradient in the kernel
-        for b, a, m in zip(*(t.flatten(1).chunk(groups) for t in (low.B.weight, low.A.weight, moment)), strict=True):
-            expected.append(b.mT @ m if name == "A" else m @ a.mT)
-        torch.testing.assert_close(found.flatten(1), torch.cat(expected))
+    # The gradient in the factors is linear in that in the kernel: what autograd makes of the moment.
+    expected = torch.autograd.grad(low.weight, [low.A.weight, low.B.weight], moment)
+    for factor, carried in zip((low.A.weight, low.B.weight), expected, strict=True):
+        torch.testing.assert_close(optimizer.state[factor]["exp_avg"], carried)
     model(x).square().sum().backward()
     optimizer.step()
 
@@ -209,10 +217,10 @@ def fit(folder, callbacks, ckpt_path=None):
 
 
 @pytest.mark.parametrize("space", ["weight", "activation", "loss"])
-def test_prehab_surgery_rehab_and_resume(space, tmp_path):
+def test_prehab_surgery_rehab_and_resume(space, scheme, tmp_path, monkeypatch):
     lit, trainer = fit(tmp_path, [*acts(space), Save(tmp_path)])
     assert len(lit.losses) == EPOCHS * STEPS
-    assert "2.conv1" in convolutions(lit.net)
+    assert scheme in {layer.scheme for layer in convolutions(lit.net).values()}
     expected = lit.state_dict()
     for epoch in range(EPOCHS - 1):
         again, resumed = fit(tmp_path, acts(space), tmp_path / f"epoch-{epoch}.ckpt")
@@ -223,13 +231,34 @@ def test_prehab_surgery_rehab_and_resume(space, tmp_path):
         torch.testing.assert_close(*states, rtol=0, atol=0)
         assert resumed.callbacks[1].report.to_dict() == trainer.callbacks[1].report.to_dict()
 
+    # What is stored says in which scheme it was cut, whatever would be chosen now.
+    other = ConvKind("channel" if scheme == "spatial" else "spatial")
+    monkeypatch.setattr(kinds, "_kinds", [other, *kinds._kinds])
+    assert str(fit(tmp_path, acts(space), tmp_path / f"epoch-{EPOCHS - 2}.ckpt")[0]) == str(lit)
     x = data()[0]
     loaded = lp.load_from_checkpoint(Lit, tmp_path / f"epoch-{EPOCHS - 1}.ckpt")
     assert torch.equal(loaded.net.eval()(x), lit.net.eval()(x))
     lp.save_compressed(lit.net, tmp_path / "files")
     assert torch.equal(lp.load_compressed(tmp_path / "files", resnet()).eval()(x), lit.net(x))
-    dense = fit(tmp_path, acts(space), tmp_path / "epoch-0.ckpt")[0]  # a dense checkpoint is cut at its time
-    assert str(dense) == str(lit)
+    damaged = resnet()
+    damaged[1].conv2 = nn.Conv2d(8, 8, 5, padding="same", padding_mode="circular")
+    with pytest.raises(CheckpointError, match=r"Layer '1.conv2'|1.conv2"):
+        lp.load_compressed(tmp_path / "files", damaged)
+
+
+def test_a_plan_says_by_its_shapes_in_which_scheme(monkeypatch):
+    model, (x, y) = resnet(), data()
+    settings = {"forward": objective, "gradients": True}
+    plans = {}
+    for name in ("channel", "spatial"):
+        monkeypatch.setattr(kinds, "_kinds", [ConvKind(name), *kinds._kinds])
+        targets = lp.find_targets(model)
+        statistics = lp.collect_statistics(model, targets, batches(x, y), **settings)
+        plans[name] = lp.make_plan(targets, 0.5, lp.SVD()), statistics
+    lp.apply_plan_(model, lp.CompressionPlan.from_dict(plans["channel"][0].to_dict()))  # while "spatial" is preferred
+    assert {layer.scheme for layer in convolutions(model).values()} == {"channel"}
+    with pytest.raises(PlanError, match="Make the plan for this very model"):
+        lp.apply_plan_(model, plans["spatial"][0])
 
 
 def test_prehab_lowers_the_tail_of_kernels(tmp_path):
