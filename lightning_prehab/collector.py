@@ -244,7 +244,12 @@ class Collector:
         return max(MIN_TOKENS, -(-TOKENS_PER_FEATURE * size // self._batches))
 
     def _tokens(self, x: Tensor) -> Tensor:
-        """Flattened to ``(tokens, features)``, padding left out where the mask fits the leading dimensions."""
+        """Flattened to ``(tokens, features)``, padding left out where the mask fits the leading dimensions.
+
+        Nested tensors, which ``nn.TransformerEncoder`` makes of padded ones, have no padding.
+        """
+        if x.is_nested:
+            return torch.cat(x.unbind())
         if self._mask is not None and self._mask.shape == x.shape[:-1]:
             return x[self._mask]
         return x.reshape(-1, x.shape[-1])

@@ -353,6 +353,11 @@ class _Swap:
             if found.bias_shift is not None and bias is not None:
                 bias += found.bias_shift
 
+    def replaced(self) -> list[nn.Parameter]:
+        """The weights that the new layer does not hold any more; one of a matrix that is not cut may stay."""
+        kept = {id(parameter) for parameter in self.new.parameters()}
+        return [view.parameter for view in self.views.values() if id(view.parameter) not in kept]
+
     def parameters(self, weight: Tensor) -> dict[str, Tensor]:
         """What takes the place of a weight in an optimizer, by name in the new layer; old biases stay."""
         kept = {id(parameter) for parameter in self.old.parameters()}
@@ -441,6 +446,16 @@ class _GroupEdit:
     names: list[str]
     removed: list[Tensor]
     states: dict[Tensor, dict[str, Any]]
+
+    def order(self, parameters: Sequence[Tensor]) -> None:
+        """Brings the parameters of one layer, if they stand side by side, into the order of a fresh optimizer."""
+        rank = {id(parameter): index for index, parameter in enumerate(parameters)}
+        places = [place for place, parameter in enumerate(self.params) if id(parameter) in rank]
+        if places != list(range(places[0], places[-1] + 1) if places else ()):
+            return  # the groups were not made in the order of the model
+        ordered = sorted(places, key=lambda place: rank[id(self.params[place])])
+        self.params[places[0] : places[-1] + 1] = [self.params[place] for place in ordered]
+        self.names[places[0] : places[-1] + 1] = [self.names[place] for place in ordered]
 
     def commit(self) -> None:
         self.group["params"][:] = self.params
@@ -534,8 +549,9 @@ def _slots(model: nn.Module, replacement: Mapping[int, nn.Module]) -> list[tuple
 
 
 def _optimizer_edits(optimizer: torch.optim.Optimizer, swaps: Sequence[_Swap]) -> list[_GroupEdit]:
-    by_weight = {id(view.parameter): swap for swap in swaps for view in swap.views.values()}
-    weights = {id(view.parameter): view.parameter for swap in swaps for view in swap.views.values()}
+    replaced = [(swap, weight) for swap in swaps for weight in swap.replaced()]
+    by_weight = {id(weight): swap for swap, weight in replaced}
+    weights = {id(weight): weight for _, weight in replaced}
     split = [
         weight
         for key, weight in weights.items()
@@ -562,6 +578,8 @@ def _optimizer_edits(optimizer: torch.optim.Optimizer, swaps: Sequence[_Swap]) -
             state = optimizer.state.get(parameter)
             if state:
                 edit.states.update(swap.states(parameter, state))
+        for swap in swaps:
+            edit.order(list(swap.new.parameters()))
         edits.append(edit)
     return edits
 

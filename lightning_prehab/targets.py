@@ -1,7 +1,7 @@
 """Which layers of a model can be cut, by dotted name, and why the others are left alone."""
 
 import difflib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,6 +19,8 @@ from lightning_prehab.linalg import break_even_rank, is_quantized
 
 #: Parameters that torch.nn.utils.prune, spectral_norm and weight_norm leave in place of the weight.
 _REPARAMETRIZED = {"weight_orig", "weight_v"}
+
+_TIED = "its weight is tied to another layer"
 
 Patterns = str | Sequence[str] | None
 #: A layer that is one matrix, or one matrix of a layer; :func:`~lightning_prehab.kinds.view_of` shows both alike.
@@ -117,9 +119,12 @@ def _candidates(model: nn.Module, split_fused: bool) -> dict[str, _Candidate]:
         if reason is not None:
             found[layer.name] = _Candidate(layer.name, layer.module, None, reason)
             continue
-        for part, view in layer.views(split_fused).items():
+        views = layer.views(split_fused)
+        shown = Counter(id(view.parameter) for view in views.values())
+        split = any(count > 1 and len(owners[key]) > 1 for key, count in shown.items())
+        for part, view in views.items():
             target = layer.module if type(layer.module) is nn.Linear and not part else view
-            reason = _why_not_view(view, owners)
+            reason = _TIED if split else _why_not_view(view, owners)
             found[join(layer.name, part)] = _Candidate(layer.name, layer.module, target, reason)
     return found
 
@@ -290,8 +295,6 @@ def _why_not(module: nn.Module, kind: Kind | None) -> str | None:
         return "its weight is parametrized; remove the parametrization first"
     if _REPARAMETRIZED & module._parameters.keys():
         return "its weight is pruned or normalized by a hook; make that permanent or remove it first"
-    if kind is None and isinstance(module, nn.MultiheadAttention):
-        return "the fused input projection of nn.MultiheadAttention is a bare parameter"
     if isinstance(module, nn.Embedding):
         return "embeddings are looked up, not multiplied"
     if kind is None and not any(name.startswith("weight") for name in module._parameters) and _stacked_weight(module):
@@ -308,7 +311,7 @@ def _why_not(module: nn.Module, kind: Kind | None) -> str | None:
 def _why_not_view(view: MatrixView, owners: dict[int, set[int]]) -> str | None:
     """Why one matrix cannot be cut, or None if it can."""
     if len(owners[id(view.parameter)]) > 1:
-        return "its weight is tied to another layer"
+        return _TIED
     if break_even_rank(view.out_features, view.in_features, view.group_count) < 1:
         return f"no rank saves parameters ({view.out_features}x{view.in_features})"
     return None

@@ -3,12 +3,13 @@
 from torch import nn
 
 from lightning_prehab.errors import ArgumentError
+from lightning_prehab.kinds.attention import MultiheadAttentionKind
 from lightning_prehab.kinds.base import Kind, MatrixView
 from lightning_prehab.kinds.conv import ConvKind
 from lightning_prehab.kinds.linear import LinearKind
 from lightning_prehab.kinds.transformers_conv1d import Conv1DKind
 
-_kinds: list[Kind] = [LinearKind(), ConvKind(), Conv1DKind()]
+_kinds: list[Kind] = [LinearKind(), ConvKind(), Conv1DKind(), MultiheadAttentionKind()]
 
 
 def register_kind(kind: Kind) -> None:

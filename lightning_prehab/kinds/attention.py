@@ -3,17 +3,19 @@
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.attention_layers import PARTS, LowRankMultiheadAttention, Masks, Projections, Three, attend, each
 from lightning_prehab.factorizations import Factors
 from lightning_prehab.kinds.base import Kind, MatrixView, See, dense_linear
-from lightning_prehab.layers import LowRankLinear, LowRankPlusSparseLinear
+from lightning_prehab.layers import LowRankLinear, low_rank_linear
 
 Watcher = Callable[[str, Tensor, Tensor], None]
 
@@ -39,42 +41,53 @@ class AttentionView(MatrixView):
         if self.part == "out_proj":
             found = self.module.out_proj._parameters["weight"]
         else:
-            found = self.module._parameters["in_proj_weight" if self._packed else f"{self.part}_weight"]
+            found = self.module._parameters["in_proj_weight" if self.packed else f"{self.part}_weight"]
         assert found is not None
         return found
 
     @property
-    def has_bias(self) -> bool:
-        """Whether the layer has biases."""
-        return (self.module.out_proj.bias if self.part == "out_proj" else self.module.in_proj_bias) is not None
+    def bias(self) -> Tensor | None:
+        """The bias of the output, or the part of the input bias that belongs to this projection."""
+        if self.part == "out_proj":
+            return self.module.out_proj._parameters["bias"]
+        bias = self.module._parameters["in_proj_bias"]
+        return None if bias is None else self._block(bias)
 
     @property
-    def _packed(self) -> bool:
+    def packed(self) -> bool:
+        """Whether its parameter holds the other input projections too."""
         return self.part != "out_proj" and self.module._qkv_same_embed_dim
+
+    def _block(self, tensor: Tensor) -> Tensor:
+        return tensor.narrow(0, PARTS.index(self.part) * self.out_features, self.out_features)
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """The rows that belong to this projection."""
-        return tensor.chunk(3)[PARTS.index(self.part)] if self._packed else tensor
-
-    @torch.no_grad()
-    def write_(self, matrix: Tensor) -> None:
-        """Copies the matrix into its rows."""
-        self.matrix(self.parameter).copy_(matrix)
+        return self._block(tensor) if self.packed else tensor
 
 
 class MultiheadAttentionKind(Kind):
     """Exactly ``nn.MultiheadAttention``, also inside torch's transformer layers."""
 
-    linear = True
+    linear: ClassVar[bool] = True
+    sparse: ClassVar[bool] = True
 
     def fits(self, module: nn.Module) -> bool:
         """The exact type."""
         return type(module) is nn.MultiheadAttention
 
     def refusal(self, module: nn.Module) -> str | None:
-        """A forward pass that was replaced on the instance is not known."""
+        """A forward pass or weights that are not those of torch are not known."""
         if "forward" in module.__dict__ and _watchers(module) is None:
             return "its forward pass was replaced on the instance; undo that first"
+        assert isinstance(module, nn.MultiheadAttention)
+        names = ["in_proj_weight"] if module._qkv_same_embed_dim else [f"{part}_weight" for part in PARTS[:3]]
+        if is_parametrized(module.out_proj):
+            return "the weight of its out_proj is parametrized; remove the parametrization first"
+        if type(module.out_proj) not in (NonDynamicallyQuantizableLinear, nn.Linear):
+            return f"its out_proj is a {type(module.out_proj).__name__}"
+        if "weight" not in module.out_proj._parameters or not module._parameters.keys() >= set(names):
+            return "a weight of it is pruned or normalized by a hook; make that permanent or remove it first"
         return None
 
     def views(self, module: nn.Module, blocks: Mapping[str, int] | None = None) -> dict[str, MatrixView]:
@@ -87,7 +100,7 @@ class MultiheadAttentionKind(Kind):
     ) -> LowRankMultiheadAttention:
         """The module with a low-rank child for each matrix that has factors."""
         assert isinstance(module, nn.MultiheadAttention)
-        children = {part: _child(module, view, part, factors.get(part)) for part, view in views.items()}
+        children = {part: _child(AttentionView(module, part), factors.get(part)) for part in views}
         return LowRankMultiheadAttention.from_parts(module, children)
 
     def watch(self, module: nn.Module, views: Sequence[MatrixView], see: See) -> list[RemovableHandle]:
@@ -106,17 +119,16 @@ class MultiheadAttentionKind(Kind):
         return [_Watch(module, watcher), module.register_forward_pre_hook(_keep_slow)]
 
 
-def _child(
-    module: nn.MultiheadAttention, view: MatrixView, part: str, factors: Factors | None
-) -> nn.Linear | LowRankLinear:
-    dense = dense_linear(view.weight, view.parameter, module.training)
-    if part == "out_proj":
-        dense.bias = module.out_proj.bias
-    if factors is None:
-        return dense
-    if factors.sparse is not None:
-        return LowRankPlusSparseLinear.from_factors(factors.A, factors.B, dense, factors.sparse)
-    return LowRankLinear.from_factors(factors.A, factors.B, dense)
+def _child(view: AttentionView, factors: Factors | None) -> nn.Linear | LowRankLinear:
+    """A projection with its factors, or dense: then with the parameter itself if that holds nothing else."""
+    dense = dense_linear(view.weight, view.parameter, view.module.training)
+    if view.part == "out_proj":
+        dense.register_parameter("bias", view.module.out_proj._parameters["bias"])
+    if factors is not None:
+        return low_rank_linear(factors.A, factors.B, dense, factors.sparse)
+    if not view.packed:
+        dense.weight = view.parameter
+    return dense
 
 
 class _Watch(RemovableHandle):

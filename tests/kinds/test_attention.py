@@ -61,7 +61,7 @@ def test_views_are_the_blocks_of_the_weights():
         assert views[part].parameter is packed.in_proj_weight
         assert torch.equal(views[part].weight, packed.in_proj_weight[16 * index : 16 * index + 16])
     assert views["out_proj"].parameter is packed.out_proj.weight
-    assert all(view.has_bias and view.weight.shape == (16, 16) for view in views.values())
+    assert all(view.bias is not None and view.weight.shape == (16, 16) for view in views.values())
     views = KIND.views(separate)
     assert [(v.out_features, v.in_features) for v in views.values()] == [(16, 16), (16, 12), (16, 24), (16, 16)]
     assert [views[part].parameter for part in PARTS[:3]] == [
@@ -69,7 +69,7 @@ def test_views_are_the_blocks_of_the_weights():
         separate.k_proj_weight,
         separate.v_proj_weight,
     ]
-    assert not any(view.has_bias for view in views.values())
+    assert not any(view.bias is not None for view in views.values())
 
 
 def test_a_view_writes_its_own_block_alone():
