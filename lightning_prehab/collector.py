@@ -189,11 +189,13 @@ class Collector:
                 fed[0].copy = x.clone() if fed[0].copy is None else fed[0].copy
                 x = fed[0].copy
 
+            shape = output.shape
+
             def add(gradient: Tensor) -> None:
                 for view, source in zip(views, fed, strict=True):
-                    self._add(view, source, x, gradient)
+                    self._add(view, source, x, gradient.reshape(shape))
 
-            output.register_hook(add)  # type: ignore[no-untyped-call]
+            _before_changes(output).register_hook(add)  # type: ignore[no-untyped-call]
         elif not self.wanted.backward or torch.is_grad_enabled():  # frozen: there will be no gradient
             for view, source in zip(views, fed, strict=True):
                 self._add_inputs(view, source, self._tokens(view.inputs(x)))
@@ -253,6 +255,18 @@ class Collector:
         if self._mask is not None and self._mask.shape == x.shape[:-1]:
             return x[self._mask]
         return x.reshape(-1, x.shape[-1])
+
+
+def _before_changes(output: Tensor) -> Tensor:
+    """The tensor whose hooks see the gradient of an output, whatever happens to it afterwards.
+
+    ``nn.Linear`` returns a view for inputs of three or more dimensions. If a view is changed in place (by a ReLU),
+    autograd makes its history anew and forgets its hooks, not those of the tensor that it shows.
+    """
+    base = output._base
+    if base is None or base.grad_fn is None or base.numel() != output.numel():
+        return output
+    return base if base.is_contiguous() and output.is_contiguous() else output
 
 
 def run_eagerly(hook: Callable[..., None]) -> Callable[..., None]:

@@ -214,6 +214,25 @@ def test_an_input_that_is_changed_in_place_later(mlp):
     torch.testing.assert_close(collector.statistics["fc"].input_gram, x.mT @ x, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(20,), (4, 5), (2, 2, 5)], ids=["rows", "sequences", "images"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_output_that_is_changed_in_place(shape, bias):
+    found = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8, bias=bias), nn.ReLU(inplace=inplace), nn.Linear(8, 3))
+        x = torch.randn(*shape, 6)
+        statistics = lp.collect_statistics(
+            model, lp.find_targets(model), [x], forward=lambda model, x: model(x).square().mean(), gradients=True
+        )
+        found.append(statistics["0"])
+    ours, expected = found
+    assert int(ours.tokens) == 20
+    torch.testing.assert_close(ours.input_gram, expected.input_gram)
+    torch.testing.assert_close(ours.gradient_gram, expected.gradient_gram)
+    torch.testing.assert_close(ours.fisher_rows, expected.fisher_rows)
+
+
 def test_keyword_inputs_and_gradients_of_the_user():
     class Keyword(nn.Module):
         def __init__(self):
