@@ -83,15 +83,23 @@ def row_blocks(whole: MatrixView, blocks: Mapping[str, int] | None) -> dict[str,
     return views
 
 
+#: Subclasses of ``nn.Linear`` that compute the same, by their module and name.
+_ALIKE = {
+    "timm.layers.linear": "Linear",  # casts, in TorchScript
+    "transformers.models.falcon.modeling_falcon": "FalconLinear",  # multiplies, then adds the bias
+}
+
+
 class LinearKind(Kind):
-    """Layers of exactly the type ``nn.Linear``."""
+    """Layers of exactly the type ``nn.Linear``, and of two subclasses that are known to compute the same."""
 
     linear: ClassVar[bool] = True
     sparse: ClassVar[bool] = True
 
     def fits(self, module: nn.Module) -> bool:
-        """Whether this is an ``nn.Linear``."""
-        return type(module) is nn.Linear
+        """Whether this is an ``nn.Linear``, by its exact type."""
+        kind = type(module)
+        return kind is nn.Linear or (issubclass(kind, nn.Linear) and _ALIKE.get(kind.__module__) == kind.__name__)
 
     def whole(self, module: nn.Module) -> MatrixView:
         """The view of the whole matrix."""

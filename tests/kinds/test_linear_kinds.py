@@ -1,10 +1,13 @@
 """Fused projections as row blocks, and the transposed linear layer of transformers."""
 
 import copy
+from unittest import mock
 
 import pytest
+import timm
 import torch
 from torch import nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 import lightning_prehab as lp
@@ -243,6 +246,24 @@ def test_blocks_refuse_what_does_not_fit_together():
         LowRankBlocks({"a": nn.Linear(3, 4), "b": nn.Linear(4, 4)})
     with pytest.raises(ArgumentError, match=r"\(8,\), got \(4,\)"):
         LowRankBlocks({"a": nn.Linear(3, 4), "b": nn.Linear(3, 4)}, nn.Parameter(torch.zeros(4)))
+
+
+def test_subclasses_that_compute_the_same_are_cut_others_are_not():
+    class Linear(nn.Linear):
+        """The same name elsewhere says nothing."""
+
+    class Other(timm.layers.Linear):
+        """Nor does a known parent."""
+
+    model = nn.Sequential(timm.layers.Linear(8, 8), FalconLinear(8, 8, bias=False), Linear(8, 8), Other(8, 8))
+    x, dense = torch.randn(5, 8), copy.deepcopy(model)
+    report = lp.compress_(model, 0.5)
+    assert report.ranks == {"0": 2, "1": 2}
+    assert report.plan.skipped == {"2": "Linear is not a layer kind that can be cut", "3": mock.ANY}
+    for new, old in zip(model[:2], dense[:2], strict=True):
+        with torch.no_grad():
+            old.weight.copy_(new.weight)
+        torch.testing.assert_close(new(x), old(x))
 
 
 def test_a_kind_of_ones_own_is_used_everywhere(monkeypatch):
