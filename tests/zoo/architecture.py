@@ -41,18 +41,26 @@ class Architecture:
         """The name and the library, for test names."""
         return f"{self.name} ({self.library})"
 
-    def build(self) -> nn.Module:
-        """The tiny model, in eval mode: the same weights at each call, the global random state left alone.
+    def build(self, seed: int = 0) -> nn.Module:
+        """The tiny model, in eval mode: the same weights for the same seed, the global random state left alone.
 
-        What the libraries set to a constant (norms, biases, layer scales of 1e-6) is moved too, so that every layer
-        acts on the output.
+        What the libraries set to a constant (norms, biases, layer scales of 1e-6) is moved too, and batch norms have
+        seen the batch, so that every layer acts on the output.
         """
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             model = self.tiny()
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(torch.randn(parameter.shape), alpha=0.1)
+                norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+                momenta = [norm.momentum for norm in norms]
+                for norm in norms:
+                    norm.momentum = 1.0
+                if norms:
+                    output_of(model.train(), self.batch())
+                for norm, momentum in zip(norms, momenta, strict=True):
+                    norm.momentum = momentum
         return model.eval()
 
     def build_published(self) -> nn.Module:
