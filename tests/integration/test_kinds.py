@@ -85,7 +85,8 @@ def fit(folder, name, ckpt_path=None, extra=(), **settings):
 
 @pytest.mark.parametrize("name", NETS)
 def test_a_run_that_is_resumed_ends_like_one_that_is_not(name, tmp_path):
-    settings = {"rank_overrides": {"*.k": "dense"}} if name in ("fused", "transposed") else {}
+    fused = name in ("fused", "transposed")
+    settings = {"rank_overrides": {"*.k": "dense"}, "split_fused": True} if fused else {}
     saver = ModelCheckpoint(tmp_path, "{epoch}", every_n_epochs=1, save_top_k=-1)
     whole, trainer = fit(tmp_path, name, extra=[saver], **settings)
     assert any(isinstance(module, LowRankLayer) for module in whole.modules())
@@ -138,7 +139,7 @@ def test_every_prehab_trains_every_kind(name, prehab, tmp_path):
         enable_checkpointing=False,
         default_root_dir=tmp_path,
         max_epochs=2,
-        callbacks=[prehab(), lp.CompressionCallback(1, 0.6, calibration_batches=4)],
+        callbacks=[prehab(), lp.CompressionCallback(1, 0.6, calibration_batches=4, split_fused=True)],
     )
     trainer.fit(lit, loader(name))
     assert any(isinstance(module, LowRankLayer) for module in lit.modules())

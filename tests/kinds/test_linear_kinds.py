@@ -95,14 +95,20 @@ def test_at_full_rank_the_layer_does_the_same_and_finds_the_way_back(transposed,
 def test_the_plan_takes_fused_projections_apart(transposed):
     model = Model(transposed)
     names = ["attn.qkv.q", "attn.qkv.k", "attn.qkv.v", "attn.out", "head"]
-    assert list(lp.find_targets(model)) == names
-    assert list(lp.find_targets(model, split_fused=False)) == ["attn.qkv", "attn.out", "head"]
-    assert list(lp.find_targets(model, "attn.qkv")) == names[:3]  # the name of the layer stands for its blocks
-    assert list(lp.find_targets(model, "qkv")) == names[:3]
-    assert list(lp.find_targets(model, exclude_modules=["qkv.k", "*.out"])) == ["attn.qkv.q", "attn.qkv.v", "head"]
+    assert list(lp.find_targets(model)) == ["attn.qkv", "attn.out", "head"]
+
+    def apart(*patterns, **settings):
+        return list(lp.find_targets(model, *patterns, split_fused=True, **settings))
+
+    assert apart() == names
+    assert apart("attn.qkv") == names[:3]  # the name of the layer stands for its blocks
+    assert apart("qkv") == names[:3]
+    assert apart(exclude_modules=["qkv.k", "*.out"]) == ["attn.qkv.q", "attn.qkv.v", "head"]
     with pytest.raises(TargetError, match=r"'qkv\.z'.*attn\.qkv"):
-        lp.find_targets(model, "qkv.z")
-    plan = lp.make_plan(lp.find_targets(model), 0.6, lp.SVD(), rank_overrides={"qkv": 2, "qkv.v": "dense"})
+        apart("qkv.z")
+    plan = lp.make_plan(
+        lp.find_targets(model, split_fused=True), 0.6, lp.SVD(), rank_overrides={"qkv": 2, "qkv.v": "dense"}
+    )
     assert plan.ranks["attn.qkv.q"] == plan.ranks["attn.qkv.k"] == 2
     assert plan.ranks["attn.qkv.v"] is None
 
@@ -142,7 +148,7 @@ def test_compress_counts_right_and_cuts_what_the_plan_says(transposed, bias, fac
     model = Model(transposed, bias)
     dense = copy.deepcopy(model)
     given = batches()
-    report = lp.compress_(model, 0.5, given, factorization=factorization)
+    report = lp.compress_(model, 0.5, given, factorization=factorization, split_fused=True)
     assert report.keep <= 0.5
     assert sum(p.numel() for p in model.parameters()) == report.parameters_after
     for name, rank in report.ranks.items():
@@ -152,8 +158,10 @@ def test_compress_counts_right_and_cuts_what_the_plan_says(transposed, bias, fac
     assert type(model.attn.qkv) is expected
     assert torch.isfinite(model(given[0])).all()
     lp.to_dense_(model)
-    old = {name: view_of(target).weight for name, target in lp.find_targets(dense).items()}
-    new = {name: view_of(target).weight for name, target in lp.find_targets(model).items()}
+    old, new = (
+        {name: view_of(target).weight for name, target in lp.find_targets(net, split_fused=True).items()}
+        for net in (dense, model)
+    )
     for name, error in report.weight_errors.items():
         torch.testing.assert_close(
             float((new[name] - old[name]).norm() / old[name].norm()), error, atol=1e-5, rtol=1e-4
@@ -189,7 +197,9 @@ def test_optimizer_state_follows_each_block(transposed):
     moment = moment.mT if transposed else moment
     second = optimizer.state[weight]["exp_avg_sq"].clone()
     second = second.mT if transposed else second
-    plan = lp.make_plan(lp.find_targets(model), 0.9, lp.SVD(), rank_overrides={"qkv": 2, "qkv.k": "dense", "out": 3})
+    plan = lp.make_plan(
+        lp.find_targets(model, split_fused=True), 0.9, lp.SVD(), rank_overrides={"qkv": 2, "qkv.k": "dense", "out": 3}
+    )
     lp.apply_plan_(model, plan, optimizers=[optimizer])
     blocks = model.attn.qkv
     assert optimizer.param_groups[0]["param_names"] == [name for name, _ in sorted_as(optimizer, model)]
@@ -214,13 +224,15 @@ def test_files_and_state_dicts_in_both_directions(transposed, tmp_path):
     pytest.importorskip("safetensors")
     model = Model(transposed)
     dense = copy.deepcopy(model)
-    plan = lp.make_plan(lp.find_targets(model), 0.9, lp.SVD(), rank_overrides={"qkv": 2, "qkv.k": "dense"})
+    plan = lp.make_plan(
+        lp.find_targets(model, split_fused=True), 0.9, lp.SVD(), rank_overrides={"qkv": 2, "qkv.k": "dense"}
+    )
     lp.apply_plan_(model, plan)
     x = batches()[0]
     lp.save_compressed(model, tmp_path)
     assert torch.equal(lp.load_compressed(tmp_path, Model(transposed))(x), model(x))
     other = Model(transposed)
-    lp.compress_(other, 0.9, factorization=lp.SVD())
+    lp.compress_(other, 0.9, factorization=lp.SVD(), split_fused=True)
     assert torch.equal(lp.load_compressed(tmp_path, other)(x), model(x))  # of other ranks
     assert follow_state_dict_(other, dense.state_dict()) == ["attn.qkv", "attn.out", "head"]
     other.load_state_dict(dense.state_dict())
@@ -292,7 +304,9 @@ def test_a_kind_of_ones_own_is_used_everywhere(monkeypatch):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_blocks_behave_like_a_module(transposed):
     model = Model(transposed)
-    plan = lp.make_plan(lp.find_targets(model), 0.9, lp.SVD(), rank_overrides={"qkv": 2, "qkv.k": "dense"})
+    plan = lp.make_plan(
+        lp.find_targets(model, split_fused=True), 0.9, lp.SVD(), rank_overrides={"qkv": 2, "qkv.k": "dense"}
+    )
     lp.apply_plan_(model, plan)
     layer, x = model.attn.qkv, torch.randn(3, 12)
     copied = copy.deepcopy(layer)
