@@ -50,7 +50,7 @@ def layer_figure(plan: CompressionPlan, weight_errors: Mapping[str, float], name
     axes = figure.subplots()
     places = range(len(layers))
     if name == "ranks":
-        full = [min(layer.out_features, layer.in_features) for layer in layers]
+        full = [min(layer.out_features // layer.groups, layer.in_features) for layer in layers]
         axes.barh(places, full, color=_BEFORE, label="full rank (dense where nothing is drawn over it)")
         axes.barh(places, [layer.rank or 0 for layer in layers], color=_AFTER, label="rank after the cut")
         axes.set_xlabel("rank", fontsize=8)

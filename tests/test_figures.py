@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 
 import lightning_prehab as lp
 from lightning_prehab import latency
@@ -133,6 +134,14 @@ def test_spectra_are_drawn_up_to_the_rank(report):
             assert kept[rank:].flatten().tolist() == pytest.approx([left + rank / full, 0.0])
         words = "dense" if rank is None else f"rank {rank}"
         assert axes.texts[place].get_text() == f"{name}\n{words} of {full}"
+
+
+def test_full_ranks_are_those_of_a_group():
+    """A grouped convolution has factors of its own in each group."""
+    model = nn.Sequential(nn.Conv2d(32, 64, 3, groups=2), nn.Conv2d(64, 16, 1))
+    report = lp.compress_(model, 0.5)
+    full = [bar.get_width() for bar in report.figure("ranks").axes[0].containers[0]]
+    assert full == [spectrum.indices[-1] for spectrum in report.spectra.values()] == [32, 16]
 
 
 def test_many_layers_with_long_names(report):
