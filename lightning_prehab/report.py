@@ -169,8 +169,8 @@ class CompressionReport:
         the loss, parameters are counts, latencies are seconds; "or null" means not known.
 
         - ``version`` (int): of this form, 1; other versions are refused when read. Within a version keys are added
-          only, and such keys may be missing: ``new_bias``, ``nonzeros``, both ``loss_increase``, ``spectrum`` and
-          ``latency`` were. Pass over keys that you do not know.
+          only, and such keys may be missing: ``new_bias``, ``nonzeros``, ``groups``, both ``loss_increase``,
+          ``spectrum`` and ``latency`` were. Pass over keys that you do not know.
         - ``factorization`` (str): for people. ``method`` (object): the same for :meth:`load_json`.
         - ``keep``, ``model_keep`` (float): share of the parameters kept, of the targets' weights, of the whole model.
         - ``parameters_before``, ``parameters_after`` (int): of the whole model.
