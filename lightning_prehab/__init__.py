@@ -1,5 +1,7 @@
 """SVD compression of neural networks in three acts, as PyTorch Lightning callbacks: prehab, surgery, rehab."""
 
+from lightning_prehab.attention_layers import LowRankMultiheadAttention
+from lightning_prehab.block_layers import LowRankBlocks
 from lightning_prehab.calibration import collect_statistics
 from lightning_prehab.callbacks import CompressionCallback, PaperPrehab, PrehabCallback, RehabSchedule
 from lightning_prehab.compress import compress_
@@ -40,10 +42,12 @@ __all__ = [
     "KroneckerSVD",
     "LayerPlan",
     "LayerStatistics",
+    "LowRankBlocks",
     "LowRankCheckpointMixin",
     "LowRankConv1d",
     "LowRankConv2d",
     "LowRankLinear",
+    "LowRankMultiheadAttention",
     "LowRankPlusSparse",
     "LowRankPlusSparseLinear",
     "NuclearNorm",
