@@ -451,8 +451,8 @@ class _GroupEdit:
         """Brings the parameters of one layer, if they stand side by side, into the order of a fresh optimizer."""
         rank = {id(parameter): index for index, parameter in enumerate(parameters)}
         places = [place for place, parameter in enumerate(self.params) if id(parameter) in rank]
-        if places != list(range(places[0], places[-1] + 1) if places else ()):
-            return  # the groups were not made in the order of the model
+        if not places or places[-1] - places[0] >= len(places):
+            return  # it is not held, or the groups were not made in the order of the model
         ordered = sorted(places, key=lambda place: rank[id(self.params[place])])
         self.params[places[0] : places[-1] + 1] = [self.params[place] for place in ordered]
         self.names[places[0] : places[-1] + 1] = [self.names[place] for place in ordered]
