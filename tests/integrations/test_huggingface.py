@@ -75,14 +75,6 @@ CASES = {
 }
 
 
-def run(folder, mode):
-    process = subprocess.run(
-        [sys.executable, str(WORKER), str(folder), mode], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    return json.loads(process.stdout.rpartition("RESULT")[2])
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
@@ -90,6 +82,16 @@ def saved(tmp_path_factory):
     torch.set_num_threads(1)  # as in the worker: products that are split among threads may be rounded otherwise
     yield folder, save_all(folder)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def fresh(saved):
+    """What a fresh process finds, with and without this package, and without transformers; see the worker."""
+    process = subprocess.run(
+        [sys.executable, str(WORKER), str(saved[0])], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout.rpartition("RESULT")[2])
 
 
 def save_all(folder):
@@ -110,11 +112,11 @@ def save_all(folder):
     return ranks
 
 
-def test_round_trip_in_a_fresh_process(saved):
-    folder, ranks = saved
+def test_round_trip_in_a_fresh_process(saved, fresh):
+    ranks = saved[1]
     pytest.importorskip("accelerate")
-    result = run(folder, "with")
-    assert result.pop("imported too early") is False
+    assert fresh["imported too early"] is False
+    result = fresh["with both"]
     assert set(result) == set(CASES)
     for name, found in result.items():
         assert not isinstance(found, str), f"{name}: {found}"
@@ -126,8 +128,8 @@ def test_round_trip_in_a_fresh_process(saved):
     assert result["llama_tied"]["dtype"] == "torch.bfloat16"
 
 
-def test_without_this_package_it_is_an_error_that_names_it(saved):
-    result = run(saved[0], "without")
+def test_without_this_package_it_is_an_error_that_names_it(fresh):
+    result = fresh["without this package"]
     assert set(result) == set(CASES)
     for found in result.values():
         assert isinstance(found, str)
@@ -214,17 +216,5 @@ def test_a_layer_that_the_model_does_not_have(saved, tmp_path):
         transformers.BertForSequenceClassification.from_pretrained(tmp_path)
 
 
-def test_works_where_transformers_is_missing():
-    code = (
-        "import sys, lightning\n"
-        "for name in list(sys.modules):\n"  # torchmetrics has imported it, being told by the metadata that it is there
-        "    if name.split('.')[0] == 'transformers':\n        del sys.modules[name]\n"
-        "sys.modules['transformers'] = None\n"
-        "import torch, lightning_prehab as lp\n"
-        "lp.compress_(torch.nn.Sequential(torch.nn.Linear(8, 8)), keep=0.5)\n"
-        "try:\n    import lightning_prehab.integrations.huggingface\n"
-        "except lp.PrehabError as error:\n    print(error)\n"
-    )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert process.returncode == 0, process.stderr[-2000:]
-    assert "lightning-prehab[hf]" in process.stdout
+def test_works_where_transformers_is_missing(fresh):
+    assert "lightning-prehab[hf]" in fresh["without transformers"]
