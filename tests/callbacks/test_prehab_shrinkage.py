@@ -223,7 +223,7 @@ def test_the_forecast_is_half_the_tail_in_the_loss_space(lit, data, make_trainer
                 total = 0.0
                 for layer in prehab._layers:
                     metric = layer.metric
-                    seen = metric.left.double() @ layer.module.weight.double() @ metric.right.double()
+                    seen = metric.left.double() @ layer.view.weight.double() @ metric.right.double()
                     total += 0.5 * float(torch.linalg.svdvals(seen)[layer.rank :].square().sum())
                 found.append((prehab.forecast, total))
 
