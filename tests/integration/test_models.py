@@ -1,6 +1,5 @@
 """Models that people bring, at random initialization and tiny."""
 
-import pytest
 import timm
 import torch
 import transformers
@@ -34,9 +33,20 @@ def test_bert_with_padding_trains_on():
     model(**batch).loss.backward()
 
 
-def test_gpt2_lists_what_it_leaves():
+def test_gpt2_is_cut_and_lists_what_it_leaves():
     config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=1, n_head=2)
     model = transformers.GPT2LMHeadModel(config)
-    with pytest.raises(lp.PrehabError, match="Conv1D is not a layer kind that can be cut"):
-        lp.compress_(model, keep=0.5)
-    assert type(model.lm_head) is torch.nn.Linear
+    ids = torch.randint(50, (40, 9))
+    report = lp.compress_(model, keep=0.5, batches=[{"input_ids": ids, "labels": ids}])
+    assert list(report.ranks) == [
+        f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+    assert report.plan.skipped == {
+        "transformer.wte": "embeddings are looked up, not multiplied",
+        "transformer.wpe": "embeddings are looked up, not multiplied",
+        "lm_head": "its weight is tied to another layer",
+    }
+    assert model.lm_head.weight is model.transformer.wte.weight
+    model(ids, labels=ids).loss.backward()
+    assert model.transformer.h[0].attn.c_attn.A.weight.grad is not None
+    assert model.generate(ids[:1, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)
