@@ -152,6 +152,40 @@ def test_each_group_is_cut_by_itself():
         torch.testing.assert_close(model[0].weight.chunk(2)[number], alone[0].weight, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"factorization": lp.ActivationSVD()},
+        {"factorization": lp.FisherSVD()},
+        {"policy": lp.ZeroSum(0.5)},
+        {"policy": lp.ProbeBudget(0.5)},
+        {"policy": lp.EnergyThreshold(0.9)},
+        {"policy": lp.ParameterBudget(0.5, cost="flops")},
+        {"layers_at_once": 1},
+    ],
+    ids=str,
+)
+def test_every_method_and_policy(settings, scheme):
+    model, (x, y) = resnet(), data(32)
+    report = lp.compress_(model, 0.5, batches(x, y), objective, **settings)
+    cut = convolutions(model)
+    assert cut
+    assert all(report.ranks[name] == layer.rank for name, layer in cut.items())
+    assert report.parameters_after == sum(p.numel() for p in model.parameters())
+    assert report.parameters_after < report.parameters_before
+    assert torch.isfinite(model(x)).all()
+
+
+def test_channels_last_changes_nothing(scheme):
+    plain, (x, y) = resnet(), data()
+    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    given = x.to(memory_format=torch.channels_last)
+    ranks = lp.compress_(plain, 0.5, batches(x, y), objective).ranks
+    assert lp.compress_(last, 0.5, batches(given, y), objective).ranks == ranks
+    for name, layer in convolutions(plain).items():
+        torch.testing.assert_close(convolutions(last)[name].weight, layer.weight, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_first_moments_are_carried_exactly(groups, scheme):
     torch.manual_seed(1)
@@ -205,9 +239,9 @@ def acts(space="loss"):
     ]
 
 
-def fit(folder, callbacks, ckpt_path=None):
+def fit(folder, callbacks, ckpt_path=None, memory_format=torch.contiguous_format):
     torch.manual_seed(0)
-    lit = Lit()
+    lit = Lit().to(memory_format=memory_format)
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=False, default_root_dir=folder, max_epochs=EPOCHS, callbacks=callbacks,
@@ -261,8 +295,9 @@ def test_a_plan_says_by_its_shapes_in_which_scheme(monkeypatch):
         lp.apply_plan_(model, plans["spatial"][0])
 
 
-def test_prehab_lowers_the_tail_of_kernels(tmp_path):
-    """TailEnergy acts on the matrices of the kernels as it does on those of linear layers."""
+@pytest.mark.parametrize("regularizer", [lp.TailEnergy(), lp.TailShrinkage()], ids=["penalty", "shrinkage"])
+def test_prehab_lowers_the_tail_of_kernels(regularizer, tmp_path):
+    """Regularizers act on the matrices of kernels, of any memory format, as they do on those of linear layers."""
 
     tails = []
 
@@ -273,8 +308,10 @@ def test_prehab_lowers_the_tail_of_kernels(tmp_path):
                 tails.append(float(s[3:].sum() / s.sum()))
 
     compression = lp.CompressionCallback(SURGERY, 0.4, policy=lp.RankRatio(0.4))
-    fit(tmp_path, [lp.PrehabCallback(lp.TailEnergy(), 10.0, space="weight"), compression, Look()])
-    fit(tmp_path, [Look()])
+    strength = {"strength": 10.0} if isinstance(regularizer, lp.TailEnergy) else {}
+    prehab = lp.PrehabCallback(regularizer, space="weight", **strength)
+    fit(tmp_path, [prehab, compression, Look()], memory_format=torch.channels_last)
+    fit(tmp_path, [Look()], memory_format=torch.channels_last)
     assert tails[0] < 0.8 * tails[1]
 
 
