@@ -230,7 +230,7 @@ def _follower(
         return None if isinstance(module, LowRankLayer) and _alike(module, new) else new
     if dense is module or not any(f"{prefix}{name}.{key}" in state_dict for key, _ in dense.named_parameters()):
         return None
-    if type(dense) is nn.Linear:
+    if isinstance(dense, nn.Linear | nn.Conv1d | nn.Conv2d):
         _fit_bias(dense, f"{prefix}{name}.bias" in state_dict, dense.weight)
     return dense
 

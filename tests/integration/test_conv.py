@@ -12,6 +12,7 @@ import lightning_prehab as lp
 from lightning_prehab import kinds
 from lightning_prehab.errors import CheckpointError, PlanError
 from lightning_prehab.kinds.conv import ConvKind
+from lightning_prehab.surgery import follow_state_dict_
 
 STEPS, EPOCHS, SURGERY = 4, 4, 2
 
@@ -174,6 +175,19 @@ def test_every_method_and_policy(settings, scheme):
     assert report.parameters_after == sum(p.numel() for p in model.parameters())
     assert report.parameters_after < report.parameters_before
     assert torch.isfinite(model(x)).all()
+
+
+def test_biases_that_centering_added_come_and_go_with_what_is_loaded(scheme):
+    model, fresh, (x, y) = resnet(), resnet(), data()
+    lp.compress_(model, 0.5, batches(x, y), objective, factorization=lp.WhitenedSVD(centered=True))
+    assert model[1].conv1.bias is not None
+    compressed = {name: value.clone() for name, value in model.state_dict().items()}
+    for target, state in ((model, fresh.state_dict()), (fresh, compressed)):
+        follow_state_dict_(target, state)
+        assert list(target.state_dict()) == list(state)
+        target.load_state_dict(state)
+    assert model[1].conv1.bias is None
+    assert fresh[1].conv1.bias.shape == (8,)
 
 
 def test_channels_last_changes_nothing(scheme):
