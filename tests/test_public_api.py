@@ -17,10 +17,12 @@ NAMES = {
     "KroneckerSVD",
     "LayerPlan",
     "LayerStatistics",
+    "LowRankBlocks",
     "LowRankCheckpointMixin",
     "LowRankConv1d",
     "LowRankConv2d",
     "LowRankLinear",
+    "LowRankMultiheadAttention",
     "NuclearNorm",
     "LowRankPlusSparse",
     "LowRankPlusSparseLinear",
@@ -86,6 +88,7 @@ def test_signatures_of_the_callbacks():
         "rank_multiple_of",
         "reset_scores",
         "forecast_below",
+        "split_fused",
     ]
     assert arguments(lp.RehabSchedule) == ["warmup_steps", "warmup_epochs", "start_factor", "peak_factor", "shape"]
 
