@@ -264,7 +264,9 @@ def fit(folder, callbacks, ckpt_path=None, memory_format=torch.contiguous_format
     return lit, trainer
 
 
-@pytest.mark.parametrize("space", ["weight", "activation", "loss"])
+@pytest.mark.parametrize(
+    ("space", "scheme"), [("loss", "channel"), ("activation", "spatial"), ("weight", "spatial")], indirect=["scheme"]
+)
 def test_prehab_surgery_rehab_and_resume(space, scheme, tmp_path, monkeypatch):
     lit, trainer = fit(tmp_path, [*acts(space), Save(tmp_path)])
     assert len(lit.losses) == EPOCHS * STEPS
