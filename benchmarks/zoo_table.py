@@ -18,18 +18,20 @@ from architecture import Architecture
 from architectures import ARCHITECTURES
 
 import lightning_prehab as lp
+from lightning_prehab.kinds import view_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
-COLUMNS = ["architecture", "from", "published size", "parameters", "can be cut", "layers", "left alone, and why"]
+COLUMNS = ["architecture", "from", "published size", "parameters", "can be cut", "matrices", "left alone, and why"]
 LIBRARIES = ["transformers", "timm", "torchvision"]
 INTRODUCTION = """\
 # Models
 
 {count} architectures at random weights: `tests/zoo` plans, cuts, runs, differentiates, saves and loads each in a tiny
 configuration, with `SVD` and with `KroneckerSVD`; layers of full rank give the same output. This table is about their
-published sizes, with {versions}. *Can be cut*: the share of all parameters that lies in the weights of target
-layers, *layers* their number. `*` stands for a number in a name; a number before a name says how many layers it
-stands for. `python benchmarks/zoo_table.py` writes this page.
+published sizes, with {versions}.
+*Can be cut* is the share of all parameters that lies in matrices that `find_targets` finds, *matrices* their number. In
+the last column `*` stands for a number in a name, and a number before a name says how many layers it stands for. A head
+that is tied to the embedding is left. `python benchmarks/zoo_table.py` writes this page.
 """
 
 
@@ -38,7 +40,7 @@ def describe_left(skipped: dict[str, str]) -> str:
     groups: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for name, reason in skipped.items():
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", name)
-        groups[re.sub(r" \(\d+x\d+\)", "", reason)][pattern] += 1
+        groups[re.sub(r" \(\d+x\d+\)|: \d+(x\d+)+", "", reason)][pattern] += 1
     cells = []
     for reason, patterns in groups.items():
         names = [f"{count} `{name}`" if count > 1 else f"`{name}`" for name, count in patterns.items()]
@@ -61,14 +63,14 @@ def row(architecture: Architecture) -> str:
     except lp.PrehabError as error:
         raise SystemExit(f"{architecture.id}: {error}") from error
     total = targets.model_parameters
-    cut = sum(layer.weight.numel() for layer in targets.values())
+    cut = sum(view_of(target).weight.numel() for target in targets.values())
     cells = [architecture.name, architecture.library, f"`{architecture.size}`", format_count(total)]
     cells += [f"{cut / total:.1%}", str(len(targets)), describe_left(targets.skipped)]
     return f"| {' | '.join(cells)} |"
 
 
 def installed() -> str:
-    """The versions that the table depends on."""
+    """The versions that the table depends on, as the page names them."""
     return ", ".join(f"{library} {version(library).partition('+')[0]}" for library in LIBRARIES)
 
 

@@ -282,11 +282,14 @@ def _has_matrix(module: nn.Module) -> bool:
 
 
 def _stacked_weight(module: nn.Module) -> str | None:
-    """Name and shape of a parameter that is a stack of matrices, such as the experts of a mixture; None if none is."""
-    for name, parameter in module._parameters.items():
-        if parameter is not None and not is_lazy(parameter) and parameter.dim() == 3 and parameter.shape[0] > 1:
-            return f"{name}: {'x'.join(map(str, parameter.shape))}"
-    return None
+    """Names and shapes of parameters that are stacks of matrices, such as the experts of a mixture; None if none is."""
+    found = [
+        f"{name}: {'x'.join(map(str, parameter.shape))}"
+        for name, parameter in module._parameters.items()
+        if parameter is not None and not is_lazy(parameter) and parameter.dim() == 3 and parameter.shape[0] > 1
+        if break_even_rank(*parameter.shape[1:]) > 0  # a scale of shape (channels, 1, 1) is no stack
+    ]
+    return ", ".join(found) or None
 
 
 def _why_not(module: nn.Module, kind: Kind | None) -> str | None:

@@ -121,7 +121,13 @@ def test_stacked_experts_are_listed_with_the_reason():
         def __init__(self):
             super().__init__()
             self.up = nn.Parameter(torch.zeros(4, 8, 16))
+            self.down = nn.Parameter(torch.zeros(4, 16, 8))
+            self.scale = nn.Parameter(torch.zeros(4, 1, 1))
             self.token = nn.Parameter(torch.zeros(1, 1, 8))
 
     model = nn.ModuleDict({"experts": Experts(), "gate": nn.Linear(16, 16)})
-    assert lp.find_targets(model).skipped == {"experts": "it holds stacked matrices (up: 4x8x16), which are not cut"}
+    reason = "it holds stacked matrices (up: 4x8x16, down: 4x16x8), which are not cut"
+    assert lp.find_targets(model).skipped == {"experts": reason}
+    scale = nn.Module()
+    scale.layer_scale = nn.Parameter(torch.zeros(96, 1, 1))
+    assert lp.find_targets(nn.ModuleDict({"scale": scale, "fc": nn.Linear(16, 16)})).skipped == {}

@@ -1,5 +1,8 @@
 """Every architecture of the zoo: plan, cut, forward, backward, save, load."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 from architecture import loss_of, output_of
@@ -33,9 +36,8 @@ def factors_in(model):
     }
 
 
-def to_full_rank_(model):
+def to_full_rank_(model, targets):
     """Puts layers of full rank in the place of all targets; plans stop below that, at the rank that saves nothing."""
-    targets = find_targets(model)
     decompositions = decompose_targets(targets, lp.SVD(), None)
     replacements = {}
     for name, (layer, views) in locate(model, targets).items():
@@ -53,12 +55,16 @@ def relative_difference(ours, theirs):
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
+@pytest.mark.parametrize("split_fused", [False, True], ids=["whole", "split"])
 @every_architecture
-def test_full_rank_gives_the_same_output(architecture):
+def test_full_rank_gives_the_same_output(architecture, split_fused):
     model, batch = architecture.build(), architecture.batch()
+    targets = find_targets(model, split_fused=split_fused)
+    if split_fused and targets.keys() == find_targets(model).keys():
+        pytest.skip("no fused projections")
     with torch.no_grad():
         dense = output_of(model, batch)
-        replaced = to_full_rank_(model)
+        replaced = to_full_rank_(model, targets)
         assert {id(layer) for layer in low_rank_layers(model).values()} >= {id(new) for new in replaced.values()}
         assert relative_difference(output_of(model, batch), dense) <= 1e-4
 
@@ -100,3 +106,14 @@ def test_plan_cut_forward_backward_save_load(architecture, factorization, tmp_pa
     assert factors_in(fresh).keys() == factors.keys()
     with torch.no_grad():
         assert torch.equal(output_of(fresh, batch), output_of(model, batch))
+
+
+def test_the_page_of_the_docs_is_what_the_benchmark_writes():
+    root = Path(__file__).parents[2]
+    table = runpy.run_path(str(root / "benchmarks" / "zoo_table.py"))
+    page = (root / "docs" / "models.md").read_text(encoding="utf-8")
+    for architecture in ARCHITECTURES:
+        assert f"| {architecture.name} | {architecture.library} | `{architecture.size}` |" in page
+    if table["installed"]() not in page:
+        pytest.skip("docs/models.md was made with other versions of the libraries")
+    assert page == table["page"]()
