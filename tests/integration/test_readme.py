@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,22 @@ def test_the_example_in_a_fast_run():
     assert run.returncode == 0, run.stderr[-3000:]
     assert "accuracy before" in run.stdout
     assert run.stdout.count("keep 0.") >= 3
+
+
+TABLES = sorted(set(re.findall(r"python (benchmarks/\w+\.py) --table", README)))
+
+
+def test_there_are_tables():
+    assert len(TABLES) >= 8
+
+
+@pytest.mark.parametrize("script", TABLES)
+def test_stored_results_are_printed(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--table"])
+    monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.count("|") >= 3 or "  " in line]
+    assert len(rows) >= 4
 
 
 def test_the_version_is_in_the_changelog():
