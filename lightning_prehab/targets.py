@@ -30,7 +30,7 @@ Target = nn.Module | MatrixView
 class Targets(dict[str, Target]):
     """Matrices to be compressed, ``{name: module}`` in model order, and what was left out.
 
-    The value is the layer itself for an ``nn.Linear``, else a :class:`~lightning_prehab.kinds.MatrixView` of it. The
+    The value is the layer itself if it is one matrix, else a :class:`~lightning_prehab.kinds.MatrixView` of a part. The
     name is that of the layer, with the name of the part for a layer of several matrices (``"attn.qkv.q"``).
 
     Attributes:
@@ -123,7 +123,7 @@ def _candidates(model: nn.Module, split_fused: bool) -> dict[str, _Candidate]:
         shown = Counter(id(view.parameter) for view in views.values())
         split = any(count > 1 and len(owners[key]) > 1 for key, count in shown.items())
         for part, view in views.items():
-            target = layer.module if type(layer.module) is nn.Linear and not part else view
+            target = view if part else layer.module
             reason = _TIED if split else _why_not_view(view, owners)
             found[join(layer.name, part)] = _Candidate(layer.name, layer.module, target, reason)
     return found
