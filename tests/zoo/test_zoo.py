@@ -55,18 +55,20 @@ def relative_difference(ours, theirs):
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-@pytest.mark.parametrize("split_fused", [False, True], ids=["whole", "split"])
 @every_architecture
-def test_full_rank_gives_the_same_output(architecture, split_fused):
-    model, batch = architecture.build(), architecture.batch()
-    targets = find_targets(model, split_fused=split_fused)
-    if split_fused and targets.keys() == find_targets(model).keys():
-        pytest.skip("no fused projections")
-    with torch.no_grad():
-        dense = output_of(model, batch)
-        replaced = to_full_rank_(model, targets)
-        assert {id(layer) for layer in low_rank_layers(model).values()} >= {id(new) for new in replaced.values()}
-        assert relative_difference(output_of(model, batch), dense) <= 1e-4
+def test_full_rank_gives_the_same_output(architecture):
+    batch, seen = architecture.batch(), set()
+    for split_fused in (False, True):
+        model = architecture.build()
+        targets = find_targets(model, split_fused=split_fused)
+        if frozenset(targets) in seen:  # no fused projections
+            continue
+        seen.add(frozenset(targets))
+        with torch.no_grad():
+            dense = output_of(model, batch)
+            replaced = to_full_rank_(model, targets)
+            assert {id(layer) for layer in low_rank_layers(model).values()} >= {id(new) for new in replaced.values()}
+            assert relative_difference(output_of(model, batch), dense) <= 1e-4
 
 
 @pytest.mark.parametrize("factorization", [lp.SVD(), lp.KroneckerSVD()], ids=["SVD", "KroneckerSVD"])
