@@ -242,5 +242,7 @@ def low_rank_linear(a: Tensor, b: Tensor, like: nn.Module, sparse: Sparse | None
 
 def parameter_like(value: Tensor, like: Tensor) -> nn.Parameter:
     """A parameter with a copy of ``value``, of the device, dtype and ``requires_grad`` of ``like``."""
-    data = value.detach().to(device=like.device, dtype=like.dtype, copy=True).contiguous()
-    return nn.Parameter(data, requires_grad=like.requires_grad)
+    data = torch.empty(
+        value.shape, device=like.device, dtype=like.dtype
+    )  # of the usual strides, also where a size is 1
+    return nn.Parameter(data.copy_(value.detach()), requires_grad=like.requires_grad)

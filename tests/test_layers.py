@@ -244,3 +244,12 @@ def test_compiles_without_a_graph_break():
     x = torch.randn(2, 8)
     torch._dynamo.reset()
     assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+
+
+def test_factors_of_rank_one_have_the_usual_strides():
+    """DDP compares the strides of parameters between processes; a column of a matrix has others."""
+    u, vh = torch.randn(6, 6), torch.randn(8, 8)
+    layer = lp.LowRankLinear.from_factors(vh.mT[:, :1].mT, u[:, :1], nn.Linear(8, 6))
+    assert layer.A.weight.stride() == (8, 1)
+    assert layer.B.weight.stride() == (1, 1)
+    assert torch.equal(layer.B.weight, u[:, :1])
