@@ -289,6 +289,35 @@ def check_sparse_parts_are_shared():
     assert compression.report.keep <= 0.7
 
 
+class EveryKind(nn.Module):
+    """Convolutions, one of them with groups, attention, and a fused projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1, groups=2))
+        self.attention = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+        self.qkv, self.head = nn.Linear(16, 48), nn.Linear(16, 6)
+
+    def forward(self, x):
+        tokens = self.attention(self.conv(x.view(-1, 1, 3, 4)).flatten(2).mT)
+        q, k, v = self.qkv(tokens).chunk(3, -1)
+        return self.head((torch.tanh(q * k) * v).mean(1))
+
+
+def check_every_kind_of_layer():
+    """Also factors of rank 1, whose strides DDP compares between the processes."""
+    torch.manual_seed(0)
+    lit = Lit(EveryKind(), torch.optim.Adam)
+    compression = lp.CompressionCallback(
+        1, keep=0.6, split_fused=True, rank_overrides={"*.k": 1, "*linear1": 1, "*.out_proj": 1, "conv.2": 3}
+    )
+    fit(lit, [lp.PrehabCallback(), compression], 3)
+    assert_ranks_identical(lit)
+    kinds = {type(module).__name__ for module in lit.modules()}
+    assert {"LowRankConv2d", "LowRankMultiheadAttention", "LowRankBlocks", "LowRankLinear"} <= kinds
+    assert compression.report.keep <= 0.6
+
+
 def check_shrinkage():
     """Statistics are summed, the ranks agree on metrics, plans and weights, and the cut comes when it is free."""
     lit = Lit(make_net(), torch.optim.Adam)
@@ -399,6 +428,7 @@ CHECKS = {
     "error on one rank": check_an_error_on_one_rank_reaches_all,
     "bias shift": check_centered_whitening_shares_the_bias,
     "sparse parts": check_sparse_parts_are_shared,
+    "every kind of layer": check_every_kind_of_layer,
 }
 
 if __name__ == "__main__":
