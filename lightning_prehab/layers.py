@@ -1,6 +1,6 @@
 """Drop-in low-rank modules."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +12,7 @@ from lightning_prehab.linalg import dequantized
 from lightning_prehab.sparse import Sparse
 
 
-class LowRankLayer(nn.Module):
+class LowRankLayer(nn.Module, ABC):
     """A layer that holds low-rank factors in place of one dense weight or several."""
 
     @abstractmethod

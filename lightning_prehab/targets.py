@@ -155,11 +155,11 @@ class Layer:
             blocks = fused_blocks(key, kind.views(module)[""].out_features, modules.get(path))
         return cls(clean_name(name), module, kind, blocks)
 
-    def views(self, split_fused: bool = False) -> dict[str, MatrixView]:
+    def views(self, split_fused: bool) -> dict[str, MatrixView]:
         """Its matrices by part; the part of a layer that is one matrix is ``""``."""
         return self.candidates(split_fused)[0]
 
-    def candidates(self, split_fused: bool = True) -> list[dict[str, MatrixView]]:
+    def candidates(self, split_fused: bool) -> list[dict[str, MatrixView]]:
         """All ways to see it, the one that is used when there is a choice first."""
         blocks = self.blocks if split_fused else None
         found = [{}] if self.kind is None else list(self.kind.candidates(self.module, blocks))
