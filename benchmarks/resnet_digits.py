@@ -29,7 +29,7 @@ RESULTS = Path(__file__).with_suffix(".json")
 SEEDS = (0, 1, 2)
 KEEPS = (0.5, 0.25, 0.1)
 EPOCHS, BATCH = 20, 64
-SCHEMES = ("channel", "spatial")
+SCHEMES = ("auto", "channel", "spatial")
 METHODS: dict[str, Callable[[float], dict[str, Any]]] = {
     "SVD, uniform": lambda keep: {"factorization": lp.SVD(), "policy": lp.RankRatio(keep)},
     "SVD, global budget": lambda keep: {"factorization": lp.SVD(), "policy": lp.ParameterBudget(keep)},
@@ -115,6 +115,7 @@ def run(seed: int) -> list[dict[str, object]]:
         model = copy.deepcopy(dense)
         report = lp.compress_(model, keep, batches, objective, **METHODS[method](keep))
         found = {"method": method, "scheme": scheme, "keep": keep, "seed": seed, "achieved_keep": round(report.keep, 4)}
+        found["spatial"] = sum(layer.form == "spatial" for layer in report.plan.layers)
         records.append({**found, **measure(model, *held)})
         print(json.dumps(records[-1]), flush=True)
     return records

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.batches import batch_size, padding_mask
 from lightning_prehab.errors import ArgumentError
+from lightning_prehab.forms import in_all_forms
 from lightning_prehab.kinds import MatrixView, kind_of, view_of
 from lightning_prehab.statistics import (
     InputSums,
@@ -65,7 +66,7 @@ class Collector:
     are computed once, and layers that were fed by the same tensors all the way share one set of input sums in the end.
 
     Args:
-        targets: ``{name: layer}``.
+        targets: ``{name: layer}``; each is watched in all forms that planning may choose from.
         wanted: What is collected.
         drop_overflow: Leave out tokens whose gradient is not finite, as loss scaling in fp16 produces now and then.
         batches: How many batches are going to come. Gram matrices are then estimated from as many tokens of each batch
@@ -85,7 +86,7 @@ class Collector:
         batches: int | None = None,
     ) -> None:
         self._views: dict[str, MatrixView] = {}
-        for target_name, target in targets.items():
+        for target_name, target in in_all_forms(targets).items():
             self._views |= zip(group_names(target_name, target), view_of(target).groups(), strict=True)
         self.wanted = wanted
         self._drop_overflow = drop_overflow

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from lightning_prehab.calibration import collect_statistics
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import SVD, Decomposition, Factorization, KroneckerSVD
+from lightning_prehab.forms import in_chosen_forms
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg import break_even_rank
 from lightning_prehab.planning import (
     check_method,
     check_wish,
+    choose_forms,
     default_policy,
     plan_ranks,
     require_targets,
@@ -83,7 +85,7 @@ def compress_(
     if isinstance(batches, Iterator) and (policy.needs_probes or layers_at_once is not None):
         batches = list(batches)  # several passes are needed
 
-    usable = Targets({}, targets.skipped, targets.model_parameters)
+    forms = Targets({}, targets.skipped, targets.model_parameters)
     decompositions: dict[str, Decomposition] = {}
     spectra: dict[str, Spectrum] = {}
     for block in _blocks(targets, layers_at_once):
@@ -92,15 +94,19 @@ def compress_(
         if batches is not None and any(wanted):
             statistics = collect_statistics(model, block, batches, forward=loss, wanted=wanted)
         found = usable_targets(block, policy, factorization, statistics)
-        usable.update(found)
-        usable.skipped |= found.skipped
+        forms.update(found)
+        forms.skipped |= found.skipped
         for name, decomposition in decompose_targets(found, factorization, statistics).items():
             decompositions[name] = decomposition
             spectra[name] = spectrum(name, found[name], decomposition, statistics, policy.needs_weight_gradients)
             if layers_at_once is not None and decomposition.compact is not None:
                 view = view_of(found[name])
                 decomposition.compact(max(break_even_rank(*view.shape, view.group_count), 1))
-    require_targets(usable)
+    require_targets(forms)
+    chosen = choose_forms(targets, forms, policy, factorization, spectra)
+    usable = in_chosen_forms(forms, chosen)
+    decompositions = {name: decompositions[form] for name, form in chosen.items()}
+    spectra = {name: spectra[form] for name, form in chosen.items()}
 
     probes = None
     if policy.needs_probes and batches is not None:

@@ -23,6 +23,8 @@ class LayerPlan:
         new_bias: Parameters of a bias that the factorization adds to a layer without one, if it is cut.
         nonzeros: Values of a sparse part beside the factors, if the layer is cut.
         groups: Number of groups of a grouped convolution; each has its factors, all of the same rank.
+        form: Which of several ways to see the layer as a matrix, such as ``"spatial"`` for a convolution; ``""`` for
+            the ordinary one. For readers only: the shape tells it.
         loss_increase: Predicted increase of the mean loss by cutting this layer, in units of the loss; only for
             factorizations whose spectrum measures the loss (KroneckerSVD), else None.
     """
@@ -37,6 +39,7 @@ class LayerPlan:
     nonzeros: int = 0
     loss_increase: float | None = None
     groups: int = 1
+    form: str = ""
 
     @property
     def dense_parameters(self) -> int:
@@ -84,7 +87,7 @@ class LayerPlan:
         """What a table says of this layer, by column; predictions of a layer that stays dense are left out."""
         cells = {
             "layer": self.name,
-            "shape": f"{self.out_features}x{self.in_features}",
+            "shape": f"{self.out_features}x{self.in_features}" + (f" {self.form}" if self.form else ""),
             "rank": "dense" if self.rank is None else str(self.rank),
             "before": f"{self.dense_parameters:,}",
             "after": f"{self.parameters:,}",
@@ -106,6 +109,7 @@ class LayerPlan:
             **({"new_bias": self.new_bias} if self.new_bias else {}),
             **({"nonzeros": self.nonzeros} if self.nonzeros else {}),
             **({"groups": self.groups} if self.groups > 1 else {}),
+            **({"form": self.form} if self.form else {}),
             "predicted": {"rank": rank, "relative_error": self.relative_error, "loss_increase": self.loss_increase},
         }
 
@@ -118,7 +122,7 @@ class LayerPlan:
         """
         name = data.get("name") if isinstance(data, Mapping) else None
         where = "A layer" if name is None else f"Layer {documents.show(name)}"
-        optional = ["reason", "new_bias", "nonzeros", "groups", "predicted"]
+        optional = ["reason", "new_bias", "nonzeros", "groups", "form", "predicted"]
         entries = documents.read_mapping(data, where, ["name", "shape", "rank"], optional)
         shape, rank, reason = entries["shape"], entries["rank"], entries.get("reason")
         if not isinstance(shape, list | tuple) or len(shape) != 2:
@@ -136,6 +140,7 @@ class LayerPlan:
             new_bias=documents.read_integer(entries.get("new_bias", 0), f"{where}: new_bias", 0, m),
             nonzeros=documents.read_integer(entries.get("nonzeros", 0), f"{where}: nonzeros", 0, m * n),
             groups=documents.read_integer(entries.get("groups", 1), f"{where}: groups", 1, m),
+            form=documents.read_text(entries.get("form", ""), f"{where}: form"),
         )
         if rank is None:
             raise PlanError(f"{where}: rank is empty; give a rank from 1 to {layer.max_rank}, or 'dense'.")

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from lightning_prehab.errors import ArgumentError, PlanError
 from lightning_prehab.factorizations import Factorization, KroneckerSVD
+from lightning_prehab.forms import cheapest_forms, in_all_forms, in_chosen_forms
 from lightning_prehab.kinds import kind_of, view_of
 from lightning_prehab.latency import measure_latencies
 from lightning_prehab.plan import CompressionPlan, LayerPlan
@@ -61,12 +61,16 @@ def make_plan(
     check_method(factorization, None)
     policy = policy_or_keep if isinstance(policy_or_keep, RankPolicy) else default_policy(policy_or_keep, factorization)
     check_wish(targets, policy, factorization, rank_overrides, rank_multiple_of)
-    usable = usable_targets(targets, policy, factorization, statistics)
-    require_targets(usable)
+    forms = usable_targets(targets, policy, factorization, statistics)
+    require_targets(forms)
     spectra = {}
-    for name, decomposition in decompose_targets(usable, factorization, statistics).items():
-        spectra[name] = spectrum(name, usable[name], decomposition, statistics, policy.needs_weight_gradients)
-    return plan_ranks(targets, usable, policy, factorization, spectra, rank_overrides, rank_multiple_of, probes=probes)
+    for name, decomposition in decompose_targets(forms, factorization, statistics).items():
+        spectra[name] = spectrum(name, forms[name], decomposition, statistics, policy.needs_weight_gradients)
+    wishes = rank_overrides, rank_multiple_of
+    chosen = choose_forms(targets, forms, policy, factorization, spectra, *wishes)
+    usable = in_chosen_forms(forms, chosen)
+    spectra = {name: spectra[form] for name, form in chosen.items()}
+    return plan_ranks(targets, usable, policy, factorization, spectra, *wishes, probes=probes)
 
 
 def usable_targets(
@@ -75,29 +79,41 @@ def usable_targets(
     factorization: Factorization,
     statistics: Mapping[str, LayerStatistics] | None,
 ) -> Targets:
-    """The targets whose statistics suffice; the others are listed as skipped, with the reason.
+    """The targets whose statistics suffice, in all forms; the others are listed as skipped, with the reason.
+
+    Returns:
+        By the name of the form, see :mod:`lightning_prehab.forms`; what is skipped by the name of the target.
 
     Raises:
         PlanError: If there are no statistics though they are needed.
     """
     wanted = wanted_statistics(factorization, policy)
     skipped = dict(targets.skipped) if isinstance(targets, Targets) else {}
-    usable = dict(targets)
     if any(wanted) and statistics is None:
         who = factorization if factorization.needs_statistics else policy
         raise PlanError(f"{who} needs calibration statistics; pass batches, or choose SVD().")
+    usable: dict[str, Target] = {}
     for name, target in targets.items():
-        reason = _no_sparse_part(target, factorization)
-        if any(wanted) and statistics is not None:
-            for group in group_names(name, target):
-                unseen = group not in statistics
-                reason = reason or (
-                    "no statistics were collected for it" if unseen else statistics[group].missing(wanted)
-                )
-        if reason is not None:
-            skipped[name] = reason
-            del usable[name]
+        forms = in_all_forms({name: target})
+        reasons = {
+            form: _no_sparse_part(view, factorization) or _lacking(form, view, wanted, statistics)
+            for form, view in forms.items()
+        }
+        usable |= {form: forms[form] for form, reason in reasons.items() if reason is None}
+        if all(reasons.values()):
+            skipped[name] = str(next(iter(reasons.values())))
     return Targets(usable, skipped, getattr(targets, "model_parameters", None))
+
+
+def _lacking(form: str, target: Target, wanted: Wanted, statistics: Mapping[str, LayerStatistics] | None) -> str | None:
+    """Why the statistics of a target do not suffice, or None."""
+    if statistics is None or not any(wanted):
+        return None
+    for group in group_names(form, target):
+        reason = statistics[group].missing(wanted) if group in statistics else "no statistics were collected for it"
+        if reason is not None:
+            return reason
+    return None
 
 
 def _no_sparse_part(target: Target, factorization: Factorization) -> str | None:
@@ -113,6 +129,61 @@ def require_targets(usable: Targets) -> None:
     if not usable:
         reasons = "; ".join(f"{name}: {why}" for name, why in usable.skipped.items())
         raise PlanError(f"No target can be cut: {reasons}.")
+
+
+def choose_forms(
+    targets: Mapping[str, Target],
+    forms: Targets,
+    policy: RankPolicy,
+    factorization: Factorization,
+    spectra: Mapping[str, Spectrum],
+    rank_overrides: Mapping[str, RankOverride] | None = None,
+    rank_multiple_of: int = 1,
+) -> dict[str, str]:
+    """The form of each usable target that is predicted to lose least at equal parameters.
+
+    A target whose rank is given by hand stays in its ordinary form, whose rank that is. So does everything under a
+    policy that counts operations: a form may save them by other means than its parameters.
+
+    Args:
+        targets: The targets.
+        forms: As from :func:`usable_targets`.
+        policy: How the budget is spread.
+        factorization: How the factors are computed.
+        spectra: Of all forms.
+        rank_overrides: As for :func:`make_plan`.
+        rank_multiple_of: As for :func:`make_plan`.
+
+    Returns:
+        ``{name: name of the form}``.
+    """
+    overrides = _resolve_overrides(rank_overrides or {}, targets, factorization)
+    names = {name: [form for form in in_all_forms({name: targets[name]}) if form in forms] for name in targets}
+    names = {name: found for name, found in names.items() if found}
+    for name in names:
+        if policy.needs_positions or name in overrides:
+            names[name] = names[name][:1]
+    if all(len(found) == 1 for found in names.values()):
+        return {name: form for name, (form,) in names.items()}
+    first = [forms[found[0]] for found in names.values()]
+    policy = without_probes(policy).for_model(_dense_parameters(first), forms.model_parameters)
+    layers = {
+        name: [
+            _choices(name, forms[form], spectra[form], factorization, overrides.get(name), rank_multiple_of)
+            for form in found
+        ]
+        for name, found in names.items()
+    }
+    chosen = cheapest_forms(policy, layers, comparable=factorization.comparable)
+    return {name: names[name][index] for name, index in chosen.items()}
+
+
+def without_probes(policy: RankPolicy) -> RankPolicy:
+    """The policy; one budget for all layers in the place of one that needs probes, as long as there are none."""
+    if not policy.needs_probes:
+        return policy
+    wishes = {name: getattr(policy, name) for name in ("min_rank", "scope") if hasattr(policy, name)}
+    return ParameterBudget(getattr(policy, "keep", 0.5), **wishes)
 
 
 def plan_ranks(
@@ -136,9 +207,7 @@ def plan_ranks(
     policy = policy.for_model(_dense_parameters(usable.values()), usable.model_parameters)
     choices = [
         replace(
-            _choices(name, layer, spectra[name].singular_values, factorization, overrides.get(name), rank_multiple_of),
-            components=spectra[name].components,
-            positions=spectra[name].positions,
+            _choices(name, layer, spectra[name], factorization, overrides.get(name), rank_multiple_of),
             probe=(probes or {}).get(name),
         )
         for name, layer in usable.items()
@@ -148,7 +217,8 @@ def plan_ranks(
         latencies = measure_latencies(usable, policy.latency_tokens, admissible)
         choices = [replace(choice, latencies=latencies[choice.name]) for choice in choices]
     ranks = policy(choices)
-    layers = tuple(_layer_plan(layer, ranks[layer.name], overrides.get(layer.name), factorization) for layer in choices)
+    planned = [_layer_plan(layer, ranks[layer.name], overrides.get(layer.name), factorization) for layer in choices]
+    layers = tuple(replace(layer, form=view_of(usable[layer.name]).form) for layer in planned)
     plan = CompressionPlan(layers, factorization, usable.skipped, usable.model_parameters)
     _require_budget(policy, choices, plan)
     return plan
@@ -191,7 +261,7 @@ def check_wish(
         view = view_of(layer)
         size = min(view.out_features // view.group_count, view.in_features)
         flat = torch.ones(size, dtype=torch.float64)
-        choices.append(_choices(name, layer, flat, factorization, overrides.get(name), rank_multiple_of))
+        choices.append(_choices(name, layer, Spectrum(flat), factorization, overrides.get(name), rank_multiple_of))
     policy.check(choices)
 
 
@@ -222,7 +292,7 @@ def check_method(factorization: object, policy: object) -> None:
 def _choices(
     name: str,
     layer: Target,
-    spectrum: Tensor,
+    spectrum: Spectrum,
     factorization: Factorization,
     override: int | str | None,
     multiple: int,
@@ -238,8 +308,17 @@ def _choices(
         ranks = tuple(range(multiple, limit + 1, multiple)) or tuple(range(1, limit + 1))
     dense = override is None or override == "dense"
     added = added_parameters(layer, factorization)
-    values = spectrum.detach().to("cpu", torch.float64)
-    return LayerChoices(name, *view.shape, values, ranks, dense, added, groups=view.group_count)
+    return LayerChoices(
+        name,
+        *view.shape,
+        spectrum.singular_values,
+        ranks,
+        dense,
+        added,
+        spectrum.components,
+        positions=spectrum.positions,
+        groups=view.group_count,
+    )
 
 
 def _layer_plan(

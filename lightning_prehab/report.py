@@ -120,6 +120,7 @@ class CompressionReport:
                     "new_bias": layer.new_bias,
                     "nonzeros": layer.nonzeros,
                     "groups": layer.groups,
+                    "form": layer.form,
                     "predicted_error": layer.relative_error,
                     "loss_increase": layer.loss_increase,
                     "weight_error": self.weight_errors.get(layer.name, 0.0),
@@ -169,8 +170,8 @@ class CompressionReport:
         the loss, parameters are counts, latencies are seconds; "or null" means not known.
 
         - ``version`` (int): of this form, 1; other versions are refused when read. Within a version keys are added
-          only, and such keys may be missing: ``new_bias``, ``nonzeros``, ``groups``, both ``loss_increase``,
-          ``spectrum`` and ``latency`` were. Pass over keys that you do not know.
+          only, and such keys may be missing: ``new_bias``, ``nonzeros``, ``groups``, ``form``, both
+          ``loss_increase``, ``spectrum`` and ``latency`` were. Pass over keys that you do not know.
         - ``factorization`` (str): for people. ``method`` (object): the same for :meth:`load_json`.
         - ``keep``, ``model_keep`` (float): share of the parameters kept, of the targets' weights, of the whole model.
         - ``parameters_before``, ``parameters_after`` (int): of the whole model.
@@ -188,6 +189,7 @@ class CompressionReport:
           - ``parameters_before``, ``parameters_after`` (int): of the weight; after it, of all that replaces it.
           - ``new_bias``, ``nonzeros`` (int): parameters of a bias that the cut adds, values of a sparse part.
           - ``groups`` (int): of a grouped convolution, each with factors of its own; else 1.
+          - ``form`` (str): which of several ways to see the layer as a matrix, such as ``"spatial"``; else empty.
           - ``predicted_error`` (float or null): in the metric of the factorization.
           - ``weight_error`` (float): measured, ``|W - W'|_F / |W|_F``; 0 for dense layers.
           - ``loss_increase`` (float or null): predicted, of this cut.
@@ -349,5 +351,6 @@ def _read_layer(layer: Mapping[str, Any]) -> LayerPlan:
         new_bias=layer.get("new_bias", beside_factors),  # the first reports tell only the sum
         nonzeros=layer.get("nonzeros", 0),
         groups=layer.get("groups", 1),
+        form=layer.get("form", ""),
         loss_increase=layer.get("loss_increase"),
     )

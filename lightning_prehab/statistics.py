@@ -240,7 +240,7 @@ class LayerStatistics:
         """Why a method that wants these sums cannot use them, or None if it can."""
         if int(self.tokens) == 0:
             what = "no input with a gradient" if wanted.backward else "no input"
-            return f"{what} reached it during calibration"
+            return f"{what} reached it during calibration (unused, frozen, or its weight is used without calling it)"
         if float(self.input_gram.diagonal().sum()) == 0.0:
             return "its input was zero during calibration"
         lacking = "no output gradient reached it during calibration (frozen part of the model?)"

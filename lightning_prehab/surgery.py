@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_prehab.errors import CheckpointError, NumericalError, PlanError, UnsupportedError
 from lightning_prehab.factorizations import Decomposition, Factors
+from lightning_prehab.forms import form_name
 from lightning_prehab.kinds import MatrixView, kind_of, view_of
 from lightning_prehab.layers import LowRankLayer, LowRankPlusSparseLinear
 from lightning_prehab.moments import block_state, entry_state, factor_states
@@ -83,8 +84,9 @@ def compute_factors(
             )
     wanted = list(cuts) if names is None else [name for name in cuts if name in set(names)]
     found = {} if decompositions is None else decompositions
-    missing = {name: targets[name] for name in wanted if name not in found}
-    found |= decompose_targets(missing, plan.factorization, statistics)
+    missing = {form_name(name, targets[name]): name for name in wanted if name not in found}
+    made = decompose_targets({form: targets[name] for form, name in missing.items()}, plan.factorization, statistics)
+    found |= {missing[form]: decomposition for form, decomposition in made.items()}
     return {name: _checked_factors(cuts[name], targets[name], plan, found[name]) for name in wanted}
 
 

@@ -22,6 +22,9 @@ _REPARAMETRIZED = {"weight_orig", "weight_v"}
 
 _TIED = "its weight is tied to another layer"
 
+#: Above so many inputs or outputs a matrix is a target only if it is asked for: a projection to a vocabulary.
+WIDE = 30_000
+
 Patterns = str | Sequence[str] | None
 #: A layer that is one matrix, or one matrix of a layer; :func:`~lightning_prehab.kinds.view_of` shows both alike.
 Target = nn.Module | MatrixView
@@ -55,7 +58,8 @@ def find_targets(
 
     Args:
         model: Any module. The root itself cannot be replaced and is never a target.
-        target_modules: Patterns of the layers to take; None takes every layer that can be cut.
+        target_modules: Patterns of the layers to take; None takes every layer that can be cut, but for those of more
+            than 30,000 inputs or outputs (projections to a vocabulary, whose Gram matrices take gigabytes).
         exclude_modules: Patterns of the layers to leave out.
         split_fused: Take fused projections (queries, keys and values; gate and up) apart into one target for each;
             else they are one matrix.
@@ -91,6 +95,8 @@ def find_targets(
             skipped[name] = "not in target_modules"
         elif target is None or reason is not None:
             skipped[name] = str(reason)
+        elif target_modules is None and max(view_of(target).shape) > WIDE:
+            skipped[name] = _too_wide(view_of(target))
         else:
             layers[name] = target
     if not layers:
@@ -187,11 +193,12 @@ def locate(
     return found
 
 
-def named_targets(model: nn.Module, names: Sequence[str]) -> dict[str, MatrixView]:
-    """The targets of these names in another copy of the model that they were found in; see :func:`locate`."""
-    located = locate(model, dict.fromkeys(names))
+def same_targets(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, Target]:
+    """The same targets in another copy of the model that they were found in; see :func:`locate`."""
+    located = locate(model, {name: view_of(target).shape for name, target in targets.items()})
     found = {join(name, part): view for name, (_, views) in located.items() for part, view in views.items()}
-    return {name: found[name] for name in names if name in found}
+    views = {name: found[name] for name in targets if name in found}
+    return {name: view if isinstance(targets[name], MatrixView) else view.module for name, view in views.items()}
 
 
 def _of_shapes(
@@ -318,6 +325,13 @@ def _why_not_view(view: MatrixView, owners: dict[int, set[int]]) -> str | None:
     if break_even_rank(view.out_features, view.in_features, view.group_count) < 1:
         return f"no rank saves parameters ({view.out_features}x{view.in_features})"
     return None
+
+
+def _too_wide(view: MatrixView) -> str:
+    gigabytes = 4e-9 * max(view.shape) ** 2
+    return (
+        f"the Gram matrix of its {max(view.shape):,} features takes {gigabytes:.1f} GB; name it to cut it all the same"
+    )
 
 
 def _layers(model: nn.Module) -> Iterator[Layer]:

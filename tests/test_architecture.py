@@ -30,6 +30,7 @@ FLOORS = {
     "batches": 2,
     "collector": 2,
     "calibration": 2,
+    "forms": 2,
     "plan": 2,
     "layer_plan": 2,
     "documents": 1,

@@ -35,6 +35,18 @@ def test_a_pattern_without_a_full_match_is_tried_on_the_ends():
     assert list(lp.find_targets(both, "head")) == ["head"]
 
 
+def test_a_projection_to_a_vocabulary_is_cut_only_if_it_is_named():
+    with torch.device("meta"):
+        model = nn.ModuleDict({"body": nn.Linear(8, 30_000), "lm_head": nn.Linear(8, 32_000)})
+    targets = lp.find_targets(model)
+    assert list(targets) == ["body"]
+    assert targets.skipped == {
+        "lm_head": "the Gram matrix of its 32,000 features takes 4.1 GB; name it to cut it all the same"
+    }
+    assert list(lp.find_targets(model, ["lm_*"])) == ["lm_head"]
+    assert list(lp.find_targets(model, "*")) == ["body", "lm_head"]
+
+
 def test_nothing_matched_lists_near_names():
     with pytest.raises(
         TargetError, match=r"target_modules: 'blocks.0.attm' matches no layer. Near names: blocks.0.attn"

@@ -129,6 +129,7 @@ def plan_of_factors(module: nn.Module, factors: Mapping[str, Factors], factoriza
             f.B.shape[1],
             nonzeros=0 if f.sparse is None else len(f.sparse.values),
             groups=views[name].group_count,
+            form=views[name].form,
         )
         for name, f in factors.items()
     )

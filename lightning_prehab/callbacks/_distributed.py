@@ -116,7 +116,7 @@ def share_factors(
             for name, found in computed.items()
         },
     )
-    owner = {name: index % trainer.world_size for index, name in enumerate(targets)}
+    owner = merge(trainer, dict.fromkeys(computed, trainer.global_rank))
     factors: dict[str, Factors] = {}
     for layer in cut:
         descriptions = described[layer.name]

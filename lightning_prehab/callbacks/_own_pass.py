@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -22,11 +22,11 @@ from lightning_prehab.kinds import view_of
 from lightning_prehab.probes import measure_probes
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.statistics import LayerStatistics, Wanted
-from lightning_prehab.targets import named_targets
+from lightning_prehab.targets import Targets, same_targets
 
 
 def collect_in_own_pass(
-    trainer: "pl.Trainer", pl_module: "pl.LightningModule", names: Sequence[str], wanted: Wanted, batches: int
+    trainer: "pl.Trainer", pl_module: "pl.LightningModule", targets: Targets, wanted: Wanted, batches: int
 ) -> dict[str, LayerStatistics]:
     """Runs ``training_step`` on the first training batches, on a copy of the module in eval mode.
 
@@ -38,10 +38,10 @@ def collect_in_own_pass(
     """
     _check_automatic(pl_module, "Use CompressionCallback(epoch=1, ...) or later, or factorization=SVD().")
     clone = _quiet_copy(trainer, pl_module)
-    targets = named_targets(clone, names)
-    for layer in targets.values():
+    copied = same_targets(clone, targets)
+    for layer in copied.values():
         view_of(layer).parameter.requires_grad_()
-    collector = Collector(targets, wanted, drop_overflow=uses_loss_scaling(trainer))
+    collector = Collector(copied, wanted, drop_overflow=uses_loss_scaling(trainer))
     collector.attach()
     seen = 0
     with isolate_rng(), torch.set_grad_enabled(wanted.backward):
@@ -62,6 +62,7 @@ def collect_in_own_pass(
 def probe_in_own_pass(
     trainer: "pl.Trainer",
     pl_module: "pl.LightningModule",
+    targets: Targets,
     decompositions: Mapping[str, Decomposition],
     probe_keep: float,
     batches: int,
@@ -81,7 +82,7 @@ def probe_in_own_pass(
 
         return measure_probes(
             clone,
-            named_targets(clone, list(decompositions)),
+            same_targets(clone, targets),
             lambda name, rank: decompositions[name].factors(rank),
             prepared,
             probe_keep,

@@ -11,6 +11,8 @@ from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, is_
 from lightning_prehab.callbacks._trainer import loss_scale, uses_loss_scaling
 from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.collector import Collector
+from lightning_prehab.forms import form_name, form_of_shape
+from lightning_prehab.layer_plan import LayerPlan
 from lightning_prehab.statistics import LayerStatistics, Wanted
 from lightning_prehab.targets import Targets
 
@@ -89,17 +91,21 @@ class Preparation:
         statistics, source = self.close(), self._source
         if statistics is not None:
             sum_statistics_(trainer, statistics)
-        ranks: Mapping[str, int | None] = {}
+        cuts: Mapping[str, LayerPlan] = {}
         if source is not None:
             plan = decide_on_rank_zero(trainer, lambda: source.make_plan(self._planned, statistics))
-            ranks = {name: rank for name, rank in plan.ranks.items() if rank is not None}
-        return [
-            RegularizedLayer.seen_in(self._space, group, view, ranks.get(name), statistics)
-            for name, target in self._targets.items()
-            if name in ranks or not self._only_cut
-            for group, view in matrices({name: target}).items()
-            if is_reached(self._space, group, statistics)
-        ]
+            cuts = {layer.name: layer for layer in plan.layers if layer.rank is not None}
+        layers = []
+        for name, target in self._targets.items():
+            cut = cuts.get(name)
+            if cut is None and self._only_cut:
+                continue
+            form = target if cut is None else form_of_shape(target, (cut.out_features, cut.in_features))
+            for group, view in matrices({form_name(name, form): form}).items():
+                if is_reached(self._space, group, statistics):
+                    rank = None if cut is None else cut.rank
+                    layers.append(RegularizedLayer.seen_in(self._space, group, view, rank, statistics))
+        return layers
 
     def state_dict(self, world_size: int) -> dict[str, Any]:
         """The sums so far, over all processes."""

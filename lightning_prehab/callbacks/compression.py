@@ -42,6 +42,7 @@ from lightning_prehab.callbacks._trainer import (
 from lightning_prehab.collector import Collector
 from lightning_prehab.errors import ArgumentError, UnsupportedError
 from lightning_prehab.factorizations import Decomposition, Factorization, Factors, KroneckerSVD
+from lightning_prehab.forms import in_chosen_forms
 from lightning_prehab.kinds import view_of
 from lightning_prehab.layers import LowRankLayer
 from lightning_prehab.plan import CompressionPlan
@@ -50,14 +51,16 @@ from lightning_prehab.planning import (
     added_parameters,
     check_method,
     check_wish,
+    choose_forms,
     default_policy,
     make_plan,
     plan_ranks,
     require_targets,
     usable_targets,
     wanted_statistics,
+    without_probes,
 )
-from lightning_prehab.rank_policies import ParameterBudget, Probe, RankPolicy
+from lightning_prehab.rank_policies import Probe, RankPolicy
 from lightning_prehab.report import CompressionReport
 from lightning_prehab.statistics import LayerStatistics, Wanted
 from lightning_prehab.surgery import check_optimizer, swap_
@@ -190,10 +193,7 @@ class CompressionCallback(pl.Callback):
 
         A policy that needs probes measures them at the surgery only; until then one budget for all layers stands in.
         """
-        policy = self.policy
-        if policy.needs_probes:
-            wishes = {name: getattr(policy, name) for name in ("min_rank", "scope") if hasattr(policy, name)}
-            policy = ParameterBudget(getattr(policy, "keep", 0.5), **wishes)
+        policy = without_probes(self.policy)
         return make_plan(targets, policy, self.factorization, statistics, self.rank_overrides, self.rank_multiple_of)
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -395,12 +395,18 @@ class CompressionCallback(pl.Callback):
     def _operate(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         targets = self.find_targets(pl_module)
         statistics = self._statistics(trainer, pl_module, targets)
-        usable = usable_targets(targets, self.policy, self.factorization, statistics)
-        require_targets(usable)
+        forms = usable_targets(targets, self.policy, self.factorization, statistics)
+        require_targets(forms)
         components = self.policy.needs_weight_gradients
-        mine, spectra = decompose_together(trainer, usable, self.factorization, statistics, components)
-        probes = self._probes(trainer, pl_module, mine) if self.policy.needs_probes else None
+        mine, spectra = decompose_together(trainer, forms, self.factorization, statistics, components)
         wishes = self.rank_overrides, self.rank_multiple_of
+        chosen = decide_on_rank_zero(
+            trainer, lambda: choose_forms(targets, forms, self.policy, self.factorization, spectra, *wishes)
+        )
+        usable = in_chosen_forms(forms, chosen)
+        mine = {name: mine[form] for name, form in chosen.items() if form in mine}
+        spectra = {name: spectra[form] for name, form in chosen.items()}
+        probes = self._probes(trainer, pl_module, usable, mine) if self.policy.needs_probes else None
         plan = decide_on_rank_zero(
             trainer,
             lambda: plan_ranks(targets, usable, self.policy, self.factorization, spectra, *wishes, probes=probes),
@@ -437,14 +443,15 @@ class CompressionCallback(pl.Callback):
         return statistics
 
     def _probes(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", mine: Mapping[str, Decomposition]
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", usable: Targets, mine: Mapping[str, Decomposition]
     ) -> dict[str, Probe]:
         """Each rank measures its own layers, on its own batches."""
         probes: dict[str, Probe] = {}
         error = None
         try:
             batches = min(self.calibration_batches, PROBE_BATCHES)
-            probes = probe_in_own_pass(trainer, pl_module, mine, self.policy.probe_keep, batches)
+            own = Targets({name: usable[name] for name in mine}, {}, None)
+            probes = probe_in_own_pass(trainer, pl_module, own, mine, self.policy.probe_keep, batches)
         except Exception as caught:
             error = caught
         raise_together(trainer, error)
@@ -455,7 +462,7 @@ class CompressionCallback(pl.Callback):
     ) -> dict[str, LayerStatistics]:
         statistics, error = None, None
         try:
-            statistics = collect_in_own_pass(trainer, pl_module, list(targets), self.wanted, self.calibration_batches)
+            statistics = collect_in_own_pass(trainer, pl_module, targets, self.wanted, self.calibration_batches)
         except Exception as caught:
             error = caught
         raise_together(trainer, error)

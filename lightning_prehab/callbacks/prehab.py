@@ -39,6 +39,7 @@ from lightning_prehab.callbacks._trainer import (
 )
 from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.errors import CheckpointError, UnsupportedError
+from lightning_prehab.forms import in_all_forms
 from lightning_prehab.regularizers import GradientRatio, Penalty, Shrinkage
 from lightning_prehab.schedules import ramp
 from lightning_prehab.targets import Patterns, Targets
@@ -348,7 +349,7 @@ class PrehabCallback(pl.Callback):
         self._ready, self.forecast = state["ready"], state["forecast"]
         if self._ratio is not None and state["ratio"] is not None:
             self._ratio.load_state_dict(state["ratio"])
-        views = matrices(self._targets)
+        views = matrices(in_all_forms(self._targets))
         for name, stored in state["layers"].items():
             if name not in views:
                 raise CheckpointError(

@@ -35,10 +35,12 @@ class MatrixView(ABC):
         in_features: ``n``.
         group_count: Number of groups.
         part: Which of the layer's matrices this is; ``""`` if it has one.
+        form: Which way to see it, among several; ``""`` for the ordinary one.
         reads: Views with equal values make the same of the same input; None: they take it as it is.
     """
 
     part: str = ""
+    form: str = ""
     reads: Hashable = None
 
     def __init__(self, module: nn.Module, out_features: int, in_features: int, group_count: int = 1) -> None:
@@ -163,6 +165,13 @@ class Kind(ABC):
         Plans and stored factors say by their shapes which one they were made for.
         """
         return [self.views(module, blocks)]
+
+    def choices(self, module: nn.Module) -> Sequence[dict[str, MatrixView]]:
+        """Those of the :meth:`candidates` that planning may choose from by the predicted error, :meth:`views` first.
+
+        There is a choice only for layers that are one matrix.
+        """
+        return [self.views(module)]
 
     @abstractmethod
     def low_rank(

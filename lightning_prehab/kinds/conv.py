@@ -7,6 +7,7 @@ outputs are those of a linear layer that is fed with patches. The spatial scheme
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -177,6 +178,7 @@ class SpatialView(_ConvView):
     """
 
     scheme = "spatial"
+    form = "spatial"
 
     def __init__(self, module: Conv) -> None:
         check_scheme("spatial", module)
@@ -247,17 +249,19 @@ class ConvKind(Kind):
     Args:
         scheme: ``"channel"``: every layer becomes a convolution to ``rank`` channels and a 1x1 convolution.
             ``"spatial"``: two-dimensional kernels larger than 1 along both axes, without groups, become a vertical and
-            a horizontal one; the others are cut as in ``"channel"``.
+            a horizontal one; the others are cut as in ``"channel"``. ``"auto"``: whichever is predicted to lose less
+            at equal parameters, layer by layer; ``"channel"`` where nobody predicts, and for policies that count
+            operations.
 
     Raises:
         ArgumentError: If the scheme is not known.
     """
 
-    scheme: Scheme = "channel"
+    scheme: Scheme | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.scheme not in ("channel", "spatial"):
-            raise ArgumentError(f"scheme must be 'channel' or 'spatial', got {self.scheme!r}.")
+        if self.scheme not in ("auto", "channel", "spatial"):
+            raise ArgumentError(f"scheme must be 'auto', 'channel' or 'spatial', got {self.scheme!r}.")
 
     def fits(self, module: nn.Module) -> bool:
         """Exactly these types."""
@@ -281,6 +285,11 @@ class ConvKind(Kind):
         if module.groups == 1 and len(module.kernel_size) == 2 and min(module.kernel_size) > 1:
             found.insert(0 if self.scheme == "spatial" else 1, {"": SpatialView(module)})
         return found
+
+    def choices(self, module: nn.Module) -> Sequence[dict[str, MatrixView]]:
+        """All of them, unless the scheme is given."""
+        candidates = self.candidates(module)
+        return candidates if self.scheme == "auto" else candidates[:1]
 
     def low_rank(
         self, module: nn.Module, views: Mapping[str, MatrixView], factors: Mapping[str, Factors]

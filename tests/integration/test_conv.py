@@ -59,11 +59,10 @@ def convolutions(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, lp.LowRankConv2d)}
 
 
-@pytest.fixture(params=["channel", "spatial"])
+@pytest.fixture(params=["auto", "channel", "spatial"])
 def scheme(request, monkeypatch):
     monkeypatch.setattr(kinds, "_kinds", list(kinds._kinds))
-    if request.param == "spatial":
-        kinds.register_kind(ConvKind("spatial"))
+    kinds.register_kind(ConvKind(request.param))
     return request.param
 
 
@@ -81,7 +80,8 @@ def test_a_small_resnet(factorization, scheme):
     assert weights == sum(planned[name].parameters - planned[name].new_bias for name in cut)
     assert cut["2.conv1"].groups == 2
     assert cut["2.conv1"].scheme == "channel"
-    assert cut["2.conv2"].scheme == scheme
+    if scheme != "auto":
+        assert cut["2.conv2"].scheme == scheme
     for name, layer in cut.items():  # the dense network with the products in place of the kernels is the same function
         assert layer.rank == planned[name].rank
         whole = dense.get_submodule(name)
@@ -265,12 +265,14 @@ def fit(folder, callbacks, ckpt_path=None, memory_format=torch.contiguous_format
 
 
 @pytest.mark.parametrize(
-    ("space", "scheme"), [("loss", "channel"), ("activation", "spatial"), ("weight", "spatial")], indirect=["scheme"]
+    ("space", "scheme"),
+    [("loss", "channel"), ("loss", "auto"), ("activation", "spatial"), ("weight", "spatial")],
+    indirect=["scheme"],
 )
 def test_prehab_surgery_rehab_and_resume(space, scheme, tmp_path, monkeypatch):
     lit, trainer = fit(tmp_path, [*acts(space), Save(tmp_path)])
     assert len(lit.losses) == EPOCHS * STEPS
-    assert scheme in {layer.scheme for layer in convolutions(lit.net).values()}
+    assert ("spatial" if scheme == "auto" else scheme) in {layer.scheme for layer in convolutions(lit.net).values()}
     expected = lit.state_dict()
     for epoch in range(EPOCHS - 1):
         again, resumed = fit(tmp_path, acts(space), tmp_path / f"epoch-{epoch}.ckpt")
