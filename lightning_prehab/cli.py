@@ -158,12 +158,12 @@ def _plans(model: nn.Module, batches: Batches | None, settings: Any) -> list[Com
     wanted = wanted_statistics(factorization, policies[0])
     if batches is not None and any(wanted):
         statistics = collect_statistics(model, targets, batches, wanted=wanted)
-    usable = usable_targets(targets, policies[0], factorization, statistics)
+    forms = usable_targets(targets, policies[0], factorization, statistics)
     spectra = {
-        name: spectrum(name, usable[name], decomposition, statistics)
-        for name, decomposition in decompose_targets(usable, factorization, statistics).items()
+        name: spectrum(name, forms[name], decomposition, statistics)
+        for name, decomposition in decompose_targets(forms, factorization, statistics).items()
     }
-    return [plan_ranks(targets, usable, policy, factorization, spectra) for policy in policies]
+    return [plan_ranks(targets, forms, policy, factorization, spectra) for policy in policies]
 
 
 def _inputs(settings: Any) -> tuple[nn.Module, Batches | None]:

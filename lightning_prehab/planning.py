@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from lightning_prehab.choices import RankOverride, choices_of, resolve_overrides
 from lightning_prehab.errors import ArgumentError, PlanError
 from lightning_prehab.factorizations import Factorization, KroneckerSVD
 from lightning_prehab.forms import cheapest_forms, in_all_forms, in_chosen_forms
@@ -14,10 +15,7 @@ from lightning_prehab.plan import CompressionPlan, LayerPlan
 from lightning_prehab.rank_policies import LayerChoices, ParameterBudget, Probe, RankPolicy, RankRatio
 from lightning_prehab.spectra import Spectrum, decompose_targets, spectrum
 from lightning_prehab.statistics import LayerStatistics, Wanted
-from lightning_prehab.targets import Target, Targets, group_names, layer_names, match_names
-
-#: For a layer: a rank (int), a share of its parameters (float), or "dense".
-RankOverride = int | float | str
+from lightning_prehab.targets import Target, Targets, group_names
 
 
 def default_policy(keep: float, factorization: Factorization) -> RankPolicy:
@@ -66,11 +64,7 @@ def make_plan(
     spectra = {}
     for name, decomposition in decompose_targets(forms, factorization, statistics).items():
         spectra[name] = spectrum(name, forms[name], decomposition, statistics, policy.needs_weight_gradients)
-    wishes = rank_overrides, rank_multiple_of
-    chosen = choose_forms(targets, forms, policy, factorization, spectra, *wishes)
-    usable = in_chosen_forms(forms, chosen)
-    spectra = {name: spectra[form] for name, form in chosen.items()}
-    return plan_ranks(targets, usable, policy, factorization, spectra, *wishes, probes=probes)
+    return plan_ranks(targets, forms, policy, factorization, spectra, rank_overrides, rank_multiple_of, probes=probes)
 
 
 def usable_targets(
@@ -157,9 +151,12 @@ def choose_forms(
     Returns:
         ``{name: name of the form}``.
     """
-    overrides = _resolve_overrides(rank_overrides or {}, targets, factorization)
-    names = {name: [form for form in in_all_forms({name: targets[name]}) if form in forms] for name in targets}
-    names = {name: found for name, found in names.items() if found}
+    overrides = resolve_overrides(rank_overrides or {}, targets, factorization)
+    names = {}
+    for name, target in targets.items():  # what is chosen already stands under the name of the target
+        found = [form for form in dict.fromkeys([name, *in_all_forms({name: target})]) if form in forms]
+        if found:
+            names[name] = found
     for name in names:
         if policy.needs_positions or name in overrides:
             names[name] = names[name][:1]
@@ -169,7 +166,7 @@ def choose_forms(
     policy = without_probes(policy).for_model(_dense_parameters(first), forms.model_parameters)
     layers = {
         name: [
-            _choices(name, forms[form], spectra[form], factorization, overrides.get(name), rank_multiple_of)
+            choices_of(name, forms[form], spectra[form], factorization, overrides.get(name), rank_multiple_of)
             for form in found
         ]
         for name, found in names.items()
@@ -188,7 +185,7 @@ def without_probes(policy: RankPolicy) -> RankPolicy:
 
 def plan_ranks(
     targets: Mapping[str, Target],
-    usable: Targets,
+    forms: Targets,
     policy: RankPolicy,
     factorization: Factorization,
     spectra: Mapping[str, Spectrum],
@@ -197,8 +194,14 @@ def plan_ranks(
     *,
     probes: Mapping[str, Probe] | None = None,
 ) -> CompressionPlan:
-    """The last step of :func:`make_plan`, for callers that have decomposed the usable targets themselves."""
-    overrides = _resolve_overrides(rank_overrides or {}, targets, factorization)
+    """The last step of :func:`make_plan`, for callers that have decomposed the usable targets themselves.
+
+    ``forms`` and ``spectra`` are of all forms, or of those that :func:`choose_forms` has chosen.
+    """
+    chosen = choose_forms(targets, forms, policy, factorization, spectra, rank_overrides, rank_multiple_of)
+    usable = in_chosen_forms(forms, chosen)
+    spectra = {name: spectra[form] for name, form in chosen.items()}
+    overrides = resolve_overrides(rank_overrides or {}, targets, factorization)
     if policy.needs_probes and probes is not None:
         unseen = {name: "no probe batch reached it" for name in usable if name not in probes}
         layers_left = {name: layer for name, layer in usable.items() if name not in unseen}
@@ -207,7 +210,7 @@ def plan_ranks(
     policy = policy.for_model(_dense_parameters(usable.values()), usable.model_parameters)
     choices = [
         replace(
-            _choices(name, layer, spectra[name], factorization, overrides.get(name), rank_multiple_of),
+            choices_of(name, layer, spectra[name], factorization, overrides.get(name), rank_multiple_of),
             probe=(probes or {}).get(name),
         )
         for name, layer in usable.items()
@@ -254,14 +257,14 @@ def check_wish(
                 f"{policy} counts time, and only linear layers are measured; leave {name!r} out with "
                 "exclude_modules, or count parameters or FLOPs."
             )
-    overrides = _resolve_overrides(rank_overrides or {}, targets, factorization)
+    overrides = resolve_overrides(rank_overrides or {}, targets, factorization)
     policy = policy.for_model(_dense_parameters(targets.values()), getattr(targets, "model_parameters", None))
     choices = []
     for name, layer in targets.items():
         view = view_of(layer)
         size = min(view.out_features // view.group_count, view.in_features)
         flat = torch.ones(size, dtype=torch.float64)
-        choices.append(_choices(name, layer, Spectrum(flat), factorization, overrides.get(name), rank_multiple_of))
+        choices.append(choices_of(name, layer, Spectrum(flat), factorization, overrides.get(name), rank_multiple_of))
     policy.check(choices)
 
 
@@ -289,38 +292,6 @@ def check_method(factorization: object, policy: object) -> None:
             raise ArgumentError(f"Expected a {kind.__name__}, got {value!r}{hint}.")
 
 
-def _choices(
-    name: str,
-    layer: Target,
-    spectrum: Spectrum,
-    factorization: Factorization,
-    override: int | str | None,
-    multiple: int,
-) -> LayerChoices:
-    """What a rank policy may choose from for one layer."""
-    view = view_of(layer)
-    if override == "dense":
-        ranks: tuple[int, ...] = ()
-    elif isinstance(override, int):
-        ranks = (override,)
-    else:
-        limit = _limit(layer, factorization)
-        ranks = tuple(range(multiple, limit + 1, multiple)) or tuple(range(1, limit + 1))
-    dense = override is None or override == "dense"
-    added = added_parameters(layer, factorization)
-    return LayerChoices(
-        name,
-        *view.shape,
-        spectrum.singular_values,
-        ranks,
-        dense,
-        added,
-        spectrum.components,
-        positions=spectrum.positions,
-        groups=view.group_count,
-    )
-
-
 def _layer_plan(
     layer: LayerChoices, rank: int | None, override: int | str | None, factorization: Factorization
 ) -> LayerPlan:
@@ -336,43 +307,3 @@ def _layer_plan(
     dropped = float((retained[-1] - retained[rank]).clamp_min(0.0))
     error = min(dropped / max(float(retained[-1]), 1e-300), 1.0) ** 0.5
     return replace(dense, rank=rank, relative_error=error, loss_increase=0.5 * dropped if comparable else None)
-
-
-def added_parameters(layer: Target, factorization: Factorization) -> int:
-    """Parameters that a cut adds beside the two factors: a new bias, the values of a sparse part."""
-    view = view_of(layer)
-    new_bias = view.bias_size if factorization.adds_bias and view.bias is None else 0
-    return new_bias + factorization.nonzeros(*view.shape)
-
-
-def _limit(layer: Target, factorization: Factorization) -> int:
-    """The break-even rank, with what a cut adds beside the factors counted."""
-    view = view_of(layer)
-    (m, n), groups = view.shape, view.group_count
-    return max(m * n - added_parameters(layer, factorization) - 1, 0) // (m + groups * n)
-
-
-def _resolve_overrides(
-    overrides: Mapping[str, RankOverride], targets: Mapping[str, Target], factorization: Factorization
-) -> dict[str, int | str]:
-    """A rank or "dense" for each layer that a pattern names."""
-    resolved: dict[str, int | str] = {}
-    for pattern, wish in overrides.items():
-        for name in match_names(pattern, list(targets), "rank_overrides", layer_names(targets)):
-            resolved[name] = _resolve_override(name, wish, targets[name], factorization)
-    return resolved
-
-
-def _resolve_override(name: str, wish: RankOverride, layer: Target, factorization: Factorization) -> int | str:
-    (m, n), groups = view_of(layer).shape, view_of(layer).group_count
-    limit = _limit(layer, factorization)
-    if wish == "dense":
-        return "dense"
-    if isinstance(wish, float) and 0.0 < wish < 1.0:
-        wish = max(int((wish * m * n - added_parameters(layer, factorization)) / (m + groups * n)), 1)
-    if isinstance(wish, bool) or not isinstance(wish, int) or not 1 <= wish <= limit:
-        raise ArgumentError(
-            f"rank_overrides: {wish!r} does not suit layer {name!r} ({m}x{n}); give a rank from 1 to {limit} "
-            "(break-even), a share in (0, 1), or 'dense'."
-        )
-    return wish

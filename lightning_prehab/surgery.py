@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prehab.choices import added_parameters
 from lightning_prehab.errors import CheckpointError, NumericalError, PlanError, UnsupportedError
 from lightning_prehab.factorizations import Decomposition, Factors
 from lightning_prehab.forms import form_name
@@ -19,7 +20,6 @@ from lightning_prehab.kinds import MatrixView, kind_of, view_of
 from lightning_prehab.layers import LowRankLayer, LowRankPlusSparseLinear
 from lightning_prehab.moments import block_state, entry_state, factor_states
 from lightning_prehab.plan import CompressionPlan, LayerPlan
-from lightning_prehab.planning import added_parameters
 from lightning_prehab.pretrained import check_pretrained, note_structure_
 from lightning_prehab.report import CompressionReport
 from lightning_prehab.sparse import Sparse

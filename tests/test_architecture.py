@@ -31,6 +31,7 @@ FLOORS = {
     "collector": 2,
     "calibration": 2,
     "forms": 2,
+    "choices": 2,
     "plan": 2,
     "layer_plan": 2,
     "documents": 1,

@@ -40,6 +40,16 @@ class Lit(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class LitConv(Lit):
+    def __init__(self):
+        super().__init__(20)
+        self.net = nn.Sequential(
+            nn.Unflatten(1, (5, 2, 1)), nn.Conv2d(5, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Flatten()
+        )
+        with torch.no_grad():  # separable
+            self.net[2].weight.copy_(self.net[2].weight.sum(3, True) * self.net[2].weight.sum(2, True).mean(1, True))
+
+
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -142,6 +152,23 @@ def test_checkpoint_with_and_without_data(ckpt, tmp_path, capsys, kind):
     assert plans[0]["keep"] <= 0.3
     assert plans[0]["keep"] < plans[1]["keep"] <= 0.6
     assert plans[1]["factorization"]["class_path"].endswith(".SVD" if kind is None else ".KroneckerSVD")
+
+
+def test_a_plan_of_convolutions_is_what_compress_does(tmp_path, make_trainer, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lit_of_a_user", sys.modules[__name__])
+    trainer = make_trainer(max_epochs=1, limit_train_batches=0)
+    trainer.fit(LitConv(), torch.utils.data.DataLoader(torch.randn(8, 10), batch_size=8))
+    trainer.save_checkpoint(tmp_path / "conv.ckpt")
+    torch.save(torch.randn(64, 10), tmp_path / "data.pt")
+    words = [tmp_path / "conv.ckpt", "--model", "lit_of_a_user.LitConv", "--data", tmp_path / "data.pt", "--keep", 0.4]
+    (plan,) = json.loads(run(capsys, "plan", *words, "--json"))["plans"]
+    done = json.loads(run(capsys, "compress", *words, "--output", tmp_path / "out", "--json"))["report"]
+    assert [layer["name"] for layer in plan["layers"]] == ["net.1", "net.2"]
+    assert plan["layers"][1]["form"] == "spatial"
+    for asked, found in zip(plan["layers"], done["layers"], strict=True):
+        assert (asked["shape"], asked["rank"]) == (found["shape"], found["rank"] or "dense")
+    loaded = lp.load_compressed(tmp_path / "out", LitConv())
+    assert loaded.net[2].scheme == "spatial"
 
 
 def test_plan_shows_a_table_for_each_keep(bert, capsys):

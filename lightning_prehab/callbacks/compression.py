@@ -39,6 +39,7 @@ from lightning_prehab.callbacks._trainer import (
     reset_scores_,
     uses_loss_scaling,
 )
+from lightning_prehab.choices import RankOverride, added_parameters
 from lightning_prehab.collector import Collector
 from lightning_prehab.errors import ArgumentError, UnsupportedError
 from lightning_prehab.factorizations import Decomposition, Factorization, Factors, KroneckerSVD
@@ -47,8 +48,6 @@ from lightning_prehab.kinds import view_of
 from lightning_prehab.layers import LowRankLayer
 from lightning_prehab.plan import CompressionPlan
 from lightning_prehab.planning import (
-    RankOverride,
-    added_parameters,
     check_method,
     check_wish,
     choose_forms,

@@ -116,8 +116,9 @@ class Unfolded(nn.Module):
         return y.mT.unflatten(2, (size, size))
 
 
+@pytest.mark.parametrize("scheme", ["channel"], indirect=True)
 @pytest.mark.parametrize("factorization", [lp.WhitenedSVD(centered=True), lp.KroneckerSVD(), lp.FisherSVD()])
-def test_a_convolution_is_cut_as_the_linear_layer_on_its_patches(factorization):
+def test_a_convolution_is_cut_as_the_linear_layer_on_its_patches(factorization, scheme):
     first, second = nn.Conv2d(2, 8, 3, padding=1, stride=2), nn.Conv2d(8, 6, 3)
     tail = [nn.Flatten(), nn.Linear(6, 4)]
     model = nn.Sequential(first, nn.Tanh(), second, *tail)
@@ -132,7 +133,8 @@ def test_a_convolution_is_cut_as_the_linear_layer_on_its_patches(factorization):
         torch.testing.assert_close(mine.bias, theirs.bias, atol=1e-4, rtol=1e-3)
 
 
-def test_each_group_is_cut_by_itself():
+@pytest.mark.parametrize("scheme", ["channel"], indirect=True)
+def test_each_group_is_cut_by_itself(scheme):
     grouped = nn.Conv2d(8, 8, 3, groups=2)
     halves = [nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)]
     for half, weight, bias in zip(halves, grouped.weight.chunk(2), grouped.bias.chunk(2), strict=True):
@@ -313,8 +315,9 @@ def test_a_plan_says_by_its_shapes_in_which_scheme(monkeypatch):
         lp.apply_plan_(model, plans["spatial"][0])
 
 
+@pytest.mark.parametrize("scheme", ["channel"], indirect=True)
 @pytest.mark.parametrize("regularizer", [lp.TailEnergy(), lp.TailShrinkage()], ids=["penalty", "shrinkage"])
-def test_prehab_lowers_the_tail_of_kernels(regularizer, tmp_path):
+def test_prehab_lowers_the_tail_of_kernels(regularizer, scheme, tmp_path):
     """Regularizers act on the matrices of kernels, of any memory format, as they do on those of linear layers."""
 
     tails = []
