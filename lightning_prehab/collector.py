@@ -30,6 +30,9 @@ from lightning_prehab.targets import Target, group_names
 TOKENS_PER_FEATURE = 8
 #: And in any case so many of each batch.
 MIN_TOKENS = 256
+#: Entries that the inputs of one matrix may have at a time where they are larger than what the layer is fed with, such
+#: as the patches of a convolution: 256 MB. Larger batches are taken in parts.
+MAX_ENTRIES = 2**26
 
 
 @dataclass(eq=False)
@@ -199,7 +202,7 @@ class Collector:
             _before_changes(output).register_hook(add)  # type: ignore[no-untyped-call]
         elif not self.wanted.backward or torch.is_grad_enabled():  # frozen: there will be no gradient
             for view, source in zip(views, fed, strict=True):
-                self._add_inputs(view, source, self._tokens(view.inputs(x)))
+                self._add(view, source, x, None)
 
     def _fed_by(self, x: Tensor, reads: Hashable) -> _Fed:
         """The tensor that the matrix before was fed with, if it is this very one, else a new one."""
@@ -208,54 +211,79 @@ class Collector:
             self._last = _Fed(source, 0 if source is None else x._version, next(self._numbers), reads)
         return self._last
 
-    def _add(self, view: MatrixView, fed: _Fed, x: Tensor, gradient: Tensor) -> None:
+    @torch.no_grad()
+    def _add(self, view: MatrixView, fed: _Fed, x: Tensor, gradient: Tensor | None) -> None:
+        """Adds what a matrix was fed with and, unless it is None, the gradient of its output."""
         watched = self._watched[id(view)]
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            x, g = self._tokens(view.inputs(x)), self._tokens(view.outputs(gradient.detach()))
-            if self._drop_overflow:
-                finite = torch.isfinite(g).all(-1)
-                x, g = x[finite], g[finite]
-                fed = _Fed(None, 0, next(self._numbers))  # other layers may drop other tokens
-            self._add_inputs(view, fed, x)
-            if self.wanted.weight_gradients:
-                product = (g.float().mT @ x.float()) / self.loss_scale
-                watched.weight_gradient = (
-                    product if watched.weight_gradient is None else watched.weight_gradient.add_(product)
-                )
-            if self.wanted.gradients:
-                # The gradient of the mean over the batch, times its size, is that of the sample's own loss.
-                gram = gradient_gram(g, self._at_most(watched.statistics.out_features))
-                gram *= (self._batch_size / self.loss_scale) ** 2
-                for statistics in self._of(watched):
-                    statistics.add_gradient_gram(gram)
-
-    def _add_inputs(self, view: MatrixView, fed: _Fed, x: Tensor) -> None:
-        watched = self._watched[id(view)]
-        if fed.sums is None:
+        if self._drop_overflow and gradient is not None:
+            fed = _Fed(None, 0, next(self._numbers))  # other layers may drop other tokens
+        sums, fresh = fed.sums, fed.sums is None
+        with torch.autocast(x.device.type, enabled=False):
+            parts = list(self._parts(view, x, gradient))
+            for part, mask, gradient_part in parts:
+                tokens = _tokens(view.inputs(part), mask) if fresh or self.wanted.weight_gradients else None
+                g = None if gradient_part is None else _tokens(view.outputs(gradient_part), mask)
+                if self._drop_overflow and g is not None:
+                    finite = torch.isfinite(g).all(-1)
+                    tokens, g = None if tokens is None else tokens[finite], g[finite]
+                if fresh and tokens is not None:
+                    at_most = self._at_most(watched.statistics.in_features, len(parts))
+                    added = input_sums(tokens, at_most, magnitudes=self.wanted.magnitudes)
+                    sums = added if sums is None else sums.plus(added)
+                if g is not None:
+                    self._add_gradient(watched, tokens, g, len(parts))
+        assert sums is not None
+        if fresh:
             if self._computed is not None:
                 self._computed.sums = None
-            at_most = self._at_most(watched.statistics.in_features)
-            fed.sums, self._computed = input_sums(x, at_most, magnitudes=self.wanted.magnitudes), fed
+            fed.sums, self._computed = sums, fed
         watched.history.append(fed.number)
         for statistics in self._of(watched):
-            statistics.add_inputs(fed.sums)
+            statistics.add_inputs(sums)
 
-    def _at_most(self, size: int) -> int | None:
-        """Tokens of one batch that are enough for a Gram matrix of this size."""
+    def _add_gradient(self, watched: _Watched, x: Tensor | None, g: Tensor, parts: int) -> None:
+        if self.wanted.weight_gradients and x is not None:
+            product = (g.float().mT @ x.float()) / self.loss_scale
+            watched.weight_gradient = (
+                product if watched.weight_gradient is None else watched.weight_gradient.add_(product)
+            )
+        if self.wanted.gradients:
+            # The gradient of the mean over the batch, times its size, is that of the sample's own loss.
+            gram = gradient_gram(g, self._at_most(watched.statistics.out_features, parts))
+            gram *= (self._batch_size / self.loss_scale) ** 2
+            for statistics in self._of(watched):
+                statistics.add_gradient_gram(gram)
+
+    def _parts(
+        self, view: MatrixView, x: Tensor, gradient: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """So many samples at a time that not too much is unfolded at once: inputs, padding mask, gradients."""
+        size = view.samples_at_once(x, MAX_ENTRIES)
+        if size is None or size >= x.shape[0]:
+            yield x, self._mask, gradient
+            return
+        for start in range(0, x.shape[0], size):
+            part = slice(start, start + size)
+            mask = None if self._mask is None else self._mask[part]
+            yield x[part], mask, None if gradient is None else gradient[part]
+
+    def _at_most(self, size: int, parts: int) -> int | None:
+        """Tokens of one of the parts of a batch that are enough for a Gram matrix of this size."""
         if self._batches is None:
             return None
-        return max(MIN_TOKENS, -(-TOKENS_PER_FEATURE * size // self._batches))
+        return -(-max(MIN_TOKENS, -(-TOKENS_PER_FEATURE * size // self._batches)) // parts)
 
-    def _tokens(self, x: Tensor) -> Tensor:
-        """Flattened to ``(tokens, features)``, padding left out where the mask fits the leading dimensions.
 
-        Nested tensors, which ``nn.TransformerEncoder`` makes of padded ones, have no padding.
-        """
-        if x.is_nested:
-            return torch.cat(x.unbind())
-        if self._mask is not None and self._mask.shape == x.shape[:-1]:
-            return x[self._mask]
-        return x.reshape(-1, x.shape[-1])
+def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Flattened to ``(tokens, features)``, padding left out where the mask fits the leading dimensions.
+
+    Nested tensors, which ``nn.TransformerEncoder`` makes of padded ones, have no padding.
+    """
+    if x.is_nested:
+        return torch.cat(x.unbind())
+    if mask is not None and mask.shape == x.shape[:-1]:
+        return x[mask]
+    return x.reshape(-1, x.shape[-1])
 
 
 def _before_changes(output: Tensor) -> Tensor:

@@ -56,6 +56,15 @@ class InputSums(NamedTuple):
     absolute: Tensor | int
     gram: Tensor
 
+    def plus(self, other: "InputSums") -> "InputSums":
+        """The sums over the tokens of both."""
+        return InputSums(
+            self.tokens + other.tokens,
+            self.total + other.total,
+            self.absolute + other.absolute,
+            self.gram + other.gram,
+        )
+
 
 class LayerStatistics:
     """Sums over the tokens that went through a layer ``y = W x + b``.

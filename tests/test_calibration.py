@@ -8,9 +8,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lightning_prehab as lp
+from lightning_prehab import collector
 from lightning_prehab.batches import batch_size, padding_mask
 from lightning_prehab.collector import Collector
 from lightning_prehab.errors import ArgumentError, StatisticsError
+from lightning_prehab.kinds.conv import ChannelView
 from lightning_prehab.statistics import Wanted
 
 
@@ -455,3 +457,45 @@ def test_memory_is_announced(caplog):
     statistics = lp.collect_statistics(model, {"0": model[0]}, [torch.randn(4, 1000)])
     held = sum(t.numel() * 4 for name, t in statistics["0"].tensors() if t.dim() > 0)
     assert f"at most {held / 1e6:.1f} MB" in caplog.text
+
+
+@pytest.mark.parametrize("batches", [None, 2], ids=["all tokens", "a sample of them"])
+@pytest.mark.parametrize("drop_overflow", [False, True])
+def test_patches_of_large_batches_are_made_a_few_samples_at_a_time(batches, drop_overflow, monkeypatch):
+    """The same sums, exactly where every token is used; a padding mask of a signal goes along."""
+    model = nn.Sequential(nn.Conv1d(3, 6, 3, padding=1), nn.Unflatten(2, (4, 2)), nn.Conv2d(6, 5, 3, 2, 1))
+    other = nn.Conv2d(6, 5, 3, 2, 1)
+    x, mask = torch.randn(10, 3, 8), torch.ones(10, 8, dtype=torch.bool)
+    mask[:, 6:] = False
+    targets = {"signal": model[0], "image": model[2], "beside": other}
+    wanted = Wanted(inputs=True, gradients=True, weight_gradients=True, halves=True, magnitudes=True)
+    found, sizes = {}, []
+    inputs = ChannelView.inputs
+
+    def spy(view, given):
+        sizes.append(inputs(view, given).numel())
+        return inputs(view, given)
+
+    monkeypatch.setattr(ChannelView, "inputs", spy)
+    for limit in (2**26, 300):
+        monkeypatch.setattr(collector, "MAX_ENTRIES", limit)
+        counting = Collector(targets, wanted, drop_overflow=drop_overflow, batches=batches)
+        counting.attach()
+        for index in range(2):
+            sizes.clear()
+            counting.begin_batch({"x": x, "attention_mask": mask}, index)
+            y = model[1](model[0](x))
+            (model[2](y).square().sum() + other(y).sin().sum()).backward()
+            counting.end_batch()
+            assert max(sizes) <= limit
+        counting.detach()
+        found[limit] = counting.statistics
+    assert list(found[300]) == ["signal", "image", "image:spatial", "beside", "beside:spatial"]
+    assert int(found[300]["signal"].tokens) == 2 * 10 * 6
+    for name, whole in found[2**26].items():
+        for (key, one), (_, other_one) in zip(whole.tensors(), found[300][name].tensors(), strict=True):
+            if batches is not None and key.endswith("gram"):
+                pair = one.diagonal().sum(), other_one.diagonal().sum()  # exact whatever is sampled
+            else:
+                pair = one, other_one
+            torch.testing.assert_close(*pair, atol=1e-4, rtol=1e-4)

@@ -81,6 +81,13 @@ class MatrixView(ABC):
         """What is multiplied, shape ``(*, n)``, from the input of the layer; ``(*, groups, n)`` if there are groups."""
         return x
 
+    def samples_at_once(self, x: Tensor, entries: int) -> int | None:
+        """Of how many samples :meth:`inputs` has at most so many entries, at least 1; None: the batch stays whole.
+
+        For inputs that are much larger than what the layer is fed with. Samples are along the first dimension.
+        """
+        return None
+
     def outputs(self, y: Tensor) -> Tensor:
         """The product, shape ``(*, m)``, from the output of the layer or its gradient; leading sizes as of the inputs.
 

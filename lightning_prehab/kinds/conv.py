@@ -70,6 +70,16 @@ class _ConvView(MatrixView):
         """The bias of the layer."""
         return self.module._parameters["bias"]
 
+    def samples_at_once(self, x: Tensor, entries: int) -> int | None:
+        """Batches are taken apart if their patches are too many."""
+        if x.dim() != len(self.module.kernel_size) + 2:
+            return None
+        strides = 1
+        for stride, kernel in zip(self.module.stride, self.module.kernel_size, strict=True):
+            strides *= min(stride, kernel)
+        places = x.shape[2:].numel() // (strides if self.scheme == "channel" else 1)
+        return max(entries // max(places * self.in_features * self.group_count, 1), 1)
+
     def fold(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Kernels of the two convolutions."""
         shapes = factor_shapes(self.parameter.shape, b.shape[1], self.scheme, self.group_count)
