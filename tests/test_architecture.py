@@ -36,6 +36,7 @@ FLOORS = {
     "layer_plan": 2,
     "documents": 1,
     "planning": 2,
+    "stored": 2,
     "surgery": 2,
     "report": 2,
     "report_html": 2,

@@ -18,7 +18,8 @@ from lightning_prehab.factorizations import Factorization, Factors
 from lightning_prehab.kinds import MatrixView
 from lightning_prehab.plan import CompressionPlan, LayerPlan
 from lightning_prehab.statistics import LayerStatistics
-from lightning_prehab.surgery import densify_, factors_of_layer, follow_state_dict_, shapes_of, stored_factors
+from lightning_prehab.stored import factors_of_layer, shapes_of, stored_factors
+from lightning_prehab.surgery import densify_, follow_state_dict_
 from lightning_prehab.targets import Layer, clean_name, join, locate
 
 
