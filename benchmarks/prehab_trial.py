@@ -165,7 +165,8 @@ def fit(
     if keep_file is not None and not stored:
         callbacks.append(ModelCheckpoint(keep_file.parent, keep_file.stem, every_n_epochs=task.prehab, save_top_k=-1))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # dropout
+        module = Module(task, seed)
+        torch.manual_seed(seed)  # dropout; not before, since building a model draws numbers too
         trainer = L.Trainer(
             accelerator="cpu",
             max_epochs=total,
@@ -176,7 +177,6 @@ def fit(
             enable_model_summary=False,
             callbacks=callbacks,
         )
-        module = Module(task, seed)
         trainer.fit(module, ckpt_path=keep_file if stored else None)
     return recorder.found
 
