@@ -72,9 +72,9 @@ class PrehabCallback(pl.Callback):
         regularizer: A penalty or a shrinkage. None means :class:`~lightning_prehab.TailShrinkage` toward the planned
             ranks, which makes the cut itself free; where there is no CompressionCallback to plan them, or a setting is
             given that penalties alone have, or the end of the time before the cut cannot be foreseen,
-            :class:`~lightning_prehab.StableRank`. As measured (``benchmarks/prehab_gpt.py``) the default is ahead right
-            after the cut, but in the end not better than cutting first and training all those steps after the cut: use
-            it where the moment of the cut counts.
+            :class:`~lightning_prehab.StableRank`. As measured (``benchmarks/prehab_gpt.py``, ``prehab_sst2.py``) the
+            default is ahead right after the cut, but in the end not better than cutting first and training all those
+            steps after the cut: use it where the moment of the cut counts.
         strength: Factor on the mean penalty, at least 0; None means the ``default_strength`` of the penalty. Shrinkages
             have none.
         ramp_steps: Optimizer steps over which the strength rises linearly to its full value.
