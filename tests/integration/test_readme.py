@@ -45,16 +45,16 @@ def test_the_example_in_a_fast_run():
     assert run.stdout.count("keep 0.") >= 3
 
 
-TABLES = sorted(set(re.findall(r"python (benchmarks/\w+\.py) --table", README)))
+TABLES = sorted(set(re.findall(r"python (benchmarks/\w+\.py)((?: --\w+)* --table)", README)))
 
 
 def test_there_are_tables():
     assert len(TABLES) >= 8
 
 
-@pytest.mark.parametrize("script", TABLES)
-def test_stored_results_are_printed(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [script, "--table"])
+@pytest.mark.parametrize(("script", "options"), TABLES)
+def test_stored_results_are_printed(script, options, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, *options.split()])
     monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
     runpy.run_path(str(ROOT / script), run_name="__main__")
     rows = [line for line in capsys.readouterr().out.splitlines() if line.count("|") >= 3 or "  " in line]
