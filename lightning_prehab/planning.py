@@ -137,7 +137,7 @@ def choose_forms(
     """The form of each usable target that is predicted to lose least at equal parameters.
 
     A target whose rank is given by hand stays in its ordinary form, whose rank that is. So does everything under a
-    policy that counts operations: a form may save them by other means than its parameters.
+    policy that counts operations or time: a form may save them by other means than its parameters.
 
     Args:
         targets: The targets.
@@ -158,7 +158,7 @@ def choose_forms(
         if found:
             names[name] = found
     for name in names:
-        if policy.needs_positions or name in overrides:
+        if policy.needs_positions or policy.needs_latencies or name in overrides:
             names[name] = names[name][:1]
     if all(len(found) == 1 for found in names.values()):
         return {name: form for name, (form,) in names.items()}
