@@ -54,7 +54,8 @@ def compress_(
             from the model's logits serve.
         policy: Rank policy; None means one global budget for KroneckerSVD and a uniform ratio for the other methods.
         factorization: None means ``KroneckerSVD()`` with batches and ``SVD()`` without.
-        target_modules: Names or patterns of the layers to take; None takes all that can be cut.
+        target_modules: Names or patterns of the layers to take; None takes all that can be cut, but for projections to
+            a vocabulary, see :func:`~lightning_prehab.find_targets`.
         exclude_modules: Names or patterns of the layers to leave.
         optimizers: Optimizers that hold the weights; edited in place.
         layers_at_once: Keep the statistics of so many layers in memory at a time, and run over the batches once for

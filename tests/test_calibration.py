@@ -12,7 +12,7 @@ from lightning_prehab import collector
 from lightning_prehab.batches import batch_size, padding_mask
 from lightning_prehab.collector import Collector
 from lightning_prehab.errors import ArgumentError, StatisticsError
-from lightning_prehab.kinds.conv import ChannelView
+from lightning_prehab.kinds.conv import ChannelView, SpatialView
 from lightning_prehab.statistics import Wanted
 
 
@@ -476,7 +476,14 @@ def test_patches_of_large_batches_are_made_a_few_samples_at_a_time(batches, drop
         sizes.append(inputs(view, given).numel())
         return inputs(view, given)
 
+    spatial_inputs = SpatialView.inputs
+
+    def spatial_spy(view, given):
+        sizes.append(spatial_inputs(view, given).numel())
+        return spatial_inputs(view, given)
+
     monkeypatch.setattr(ChannelView, "inputs", spy)
+    monkeypatch.setattr(SpatialView, "inputs", spatial_spy)
     for limit in (2**26, 300):
         monkeypatch.setattr(collector, "MAX_ENTRIES", limit)
         counting = Collector(targets, wanted, drop_overflow=drop_overflow, batches=batches)

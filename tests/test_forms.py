@@ -140,6 +140,30 @@ def test_policies_that_measure(model, policy):
     assert schemes(model) == {"0": "channel", "2": "spatial"}
 
 
+@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.parametrize("policy", [lp.ParameterBudget(0.5), lp.ProbeBudget(0.5)], ids=repr)
+def test_in_training_with_a_pass_of_its_own_and_with_probes(policy, epoch, make_trainer):
+    """The surgery chooses from ordinary steps, on a copy of the module, and before probes are measured."""
+    lit = Lit()
+    with torch.no_grad():
+        ChannelView(lit.net[0]).write_(torch.randn(8, 2) @ torch.randn(2, 54))
+        lit.net[2].weight.copy_(conv(2, "spatial", channels=8).weight)
+    lit.configure_optimizers = lambda: torch.optim.SGD(lit.parameters(), lr=0.0)
+    compression = lp.CompressionCallback(
+        epoch, policy=policy, calibration_batches=12, exclude_modules="net.4", rank_multiple_of=2
+    )
+    x = torch.cat(batches(12))
+    make_trainer(max_epochs=epoch + 1, callbacks=[compression]).fit(
+        lit, DataLoader(TensorDataset(x, x.mean((1, 2, 3)).gt(0).long()), 16)
+    )
+    assert lit.forms == ["", "spatial"]
+    assert [layer.relative_error for layer in compression.report.plan.layers] == pytest.approx([0, 0], abs=2e-3)
+    assert schemes(lit.net) == {"0": "channel", "2": "spatial"}
+    x = batches(1)[0]
+    assert lit.after.isfinite().all()
+    torch.testing.assert_close(lit.net(x), lit.after, atol=1e-4, rtol=1e-3)
+
+
 def test_a_few_layers_at_once(model):
     other = copy.deepcopy(model)
     for made, settings in ((model, {}), (other, {"layers_at_once": 1})):

@@ -101,7 +101,8 @@ class CompressionCallback(pl.Callback):
         factorization: How factors are computed; None means :class:`~lightning_prehab.KroneckerSVD`.
         calibration_batches: Training batches whose statistics are used, at least 1; at most the length of one epoch
             (twice this number of the last batches where the length of an epoch is not known).
-        target_modules: Names or fnmatch patterns of the layers to cut; None takes all that can be cut.
+        target_modules: Names or fnmatch patterns of the layers to cut; None takes all that can be cut, but for
+            projections to a vocabulary, see :func:`~lightning_prehab.find_targets`.
         exclude_modules: Names or fnmatch patterns of the layers to leave.
         rank_overrides: ``{pattern: rank}``: an int is a rank, a float a share of the layer's parameters, ``"dense"``
             keeps it.
@@ -375,8 +376,9 @@ class CompressionCallback(pl.Callback):
         self._shell = self._following = None
 
     def _new_collector(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", attach: bool = True) -> Collector:
+        targets = self.find_targets(pl_module)
         collector = Collector(
-            self.find_targets(pl_module),
+            targets,
             self.wanted,
             drop_overflow=uses_loss_scaling(trainer),
             batches=min(self.calibration_batches, batches_per_epoch(trainer) or self.calibration_batches),
@@ -384,7 +386,7 @@ class CompressionCallback(pl.Callback):
         if attach:
             collector.attach()
             megabytes = collector.memory() / 1e6
-            rank_zero_info(f"Calibration of {len(collector.statistics)} layers: at most {megabytes:.1f} MB of sums.")
+            rank_zero_info(f"Calibration of {len(targets)} layers: at most {megabytes:.1f} MB of sums.")
         return collector
 
     def _operate_if_due(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -477,9 +479,11 @@ class CompressionCallback(pl.Callback):
 
 
 def _warn_if_few_tokens(statistics: Mapping[str, LayerStatistics]) -> None:
-    few = [name for name, layer in statistics.items() if 0 < int(layer.tokens) < 4 * layer.in_features]
+    layers = dict.fromkeys(name.partition(":")[0] for name in statistics)  # without form and group
+    seen_little = (name for name, layer in statistics.items() if 0 < int(layer.tokens) < 4 * layer.in_features)
+    few = list(dict.fromkeys(name.partition(":")[0] for name in seen_little))
     if few:
         rank_zero_warn(
-            f"{len(few)} of {len(statistics)} layers saw fewer calibration tokens than four times their input size "
+            f"{len(few)} of {len(layers)} layers saw fewer calibration tokens than four times their input size "
             f"(first: {few[0]!r}). Raise calibration_batches, or the shrinkage of the factorization."
         )

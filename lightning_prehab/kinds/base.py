@@ -82,7 +82,7 @@ class MatrixView(ABC):
         return x
 
     def samples_at_once(self, x: Tensor, entries: int) -> int | None:
-        """Of how many samples :meth:`inputs` has at most so many entries, at least 1; None: the batch stays whole.
+        """Of how many samples :meth:`inputs` has about so many entries at most; None: the batch stays whole.
 
         For inputs that are much larger than what the layer is fed with. Samples are along the first dimension.
         """
