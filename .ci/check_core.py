@@ -65,7 +65,7 @@ def check_modules() -> None:
 
 def check_missing_extras(folder: Path) -> None:
     """Each feature of an extra names it, and the package it names comes with that extra."""
-    from lightning_prehab.cli_inputs import load_model, read_batches
+    from lightning_prehab.cli.inputs import load_model, read_batches
 
     for name in ("config.json", "batches.safetensors", "lines.txt"):
         (folder / name).write_text("{}")

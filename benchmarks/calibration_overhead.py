@@ -21,8 +21,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import lightning_prehab as lp
-from lightning_prehab.collector import Collector
-from lightning_prehab.statistics import Wanted
+from lightning_prehab.statistics.collector import Collector
+from lightning_prehab.statistics.sums import Wanted
 
 RESULTS = Path(__file__).with_suffix(".json")
 BATCHES = 64

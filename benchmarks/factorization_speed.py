@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import lightning_prehab as lp
-from lightning_prehab.statistics import Wanted, statistics_bytes
+from lightning_prehab.statistics.sums import Wanted, statistics_bytes
 
 RESULTS = Path(__file__).with_suffix(".json")
 KEEP = 0.4

@@ -29,7 +29,7 @@ import transformers
 from sst2 import DEFAULT_CACHE, SST2, TARGETS, SentenceClassifier, dense_model, load_data, machine, measure
 
 import lightning_prehab as lp
-import lightning_prehab.statistics
+import lightning_prehab.statistics.sums
 from lightning_prehab.__about__ import __version__
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -119,7 +119,7 @@ class Trial:
 
     def probes(self, factorization: object, collected: Mapping[str, lp.LayerStatistics], probe_keep: float) -> object:
         """The measured effect of a small cut of each layer alone, on some of the calibration sentences."""
-        from lightning_prehab.probes import measure_probes
+        from lightning_prehab.plan.probes import measure_probes
 
         key = factorization, probe_keep
         if key not in self.probed:
@@ -150,7 +150,7 @@ class Trial:
 
 def everything() -> dict[str, object]:
     """Settings of collect_statistics that collect all it can; older versions know no ``wanted``."""
-    wanted = getattr(lightning_prehab.statistics, "Wanted", None)
+    wanted = getattr(lightning_prehab.statistics.sums, "Wanted", None)
     return {"gradients": True} if wanted is None else {"wanted": wanted(*[True] * len(wanted._fields))}
 
 

@@ -1,18 +1,19 @@
 """SVD compression of neural networks in three acts, as PyTorch Lightning callbacks: prehab, surgery, rehab."""
 
-from lightning_prehab.attention_layers import LowRankMultiheadAttention
-from lightning_prehab.block_layers import LowRankBlocks
-from lightning_prehab.calibration import collect_statistics
 from lightning_prehab.callbacks import CompressionCallback, PaperPrehab, PrehabCallback, RehabSchedule
-from lightning_prehab.compress import compress_
-from lightning_prehab.conv_layers import LowRankConv1d, LowRankConv2d
+from lightning_prehab.compress import apply_plan_, compress_, make_plan
 from lightning_prehab.errors import PrehabError
 from lightning_prehab.factorizations import SVD, ActivationSVD, FisherSVD, KroneckerSVD, LowRankPlusSparse, WhitenedSVD
+from lightning_prehab.files.checkpoints import LowRankCheckpointMixin, load_from_checkpoint
+from lightning_prehab.files.folders import load_compressed, save_compressed
 from lightning_prehab.integrations._registration import register_when_imported
-from lightning_prehab.layers import LowRankLinear, LowRankPlusSparseLinear
-from lightning_prehab.loading import LowRankCheckpointMixin, load_from_checkpoint
-from lightning_prehab.plan import CompressionPlan, LayerPlan
-from lightning_prehab.planning import make_plan
+from lightning_prehab.integrations.metrics import EffectiveRankMetric, StableRankMetric
+from lightning_prehab.layers.attention import LowRankMultiheadAttention
+from lightning_prehab.layers.blocks import LowRankBlocks
+from lightning_prehab.layers.conv import LowRankConv1d, LowRankConv2d
+from lightning_prehab.layers.linear import LowRankLinear, LowRankPlusSparseLinear
+from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
+from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.rank_policies import EnergyThreshold, ParameterBudget, ProbeBudget, RankRatio, ZeroSum
 from lightning_prehab.regularizers import (
     EffectiveRank,
@@ -22,12 +23,11 @@ from lightning_prehab.regularizers import (
     TailEnergy,
     TailShrinkage,
 )
-from lightning_prehab.report import CompressionReport
-from lightning_prehab.serialization import load_compressed, save_compressed
-from lightning_prehab.spectral_metrics import EffectiveRankMetric, StableRankMetric
-from lightning_prehab.statistics import LayerStatistics
-from lightning_prehab.surgery import apply_plan_, to_dense_
-from lightning_prehab.targets import find_targets
+from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.statistics.calibration import collect_statistics
+from lightning_prehab.statistics.sums import LayerStatistics
+from lightning_prehab.surgery.structure import to_dense_
+from lightning_prehab.targets.find import find_targets
 
 __all__ = [
     "SVD",
@@ -57,6 +57,7 @@ __all__ = [
     "PrehabError",
     "ProbeBudget",
     "RankRatio",
+    "Recipe",
     "RehabSchedule",
     "SpectralWeightDecay",
     "StableRank",

@@ -1,38 +1,31 @@
-"""The whole way in one call, for people without a Trainer."""
+"""Compression without a Trainer: the whole way in one call, and its two halves, a plan and its application."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prehab.calibration import collect_statistics
 from lightning_prehab.errors import ArgumentError
-from lightning_prehab.factorizations import SVD, Decomposition, Factorization, KroneckerSVD
-from lightning_prehab.forms import in_chosen_forms
-from lightning_prehab.kinds import view_of
-from lightning_prehab.linalg import break_even_rank
-from lightning_prehab.planning import (
-    check_method,
-    check_wish,
-    choose_forms,
-    default_policy,
-    plan_ranks,
-    require_targets,
-    usable_targets,
-    wanted_statistics,
-)
-from lightning_prehab.probes import measure_probes
-from lightning_prehab.rank_policies import RankPolicy
-from lightning_prehab.report import CompressionReport
-from lightning_prehab.spectra import Spectrum, decompose_targets, spectrum
-from lightning_prehab.surgery import compute_factors, swap_
-from lightning_prehab.targets import Patterns, Targets, find_targets
+from lightning_prehab.factorizations import Factorization
+from lightning_prehab.plan.compression_plan import CompressionPlan
+from lightning_prehab.plan.recipe import Layout, RankOverride, Recipe
+from lightning_prehab.plan.spectra import Solver
+from lightning_prehab.rank_policies import Probe, RankPolicy
+from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.road import apply, operate, survey
+from lightning_prehab.sites.process import KnownSite, ProcessSite
+from lightning_prehab.statistics.sums import LayerStatistics
+from lightning_prehab.surgery.factors import cut_targets
+from lightning_prehab.targets.find import Targets
+from lightning_prehab.targets.locate import Target
+from lightning_prehab.targets.names import Patterns
 
 
 def compress_(
     model: nn.Module,
-    keep: float = 0.5,
+    keep: float | Recipe = 0.5,
     batches: Iterable[Any] | None = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     policy: RankPolicy | None = None,
@@ -41,14 +34,18 @@ def compress_(
     exclude_modules: Patterns = None,
     optimizers: Iterable[torch.optim.Optimizer] = (),
     *,
-    layers_at_once: int | None = None,
+    rank_overrides: Mapping[str, RankOverride] | None = None,
+    rank_multiple_of: int = 1,
     split_fused: bool = False,
+    layers_at_once: int | None = None,
+    layout: Layout = "factors",
 ) -> CompressionReport:
     """Compresses a model in place: targets, statistics, plan, surgery.
 
     Args:
         model: Any module with linear layers.
-        keep: Share of the targets' weight parameters to keep, in ``(0, 1]``; ignored if a policy is given.
+        keep: Share of the targets' weight parameters to keep, in ``(0, 1]``; without effect if a policy is given. Or a
+            whole :class:`~lightning_prehab.Recipe`; those of the other arguments that are its fields are then left out.
         batches: Calibration batches; see :func:`~lightning_prehab.collect_statistics`. Some thousand tokens are enough.
         loss: ``(model, batch) -> scalar``, for output gradients; without it the output's ``.loss`` or labels sampled
             from the model's logits serve.
@@ -58,11 +55,15 @@ def compress_(
             a vocabulary, see :func:`~lightning_prehab.find_targets`.
         exclude_modules: Names or patterns of the layers to leave.
         optimizers: Optimizers that hold the weights; edited in place.
+        rank_overrides: ``{pattern: rank}``: an int is a rank, a float a share of the layer's parameters, ``"dense"``
+            keeps the layer.
+        rank_multiple_of: Ranks are multiples of this; multiples of 8 to 32 run faster on most hardware.
+        split_fused: Cut the parts of fused projections (queries, keys and values; gate and up) each for itself; else
+            they are one matrix.
         layers_at_once: Keep the statistics of so many layers in memory at a time, and run over the batches once for
             each such block: for models whose Gram matrices do not fit. Of a layer that is done its factors up to the
             break-even rank stay, at most as large as the weight. None keeps all, in one pass.
-        split_fused: Cut the parts of fused projections (queries, keys and values; gate and up) each for itself; else
-            they are one matrix.
+        layout: How a matrix is stored; ``"factors"``, two factors, is the only one.
 
     Returns:
         The report; print it.
@@ -75,57 +76,96 @@ def compress_(
     >>> report.keep <= 0.5, type(model[0]).__name__
     (True, 'LowRankLinear')
     """
-    check_method(factorization, policy)
+    recipe = Recipe.of(
+        keep,
+        policy=policy,
+        factorization=factorization,
+        layout=layout,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        rank_overrides=rank_overrides,
+        rank_multiple_of=rank_multiple_of,
+        split_fused=split_fused,
+    )
     if layers_at_once is not None and (not isinstance(layers_at_once, int) or layers_at_once < 1):
         raise ArgumentError(f"layers_at_once must be at least 1, got {layers_at_once!r}.")
-    targets = find_targets(model, target_modules, exclude_modules, split_fused=split_fused)
-    if factorization is None:
-        factorization = SVD() if batches is None else KroneckerSVD()
-    policy = default_policy(keep, factorization) if policy is None else policy
-    check_wish(targets, policy, factorization)
-    if isinstance(batches, Iterator) and (policy.needs_probes or layers_at_once is not None):
+    if isinstance(batches, Iterator) and (recipe.budget.needs_probes or layers_at_once is not None):
         batches = list(batches)  # several passes are needed
-
-    forms = Targets({}, targets.skipped, targets.model_parameters)
-    decompositions: dict[str, Decomposition] = {}
-    spectra: dict[str, Spectrum] = {}
-    for block in _blocks(targets, layers_at_once):
-        statistics = None
-        wanted = wanted_statistics(factorization, policy)
-        if batches is not None and any(wanted):
-            statistics = collect_statistics(model, block, batches, forward=loss, wanted=wanted)
-        found = usable_targets(block, policy, factorization, statistics)
-        forms.update(found)
-        forms.skipped |= found.skipped
-        for name, decomposition in decompose_targets(found, factorization, statistics).items():
-            decompositions[name] = decomposition
-            spectra[name] = spectrum(name, found[name], decomposition, statistics, policy.needs_weight_gradients)
-            if layers_at_once is not None and decomposition.compact is not None:
-                view = view_of(found[name])
-                decomposition.compact(max(break_even_rank(*view.shape, view.group_count), 1))
-    require_targets(forms)
-    chosen = choose_forms(targets, forms, policy, factorization, spectra)
-    usable = in_chosen_forms(forms, chosen)
-    decompositions = {name: decompositions[form] for name, form in chosen.items()}
-    spectra = {name: spectra[form] for name, form in chosen.items()}
-
-    probes = None
-    if policy.needs_probes and batches is not None:
-        probes = measure_probes(
-            model,
-            usable,
-            lambda name, rank: decompositions[name].factors(rank),
-            batches,
-            policy.probe_keep,
-            forward=loss,
-        )
-    plan = plan_ranks(targets, usable, policy, factorization, spectra, probes=probes)
-    report = swap_(model, plan, compute_factors(model, plan, decompositions=decompositions), optimizers)
-    return report.with_spectra({name: found.singular_values for name, found in spectra.items()})
+    return operate(recipe, ProcessSite(model, batches, loss, optimizers, layers_at_once=layers_at_once))
 
 
-def _blocks(targets: Targets, size: int | None) -> list[Targets]:
-    names = list(targets)
-    size = len(names) if size is None else size
-    chunks = [names[start : start + size] for start in range(0, len(names), size)]
-    return [Targets({name: targets[name] for name in chunk}, {}, None) for chunk in chunks]
+def make_plan(
+    targets: Mapping[str, Target],
+    policy_or_keep: RankPolicy | float | Recipe,
+    factorization: Factorization | None = None,
+    statistics: Mapping[str, LayerStatistics] | None = None,
+    rank_overrides: Mapping[str, RankOverride] | None = None,
+    rank_multiple_of: int = 1,
+    *,
+    probes: Mapping[str, Probe] | None = None,
+) -> CompressionPlan:
+    """Decides the rank of each target. The model is not changed.
+
+    Args:
+        targets: ``{name: layer}``, as from :func:`~lightning_prehab.find_targets`.
+        policy_or_keep: A rank policy, or the share of the targets' parameters to keep, in ``(0, 1]``, or a whole
+            :class:`~lightning_prehab.Recipe`. A share means ``ParameterBudget`` if spectra of the factorization are
+            comparable between layers, else ``RankRatio``.
+        factorization: How the factors will be computed; None means ``KroneckerSVD()``.
+        statistics: ``{name: LayerStatistics}`` for factorizations that read them. A target that the calibration did not
+            reach is left alone, with the reason.
+        rank_overrides: ``{pattern: rank}``: an int is a rank, a float a share of the layer's parameters, ``"dense"``
+            keeps the layer. Later patterns win.
+        rank_multiple_of: Ranks are multiples of this; layers whose break-even rank is smaller than it are free.
+        probes: ``{name: Probe}`` for policies that read them; see :func:`~lightning_prehab.plan.probes.measure_probes`.
+
+    Returns:
+        The plan; its achieved ``keep`` is never above the asked one.
+
+    Raises:
+        ArgumentError: If a value is out of range.
+        PlanError: If the wish cannot be met.
+        NumericalError: If a weight or a statistic is not finite (the layer is named).
+    """
+    policy, keep = (policy_or_keep, 0.5) if isinstance(policy_or_keep, RankPolicy) else (None, policy_or_keep)
+    recipe = Recipe.of(
+        keep,
+        policy=policy,
+        factorization=factorization,
+        rank_overrides=rank_overrides,
+        rank_multiple_of=rank_multiple_of,
+    )
+    known = targets if isinstance(targets, Targets) else Targets(targets, {}, None)
+    found = survey(recipe, KnownSite(known, statistics))
+    return replace(found, probes=probes).plan(recipe)
+
+
+def apply_plan_(
+    model: nn.Module,
+    plan: CompressionPlan,
+    statistics: Mapping[str, LayerStatistics] | None = None,
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+) -> CompressionReport:
+    """Replaces the planned layers by :class:`~lightning_prehab.LowRankLinear`, in place.
+
+    Layers with a sparse part become :class:`~lightning_prehab.LowRankPlusSparseLinear`.
+
+    Args:
+        model: The module that the plan was made for.
+        plan: From :func:`~lightning_prehab.make_plan`.
+        statistics: The same statistics as for the plan, for factorizations that read them.
+        optimizers: Optimizers that hold the weights. Each weight is replaced by its factors at the same place of its
+            group, first moments are carried over exactly, learning-rate schedulers go on undisturbed. Both moments of
+            the values of a sparse part are carried over exactly.
+
+    Returns:
+        The report. Biases stay the same parameter objects.
+
+    Raises:
+        PlanError: If the plan does not fit the model.
+        NumericalError: If factors are not finite (the layer is named).
+        UnsupportedError: If an optimizer cannot be edited.
+        PrehabError: Whatever a factorization raises. The model and the optimizers are then as they were.
+    """
+    solver = Solver(cut_targets(model, plan), plan.factorization, statistics)
+    return apply(plan, ProcessSite(model, optimizers=optimizers), solver)

@@ -4,6 +4,7 @@ import logging
 import os
 from typing import Any
 
+import hypothesis
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -12,6 +13,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# One thread, here and in the processes that tests start: with small matrices threads only wait for each other, for
+# minutes where the cores are busy.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+# An example that is given 200 ms can take longer on a busy machine.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 

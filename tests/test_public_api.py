@@ -32,6 +32,7 @@ NAMES = {
     "PrehabError",
     "ProbeBudget",
     "RankRatio",
+    "Recipe",
     "RehabSchedule",
     "SpectralWeightDecay",
     "StableRank",
@@ -89,6 +90,7 @@ def test_signatures_of_the_callbacks():
         "reset_scores",
         "forecast_below",
         "split_fused",
+        "layout",
     ]
     assert arguments(lp.RehabSchedule) == ["warmup_steps", "warmup_epochs", "start_factor", "peak_factor", "shape"]
 

@@ -16,11 +16,12 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prehab.errors import CheckpointError
 from lightning_prehab.factorizations import Factorization, Factors
 from lightning_prehab.kinds import MatrixView
-from lightning_prehab.plan import CompressionPlan, LayerPlan
-from lightning_prehab.statistics import LayerStatistics
-from lightning_prehab.stored import factors_of_layer, shapes_of, stored_factors
-from lightning_prehab.surgery import densify_, follow_state_dict_
-from lightning_prehab.targets import Layer, clean_name, join, locate
+from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
+from lightning_prehab.statistics.sums import LayerStatistics
+from lightning_prehab.surgery.stored import factors_of_layer, shapes_of, stored_factors
+from lightning_prehab.surgery.structure import densify_, follow_state_dict_
+from lightning_prehab.targets.locate import Layer, locate
+from lightning_prehab.targets.names import clean_name, join
 
 
 def follow_on_load(pl_module: "pl.LightningModule") -> RemovableHandle:

@@ -10,13 +10,8 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prehab.errors import PrehabError
-from lightning_prehab.factorizations import Decomposition, Factorization, Factors
-from lightning_prehab.kinds import view_of
-from lightning_prehab.plan import CompressionPlan
-from lightning_prehab.spectra import Spectrum, decompose_targets, spectrum
-from lightning_prehab.statistics import LayerStatistics
-from lightning_prehab.surgery import compute_factors
-from lightning_prehab.targets import Targets
+from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.statistics.sums import LayerStatistics
 
 T = TypeVar("T")
 
@@ -45,41 +40,8 @@ def _owners(statistics: Mapping[str, LayerStatistics]) -> dict[str, str]:
 
 def decide_on_rank_zero(trainer: "pl.Trainer", decide: Callable[[], T]) -> T:
     """Calls ``decide`` on rank 0 alone and hands the answer to every rank; an error is raised on every rank."""
-    answer: T | None = None
-    error: Exception | None = None
-    if trainer.is_global_zero:
-        try:
-            answer = decide()
-        except Exception as caught:
-            error = caught
-    raise_together(trainer, error)
+    answer = together(trainer, lambda: decide() if trainer.is_global_zero else None)
     return trainer.strategy.broadcast(answer, src=0)  # type: ignore[return-value]
-
-
-def decompose_together(
-    trainer: "pl.Trainer",
-    targets: Targets,
-    factorization: Factorization,
-    statistics: Mapping[str, LayerStatistics] | None,
-    components: bool,
-) -> tuple[dict[str, Decomposition], dict[str, Spectrum]]:
-    """Decomposes one in ``world_size`` targets on each rank.
-
-    Returns:
-        The own decompositions, and the spectra of all targets on every rank.
-    """
-    mine: dict[str, Decomposition] = {}
-    spectra: dict[str, Spectrum] = {}
-    error: Exception | None = None
-    try:
-        own = list(targets)[trainer.global_rank :: trainer.world_size]
-        mine = decompose_targets(targets, factorization, statistics, own)
-        spectra = {name: spectrum(name, targets[name], mine[name], statistics, components) for name in own}
-    except Exception as caught:
-        error = caught
-    raise_together(trainer, error)
-    plain = merge(trainer, {name: one.to_lists() for name, one in spectra.items()})
-    return mine, {name: Spectrum.of_lists(*lists) for name, lists in plain.items()}
 
 
 def merge(trainer: "pl.Trainer", own: Mapping[str, T]) -> dict[str, T]:
@@ -90,48 +52,50 @@ def merge(trainer: "pl.Trainer", own: Mapping[str, T]) -> dict[str, T]:
 
 
 def share_factors(
-    trainer: "pl.Trainer",
-    model: torch.nn.Module,
-    plan: CompressionPlan,
-    targets: Targets,
-    mine: dict[str, Decomposition],
+    trainer: "pl.Trainer", own: Mapping[str, Factors], devices: Mapping[str, torch.device]
 ) -> dict[str, Factors]:
-    """Factors of all layers on every rank, bit-identical, from the decompositions that each rank has made."""
-    computed: dict[str, Factors] = {}
-    error: Exception | None = None
-    cut = [layer for layer in plan.layers if layer.rank is not None]
-    try:
-        own = [layer.name for layer in cut if layer.name in mine]
-        computed = compute_factors(model, plan, names=own, decompositions=mine)
-    except Exception as caught:
-        error = caught
-    raise_together(trainer, error)
-    if trainer.world_size == 1:
-        return computed
+    """The factors of all layers on every rank, bit-identical, each from the rank that has computed it.
 
+    Args:
+        trainer: The running Trainer.
+        own: What this rank has computed, by the name of the layer.
+        devices: Of all layers, in the order of the plan: where their factors belong.
+    """
+    if trainer.world_size == 1:
+        return dict(own)
     described = merge(
         trainer,
         {
             name: [None if part is None else (part.shape, part.dtype) for part in found.parts()]
-            for name, found in computed.items()
+            for name, found in own.items()
         },
     )
-    owner = merge(trainer, dict.fromkeys(computed, trainer.global_rank))
+    owner = merge(trainer, dict.fromkeys(own, trainer.global_rank))
     factors: dict[str, Factors] = {}
-    for layer in cut:
-        descriptions = described[layer.name]
-        found = computed.get(layer.name)
+    for name, device in devices.items():
+        descriptions, found = described[name], own.get(name)
         shared: list[torch.Tensor | None] = []
         for part, description in zip(found.parts() if found else [None] * len(descriptions), descriptions, strict=True):
             tensor = None
             if description is not None:
                 shape, dtype = description
-                device = view_of(targets[layer.name]).parameter.device
                 tensor = torch.empty(shape, dtype=dtype, device=device) if part is None else part.contiguous()
-                distributed.broadcast(tensor, src=owner[layer.name])
+                distributed.broadcast(tensor, src=owner[name])
             shared.append(tensor)
-        factors[layer.name] = Factors.from_parts(shared)
+        factors[name] = Factors.from_parts(shared)
     return factors
+
+
+def together(trainer: "pl.Trainer", work: Callable[[], T]) -> T:
+    """What ``work`` returns on this rank; an error on one rank is raised on every rank."""
+    answer: T | None = None
+    error: Exception | None = None
+    try:
+        answer = work()
+    except Exception as caught:
+        error = caught
+    raise_together(trainer, error)
+    return answer  # type: ignore[return-value]  # there was no error, so there is an answer
 
 
 def raise_together(trainer: "pl.Trainer", error: Exception | None) -> None:

@@ -15,14 +15,17 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_prehab.callbacks._trainer import gradient_scale, uses_loss_scaling
-from lightning_prehab.collector import Collector
 from lightning_prehab.errors import StatisticsError, UnsupportedError
 from lightning_prehab.factorizations import Decomposition
 from lightning_prehab.kinds import view_of
-from lightning_prehab.probes import measure_probes
+from lightning_prehab.plan.probes import measure_probes
+from lightning_prehab.progress import counted
 from lightning_prehab.rank_policies import Probe
-from lightning_prehab.statistics import LayerStatistics, Wanted
-from lightning_prehab.targets import Targets, same_targets
+from lightning_prehab.sites.process import factors_in_forms
+from lightning_prehab.statistics.collector import Collector
+from lightning_prehab.statistics.sums import LayerStatistics, Wanted
+from lightning_prehab.targets.find import Targets
+from lightning_prehab.targets.locate import same_targets
 
 
 def collect_in_own_pass(
@@ -43,9 +46,9 @@ def collect_in_own_pass(
         view_of(layer).parameter.requires_grad_()
     collector = Collector(copied, wanted, drop_overflow=uses_loss_scaling(trainer))
     collector.attach()
-    seen = 0
+    seen, batches = 0, int(min(batches, trainer.num_training_batches))
     with isolate_rng(), torch.set_grad_enabled(wanted.backward):
-        for index, batch in enumerate(_batches(trainer, clone, batches)):
+        for index, batch in enumerate(counted(_batches(trainer, clone, batches), "calibrate", batches)):
             collector.begin_batch(batch, index)
             collector.loss_scale = gradient_scale(trainer)
             loss = _loss(_training_step(trainer, clone, batch, index))
@@ -69,6 +72,8 @@ def probe_in_own_pass(
 ) -> dict[str, Probe]:
     """Measures what a small cut of each layer alone does to the loss of the first training batches, on a copy.
 
+    The decompositions are known by the name of the form.
+
     Raises:
         UnsupportedError: With manual optimization.
     """
@@ -83,7 +88,7 @@ def probe_in_own_pass(
         return measure_probes(
             clone,
             same_targets(clone, targets),
-            lambda name, rank: decompositions[name].factors(rank),
+            factors_in_forms(targets, decompositions),
             prepared,
             probe_keep,
             forward=forward,

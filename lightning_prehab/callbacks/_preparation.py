@@ -4,17 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prehab.callbacks._checkpoint import dump_statistics, restore_statistics_
 from lightning_prehab.callbacks._distributed import decide_on_rank_zero, sum_statistics_
 from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, is_reached, matrices, wanted_in
 from lightning_prehab.callbacks._trainer import loss_scale, uses_loss_scaling
 from lightning_prehab.callbacks.compression import CompressionCallback
-from lightning_prehab.collector import Collector
-from lightning_prehab.forms import form_name, form_of_shape
-from lightning_prehab.layer_plan import LayerPlan
-from lightning_prehab.statistics import LayerStatistics, Wanted
-from lightning_prehab.targets import Targets
+from lightning_prehab.plan.layer_plan import LayerPlan
+from lightning_prehab.statistics.collector import Collector
+from lightning_prehab.statistics.sums import LayerStatistics, Wanted
+from lightning_prehab.targets.find import Targets
+from lightning_prehab.targets.forms import form_name, form_of_shape
 
 
 class Preparation:
@@ -44,7 +45,7 @@ class Preparation:
         self._only_cut = only_cut
         self.batches = batches
         self.seen = 0
-        self.wanted = wanted_in(space) if source is None else wanted_in(space).union(source.wanted)
+        self.wanted = wanted_in(space) if source is None else wanted_in(space).union(source.recipe.wanted)
         self._collector: Collector | None = None
         if any(self.wanted):
             layers = {**planned, **targets}
@@ -85,6 +86,13 @@ class Preparation:
             return None
         collector.detach()
         return collector.statistics
+
+    def warn_of_lost_time(self) -> None:
+        """Says that the time for the regularizer was over before it could begin."""
+        rank_zero_warn(
+            f"PrehabCallback was still collecting statistics ({self.seen} batches) when its time was over: nothing was "
+            "regularized. Train longer, or lower calibration_batches of the CompressionCallback."
+        )
 
     def finish(self, trainer: "pl.Trainer") -> list[RegularizedLayer]:
         """The layers to regularize: those that the plan cuts and the statistics have reached."""

@@ -7,12 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_prehab.errors import PrehabError
+from lightning_prehab.errors import CheckpointError, PrehabError
 from lightning_prehab.kinds import MatrixView, view_of
-from lightning_prehab.linalg import gram_root, leading_subspace, singular_values, spectral_ranks
+from lightning_prehab.linalg.matrices import gram_root, leading_subspace, singular_values, spectral_ranks
 from lightning_prehab.regularizers import Memory, Metric, Penalty, Shrinkage
-from lightning_prehab.statistics import LayerStatistics, Wanted
-from lightning_prehab.targets import Target, group_names
+from lightning_prehab.statistics.sums import LayerStatistics, Wanted
+from lightning_prehab.targets.locate import Target, group_names
 
 Space = Literal["weight", "activation", "loss"]
 
@@ -147,6 +147,21 @@ def matrices(targets: Mapping[str, Target]) -> dict[str, MatrixView]:
         for target_name, target in targets.items()
         for name, view in zip(group_names(target_name, target), view_of(target).groups(), strict=True)
     }
+
+
+def restore_layers(views: Mapping[str, MatrixView], states: Mapping[str, Mapping[str, Any]]) -> list[RegularizedLayer]:
+    """The layers that :meth:`RegularizedLayer.state_dict` has described, by name.
+
+    Raises:
+        CheckpointError: If one of them is not a target now.
+    """
+    for name in states:
+        if name not in views:
+            raise CheckpointError(
+                f"PrehabCallback: the checkpoint holds the state of layer {name!r}, which is not a target now. "
+                "Resume with the target_modules and exclude_modules that the checkpoint was written with."
+            )
+    return [RegularizedLayer.from_state_dict(name, views[name], state) for name, state in states.items()]
 
 
 def cut_now(layers: Sequence[RegularizedLayer]) -> tuple[float | None, float]:

@@ -10,8 +10,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prehab.errors import PrehabError
-from lightning_prehab.figures import to_pixels
-from lightning_prehab.report import CompressionReport
+from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.report.figures import to_pixels
 
 
 def log_report(trainer: "pl.Trainer", report: CompressionReport) -> None:

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import torch
 from torch import distributed
 
-from lightning_prehab.callbacks._distributed import raise_together
+from lightning_prehab.callbacks._distributed import together
 from lightning_prehab.callbacks._regularized import RegularizedLayer
 from lightning_prehab.regularizers import Memory, Shrinkage
 
@@ -32,14 +32,13 @@ def prepare_together(
     due = [layer for layer in layers if layer.has_work(shrinkage, progress)]
     if world_size == 1 or not due:
         return
-    error = None
-    try:
+
+    def prepare() -> None:
         for layer in own_part(layers, trainer.global_rank, world_size):
             if layer in due:
                 layer.prepare_(shrinkage, progress)
-    except Exception as caught:
-        error = caught
-    raise_together(trainer, error)
+
+    together(trainer, prepare)
     _hand_out_(due, layers, trainer.global_rank, world_size)
 
 

@@ -5,6 +5,9 @@ import lightning.pytorch as pl
 from lightning_prehab.callbacks._trainer import batches_per_epoch, find_callback
 from lightning_prehab.callbacks.compression import CompressionCallback
 
+#: Training batches that statistics are taken from where no CompressionCallback says how many.
+CALIBRATION_BATCHES = 64
+
 
 def end_epoch(trainer: "pl.Trainer", stop_epoch: int | None) -> int | None:
     """The first epoch that prehab has no part in: ``stop_epoch``, the surgery or the end of training; None if open."""
@@ -22,8 +25,12 @@ def remaining_batches(trainer: "pl.Trainer", stop_epoch: int | None, batch_idx: 
     return (end - trainer.current_epoch) * length - batch_idx - 1
 
 
-def batches_to_watch(trainer: "pl.Trainer", start_epoch: int, stop_epoch: int | None, wanted: int) -> int:
-    """``wanted``, or half of all batches that prehab has, if that is less."""
+def batches_to_watch(trainer: "pl.Trainer", start_epoch: int, stop_epoch: int | None, at_most: int | None) -> int:
+    """Batches to take statistics from, at most half of all that prehab has: as many as the surgery wants, or fewer."""
+    compression = find_callback(trainer, CompressionCallback)
+    wanted = CALIBRATION_BATCHES if compression is None else compression.calibration_batches
+    if at_most is not None:
+        wanted = max(min(wanted, at_most), 1)
     length, end = batches_per_epoch(trainer), end_epoch(trainer, stop_epoch)
     if length is None or end is None:
         return wanted

@@ -18,17 +18,8 @@ from lightning_prehab.callbacks._checkpoint import (
     plan_of_factors,
     restore_statistics_,
 )
-from lightning_prehab.callbacks._distributed import (
-    decide_on_rank_zero,
-    decompose_together,
-    merge,
-    raise_together,
-    rewrap,
-    share_factors,
-    sum_statistics_,
-)
-from lightning_prehab.callbacks._own_pass import collect_in_own_pass, probe_in_own_pass
 from lightning_prehab.callbacks._report_logging import log_report
+from lightning_prehab.callbacks._site import TrainerSite
 from lightning_prehab.callbacks._trainer import (
     batches_per_epoch,
     callbacks_of,
@@ -39,36 +30,27 @@ from lightning_prehab.callbacks._trainer import (
     reset_scores_,
     uses_loss_scaling,
 )
-from lightning_prehab.choices import RankOverride, added_parameters
-from lightning_prehab.collector import Collector
+from lightning_prehab.compress import make_plan
 from lightning_prehab.errors import ArgumentError, UnsupportedError
-from lightning_prehab.factorizations import Decomposition, Factorization, Factors, KroneckerSVD
-from lightning_prehab.forms import in_chosen_forms
+from lightning_prehab.factorizations import Factorization
 from lightning_prehab.kinds import view_of
-from lightning_prehab.layers import LowRankLayer
-from lightning_prehab.plan import CompressionPlan
-from lightning_prehab.planning import (
-    check_method,
-    check_wish,
-    choose_forms,
-    default_policy,
-    make_plan,
-    plan_ranks,
-    require_targets,
-    usable_targets,
-    wanted_statistics,
-    without_probes,
-)
-from lightning_prehab.rank_policies import Probe, RankPolicy
-from lightning_prehab.report import CompressionReport
-from lightning_prehab.statistics import LayerStatistics, Wanted
-from lightning_prehab.surgery import check_optimizer, swap_
-from lightning_prehab.targets import Patterns, Targets, clean_name, find_targets
+from lightning_prehab.layers.linear import LowRankLayer
+from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.plan.choices import added_parameters
+from lightning_prehab.plan.compression_plan import CompressionPlan
+from lightning_prehab.plan.ranks import check_recipe
+from lightning_prehab.plan.recipe import Layout, RankOverride, Recipe
+from lightning_prehab.rank_policies import RankPolicy
+from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.road import operate
+from lightning_prehab.statistics.collector import Collector
+from lightning_prehab.statistics.sums import LayerStatistics
+from lightning_prehab.surgery.optimizers import check_optimizer
+from lightning_prehab.targets.find import Targets
+from lightning_prehab.targets.names import Patterns, clean_name
 
 #: Of the state in checkpoints.
 STATE_VERSION = 1
-#: Training batches that a policy with probes is shown, for each layer.
-PROBE_BATCHES = 8
 #: Callbacks that hold a copy of the dense parameters and pair it with the live ones by position.
 _AVERAGING = tuple(
     kind
@@ -94,8 +76,9 @@ class CompressionCallback(pl.Callback):
         epoch: The surgery happens before the first batch of this epoch (counted from 0). ``"auto"``: at the first epoch
             boundary at which the forecast of a :class:`~lightning_prehab.PrehabCallback` in the loss space is below
             ``forecast_below``, before the last epoch in any case.
-        keep: Share of the targets' weight parameters to keep, in ``(0, 1]``: 0.4 keeps 40 %. Ignored if a policy is
-            given.
+        keep: Share of the targets' weight parameters to keep, in ``(0, 1]``: 0.4 keeps 40 %. Without effect if a policy
+            is given. Or a whole :class:`~lightning_prehab.Recipe`; those of the other arguments that are its fields are
+            then left out.
         policy: Rank policy; None means one global :class:`~lightning_prehab.ParameterBudget` for factorizations whose
             spectra compare between layers (the default one), :class:`~lightning_prehab.RankRatio` for the others.
         factorization: How factors are computed; None means :class:`~lightning_prehab.KroneckerSVD`.
@@ -113,8 +96,10 @@ class CompressionCallback(pl.Callback):
             free; positive.
         split_fused: Cut the parts of fused projections (queries, keys and values; gate and up) each for itself; else
             they are one matrix.
+        layout: How a matrix is stored; ``"factors"``, two factors, is the only one.
 
     Attributes:
+        recipe: What is wished for, as one object.
         report: The :class:`~lightning_prehab.CompressionReport` once the surgery is done, else None.
 
     Raises:
@@ -131,7 +116,7 @@ class CompressionCallback(pl.Callback):
     def __init__(
         self,
         epoch: int | Literal["auto"],
-        keep: float = 0.5,
+        keep: float | Recipe = 0.5,
         *,
         policy: RankPolicy | None = None,
         factorization: Factorization | None = None,
@@ -143,6 +128,7 @@ class CompressionCallback(pl.Callback):
         reset_scores: bool = False,
         forecast_below: float = 0.01,
         split_fused: bool = False,
+        layout: Layout = "factors",
     ) -> None:
         super().__init__()
         if epoch != "auto" and (not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0):
@@ -151,21 +137,22 @@ class CompressionCallback(pl.Callback):
             raise ArgumentError(f"forecast_below must be positive and finite, got {forecast_below}.")
         if calibration_batches < 1:
             raise ArgumentError(f"calibration_batches must be at least 1, got {calibration_batches}.")
-        if not isinstance(rank_multiple_of, int) or rank_multiple_of < 1:
-            raise ArgumentError(f"rank_multiple_of must be at least 1, got {rank_multiple_of!r}.")
-        check_method(factorization, policy)
         self._auto = epoch == "auto"
         self.epoch = 0 if isinstance(epoch, str) else epoch  # with "auto" the last possible one, until it is decided
         self.forecast_below = forecast_below
-        self.factorization = KroneckerSVD() if factorization is None else factorization
-        self.policy = default_policy(keep, self.factorization) if policy is None else policy
+        self.recipe = Recipe.of(
+            keep,
+            policy=policy,
+            factorization=factorization,
+            layout=layout,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            rank_overrides=rank_overrides,
+            rank_multiple_of=rank_multiple_of,
+            split_fused=split_fused,
+        )
         self.calibration_batches = calibration_batches
-        self.target_modules = target_modules
-        self.exclude_modules = exclude_modules
-        self.rank_overrides = rank_overrides
-        self.rank_multiple_of = rank_multiple_of
         self.reset_scores = reset_scores
-        self.split_fused = split_fused
         self.report: CompressionReport | None = None
         self._collector: Collector | None = None
         self._older: dict[str, LayerStatistics] | None = None
@@ -175,26 +162,26 @@ class CompressionCallback(pl.Callback):
         self._world_size = 1
 
     @property
+    def factorization(self) -> Factorization:
+        """How factors are computed."""
+        return self.recipe.method
+
+    @property
+    def policy(self) -> RankPolicy:
+        """How the budget is spread."""
+        return self.recipe.budget
+
+    @property
     def done(self) -> bool:
         """Whether the surgery has happened."""
         return self.report is not None
-
-    @property
-    def wanted(self) -> Wanted:
-        """What calibration has to collect."""
-        return wanted_statistics(self.factorization, self.policy)
-
-    def find_targets(self, pl_module: "pl.LightningModule") -> Targets:
-        """The layers that this callback is going to cut, and why others are left."""
-        return find_targets(pl_module, self.target_modules, self.exclude_modules, split_fused=self.split_fused)
 
     def make_plan(self, targets: Targets, statistics: Mapping[str, LayerStatistics] | None) -> CompressionPlan:
         """What the surgery would do, given these statistics.
 
         A policy that needs probes measures them at the surgery only; until then one budget for all layers stands in.
         """
-        policy = without_probes(self.policy)
-        return make_plan(targets, policy, self.factorization, statistics, self.rank_overrides, self.rank_multiple_of)
+        return make_plan(targets, self.recipe.without_probes(), statistics=statistics)
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Refuses what cannot work, before anything has been trained, and prepares for what may be loaded."""
@@ -246,9 +233,9 @@ class CompressionCallback(pl.Callback):
                     )
             self._replay(trainer, pl_module, factors)
         if not self.done:
-            targets = self.find_targets(pl_module)
-            check_wish(targets, self.policy, self.factorization, self.rank_overrides, self.rank_multiple_of)
-            split = [view_of(t).parameter for t in targets.values() if added_parameters(t, self.factorization)]
+            targets = self.recipe.find_targets(pl_module)
+            check_recipe(self.recipe, targets)
+            split = [view_of(t).parameter for t in targets.values() if added_parameters(t, self.recipe.method)]
             for optimizer in trainer.optimizers:
                 check_optimizer(optimizer, split)
 
@@ -273,7 +260,7 @@ class CompressionCallback(pl.Callback):
         """Starts counting what this step sends through the targets, shortly before the surgery."""
         if self._auto and not self.done:
             self._decide_on_epoch(trainer, batch_idx)
-        if self.done or trainer.current_epoch != self.epoch - 1 or not any(self.wanted):
+        if self.done or trainer.current_epoch != self.epoch - 1 or not any(self.recipe.wanted):
             return
         length = batches_per_epoch(trainer)
         if length is not None and batch_idx < length - self.calibration_batches:
@@ -322,7 +309,7 @@ class CompressionCallback(pl.Callback):
             "version": STATE_VERSION,
             "report": None if self.report is None else self.report.to_dict(),
             "epoch": self.epoch,
-            "wanted": list(self.wanted),
+            "wanted": list(self.recipe.wanted),
             "statistics": dump_statistics(collecting, self._world_size),
             "older": dump_statistics(self._older, self._world_size),
         }
@@ -359,14 +346,19 @@ class CompressionCallback(pl.Callback):
 
     def _fits(self, state: Mapping[str, Any]) -> bool:
         """Whether stored sums are those that the surgery wants: of the epoch before it, and of the same kind."""
-        return bool(state.get("statistics")) and state["epoch"] == self.epoch and state["wanted"] == list(self.wanted)
+        return (
+            bool(state.get("statistics"))
+            and state["epoch"] == self.epoch
+            and state["wanted"] == list(self.recipe.wanted)
+        )
 
     def _replay(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", factors: Mapping[str, Factors]) -> None:
         """The same edits of modules and optimizers, with stored factors; nobody is told, since it is no new surgery."""
-        report = swap_(pl_module, plan_of_factors(pl_module, factors, self.factorization), factors, trainer.optimizers)
-        rewrap(trainer, pl_module)
+        method = self.recipe.method
+        site = TrainerSite(trainer, pl_module, self.calibration_batches)
+        report = site.swap(plan_of_factors(pl_module, factors, method), factors)
         stored = self._restored.get("report")
-        self.report = report if stored is None else CompressionReport.from_dict(stored, self.factorization)
+        self.report = report if stored is None else CompressionReport.from_dict(stored, method)
 
     def _close(self) -> None:
         if self._shell is not None:
@@ -376,10 +368,10 @@ class CompressionCallback(pl.Callback):
         self._shell = self._following = None
 
     def _new_collector(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", attach: bool = True) -> Collector:
-        targets = self.find_targets(pl_module)
+        targets = self.recipe.find_targets(pl_module)
         collector = Collector(
             targets,
-            self.wanted,
+            self.recipe.wanted,
             drop_overflow=uses_loss_scaling(trainer),
             batches=min(self.calibration_batches, batches_per_epoch(trainer) or self.calibration_batches),
         )
@@ -394,29 +386,8 @@ class CompressionCallback(pl.Callback):
             self._operate(trainer, pl_module)
 
     def _operate(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        targets = self.find_targets(pl_module)
-        statistics = self._statistics(trainer, pl_module, targets)
-        forms = usable_targets(targets, self.policy, self.factorization, statistics)
-        require_targets(forms)
-        components = self.policy.needs_weight_gradients
-        mine, spectra = decompose_together(trainer, forms, self.factorization, statistics, components)
-        wishes = self.rank_overrides, self.rank_multiple_of
-        chosen = decide_on_rank_zero(
-            trainer, lambda: choose_forms(targets, forms, self.policy, self.factorization, spectra, *wishes)
-        )
-        usable = in_chosen_forms(forms, chosen)
-        mine = {name: mine[form] for name, form in chosen.items() if form in mine}
-        spectra = {name: spectra[form] for name, form in chosen.items()}
-        probes = self._probes(trainer, pl_module, usable, mine) if self.policy.needs_probes else None
-        plan = decide_on_rank_zero(
-            trainer,
-            lambda: plan_ranks(targets, usable, self.policy, self.factorization, spectra, *wishes, probes=probes),
-        )
-        factors = share_factors(trainer, pl_module, plan, usable, mine)
-        report = swap_(pl_module, plan, factors, trainer.optimizers)
-        report = report.with_spectra({name: found.singular_values for name, found in spectra.items()})
-        rewrap(trainer, pl_module)
-        self.report = report
+        site = TrainerSite(trainer, pl_module, self.calibration_batches, self._take_statistics())
+        report = self.report = operate(self.recipe, site)
         if self.reset_scores:
             reset_scores_(trainer)
         pl_module.print(f"\n{report}")
@@ -427,47 +398,12 @@ class CompressionCallback(pl.Callback):
             if callable(on_surgery):
                 on_surgery(trainer, pl_module, report)
 
-    def _statistics(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", targets: Targets
-    ) -> dict[str, LayerStatistics] | None:
-        """What the ride has collected, or a pass of our own, summed over the processes."""
-        if not any(self.wanted):
-            return None
+    def _take_statistics(self) -> dict[str, LayerStatistics] | None:
+        """What the ride on training steps has collected, of this process alone; None without a ride."""
         statistics, older = self._stop_collecting(), self._older
         self._older = None
-        if statistics is None:
-            statistics = self._own_pass(trainer, pl_module, targets)
-        elif older is not None:
+        if statistics is not None and older is not None:
             statistics = {name: layer.merge_(older[name]) for name, layer in statistics.items()}
-        sum_statistics_(trainer, statistics)
-        _warn_if_few_tokens(statistics)
-        return statistics
-
-    def _probes(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", usable: Targets, mine: Mapping[str, Decomposition]
-    ) -> dict[str, Probe]:
-        """Each rank measures its own layers, on its own batches."""
-        probes: dict[str, Probe] = {}
-        error = None
-        try:
-            batches = min(self.calibration_batches, PROBE_BATCHES)
-            own = Targets({name: usable[name] for name in mine}, {}, None)
-            probes = probe_in_own_pass(trainer, pl_module, own, mine, self.policy.probe_keep, batches)
-        except Exception as caught:
-            error = caught
-        raise_together(trainer, error)
-        return merge(trainer, probes)
-
-    def _own_pass(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", targets: Targets
-    ) -> dict[str, LayerStatistics]:
-        statistics, error = None, None
-        try:
-            statistics = collect_in_own_pass(trainer, pl_module, targets, self.wanted, self.calibration_batches)
-        except Exception as caught:
-            error = caught
-        raise_together(trainer, error)
-        assert statistics is not None
         return statistics
 
     def _stop_collecting(self) -> dict[str, LayerStatistics] | None:
@@ -476,14 +412,3 @@ class CompressionCallback(pl.Callback):
             return None
         collector.detach()
         return collector.statistics
-
-
-def _warn_if_few_tokens(statistics: Mapping[str, LayerStatistics]) -> None:
-    layers = dict.fromkeys(name.partition(":")[0] for name in statistics)  # without form and group
-    seen_little = (name for name, layer in statistics.items() if 0 < int(layer.tokens) < 4 * layer.in_features)
-    few = list(dict.fromkeys(name.partition(":")[0] for name in seen_little))
-    if few:
-        rank_zero_warn(
-            f"{len(few)} of {len(layers)} layers saw fewer calibration tokens than four times their input size "
-            f"(first: {few[0]!r}). Raise calibration_batches, or the shrinkage of the factorization."
-        )

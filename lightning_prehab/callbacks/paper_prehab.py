@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.callbacks._regularized import RegularizedLayer
+from lightning_prehab.callbacks._schedules import exponential_ramp
 from lightning_prehab.callbacks.prehab import PrehabCallback
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.regularizers import NuclearNorm, StableRank
-from lightning_prehab.schedules import exponential_ramp
-from lightning_prehab.targets import Patterns
+from lightning_prehab.targets.names import Patterns
 
 Objective = Literal["stable_rank", "nuclear_norm"]
 

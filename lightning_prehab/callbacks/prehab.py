@@ -16,7 +16,7 @@ from lightning_prehab.callbacks._arguments import (
     default_strength,
 )
 from lightning_prehab.callbacks._checkpoint import check_version
-from lightning_prehab.callbacks._prehab_choice import (
+from lightning_prehab.callbacks._decisions import (
     Injection,
     check_target_rank,
     choose_rank_source,
@@ -26,8 +26,10 @@ from lightning_prehab.callbacks._prehab_choice import (
     injects_into_loss,
     penalty_without_an_end,
 )
+from lightning_prehab.callbacks._injection import add_gradients_, measured_strength, penalty_of
 from lightning_prehab.callbacks._preparation import Preparation
-from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, cut_now, matrices
+from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, cut_now, matrices, restore_layers
+from lightning_prehab.callbacks._schedules import ramp
 from lightning_prehab.callbacks._shared_work import complete_memories_, own_part, prepare_together
 from lightning_prehab.callbacks._timeline import batches_to_watch, remaining_batches
 from lightning_prehab.callbacks._trainer import (
@@ -38,16 +40,14 @@ from lightning_prehab.callbacks._trainer import (
     loss_scale,
 )
 from lightning_prehab.callbacks.compression import CompressionCallback
-from lightning_prehab.errors import CheckpointError, UnsupportedError
-from lightning_prehab.forms import in_all_forms
+from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.regularizers import GradientRatio, Penalty, Shrinkage
-from lightning_prehab.schedules import ramp
-from lightning_prehab.targets import Patterns, Targets
+from lightning_prehab.targets.find import Targets
+from lightning_prehab.targets.forms import in_all_forms
+from lightning_prehab.targets.names import Patterns
 
 #: Of the state in checkpoints.
 STATE_VERSION = 1
-#: Training batches that statistics are taken from where no CompressionCallback says how many.
-CALIBRATION_BATCHES = 64
 #: Share of the time before the surgery in which metric and ranks are not changed any more.
 LAST_UPDATE = 0.3
 
@@ -200,7 +200,7 @@ class PrehabCallback(pl.Callback):
             return
         self._targets = choose_targets(pl_module, compression, self.target_modules, self.exclude_modules)
         source = self._rank_source(trainer)
-        self._planned = None if source is None else source.find_targets(pl_module)
+        self._planned = None if source is None else source.recipe.find_targets(pl_module)
         where = self.injection, self.strength_share
         self._into_loss = injects_into_loss(trainer, pl_module, self.regularizer, *where)
         self._steps, self._planned_at, self._span = 0, 0, None
@@ -241,7 +241,8 @@ class PrehabCallback(pl.Callback):
         if not self._into_loss or not self._acts(trainer) or not loss.requires_grad:
             return
         with torch.autocast(loss.device.type, enabled=False):
-            penalty = self._penalty(pl_module, own_part(self._layers, trainer.global_rank, trainer.world_size), True)
+            mine = own_part(self._layers, self._global_rank, self._world_size)
+            penalty = self._penalty(pl_module, mine, self._world_size)
             if penalty is None:
                 return
             strength = self.strength * self._ramp()
@@ -273,11 +274,10 @@ class PrehabCallback(pl.Callback):
             gradients = torch.autograd.grad(penalty, weights)
         # Lightning leaves the gradients of a fused optimizer scaled; the optimizer unscales them itself.
         scale = gradient_scale(trainer) if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
-        strength = self._measured_strength(weights, gradients, scale) * self._ramp()
+        full = self.strength if self._ratio is None else measured_strength(self._ratio, weights, gradients, scale)
+        strength = full * self._ramp()
         pl_module.log("prehab/strength", strength, batch_size=1)
-        for weight, gradient in zip(weights, gradients, strict=True):
-            addend = (gradient * (strength * scale)).to(weight.dtype)
-            weight.grad = addend if weight.grad is None else weight.grad.add_(addend)
+        add_gradients_(weights, gradients, strength * scale)
 
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
@@ -306,12 +306,14 @@ class PrehabCallback(pl.Callback):
 
     def on_surgery(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", report: Any) -> None:
         """The work is done; lets go of the dense layers."""
-        self._warn_if_never_ready()
+        if self._preparation is not None and not self._ready:
+            self._preparation.warn_of_lost_time()
         self._release()
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Takes the hooks off."""
-        self._warn_if_never_ready()
+        if self._preparation is not None and not self._ready:
+            self._preparation.warn_of_lost_time()
         self._release()
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
@@ -349,14 +351,7 @@ class PrehabCallback(pl.Callback):
         self._ready, self.forecast = state["ready"], state["forecast"]
         if self._ratio is not None and state["ratio"] is not None:
             self._ratio.load_state_dict(state["ratio"])
-        views = matrices(in_all_forms(self._targets))
-        for name, stored in state["layers"].items():
-            if name not in views:
-                raise CheckpointError(
-                    f"PrehabCallback: the checkpoint holds the state of layer {name!r}, which is not a target now. "
-                    "Resume with the target_modules and exclude_modules that the checkpoint was written with."
-                )
-            self._layers.append(RegularizedLayer.from_state_dict(name, views[name], stored))
+        self._layers = restore_layers(matrices(in_all_forms(self._targets)), state["layers"])
 
     def _in_season(self, trainer: "pl.Trainer") -> bool:
         return self.start_epoch <= trainer.current_epoch < (math.inf if self.stop_epoch is None else self.stop_epoch)
@@ -369,35 +364,17 @@ class PrehabCallback(pl.Callback):
     def _ramp(self) -> float:
         return ramp(self._steps, self.ramp_steps)
 
-    def _measured_strength(
-        self, weights: Sequence[Tensor], gradients: tuple[Tensor, ...], scale: float
-    ) -> float | Tensor:
-        """The strength, or the factor that gives the penalty its share of the task gradient."""
-        if self._ratio is None:
-            return self.strength
-        task = [weight.grad for weight in weights if weight.grad is not None]
-        norms = (torch.stack([part.float().norm() for part in parts]).norm() for parts in (task, gradients))
-        return self._ratio.update(next(norms) / scale, next(norms))
-
     def _penalty(
-        self, pl_module: "pl.LightningModule", layers: Sequence[RegularizedLayer], share: bool = False
+        self, pl_module: "pl.LightningModule", layers: Sequence[RegularizedLayer], processes: int | None = None
     ) -> Tensor | None:
-        """Sum over the trainable ones of some layers, divided by the number of all; the mean is logged.
-
-        With ``share`` the layers are those of this process, and the sum is multiplied by the number of processes: DDP
-        takes the mean of the gradients, which is then that of the whole penalty, at no communication of its own.
-        """
+        """What :func:`penalty_of` says; the mean is logged."""
         assert isinstance(self.regularizer, Penalty)
-        trainable = [layer for layer in self._layers if layer.parameter.requires_grad]
-        values = [layer.penalty(self.regularizer) for layer in layers if layer.parameter.requires_grad]
-        if not trainable or not (values or share):
+        found = penalty_of(self.regularizer, self._layers, layers, processes)
+        if found is None:
             return None
-        total = torch.stack(values).sum() if values else torch.zeros((), device=trainable[0].parameter.device)
-        factor = self._world_size if share else 1
-        count = len(trainable) if share else len(values)
-        shared = share and self._world_size > 1
-        pl_module.log("prehab/penalty", factor * total.detach() / count, batch_size=1, sync_dist=shared)
-        return total * (factor / len(self._layers))
+        total, mean = found
+        pl_module.log("prehab/penalty", mean, batch_size=1, sync_dist=processes is not None and processes > 1)
+        return total
 
     def _shrink(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch_idx: int) -> None:
         """Applies a shrinkage to the trainable weights that an optimizer has stepped."""
@@ -434,14 +411,6 @@ class PrehabCallback(pl.Callback):
         compression = find_callback(trainer, CompressionCallback)
         return choose_rank_source(compression, self.regularizer, self.space, self.forecast_every_n_steps > 0)
 
-    def _wanted_batches(self, trainer: "pl.Trainer") -> int:
-        """Batches to take statistics from: at most half of those that the regularizer has in all."""
-        compression = find_callback(trainer, CompressionCallback)
-        wanted = CALIBRATION_BATCHES if compression is None else compression.calibration_batches
-        if self._ready:
-            wanted = max(min(wanted, self.update_steps // 4), 1)
-        return batches_to_watch(trainer, self.start_epoch, self.stop_epoch, wanted)
-
     def _update_is_due(self, trainer: "pl.Trainer", batch_idx: int) -> bool:
         """Whether metric and ranks are old, and there is time enough to do something with new ones."""
         if self.update_steps == 0 or self._steps - self._planned_at < self.update_steps:
@@ -454,7 +423,9 @@ class PrehabCallback(pl.Callback):
     def _new_preparation(self, trainer: "pl.Trainer") -> Preparation:
         assert self._targets is not None
         planned = Targets({}, {}, None) if self._planned is None else self._planned
-        source, batches = self._rank_source(trainer), self._wanted_batches(trainer)
+        source = self._rank_source(trainer)
+        at_most = self.update_steps // 4 if self._ready else None
+        batches = batches_to_watch(trainer, self.start_epoch, self.stop_epoch, at_most)
         only_cut = source is not None and self.regularizer.needs_rank
         return Preparation(trainer, self._targets, self.space, source, planned, batches, only_cut)
 
@@ -471,13 +442,6 @@ class PrehabCallback(pl.Callback):
         if not self._ready:
             self._span = self._remaining(trainer, batch_idx)
         self._layers, self._ready, self._planned_at = layers, True, self._steps
-
-    def _warn_if_never_ready(self) -> None:
-        if self._preparation is not None and not self._ready:
-            rank_zero_warn(
-                f"PrehabCallback was still collecting statistics ({self._preparation.seen} batches) when its time was "
-                "over: nothing was regularized. Train longer, or lower calibration_batches of the CompressionCallback."
-            )
 
     def _release(self) -> None:
         if self._preparation is not None:

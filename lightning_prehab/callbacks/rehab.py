@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.callbacks._checkpoint import check_version
+from lightning_prehab.callbacks._schedules import Shape, warmup_factor
 from lightning_prehab.callbacks._trainer import (
     batches_per_epoch,
     callbacks_of,
@@ -20,8 +21,7 @@ from lightning_prehab.callbacks._trainer import (
 )
 from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.errors import ArgumentError, UnsupportedError
-from lightning_prehab.report import CompressionReport
-from lightning_prehab.schedules import Shape, warmup_factor
+from lightning_prehab.report.compression_report import CompressionReport
 
 #: Of the state in checkpoints.
 STATE_VERSION = 1

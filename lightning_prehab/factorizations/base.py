@@ -9,44 +9,12 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_prehab.decomposition import BATCH_ENTRIES, WeightedSVD, decompose_many
 from lightning_prehab.errors import ArgumentError, StatisticsError
-from lightning_prehab.linalg import singular_values
-from lightning_prehab.sparse import Sparse
-from lightning_prehab.statistics import LayerStatistics, Wanted
-
-
-class Factors(NamedTuple):
-    """``W ~ B A``, what to add to the bias, and what to add to the product.
-
-    Attributes:
-        A: Shape ``(rank, in_features)``.
-        B: Shape ``(out_features, rank)``.
-        bias_shift: Shape ``(out_features,)``, or None when the bias stays as it is.
-        sparse: Entries that are added, ``W ~ B A + S``, or None.
-    """
-
-    A: Tensor
-    B: Tensor
-    bias_shift: Tensor | None = None
-    sparse: Sparse | None = None
-
-    def parts(self) -> list[Tensor | None]:
-        """The tensors, with those of the sparse part at the end; None for what there is not."""
-        return [self.A, self.B, self.bias_shift, *((None, None) if self.sparse is None else self.sparse)]
-
-    @classmethod
-    def from_parts(cls, parts: Sequence[Tensor | None]) -> "Factors":
-        """The factors of :meth:`parts`."""
-        a, b, bias_shift, indices, values = parts
-        assert a is not None
-        assert b is not None
-        return cls(a, b, bias_shift, None if indices is None or values is None else Sparse(indices, values))
-
-    def product(self) -> Tensor:
-        """The dense matrix that the parts stand for: ``B A``, with the sparse part."""
-        product = self.B @ self.A
-        return product if self.sparse is None else product + self.sparse.matrix(*product.shape).to(product)
+from lightning_prehab.linalg.decomposition import BATCH_ENTRIES, WeightedSVD, decompose_many
+from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.linalg.matrices import singular_values
+from lightning_prehab.progress import counted, tell
+from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 
 
 class Decomposition(NamedTuple):
@@ -128,7 +96,7 @@ class Factorization(ABC):
                 self.spectrum(weight, statistics),
                 lambda rank, weight=weight, statistics=statistics: self(weight, rank, statistics),  # type: ignore[misc]
             )
-            for weight, statistics in items
+            for weight, statistics in counted(items, "decompose")
         ]
 
 
@@ -153,15 +121,20 @@ class MetricFactorization(Factorization):
         own = type(self)
         if own.__call__ is not MetricFactorization.__call__ or own.spectrum is not MetricFactorization.spectrum:
             return super().decompose(items)  # a subclass does it its own way
-        return self._solve(items)
+        return self._solve(items, tell)
 
     def at_rank(self, svd: WeightedSVD, weight: Tensor, statistics: LayerStatistics) -> Callable[[int], Factors]:
         """Rank -> factors; it should hold on to no more of the statistics than it needs."""
         return lambda rank: Factors(*svd.low_rank(rank))
 
-    def _solve(self, items: Sequence[tuple[Tensor, LayerStatistics | None]]) -> list[Decomposition]:
+    def _solve(
+        self,
+        items: Sequence[tuple[Tensor, LayerStatistics | None]],
+        tell: Callable[[str, int, int], None] = lambda *_: None,
+    ) -> list[Decomposition]:
         checked = [(weight, self.checked(weight, statistics)) for weight, statistics in items]
-        found = []
+        found: list[Decomposition] = []
+        tell("decompose", 0, len(checked))
         for part in _bounded(checked):
             solved = decompose_many([(weight, *self.metric(statistics)) for weight, statistics in part])
             found += [
@@ -172,6 +145,7 @@ class MetricFactorization(Factorization):
                 )
                 for svd, (weight, statistics) in zip(solved, part, strict=True)
             ]
+            tell("decompose", len(found), len(checked))
         return found
 
     def checked(self, weight: Tensor, statistics: LayerStatistics | None) -> LayerStatistics:

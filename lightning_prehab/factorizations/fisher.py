@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations.base import MetricFactorization
-from lightning_prehab.statistics import LayerStatistics
+from lightning_prehab.statistics.sums import LayerStatistics
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lightning_prehab.errors import StatisticsError
 from lightning_prehab.factorizations.base import MetricFactorization, check_shrinkage
-from lightning_prehab.linalg import shrink, shrinkage_intensity
-from lightning_prehab.statistics import LayerStatistics
+from lightning_prehab.linalg.matrices import shrink, shrinkage_intensity
+from lightning_prehab.statistics.sums import LayerStatistics
 
 #: Enough to make ``G`` invertible; more made no difference on MiniLM and a small GPT.
 GRADIENT_SHRINKAGE = 1e-4
@@ -32,7 +32,7 @@ class KroneckerSVD(MetricFactorization):
     Args:
         gradient_shrinkage: In ``[0, 1]``; share of ``(trace G / m) I`` mixed into ``G``. The literature uses 0.3 to 0.7
             for noisy statistics. ``"auto"``: as much as the difference between every other batch and the rest suggests
-            (:func:`~lightning_prehab.linalg.shrinkage_intensity`), but never below the default.
+            (:func:`~lightning_prehab.linalg.matrices.shrinkage_intensity`), but never below the default.
         input_shrinkage: In ``[0, 1]``, or ``"auto"``; the same for ``C``. Raise it when there are fewer calibration
             tokens than about four times ``in_features``.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_prehab.factorizations.base import MetricFactorization
-from lightning_prehab.statistics import LayerStatistics
+from lightning_prehab.statistics.sums import LayerStatistics
 
 
 @dataclass(frozen=True)

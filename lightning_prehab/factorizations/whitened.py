@@ -6,10 +6,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_prehab.decomposition import WeightedSVD
-from lightning_prehab.factorizations.base import Factors, MetricFactorization, check_shrinkage
-from lightning_prehab.linalg import shrink, to_float64
-from lightning_prehab.statistics import LayerStatistics
+from lightning_prehab.factorizations.base import MetricFactorization, check_shrinkage
+from lightning_prehab.linalg.decomposition import WeightedSVD
+from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.linalg.matrices import shrink, to_float64
+from lightning_prehab.statistics.sums import LayerStatistics
 
 
 @dataclass(frozen=True)

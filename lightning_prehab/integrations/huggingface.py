@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_prehab.errors import CheckpointError, PrehabError
 from lightning_prehab.kinds import kind_of
-from lightning_prehab.pretrained import FORMAT_VERSION, GUARD, METHOD, check_pretrained, note_structure_
-from lightning_prehab.surgery import follow_state_dict_
+from lightning_prehab.surgery.pretrained import FORMAT_VERSION, GUARD, METHOD, check_pretrained, note_structure_
+from lightning_prehab.surgery.structure import follow_state_dict_
 
 try:
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer

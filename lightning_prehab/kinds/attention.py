@@ -12,10 +12,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prehab.attention_layers import PARTS, LowRankMultiheadAttention, Masks, Projections, Three, attend, each
-from lightning_prehab.factorizations import Factors
 from lightning_prehab.kinds.base import Kind, MatrixView, See, dense_linear
-from lightning_prehab.layers import LowRankLinear, low_rank_linear
+from lightning_prehab.layers.attention import PARTS, LowRankMultiheadAttention, Masks, Projections, Three, attend, each
+from lightning_prehab.layers.linear import LowRankLinear, low_rank_linear
+from lightning_prehab.linalg.factors import Factors
 
 Watcher = Callable[[str, Tensor, Tensor], None]
 

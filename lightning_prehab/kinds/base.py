@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prehab.factorizations import Factors
-from lightning_prehab.layers import LowRankLayer, parameter_like
+from lightning_prehab.layers.linear import LowRankLayer, parameter_like
+from lightning_prehab.linalg.factors import Factors
 
 #: Receives the matrices of a layer that were just used together: ``see(views, x, y)``. ``x`` and ``y`` are what
 #: :meth:`MatrixView.inputs` and :meth:`MatrixView.outputs` read.

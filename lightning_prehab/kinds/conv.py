@@ -12,7 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_prehab.conv_layers import (
+from lightning_prehab.errors import ArgumentError
+from lightning_prehab.kinds.base import Kind, MatrixView
+from lightning_prehab.layers.conv import (
     LowRankConv,
     LowRankConv1d,
     LowRankConv2d,
@@ -22,9 +24,7 @@ from lightning_prehab.conv_layers import (
     kernel_to_matrix,
     matrix_to_kernel,
 )
-from lightning_prehab.errors import ArgumentError
-from lightning_prehab.factorizations import Factors
-from lightning_prehab.kinds.base import Kind, MatrixView
+from lightning_prehab.linalg.factors import Factors
 
 Conv = nn.Conv1d | nn.Conv2d
 
@@ -53,7 +53,7 @@ class _ConvView(MatrixView):
     """One matrix of a kernel.
 
     Attributes:
-        scheme: Which one; see :mod:`lightning_prehab.conv_layers`.
+        scheme: Which one; see :mod:`lightning_prehab.layers.conv`.
     """
 
     scheme: Scheme

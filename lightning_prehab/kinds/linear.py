@@ -5,10 +5,10 @@ from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
-from lightning_prehab.block_layers import LowRankBlocks
-from lightning_prehab.factorizations import Factors
 from lightning_prehab.kinds.base import Kind, MatrixView, dense_linear
-from lightning_prehab.layers import LowRankLayer, low_rank_linear
+from lightning_prehab.layers.blocks import LowRankBlocks
+from lightning_prehab.layers.linear import LowRankLayer, low_rank_linear
+from lightning_prehab.linalg.factors import Factors
 
 
 class LinearView(MatrixView):

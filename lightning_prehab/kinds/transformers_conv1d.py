@@ -6,11 +6,11 @@ from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
-from lightning_prehab.block_layers import LowRankConv1D, LowRankConv1DBlocks
-from lightning_prehab.factorizations import Factors
 from lightning_prehab.kinds.base import MatrixView
 from lightning_prehab.kinds.linear import LinearKind
-from lightning_prehab.layers import LowRankLayer
+from lightning_prehab.layers.blocks import LowRankConv1D, LowRankConv1DBlocks
+from lightning_prehab.layers.linear import LowRankLayer
+from lightning_prehab.linalg.factors import Factors
 
 
 class Conv1DView(MatrixView):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_prehab.errors import ArgumentError, PlanError
-from lightning_prehab.linalg import require_finite
+from lightning_prehab.linalg.matrices import require_finite
 
 #: What ``keep`` is a share of: the parameters of the targets, or those of the whole model.
 Scope = Literal["targets", "model"]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_prehab.allocation import best_allocation
+from lightning_prehab.rank_policies.allocation import best_allocation
 from lightning_prehab.rank_policies.base import LayerChoices
 
 #: For one layer: the options (ranks, None for dense), their integer costs and their values, never negative.

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_prehab.linalg import gram_root, to_float64
+from lightning_prehab.linalg.matrices import gram_root, to_float64
 
 Side = Literal["left", "right"]
 
@@ -34,7 +34,7 @@ class Metric:
     def from_grams(
         cls, left_gram: Tensor | None = None, right_gram: Tensor | None = None, shrinkage: float = 0.0
     ) -> "Metric":
-        """The metric of ``G`` and ``C``, in float64; ``shrinkage`` as in :func:`~lightning_prehab.linalg.shrink`."""
+        """The metric of ``G`` and ``C``, in float64; ``shrinkage`` as in ``linalg.matrices.shrink``."""
         roots = (None if gram is None else gram_root(gram, shrinkage)[0] for gram in (left_gram, right_gram))
         return cls(*roots)
 

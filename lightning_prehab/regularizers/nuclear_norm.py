@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_prehab.errors import ArgumentError
-from lightning_prehab.linalg import polar_factor
+from lightning_prehab.linalg.matrices import polar_factor
 from lightning_prehab.regularizers.base import Memory, Penalty, is_due
 
 
@@ -60,7 +60,7 @@ class NuclearNorm(Penalty):
             gradient is ``sqrt(k) |M|_F`` times as long (about 1,000 times for 384 x 384): give a strength then, the
             default one is meant for the normalized form.
         refresh: Calls between two polar factors. Above 1, the last one is kept, of the size of the weight.
-        steps: Iterations for the polar factor; see :func:`~lightning_prehab.linalg.polar_factor`.
+        steps: Iterations for the polar factor; see :func:`~lightning_prehab.linalg.matrices.polar_factor`.
 
     Raises:
         ArgumentError: If a count is below 1.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_prehab.errors import ArgumentError
-from lightning_prehab.linalg import polar_factor
+from lightning_prehab.linalg.matrices import polar_factor
 from lightning_prehab.regularizers.base import Memory, Shrinkage, is_due
 from lightning_prehab.regularizers.metric import IDENTITY, Metric
 
@@ -25,7 +25,7 @@ class SpectralWeightDecay(Shrinkage):
         decay: Loss of each singular value per step and unit of learning rate, above 0. The default takes 0.1 off in
             1,000 steps at a learning rate of 1e-3; no value has been tuned.
         every: Calls between two applications; without a memory each call is one.
-        steps: Iterations for the polar factor; see :func:`~lightning_prehab.linalg.polar_factor`.
+        steps: Iterations for the polar factor; see :func:`~lightning_prehab.linalg.matrices.polar_factor`.
 
     Raises:
         ArgumentError: If a value is out of range.

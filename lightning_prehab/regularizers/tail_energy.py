@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_prehab.errors import ArgumentError
-from lightning_prehab.linalg import leading_subspace
+from lightning_prehab.linalg.matrices import leading_subspace
 from lightning_prehab.regularizers.base import Memory, Penalty, is_due
 
 

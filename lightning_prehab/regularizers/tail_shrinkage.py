@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_prehab.errors import ArgumentError
-from lightning_prehab.linalg import leading_subspace
+from lightning_prehab.linalg.matrices import leading_subspace
 from lightning_prehab.regularizers.base import Memory, Shrinkage, is_due, will_be_due
 from lightning_prehab.regularizers.metric import IDENTITY, Metric, Side, project
 

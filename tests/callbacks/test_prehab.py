@@ -154,7 +154,7 @@ def test_the_logged_loss_of_the_user_is_unchanged(mlp, loader, make_trainer, lit
 
 
 def test_spectra_are_logged_at_the_end_of_the_epoch(mlp, loader, make_trainer, lit_class):
-    from lightning_prehab.linalg import effective_rank, stable_rank
+    from lightning_prehab.linalg.matrices import effective_rank, stable_rank
 
     lit = lit_class(mlp)
     trainer = make_trainer(callbacks=[lp.PrehabCallback()])
@@ -210,7 +210,7 @@ def test_spaces_multiply_the_weight_by_the_roots_of_the_statistics(
     space, mlp, loader, make_trainer, lit_class, data, monkeypatch
 ):
     """With a learning rate of 0 the statistics of the first steps can be collected again by hand."""
-    monkeypatch.setattr("lightning_prehab.callbacks.prehab.CALIBRATION_BATCHES", 12)  # two epochs
+    monkeypatch.setattr("lightning_prehab.callbacks._timeline.CALIBRATION_BATCHES", 12)  # two epochs
     prehab = lp.PrehabCallback(EXACT, 1.0, space=space)
     plain = gradients_per_step(None, mlp, loader, make_trainer, lit_class, max_epochs=4)
     seen = gradients_per_step(prehab, mlp, loader, make_trainer, lit_class, max_epochs=4)

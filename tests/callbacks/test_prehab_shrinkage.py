@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 import lightning_prehab as lp
 from lightning_prehab.errors import ArgumentError, UnsupportedError
-from lightning_prehab.linalg import polar_factor
+from lightning_prehab.linalg.matrices import polar_factor
 from lightning_prehab.regularizers import GradientRatio, Shrinkage
 
 

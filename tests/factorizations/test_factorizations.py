@@ -6,7 +6,7 @@ import torch
 import yaml
 
 import lightning_prehab as lp
-from lightning_prehab.documents import build, describe
+from lightning_prehab.documents.settings import build, describe
 from lightning_prehab.errors import ArgumentError, StatisticsError
 from lightning_prehab.factorizations import Factorization, Factors, MetricFactorization
 

@@ -8,7 +8,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 import lightning_prehab as lp
-from lightning_prehab.documents import build, describe
+from lightning_prehab.documents.settings import build, describe
 from lightning_prehab.errors import ArgumentError, NumericalError, StatisticsError
 from lightning_prehab.factorizations import Factorization, Factors, MetricFactorization
 from lightning_prehab.factorizations import low_rank_plus_sparse as module

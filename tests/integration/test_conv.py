@@ -12,7 +12,8 @@ import lightning_prehab as lp
 from lightning_prehab import kinds
 from lightning_prehab.errors import CheckpointError, PlanError
 from lightning_prehab.kinds.conv import ConvKind
-from lightning_prehab.surgery import follow_state_dict_
+from lightning_prehab.surgery.structure import follow_state_dict_
+from tests.same_model import assert_same_model
 
 STEPS, EPOCHS, SURGERY = 4, 4, 2
 
@@ -291,9 +292,9 @@ def test_prehab_surgery_rehab_and_resume(space, scheme, tmp_path, monkeypatch):
     assert str(fit(tmp_path, acts(space), tmp_path / f"epoch-{EPOCHS - 2}.ckpt")[0]) == str(lit)
     x = data()[0]
     loaded = lp.load_from_checkpoint(Lit, tmp_path / f"epoch-{EPOCHS - 1}.ckpt")
-    assert torch.equal(loaded.net.eval()(x), lit.net.eval()(x))
+    assert_same_model(loaded.net.eval(), lit.net.eval(), x)
     lp.save_compressed(lit.net, tmp_path / "files")
-    assert torch.equal(lp.load_compressed(tmp_path / "files", resnet()).eval()(x), lit.net(x))
+    assert_same_model(lp.load_compressed(tmp_path / "files", resnet()).eval(), lit.net, x)
     damaged = resnet()
     damaged[1].conv2 = nn.Conv2d(8, 8, 5, padding="same", padding_mode="circular")
     with pytest.raises(CheckpointError, match=r"Layer '1.conv2'|1.conv2"):

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers.pytorch_utils import Conv1D
 
 import lightning_prehab as lp
-from lightning_prehab.layers import LowRankLayer
+from lightning_prehab.layers.linear import LowRankLayer
+from tests.same_model import assert_same_model
 
 EPOCHS, SURGERY = 4, 2
 
@@ -100,7 +101,7 @@ def test_a_run_that_is_resumed_ends_like_one_that_is_not(name, tmp_path):
     loaded = lp.load_from_checkpoint(Lit, last)
     x = loader(name).dataset.tensors[0]
     whole.eval()
-    assert torch.equal(loaded.eval().net(x), whole.net(x))
+    assert_same_model(loaded.eval().net, whole.net, x)
     dense = Lit(name)  # evaluation follows a checkpoint in both directions
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -111,7 +112,7 @@ def test_a_run_that_is_resumed_ends_like_one_that_is_not(name, tmp_path):
         callbacks=acts(**settings),
     )
     trainer.validate(dense, loader(name), ckpt_path=last, verbose=False)
-    assert torch.equal(dense.eval().net(x), whole.net(x))
+    assert_same_model(dense.eval().net, whole.net, x)
     trainer.validate(dense, loader(name), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
     assert not any(isinstance(module, LowRankLayer) for module in dense.modules())
 

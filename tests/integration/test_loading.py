@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
 from lightning_prehab.errors import CheckpointError
+from tests.same_model import assert_same_model
 
 
 class Lit(pl.LightningModule):
@@ -57,7 +58,7 @@ def test_without_a_trainer(kind, compressed, file, tmp_path):
         loaded = load(tmp_path / file)
         assert type(loaded) is kind
         assert isinstance(loaded.net[0], lp.LowRankLinear) == compressed
-        assert torch.equal(loaded.eval().net(x), lit.net(x))
+        assert_same_model(loaded.eval().net, lit.net, x)
     assert (set(vars(kind)), set(vars(pl.LightningModule))) == methods
 
 
@@ -97,6 +98,5 @@ def test_checkpoints_of_the_command_line(tmp_path):
     )  # fmt: skip
     lit = fit(tmp_path, cli.model, [lp.CompressionCallback(1, 0.5)])
     loaded = lp.load_from_checkpoint(pl.LightningModule, tmp_path / "all.ckpt").eval()
-    x = torch.randn(5, 12)
-    assert torch.equal(loaded.net(x), lit.net(x))
+    assert_same_model(loaded.net, lit.net, torch.randn(5, 12))
     assert loaded.hparams.width == 18

@@ -10,6 +10,7 @@ from torch import nn
 
 import lightning_prehab as lp
 from lightning_prehab.integrations.huggingface import LowRankConfig, prepare_for_saving
+from tests.same_model import assert_same_weights
 
 WORKER = Path(__file__).with_name("hf_worker.py")
 IDS = torch.arange(10).view(2, 5)
@@ -78,10 +79,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the worker: products that are split among threads may be rounded otherwise
-    yield folder, save_all(folder)
-    torch.set_num_threads(threads)
+    return folder, save_all(folder)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +119,9 @@ def test_round_trip_in_a_fresh_process(saved, fresh):
     for name, found in result.items():
         assert not isinstance(found, str), f"{name}: {found}"
         assert found["same weights"], name
-        assert found["difference"] == 0.0, name
+        # from_pretrained leaves the weights where they lie in the file, and products are rounded by that
+        assert found["relative difference"] < (5e-2 if found["dtype"] == "torch.bfloat16" else 1e-5), name
+        assert found["same tokens"], name
         assert found["ranks"] == ranks[name] != {}
         assert found["shards"] > 1
         assert found["left behind"] == []
@@ -148,7 +148,8 @@ def test_the_config_file_says_what_is_inside(saved):
 def test_the_base_model_from_the_file_of_one_with_a_head(saved):
     base = transformers.BertModel.from_pretrained(saved[0] / "bert")
     whole = transformers.BertForSequenceClassification.from_pretrained(saved[0] / "bert")
-    torch.testing.assert_close(base(IDS).pooler_output, whole.bert(IDS).pooler_output, atol=0, rtol=0)
+    assert_same_weights(base, whole.bert)
+    torch.testing.assert_close(base(IDS).pooler_output, whole.bert(IDS).pooler_output)
     assert isinstance(base.encoder.layer[0].attention.self.query, lp.LowRankLinear)
 
 
@@ -160,7 +161,8 @@ def test_a_loaded_model_trains_casts_and_saves_again(saved, tmp_path):
     assert model.double().dtype == torch.float64
     model.float().save_pretrained(tmp_path)
     again = transformers.BertForSequenceClassification.from_pretrained(tmp_path)
-    torch.testing.assert_close(again.eval()(IDS).logits, model.eval()(IDS).logits, atol=0, rtol=0)
+    assert_same_weights(again, model)
+    torch.testing.assert_close(again.eval()(IDS).logits, model.eval()(IDS).logits)
 
 
 def test_a_sparse_part_and_the_model_inside_another_module(tmp_path):
@@ -170,7 +172,8 @@ def test_a_sparse_part_and_the_model_inside_another_module(tmp_path):
     inner.save_pretrained(tmp_path)
     again = transformers.BertForSequenceClassification.from_pretrained(tmp_path).eval()
     assert isinstance(again.bert.encoder.layer[0].output.dense, lp.LowRankPlusSparseLinear)
-    torch.testing.assert_close(again(IDS).logits, inner(IDS).logits, atol=0, rtol=0)
+    assert_same_weights(again, inner)
+    torch.testing.assert_close(again(IDS).logits, inner(IDS).logits)
 
 
 def test_layers_exchanged_by_hand(tmp_path):

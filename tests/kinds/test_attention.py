@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import lightning_prehab as lp
-from lightning_prehab.attention_layers import PARTS, LowRankMultiheadAttention
 from lightning_prehab.factorizations import Factors
 from lightning_prehab.kinds.attention import MultiheadAttentionKind
+from lightning_prehab.layers.attention import PARTS, LowRankMultiheadAttention
 
 KIND = MultiheadAttentionKind()
 

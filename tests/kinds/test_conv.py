@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from lightning_prehab.conv_layers import LowRankConv1d, LowRankConv2d
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import Factors
 from lightning_prehab.kinds.conv import ChannelView, ConvKind, SpatialView
+from lightning_prehab.layers.conv import LowRankConv1d, LowRankConv2d
 from tests.conv_reference import cases, patches
 
 

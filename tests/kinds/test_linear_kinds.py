@@ -11,12 +11,13 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 import lightning_prehab as lp
-from lightning_prehab.block_layers import LowRankBlocks, LowRankConv1D, LowRankConv1DBlocks
 from lightning_prehab.errors import ArgumentError, CheckpointError, TargetError
 from lightning_prehab.factorizations import Factors
 from lightning_prehab.kinds import Kind, kind_of, register_kind, view_of
 from lightning_prehab.kinds.fused import fused_blocks
-from lightning_prehab.surgery import follow_state_dict_
+from lightning_prehab.layers.blocks import LowRankBlocks, LowRankConv1D, LowRankConv1DBlocks
+from lightning_prehab.surgery.structure import follow_state_dict_
+from tests.same_model import assert_same_model
 
 BLOCKS = {"q": 10, "k": 6, "v": 6}
 
@@ -230,13 +231,13 @@ def test_files_and_state_dicts_in_both_directions(transposed, tmp_path):
     lp.apply_plan_(model, plan)
     x = batches()[0]
     lp.save_compressed(model, tmp_path)
-    assert torch.equal(lp.load_compressed(tmp_path, Model(transposed))(x), model(x))
+    assert_same_model(lp.load_compressed(tmp_path, Model(transposed)), model, x)
     other = Model(transposed)
     lp.compress_(other, 0.9, factorization=lp.SVD(), split_fused=True)
-    assert torch.equal(lp.load_compressed(tmp_path, other)(x), model(x))  # of other ranks
+    assert_same_model(lp.load_compressed(tmp_path, other), model, x)  # of other ranks
     assert follow_state_dict_(other, dense.state_dict()) == ["attn.qkv", "attn.out", "head"]
     other.load_state_dict(dense.state_dict())
-    assert torch.equal(other(x), dense(x))
+    assert_same_model(other, dense, x)
     state = model.state_dict()
     state["attn.qkv.q.A.weight"] = torch.zeros(2, 13)
     with pytest.raises(CheckpointError, match=r"attn\.qkv\.q.*\(2, 13\).*10x12"):
@@ -310,7 +311,7 @@ def test_blocks_behave_like_a_module(transposed):
     lp.apply_plan_(model, plan)
     layer, x = model.attn.qkv, torch.randn(3, 12)
     copied = copy.deepcopy(layer)
-    assert torch.equal(copied(x), layer(x))
+    assert_same_model(copied, layer, x)
     assert copied.q.A.weight is not layer.q.A.weight
     assert layer.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
     assert copied.to("meta")(x.to("meta")).shape == (3, 22)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_prehab.errors import ArgumentError, PlanError
-from lightning_prehab.linalg import break_even_rank
+from lightning_prehab.linalg.matrices import break_even_rank
 from lightning_prehab.rank_policies import LayerChoices, ParameterBudget
 from lightning_prehab.rank_policies.costs import isotonic, option_costs
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lightning_prehab import rank_policies
 from lightning_prehab.errors import ArgumentError, NumericalError, PlanError
-from lightning_prehab.linalg import break_even_rank
+from lightning_prehab.linalg.matrices import break_even_rank
 from lightning_prehab.rank_policies import (
     BudgetPolicy,
     EnergyThreshold,

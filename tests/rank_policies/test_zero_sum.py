@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_prehab.errors import PlanError, StatisticsError
-from lightning_prehab.linalg import break_even_rank
+from lightning_prehab.linalg.matrices import break_even_rank
 from lightning_prehab.rank_policies import LayerChoices, ZeroSum
 
 

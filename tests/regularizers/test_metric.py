@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_prehab.linalg import gram_root
+from lightning_prehab.linalg.matrices import gram_root
 from lightning_prehab.regularizers import IDENTITY, Metric
 from lightning_prehab.regularizers.metric import project
 

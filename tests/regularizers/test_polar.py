@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lightning_prehab.linalg import POLAR_SCHEDULE, leading_subspace, polar_factor
+from lightning_prehab.linalg.matrices import POLAR_SCHEDULE, leading_subspace, polar_factor
 
 
 def best_quintic(low, high):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_prehab import regularizers
-from lightning_prehab.decomposition import weighted_low_rank
 from lightning_prehab.errors import ArgumentError, NumericalError
+from lightning_prehab.linalg.decomposition import weighted_low_rank
 from lightning_prehab.regularizers import Metric, Shrinkage, SpectralWeightDecay, TailShrinkage
 
 SHAPES = [(6, 9), (9, 6), (7, 7)]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_prehab.callbacks._schedules import exponential_ramp
 from lightning_prehab.errors import ArgumentError, CheckpointError
 from lightning_prehab.regularizers import GradientRatio, TailEnergy, strength_for_share
-from lightning_prehab.schedules import exponential_ramp
 
 
 def feed(ratio, values):

@@ -1,0 +1,124 @@
+"""A LightningModule in the middle of its training, on one process or on several (DDP), as a place for the surgery."""
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_prehab.callbacks._distributed import (
+    decide_on_rank_zero,
+    merge,
+    rewrap,
+    share_factors,
+    sum_statistics_,
+    together,
+)
+from lightning_prehab.callbacks._own_pass import collect_in_own_pass, probe_in_own_pass
+from lightning_prehab.factorizations import Decomposition
+from lightning_prehab.kinds import view_of
+from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.plan.compression_plan import CompressionPlan
+from lightning_prehab.plan.recipe import Recipe
+from lightning_prehab.plan.spectra import Solver, Spectrum
+from lightning_prehab.rank_policies import Probe
+from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.sites import Site
+from lightning_prehab.statistics.sums import LayerStatistics, Wanted
+from lightning_prehab.surgery.factors import compute_factors, planned_targets
+from lightning_prehab.surgery.swap import swap_
+from lightning_prehab.targets.find import Targets
+from lightning_prehab.targets.forms import form_name
+
+T = TypeVar("T")
+#: Training batches that a policy with probes is shown, for each layer.
+PROBE_BATCHES = 8
+
+
+class TrainerSite(Site):
+    """The module and the optimizers of a running Trainer, one device or DDP.
+
+    Each process decomposes one in ``world_size`` targets, rank 0 decides, and all end bit-identical.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: Its module.
+        batches: Training batches for a pass of our own, where nothing has been collected.
+        collected: What has been collected on ordinary training steps, of this process alone; or None.
+    """
+
+    def __init__(
+        self,
+        trainer: "pl.Trainer",
+        pl_module: "pl.LightningModule",
+        batches: int,
+        collected: dict[str, LayerStatistics] | None = None,
+    ) -> None:
+        self._trainer, self._pl_module = trainer, pl_module
+        self._batches, self._collected = batches, collected
+        self._decompositions: dict[str, Decomposition] = {}
+
+    @property
+    def calibrates(self) -> bool:
+        """There is training data."""
+        return True
+
+    def find(self, recipe: Recipe) -> Targets:
+        """What the recipe finds in the module."""
+        return recipe.find_targets(self._pl_module)
+
+    def observe(self, targets: Targets, wanted: Wanted) -> Mapping[str, LayerStatistics] | None:
+        """What the ride on training steps has collected, or a pass of our own, summed over the processes."""
+        if not any(wanted):
+            return None
+        statistics, self._collected = self._collected, None  # they can be large, and are wanted once
+        if statistics is None:
+            arguments = self._trainer, self._pl_module, targets, wanted, self._batches
+            statistics = together(self._trainer, lambda: collect_in_own_pass(*arguments))
+        sum_statistics_(self._trainer, statistics)
+        _warn_if_few_tokens(statistics)
+        return statistics
+
+    def decompose(self, targets: Targets, solver: Solver) -> dict[str, Spectrum]:
+        """One in ``world_size`` here, the others on other processes."""
+        own = list(targets)[self._trainer.global_rank :: self._trainer.world_size]
+        solved = together(self._trainer, lambda: solver(own))
+        self._decompositions = {name: decomposition for name, (decomposition, _) in solved.items()}
+        plain = merge(self._trainer, {name: spectrum.to_lists() for name, (_, spectrum) in solved.items()})
+        return {name: Spectrum.of_lists(*plain[name]) for name in targets}
+
+    def probe(self, targets: Targets, probe_keep: float) -> dict[str, Probe] | None:
+        """Each process measures the layers that it has decomposed, on its own batches."""
+        here = {name: target for name, target in targets.items() if form_name(name, target) in self._decompositions}
+        batches = min(self._batches, PROBE_BATCHES)
+        arguments = self._trainer, self._pl_module, Targets(here, {}, None), self._decompositions, probe_keep, batches
+        return merge(self._trainer, together(self._trainer, lambda: probe_in_own_pass(*arguments)))
+
+    def decide(self, answer: Callable[[], T]) -> T:
+        """Rank 0 decides."""
+        return decide_on_rank_zero(self._trainer, answer)
+
+    def factors(self, plan: CompressionPlan) -> dict[str, Factors]:
+        """Each from the process that has decomposed the layer."""
+        own = together(self._trainer, lambda: compute_factors(self._pl_module, plan, self._decompositions))
+        self._decompositions = {}  # they can be large
+        targets = planned_targets(self._pl_module, plan)
+        cut = [layer.name for layer in plan.layers if layer.rank is not None]
+        return share_factors(self._trainer, own, {name: view_of(targets[name]).parameter.device for name in cut})
+
+    def swap(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> CompressionReport:
+        """In the module and all optimizers; the DDP wrapper is rebuilt."""
+        report = swap_(self._pl_module, plan, factors, self._trainer.optimizers)
+        rewrap(self._trainer, self._pl_module)
+        return report
+
+
+def _warn_if_few_tokens(statistics: Mapping[str, LayerStatistics]) -> None:
+    layers = dict.fromkeys(name.partition(":")[0] for name in statistics)  # without form and group
+    seen_little = (name for name, layer in statistics.items() if 0 < int(layer.tokens) < 4 * layer.in_features)
+    few = list(dict.fromkeys(name.partition(":")[0] for name in seen_little))
+    if few:
+        rank_zero_warn(
+            f"{len(few)} of {len(layers)} layers saw fewer calibration tokens than four times their input size "
+            f"(first: {few[0]!r}). Raise calibration_batches, or the shrinkage of the factorization."
+        )

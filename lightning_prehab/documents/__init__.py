@@ -1,0 +1,1 @@
+"""Settings as plain data that people read and edit, and tables."""

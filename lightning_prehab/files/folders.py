@@ -1,0 +1,238 @@
+"""A compressed model as a folder: weights in safetensors, structure in readable JSON, no pickle.
+
+``structure.json`` names the weights file, which carries a part of its own checksum in its name. The JSON is replaced
+last, in one step of the file system: whoever is killed while saving leaves the old model or the new one, never a
+mixture.
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prehab.__about__ import __version__
+from lightning_prehab.errors import CheckpointError, PrehabError, UnsupportedError
+from lightning_prehab.layers.linear import LowRankLayer, LowRankPlusSparseLinear
+from lightning_prehab.linalg.matrices import is_quantized
+from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.surgery.structure import follow_state_dict_
+
+#: Of the folder's layout.
+VERSION = 1
+STRUCTURE = "structure.json"
+_WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
+
+
+def save_compressed(model: nn.Module, folder: str | os.PathLike[str], report: CompressionReport | None = None) -> Path:
+    """Writes a model, compressed or not, into a folder.
+
+    Tied and shared weights are stored once. A model that is already there is replaced atomically.
+
+    Args:
+        model: Any module; all entries of its state dict must be tensors.
+        folder: Made if it does not exist.
+        report: Adds the method and the errors of each layer to the JSON.
+
+    Returns:
+        The folder.
+
+    Raises:
+        PrehabError: If the ``safetensors`` package is missing, or the state dict holds something else than tensors.
+        UnsupportedError: If a tensor is quantized.
+    """
+    save, _ = _safetensors()
+    state = dict(model.state_dict())
+    odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise PrehabError(f"The state dict entry {odd[0]!r} is not a tensor and cannot be stored without pickle.")
+    quantized = [name for name, value in state.items() if is_quantized(value)]
+    if quantized:
+        raise UnsupportedError(
+            f"{quantized[0]!r} is quantized ({type(state[quantized[0]]).__name__}), and safetensors has no place for "
+            "that; save the model before it is quantized, and quantize it anew after load_compressed."
+        )
+    stored, aliases = _without_aliases(state)
+    weights: bytes = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in stored.items()})
+    digest = hashlib.sha256(weights).hexdigest()
+    structure = {
+        "format": "lightning_prehab",
+        "version": VERSION,
+        "written_by": f"lightning_prehab {__version__}, torch {torch.__version__}",
+        "weights": {"file": f"weights-{digest[:16]}.safetensors", "sha256": digest},
+        "layers": _layers(model, report),
+        "tensors": {name: {"shape": list(t.shape), "dtype": str(t.dtype)} for name, t in stored.items()},
+        "aliases": aliases,
+    }
+    structure["checksum"] = _checksum(structure)
+
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    name = str(structure["weights"]["file"])  # type: ignore[index]
+    _write(path / name, weights)
+    _write(path / STRUCTURE, (json.dumps(structure, indent=1) + "\n").encode())
+    for old in path.glob("weights-*.safetensors"):
+        if old.name != name and _WEIGHTS.fullmatch(old.name):
+            old.unlink()
+    return path
+
+
+def load_compressed(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+    """Loads what :func:`save_compressed` has written into a freshly built model, in place.
+
+    Everything is checked before the model is changed: the checksums, every name, shape and dtype.
+
+    Args:
+        folder: The folder.
+        model: Built as before the compression (or compressed already: it follows the file).
+
+    Returns:
+        The same model, with the low-rank layers of the file and its weights.
+
+    Raises:
+        CheckpointError: If the files are missing, damaged or do not fit the model; the model is then as it was.
+        PrehabError: If the ``safetensors`` package is missing.
+    """
+    _, load = _safetensors()
+    path = Path(folder)
+    try:
+        structure, weights = _read(path)
+        state = dict(load(weights))
+        described = {name: (list(t.shape), str(t.dtype)) for name, t in state.items()}
+        if described != {name: (entry["shape"], entry["dtype"]) for name, entry in structure["tensors"].items()}:
+            raise CheckpointError("the tensors in the weights file are not those that structure.json lists")
+        for alias, name in structure["aliases"].items():
+            state[alias] = state[name]
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}. Save the model again.") from error
+    except Exception as error:  # whatever a damaged file leads to
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error}). Save it again.") from error
+    _check_fit(model, state)
+    follow_state_dict_(model, state)
+    model.load_state_dict(state)
+    return model
+
+
+def _read(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The structure and the bytes of the weights, both with the right checksum."""
+    file = path / STRUCTURE
+    if not file.is_file():
+        raise CheckpointError(f"there is no {STRUCTURE}; the folder does not hold a compressed model")
+    structure = json.loads(file.read_bytes())
+    if not isinstance(structure, dict) or structure.get("format") != "lightning_prehab":
+        raise CheckpointError(f"{STRUCTURE} was not written by lightning_prehab")
+    if structure.get("version") != VERSION:
+        raise CheckpointError(f"{STRUCTURE} has version {structure.get('version')!r}, this is version {VERSION}")
+    if structure.pop("checksum", None) != _checksum(structure):
+        raise CheckpointError(f"{STRUCTURE} has been changed since it was written: its checksum is wrong")
+    name = structure["weights"]["file"]
+    if not _WEIGHTS.fullmatch(name):
+        raise CheckpointError(f"{STRUCTURE} names a weights file that cannot be one of ours: {name!r}")
+    if not (path / name).is_file():
+        raise CheckpointError(f"the weights file {name} is missing")
+    weights = (path / name).read_bytes()
+    if hashlib.sha256(weights).hexdigest() != structure["weights"]["sha256"]:
+        raise CheckpointError(f"{name} is damaged: its checksum is wrong")
+    return structure, weights
+
+
+def _check_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raises :class:`CheckpointError` unless the model can take over the structure and then all of ``state``."""
+    skeleton = _without_data(model)
+    follow_state_dict_(skeleton, state)
+    expected = skeleton.state_dict()
+    for name in sorted(expected.keys() | state.keys()):
+        if name not in state:
+            raise CheckpointError(f"{name!r} of the model is not in the file: it was saved from another architecture.")
+        if name not in expected:
+            raise CheckpointError(f"{name!r} of the file is not in the model: it was saved from another architecture.")
+        ours, theirs = expected[name], state[name]
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            raise CheckpointError(
+                f"{name!r} is {tuple(theirs.shape)} {theirs.dtype} in the file and {tuple(ours.shape)} {ours.dtype} in "
+                "the model; build the model with the sizes and the dtype that it was saved with."
+            )
+
+
+def _without_data(model: nn.Module) -> nn.Module:
+    """A copy of the structure alone, on the meta device."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().to("meta")
+    return copy.deepcopy(model, memo)
+
+
+def _layers(model: nn.Module, report: CompressionReport | None) -> list[dict[str, Any]]:
+    """The low-rank layers, for people who read the JSON."""
+    facts = {} if report is None else {layer["name"]: layer for layer in report.to_dict()["layers"]}
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLayer) and {"A", "B"} <= module._modules.keys():
+            parts: Any = module
+            a, b = parts.A.weight, parts.B.weight
+            entry = {
+                "name": name,
+                "kind": type(module).__name__,
+                "shape": [b.shape[0], a[0].numel()],
+                "rank": b.shape[1],
+            }
+            if isinstance(module, LowRankPlusSparseLinear):
+                entry["nonzeros"] = module.nonzeros
+            if name in facts and report is not None:
+                entry["method"] = repr(report.plan.factorization)
+                entry["predicted_error"] = facts[name]["predicted_error"]
+                entry["weight_error"] = facts[name]["weight_error"]
+            layers.append(entry)
+    return layers
+
+
+def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors that are the same memory once, and the other names of each."""
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in state.items():
+        key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() > 0 and key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+            stored[name] = tensor
+    return stored, aliases
+
+
+def _checksum(structure: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(structure, sort_keys=True).encode()).hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes beside the target, to the disk, then moves into place."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _safetensors() -> tuple[Any, Any]:
+    try:
+        from safetensors.torch import load, save
+    except ImportError as error:
+        raise PrehabError("Files need the safetensors package: pip install 'lightning-prehab[hf]'.") from error
+    return save, load

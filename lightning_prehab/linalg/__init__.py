@@ -1,0 +1,1 @@
+"""Matrices in, matrices out: nothing here knows of layers or models."""

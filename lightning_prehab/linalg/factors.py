@@ -1,0 +1,41 @@
+"""What takes the place of a matrix: two factors, and what is added to their product."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lightning_prehab.linalg.sparse import Sparse
+
+
+class Factors(NamedTuple):
+    """``W ~ B A``, what to add to the bias, and what to add to the product.
+
+    Attributes:
+        A: Shape ``(rank, in_features)``.
+        B: Shape ``(out_features, rank)``.
+        bias_shift: Shape ``(out_features,)``, or None when the bias stays as it is.
+        sparse: Entries that are added, ``W ~ B A + S``, or None.
+    """
+
+    A: Tensor
+    B: Tensor
+    bias_shift: Tensor | None = None
+    sparse: Sparse | None = None
+
+    def parts(self) -> list[Tensor | None]:
+        """The tensors, with those of the sparse part at the end; None for what there is not."""
+        return [self.A, self.B, self.bias_shift, *((None, None) if self.sparse is None else self.sparse)]
+
+    @classmethod
+    def from_parts(cls, parts: Sequence[Tensor | None]) -> "Factors":
+        """The factors of :meth:`parts`."""
+        a, b, bias_shift, indices, values = parts
+        assert a is not None
+        assert b is not None
+        return cls(a, b, bias_shift, None if indices is None or values is None else Sparse(indices, values))
+
+    def product(self) -> Tensor:
+        """The dense matrix that the parts stand for: ``B A``, with the sparse part."""
+        product = self.B @ self.A
+        return product if self.sparse is None else product + self.sparse.matrix(*product.shape).to(product)

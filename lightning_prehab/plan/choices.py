@@ -1,0 +1,86 @@
+"""What a rank policy may choose from for a target, and what people have said of it by hand."""
+
+from collections.abc import Iterable, Mapping
+
+from lightning_prehab.errors import ArgumentError
+from lightning_prehab.factorizations import Factorization
+from lightning_prehab.kinds import view_of
+from lightning_prehab.plan.recipe import RankOverride, Recipe
+from lightning_prehab.plan.spectra import Spectrum
+from lightning_prehab.rank_policies import LayerChoices
+from lightning_prehab.targets.locate import Target, layer_names
+from lightning_prehab.targets.names import match_names
+
+
+def choices_of(
+    name: str,
+    layer: Target,
+    spectrum: Spectrum,
+    recipe: Recipe,
+    override: int | str | None,
+) -> LayerChoices:
+    """What a rank policy may choose from for one layer."""
+    view, factorization, multiple = view_of(layer), recipe.method, recipe.rank_multiple_of
+    if override == "dense":
+        ranks: tuple[int, ...] = ()
+    elif isinstance(override, int):
+        ranks = (override,)
+    else:
+        limit = rank_limit(layer, factorization)
+        ranks = tuple(range(multiple, limit + 1, multiple)) or tuple(range(1, limit + 1))
+    dense = override is None or override == "dense"
+    added = added_parameters(layer, factorization)
+    return LayerChoices(
+        name,
+        *view.shape,
+        spectrum.singular_values,
+        ranks,
+        dense,
+        added,
+        spectrum.components,
+        positions=spectrum.positions,
+        groups=view.group_count,
+    )
+
+
+def added_parameters(layer: Target, factorization: Factorization) -> int:
+    """Parameters that a cut adds beside the two factors: a new bias, the values of a sparse part."""
+    view = view_of(layer)
+    new_bias = view.bias_size if factorization.adds_bias and view.bias is None else 0
+    return new_bias + factorization.nonzeros(*view.shape)
+
+
+def rank_limit(layer: Target, factorization: Factorization) -> int:
+    """The break-even rank, with what a cut adds beside the factors counted."""
+    view = view_of(layer)
+    (m, n), groups = view.shape, view.group_count
+    return max(m * n - added_parameters(layer, factorization) - 1, 0) // (m + groups * n)
+
+
+def resolve_overrides(recipe: Recipe, targets: Mapping[str, Target]) -> dict[str, int | str]:
+    """A rank or "dense" for each layer that a pattern names."""
+    resolved: dict[str, int | str] = {}
+    for pattern, wish in (recipe.rank_overrides or {}).items():
+        for name in match_names(pattern, list(targets), "rank_overrides", layer_names(targets)):
+            resolved[name] = _resolve_override(name, wish, targets[name], recipe.method)
+    return resolved
+
+
+def _resolve_override(name: str, wish: RankOverride, layer: Target, factorization: Factorization) -> int | str:
+    (m, n), groups = view_of(layer).shape, view_of(layer).group_count
+    limit = rank_limit(layer, factorization)
+    if wish == "dense":
+        return "dense"
+    if isinstance(wish, float) and 0.0 < wish < 1.0:
+        wish = max(int((wish * m * n - added_parameters(layer, factorization)) / (m + groups * n)), 1)
+    if isinstance(wish, bool) or not isinstance(wish, int) or not 1 <= wish <= limit:
+        raise ArgumentError(
+            f"rank_overrides: {wish!r} does not suit layer {name!r} ({m}x{n}); give a rank from 1 to {limit} "
+            "(break-even), a share in (0, 1), or 'dense'."
+        )
+    return wish
+
+
+def dense_parameters(layers: Iterable[Target]) -> int:
+    """Weight parameters of some targets."""
+    return sum(view_of(layer).out_features * view_of(layer).in_features for layer in layers)

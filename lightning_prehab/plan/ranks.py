@@ -1,0 +1,128 @@
+"""Decides the rank of each layer; nothing is changed here."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from lightning_prehab.errors import ArgumentError, PlanError
+from lightning_prehab.factorizations import Factorization
+from lightning_prehab.kinds import kind_of, view_of
+from lightning_prehab.plan.choices import choices_of, dense_parameters, resolve_overrides
+from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
+from lightning_prehab.plan.form_choice import choose_forms
+from lightning_prehab.plan.recipe import Recipe
+from lightning_prehab.plan.spectra import Spectrum
+from lightning_prehab.plan.timing import measure_latencies
+from lightning_prehab.plan.usable import require_targets
+from lightning_prehab.rank_policies import LayerChoices, Probe, RankPolicy
+from lightning_prehab.targets.find import Targets
+from lightning_prehab.targets.forms import in_chosen_forms
+from lightning_prehab.targets.locate import Target
+
+
+def plan_ranks(
+    targets: Mapping[str, Target],
+    forms: Targets,
+    recipe: Recipe,
+    spectra: Mapping[str, Spectrum],
+    *,
+    probes: Mapping[str, Probe] | None = None,
+) -> CompressionPlan:
+    """Decides the rank of each target.
+
+    Args:
+        targets: What was found.
+        forms: What of it can be cut, in all forms or in chosen ones, by the name of the form.
+        recipe: What is wished for.
+        spectra: Of ``forms``.
+        probes: For policies that read them; a target without one is left alone.
+
+    Raises:
+        PlanError: If the wish cannot be met.
+    """
+    chosen = choose_forms(targets, forms, recipe, spectra)
+    usable = in_chosen_forms(forms, chosen)
+    spectra = {name: spectra[form] for name, form in chosen.items()}
+    overrides = resolve_overrides(recipe, targets)
+    policy = recipe.budget
+    if policy.needs_probes and probes is not None:
+        unseen = {name: "no probe batch reached it" for name in usable if name not in probes}
+        layers_left = {name: layer for name, layer in usable.items() if name not in unseen}
+        usable = Targets(layers_left, {**usable.skipped, **unseen}, usable.model_parameters)
+        require_targets(usable)
+    policy = policy.for_model(dense_parameters(usable.values()), usable.model_parameters)
+    choices = [
+        replace(
+            choices_of(name, layer, spectra[name], recipe, overrides.get(name)),
+            probe=(probes or {}).get(name),
+        )
+        for name, layer in usable.items()
+    ]
+    if policy.needs_latencies:
+        admissible = {choice.name: choice.ranks for choice in choices}
+        latencies = measure_latencies(usable, policy.latency_tokens, admissible)
+        choices = [replace(choice, latencies=latencies[choice.name]) for choice in choices]
+    ranks = policy(choices)
+    planned = [_layer_plan(layer, ranks[layer.name], overrides.get(layer.name), recipe.method) for layer in choices]
+    layers = tuple(replace(layer, form=view_of(usable[layer.name]).form) for layer in planned)
+    plan = CompressionPlan(layers, recipe.method, usable.skipped, usable.model_parameters)
+    _require_budget(policy, choices, plan)
+    return plan
+
+
+def check_recipe(recipe: Recipe, targets: Mapping[str, Target]) -> None:
+    """Raises what :func:`plan_ranks` would raise whatever the weights are: wrong wishes, too small a budget."""
+    policy, factorization = recipe.budget, recipe.method
+    if (policy.needs_positions or policy.needs_latencies) and any(
+        factorization.nonzeros(*view_of(layer).shape) for layer in targets.values()
+    ):
+        raise ArgumentError(
+            f"{policy} counts operations or time, and the sparse part of {factorization} saves neither: it is "
+            "multiplied as a dense matrix. Count parameters, or choose a factorization without a sparse part."
+        )
+    for name, target in targets.items() if policy.needs_latencies else ():
+        kind = kind_of(view_of(target).module)
+        if kind is None or not kind.linear:
+            raise ArgumentError(
+                f"{policy} counts time, and only linear layers are measured; leave {name!r} out with "
+                "exclude_modules, or count parameters or FLOPs."
+            )
+    overrides = resolve_overrides(recipe, targets)
+    policy = policy.for_model(dense_parameters(targets.values()), getattr(targets, "model_parameters", None))
+    choices = []
+    for name, layer in targets.items():
+        view = view_of(layer)
+        size = min(view.out_features // view.group_count, view.in_features)
+        flat = torch.ones(size, dtype=torch.float64)
+        choices.append(choices_of(name, layer, Spectrum(flat), recipe, overrides.get(name)))
+    policy.check(choices)
+
+
+def _require_budget(policy: RankPolicy, choices: Sequence[LayerChoices], plan: CompressionPlan) -> None:
+    """Raises :class:`PlanError` if a policy has chosen more than it promises to keep."""
+    limit = policy.parameter_limit(choices)
+    if limit is not None and plan.parameters > limit:
+        raise PlanError(
+            f"{policy} allows {limit:,} parameters, the smallest choice holds {plan.parameters:,} of "
+            f"{plan.dense_parameters:,} (keep {plan.keep:.4f}). Raise keep, lower rank_multiple_of or the overridden "
+            "ranks, or exclude small layers with exclude_modules. (RankRatio takes nothing from other layers for what "
+            "an override adds; ParameterBudget does.)"
+        )
+
+
+def _layer_plan(
+    layer: LayerChoices, rank: int | None, override: int | str | None, factorization: Factorization
+) -> LayerPlan:
+    m, n = layer.out_features, layer.in_features
+    nonzeros = factorization.nonzeros(m, n)
+    new_bias = layer.new_bias - nonzeros
+    dense = LayerPlan(layer.name, m, n, None, new_bias=new_bias, nonzeros=nonzeros, groups=layer.groups)
+    comparable = factorization.comparable
+    if rank is None:
+        reason = "rank_overrides" if override == "dense" else "every rank below break-even costs more than it saves"
+        return replace(dense, relative_error=0.0, reason=reason, loss_increase=0.0 if comparable else None)
+    retained = layer.retained()
+    dropped = float((retained[-1] - retained[rank]).clamp_min(0.0))
+    error = min(dropped / max(float(retained[-1]), 1e-300), 1.0) ** 0.5
+    return replace(dense, rank=rank, relative_error=error, loss_increase=0.5 * dropped if comparable else None)

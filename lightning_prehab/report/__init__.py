@@ -1,0 +1,1 @@
+"""What happened to each layer: numbers, figures, pages, latencies."""

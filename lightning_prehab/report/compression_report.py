@@ -1,0 +1,357 @@
+"""What happened to each layer."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_prehab.documents import settings
+from lightning_prehab.documents.tables import Table, format_loss, format_number
+from lightning_prehab.errors import ArgumentError, CheckpointError, PrehabError
+from lightning_prehab.factorizations import Factorization
+from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
+from lightning_prehab.report import figures
+from lightning_prehab.report.html import build_page
+from lightning_prehab.report.latency import ModelLatency
+from lightning_prehab.report.thinned_spectrum import LayerSpectrum
+
+if TYPE_CHECKING:
+    import rich.table
+    from matplotlib.figure import Figure
+
+#: Of the dictionary form. Keys that may be missing are added without a new version: readers pass over those that they
+#: do not know.
+VERSION = 1
+#: Class paths that a report may name: reading one imports nothing of others.
+_OURS = "lightning_prehab."
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """The facts of one surgery.
+
+    Attributes:
+        plan: The plan that was carried out.
+        weight_errors: ``{name: |W - W'|_F / |W|_F}`` of the layers that were cut, ``W'`` what replaces ``W``.
+        parameters_before: Parameters of the whole model before, counted.
+        parameters_after: Parameters of the whole model after, counted.
+        spectra: ``{name: spectrum before the cut}`` of the layers that were decomposed.
+        latency: Of the model before and after, or None: nothing is measured unless somebody asks.
+    """
+
+    plan: CompressionPlan
+    weight_errors: Mapping[str, float]
+    parameters_before: int
+    parameters_after: int
+    spectra: Mapping[str, LayerSpectrum] = field(default_factory=dict)
+    latency: ModelLatency | None = None
+
+    @property
+    def keep(self) -> float:
+        """Achieved share of the targets' weight parameters, in (0, 1]."""
+        return self.plan.keep
+
+    @property
+    def model_keep(self) -> float:
+        """Achieved share of all parameters of the model."""
+        return self.parameters_after / self.parameters_before
+
+    @property
+    def ranks(self) -> dict[str, int | None]:
+        """The rank of each target by name; None for those that stayed dense."""
+        return self.plan.ranks
+
+    @property
+    def figure_names(self) -> tuple[str, ...]:
+        """The figures that can be drawn out of what this report holds."""
+        return tuple(name for name in figures.FIGURES if name not in self._missing())
+
+    def with_spectra(self, singular_values: Mapping[str, Tensor]) -> "CompressionReport":
+        """The same report with the spectra of its layers, thinned; see :class:`LayerSpectrum`.
+
+        Args:
+            singular_values: ``{name: shape (min(m, n),), descending}``, in the metric of the factorization.
+        """
+        found = {
+            name: LayerSpectrum.of(singular_values[name], rank)
+            for name, rank in self.ranks.items()
+            if name in singular_values
+        }
+        return replace(self, spectra={name: one for name, one in found.items() if one is not None})
+
+    def with_latency(self, latency: ModelLatency) -> "CompressionReport":
+        """The same report with latencies before and after.
+
+        Args:
+            latency: From :func:`~lightning_prehab.report.latency.compare_latencies`, or from ``bench --json``.
+
+        Raises:
+            ArgumentError: If it was measured on other models, told by the number of their parameters.
+        """
+        theirs = latency.parameters_before, latency.parameters_after
+        ours = self.parameters_before, self.parameters_after
+        if theirs != ours:
+            raise ArgumentError(
+                f"The latencies are those of a model of {theirs[0]:,} -> {theirs[1]:,} parameters, the report is about "
+                f"{ours[0]:,} -> {ours[1]:,}; measure the models of this report."
+            )
+        return replace(self, latency=latency)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists, ready for JSON."""
+        return {
+            "version": VERSION,
+            "factorization": repr(self.plan.factorization),
+            "keep": self.keep,
+            "model_keep": self.model_keep,
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "loss_increase": self.plan.loss_increase,
+            "layers": [
+                {
+                    "name": layer.name,
+                    "shape": [layer.out_features, layer.in_features],
+                    "rank": layer.rank,
+                    "parameters_before": layer.dense_parameters,
+                    "parameters_after": layer.parameters,
+                    "new_bias": layer.new_bias,
+                    "nonzeros": layer.nonzeros,
+                    "groups": layer.groups,
+                    "form": layer.form,
+                    "predicted_error": layer.relative_error,
+                    "loss_increase": layer.loss_increase,
+                    "weight_error": self.weight_errors.get(layer.name, 0.0),
+                    "reason": layer.reason,
+                    "spectrum": self.spectra[layer.name].to_dict() if layer.name in self.spectra else None,
+                }
+                for layer in self.plan.layers
+            ],
+            "skipped": dict(self.plan.skipped),
+            "latency": None if self.latency is None else self.latency.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], factorization: Factorization) -> "CompressionReport":
+        """The report that :meth:`to_dict` has written; the factorization is given, since only its text is stored.
+
+        Raises:
+            CheckpointError: If the data is of an unknown version.
+        """
+        if data.get("version") != VERSION:
+            raise CheckpointError(
+                f"A compression report of version {data.get('version')!r} cannot be read, only version {VERSION}; "
+                "update lightning_prehab."
+            )
+        layers = tuple(_read_layer(layer) for layer in data["layers"])
+        plan = CompressionPlan(layers, factorization, data["skipped"], data["parameters_before"])
+        errors = {layer["name"]: layer["weight_error"] for layer in data["layers"] if layer["rank"] is not None}
+        spectra = {
+            layer["name"]: LayerSpectrum.from_dict(layer["spectrum"])
+            for layer in data["layers"]
+            if layer.get("spectrum") is not None
+        }
+        latency = data.get("latency")
+        return cls(
+            plan,
+            errors,
+            data["parameters_before"],
+            data["parameters_after"],
+            spectra,
+            None if latency is None else ModelLatency.from_dict(latency),
+        )
+
+    def save_json(self, path: str | os.PathLike[str]) -> None:
+        """Writes :meth:`to_dict` and, under ``method``, the settings of the factorization into a file.
+
+        The file is one JSON object. Errors are relative Frobenius norms without unit, loss increases are in units of
+        the loss, parameters are counts, latencies are seconds; "or null" means not known.
+
+        - ``version`` (int): of this form, 1; other versions are refused when read. Within a version keys are added
+          only, and such keys may be missing: ``new_bias``, ``nonzeros``, ``groups``, ``form``, both
+          ``loss_increase``, ``spectrum`` and ``latency`` were. Pass over keys that you do not know.
+        - ``factorization`` (str): for people. ``method`` (object): the same for :meth:`load_json`.
+        - ``keep``, ``model_keep`` (float): share of the parameters kept, of the targets' weights, of the whole model.
+        - ``parameters_before``, ``parameters_after`` (int): of the whole model.
+        - ``loss_increase`` (float or null): predicted, of all cuts together.
+        - ``skipped`` (object): ``{name: reason}`` of layers that were no targets.
+        - ``latency`` (object or null): medians of forward passes, dense and compressed in turn, as ``bench --json``
+          prints them: ``device`` (str), ``threads``, ``parameters_dense``, ``parameters_compressed`` (int) and
+          ``latency`` (list of objects, one for each batch: ``batch_size`` (int), ``dense_seconds`` and
+          ``compressed_seconds`` (float), ``verdict`` (str), ``layers`` (list of objects, one for each replaced layer
+          alone: ``name``, ``dense_seconds``, ``compressed_seconds``)).
+        - ``layers`` (list of objects, in model order), each with:
+
+          - ``name`` (str), ``shape`` (``[out_features, in_features]``), ``rank`` (int; null: stayed dense),
+            ``reason`` (str or null): why it stayed dense.
+          - ``parameters_before``, ``parameters_after`` (int): of the weight; after it, of all that replaces it.
+          - ``new_bias``, ``nonzeros`` (int): parameters of a bias that the cut adds, values of a sparse part.
+          - ``groups`` (int): of a grouped convolution, each with factors of its own; else 1.
+          - ``form`` (str): which of several ways to see the layer as a matrix, such as ``"spatial"``; else empty.
+          - ``predicted_error`` (float or null): in the metric of the factorization.
+          - ``weight_error`` (float): measured, ``|W - W'|_F / |W|_F``; 0 for dense layers.
+          - ``loss_increase`` (float or null): predicted, of this cut.
+          - ``spectrum`` (object or null): singular values before the cut in the metric of the factorization, at most
+            about 64 of them: ``indices`` (list of int, from 1 to the full rank), ``values`` (list of float). The cut
+            keeps those up to ``rank``.
+
+        Raises:
+            PlanError: If the factorization cannot be written down (a class of your own, in most cases local).
+        """
+        data = {**self.to_dict(), "method": settings.describe(self.plan.factorization)}
+        Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load_json(cls, path: str | os.PathLike[str], factorization: Factorization | None = None) -> "CompressionReport":
+        """The report that :meth:`save_json` has written.
+
+        Args:
+            path: The file.
+            factorization: For reports of a class of your own: only classes of this package are imported.
+
+        Raises:
+            CheckpointError: If the file cannot be read, or holds something else; the file is named.
+        """
+        where = os.fspath(path)
+        try:
+            data = json.loads(settings.read_file(path))
+            if not isinstance(data, dict):
+                raise CheckpointError(f"this is not a compression report, but {settings.show(data)}")
+            if factorization is None and data.get("version") == VERSION:
+                method = data.get("method")
+                class_path = method.get("class_path") if isinstance(method, dict) else None
+                if not isinstance(class_path, str) or not class_path.startswith(_OURS):
+                    raise CheckpointError(
+                        f"the method {settings.show(class_path)} is not one of this package; load it in Python with "
+                        "CompressionReport.load_json(path, factorization)"
+                    )
+                factorization = settings.build(method, Factorization, "method")  # type: ignore[type-abstract]
+            found = cls.from_dict(data, factorization)  # type: ignore[arg-type]  # refused before it is looked at
+            str(found)  # whatever is wrong in it shows here, not later
+        except PrehabError as error:
+            raise CheckpointError(f"{where}: {error}") from error
+        except RecursionError as error:
+            raise CheckpointError(f"{where}: the file is nested too deeply to be a compression report.") from error
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            text = f"{where} is not a whole compression report ({type(error).__name__}: {error})."
+            raise CheckpointError(text) from error
+        return found
+
+    def figure(self, name: str) -> "Figure":
+        """A matplotlib figure; save it with its ``savefig``.
+
+        Args:
+            name: ``"ranks"``, ``"errors"``, ``"parameters"``; ``"spectra"`` and ``"latency"`` if the report holds them.
+
+        Raises:
+            ArgumentError: If there is no such figure, or the report does not hold what it shows.
+            PrehabError: If matplotlib is missing.
+        """
+        missing = self._missing().get(name)
+        if missing is not None:
+            raise ArgumentError(f"The figure {name!r} cannot be drawn. {missing}")
+        if name == "spectra":
+            return figures.spectra_figure(self.spectra, self.ranks)
+        if name == "latency" and self.latency is not None:
+            return figures.latency_figure(self.latency)
+        return figures.layer_figure(self.plan, self.weight_errors, name)
+
+    def _missing(self) -> dict[str, str]:
+        """For each figure that cannot be drawn the reason and the way out."""
+        missing = {}
+        if not self.spectra:
+            missing["spectra"] = (
+                "This report holds no spectra: it was written before reports had them, or the surgery was repeated "
+                "from a checkpoint of weights alone."
+            )
+        if self.latency is None:
+            missing["latency"] = (
+                "Latencies were not measured. On the command line: bench SOURCE --compressed FOLDER --json > FILE, and "
+                "report FOLDER --bench FILE; in Python: compare_latencies and CompressionReport.with_latency."
+            )
+        return missing
+
+    def save_html(self, path: str | os.PathLike[str], metrics: str | os.PathLike[str] | None = None) -> None:
+        """Writes one page with the figures and the table, which loads nothing from elsewhere.
+
+        What the report does not hold is named on the page, with the reason.
+
+        Args:
+            path: The file.
+            metrics: The ``metrics.csv`` of the run's CSVLogger, for a timeline with the surgery marked.
+
+        Raises:
+            ArgumentError: If the metrics cannot be read.
+            PrehabError: If matplotlib is missing.
+        """
+        missing = self._missing()
+        sections: dict[str, bytes | str] = {
+            name.capitalize(): missing[name] if name in missing else figures.to_png(self.figure(name))
+            for name in figures.FIGURES
+        }
+        if metrics is not None:
+            sections["Timeline"] = figures.to_png(figures.timeline_figure(metrics))
+        else:
+            sections["Timeline"] = "The metrics of the run were not given (--metrics metrics.csv of a CSVLogger)."
+        Path(path).write_text(build_page(self.table(), sections), encoding="utf-8")
+
+    def table(self) -> Table:
+        """A row for each target and each layer that was left out, and the totals."""
+        losses = any(layer.loss_increase is not None for layer in self.plan.layers)
+        columns = ["layer", "shape", "rank", "parameters", "error (metric)"]
+        columns += ["predicted loss increase"] if losses else []
+        seconds = {} if self.latency is None else self.latency.largest.layers
+        rows = []
+        for layer in self.plan.layers:
+            cells = layer.cells()
+            cells["parameters"] = f"{cells['before']} -> {cells['after']}"
+            cells["error (metric)"] = cells.get("predicted error", "")
+            if layer.rank is not None:
+                cells["error (weight)"] = f"{self.weight_errors[layer.name]:.3f}"
+            if layer.name in seconds:
+                cells["ms"] = " -> ".join(f"{1e3 * value:.3f}" for value in seconds[layer.name])
+            rows.append(cells)
+        rows += [{"layer": name, "rank": "left", "why": reason} for name, reason in self.plan.skipped.items()]
+        footer = {
+            "layer": "total",
+            "parameters": f"{self.plan.dense_parameters:,} -> {self.plan.parameters:,}",
+            "predicted loss increase": format_number(self.plan.loss_increase, ".3g"),
+            "why": f"keep {self.keep:.3f}",
+        }
+        caption = (
+            f"{self.plan.factorization}: targets {self.plan.dense_parameters:,} -> {self.plan.parameters:,} parameters "
+            f"(keep {self.keep:.3f}); whole model {self.parameters_before:,} -> {self.parameters_after:,} parameters "
+            f"(keep {self.model_keep:.3f}){format_loss(self.plan.loss_increase)}"
+        )
+        if self.latency is not None:
+            caption += f"; {self.latency.summary()}"
+        columns += ["error (weight)", *(["ms"] if seconds else []), "why"]
+        return Table("Compression report", columns, rows, footer, caption)
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def __rich__(self) -> "rich.table.Table":
+        return self.table().__rich__()
+
+
+def _read_layer(layer: Mapping[str, Any]) -> LayerPlan:
+    m, n = layer["shape"]
+    rank = layer["rank"]
+    beside_factors = 0 if rank is None else layer["parameters_after"] - rank * (m + layer.get("groups", 1) * n)
+    return LayerPlan(
+        layer["name"],
+        m,
+        n,
+        rank,
+        relative_error=layer["predicted_error"],
+        reason=layer["reason"],
+        new_bias=layer.get("new_bias", beside_factors),  # the first reports tell only the sum
+        nonzeros=layer.get("nonzeros", 0),
+        groups=layer.get("groups", 1),
+        form=layer.get("form", ""),
+        loss_increase=layer.get("loss_increase"),
+    )

@@ -1,0 +1,82 @@
+"""The questions that the road asks of the place where a model lives."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.plan.compression_plan import CompressionPlan
+from lightning_prehab.plan.recipe import Recipe
+from lightning_prehab.plan.spectra import Solver, Spectrum
+from lightning_prehab.rank_policies import Probe
+from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.statistics.sums import LayerStatistics, Wanted
+from lightning_prehab.targets.find import Targets
+
+T = TypeVar("T")
+
+
+class Site(ABC):
+    """Where a model lives: in this process, in a Trainer on several processes, in pieces elsewhere.
+
+    A site knows nothing of methods and policies; those know nothing of sites. On several processes the road is walked
+    by all of them, step by step together, and every question is asked on each. What a question raises on one of them
+    has to be raised on all, or the others wait for ever.
+
+    A new place for models is one subclass. :class:`~lightning_prehab.sites.process.ProcessSite` is the plainest one.
+    """
+
+    @property
+    @abstractmethod
+    def calibrates(self) -> bool:
+        """Whether :meth:`observe` has data; without it the default method is one that needs none."""
+
+    @abstractmethod
+    def find(self, recipe: Recipe) -> Targets:
+        """What there is to cut, and why the rest is left alone: in most places ``recipe.find_targets(model)``."""
+
+    def blocks(self, targets: Targets) -> Iterable[Targets]:
+        """The targets in parts that are observed and decomposed one after the other; by default in one."""
+        yield targets
+
+    @abstractmethod
+    def observe(self, targets: Targets, wanted: Wanted) -> Mapping[str, LayerStatistics] | None:
+        """What calibration sees of these targets, complete (summed over all processes), or None without data."""
+
+    @abstractmethod
+    def decompose(self, targets: Targets, solver: Solver) -> dict[str, Spectrum]:
+        """Has each target decomposed once, somewhere, and keeps the decompositions for :meth:`factors`.
+
+        Args:
+            targets: By the name of the form, see :mod:`lightning_prehab.targets.forms`.
+            solver: ``solver(names)`` decomposes some of them here.
+
+        Returns:
+            The spectra of all of them, equal on every process.
+        """
+
+    @abstractmethod
+    def probe(self, targets: Targets, probe_keep: float) -> dict[str, Probe] | None:
+        """What a small cut of each target alone does to the model; None if that cannot be measured here.
+
+        Args:
+            targets: Decomposed ones, each in one form, by the name of the target.
+            probe_keep: Share of its parameters that a layer is cut to.
+        """
+
+    @abstractmethod
+    def decide(self, answer: Callable[[], T]) -> T:
+        """The answer of one process, which all of them then have."""
+
+    @abstractmethod
+    def factors(self, plan: CompressionPlan) -> dict[str, Factors]:
+        """Factors of all layers that the plan cuts, equal on every process; the decompositions are let go of.
+
+        Raises:
+            PlanError: If the plan does not fit the model.
+            NumericalError: If factors are not finite (the layer is named).
+        """
+
+    @abstractmethod
+    def swap(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> CompressionReport:
+        """Puts the factors in the place of the planned layers: the only question that changes something."""

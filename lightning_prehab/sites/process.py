@@ -1,0 +1,142 @@
+"""A model in the memory of this process."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lightning_prehab.factorizations import Decomposition
+from lightning_prehab.kinds import view_of
+from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.linalg.matrices import break_even_rank
+from lightning_prehab.plan.compression_plan import CompressionPlan
+from lightning_prehab.plan.probes import measure_probes
+from lightning_prehab.plan.recipe import Recipe
+from lightning_prehab.plan.spectra import Solver, Spectrum
+from lightning_prehab.rank_policies import Probe
+from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.sites.base import Site
+from lightning_prehab.statistics.calibration import Forward, collect_statistics
+from lightning_prehab.statistics.sums import LayerStatistics, Wanted
+from lightning_prehab.surgery.factors import compute_factors
+from lightning_prehab.surgery.swap import swap_
+from lightning_prehab.targets.find import Targets
+from lightning_prehab.targets.forms import form_name
+from lightning_prehab.targets.locate import Target
+
+T = TypeVar("T")
+
+
+class ProcessSite(Site):
+    """A model in the memory of this process, calibrated with some batches.
+
+    Args:
+        model: Any module with layers to cut.
+        batches: Calibration batches, or None. They are gone through once for each block, and once more for probes.
+        forward: ``(model, batch) -> output or loss``; see :func:`~lightning_prehab.collect_statistics`.
+        optimizers: Those that hold the weights.
+        layers_at_once: So many targets are observed and decomposed at a time, and of their decompositions only what
+            ranks up to break-even need is kept; None takes all at once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any] | None = None,
+        forward: Forward | None = None,
+        optimizers: Iterable[torch.optim.Optimizer] = (),
+        *,
+        layers_at_once: int | None = None,
+    ) -> None:
+        self.model = model
+        self._batches, self._forward, self._optimizers = batches, forward, optimizers
+        self._layers_at_once = layers_at_once
+        self._decompositions: dict[str, Decomposition] = {}
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether there are batches."""
+        return self._batches is not None
+
+    def find(self, recipe: Recipe) -> Targets:
+        """What the recipe finds in the model."""
+        return recipe.find_targets(self.model)
+
+    def blocks(self, targets: Targets) -> Iterator[Targets]:
+        """So many at once as the site was made for."""
+        names = list(targets)
+        size = self._layers_at_once or len(names)
+        for start in range(0, len(names), size):
+            yield Targets({name: targets[name] for name in names[start : start + size]}, {}, None)
+
+    def observe(self, targets: Targets, wanted: Wanted) -> Mapping[str, LayerStatistics] | None:
+        """Runs the model over the batches, if there are any and something is wanted."""
+        if self._batches is None or not any(wanted):
+            return None
+        return collect_statistics(self.model, targets, self._batches, forward=self._forward, wanted=wanted)
+
+    def decompose(self, targets: Targets, solver: Solver) -> dict[str, Spectrum]:
+        """All of them, here."""
+        solved = solver(list(targets))
+        for name, (decomposition, _) in solved.items():
+            self._decompositions[name] = decomposition
+            if self._layers_at_once is not None and decomposition.compact is not None:
+                view = view_of(targets[name])
+                decomposition.compact(max(break_even_rank(*view.shape, view.group_count), 1))
+        return {name: spectrum for name, (_, spectrum) in solved.items()}
+
+    def probe(self, targets: Targets, probe_keep: float) -> dict[str, Probe] | None:
+        """On all batches."""
+        if self._batches is None:
+            return None
+        factors_of = factors_in_forms(targets, self._decompositions)
+        return measure_probes(self.model, targets, factors_of, self._batches, probe_keep, forward=self._forward)
+
+    def decide(self, answer: Callable[[], T]) -> T:
+        """This process decides."""
+        return answer()
+
+    def factors(self, plan: CompressionPlan) -> dict[str, Factors]:
+        """From the decompositions of this site."""
+        try:
+            return compute_factors(self.model, plan, self._decompositions)
+        finally:
+            self._decompositions.clear()  # they can be large
+
+    def swap(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> CompressionReport:
+        """In the model and the optimizers."""
+        return swap_(self.model, plan, factors, self._optimizers)
+
+
+class KnownSite(ProcessSite):
+    """No place at all: targets with the statistics that somebody has collected of them, to make a plan of.
+
+    Args:
+        targets: What there is to cut.
+        statistics: What is known of it, or None.
+    """
+
+    def __init__(self, targets: Targets, statistics: Mapping[str, LayerStatistics] | None) -> None:
+        super().__init__(nn.Module())
+        self._targets, self._statistics = targets, statistics
+
+    @property
+    def calibrates(self) -> bool:
+        """It counts as calibrated: a method that wants statistics and finds none says so."""
+        return True
+
+    def find(self, recipe: Recipe) -> Targets:
+        """The given ones, whatever the recipe would take."""
+        return self._targets
+
+    def observe(self, targets: Targets, wanted: Wanted) -> Mapping[str, LayerStatistics] | None:
+        """The given ones."""
+        return self._statistics
+
+
+def factors_in_forms(
+    targets: Mapping[str, Target], decompositions: Mapping[str, Decomposition]
+) -> Callable[[str, int], Factors]:
+    """``(name of a target, rank) -> factors``, from decompositions by the name of the form."""
+    return lambda name, rank: decompositions[form_name(name, targets[name])].factors(rank)

@@ -1,0 +1,129 @@
+"""Collects layer statistics in a loop of its own."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prehab.errors import ArgumentError, StatisticsError
+from lightning_prehab.kinds import view_of
+from lightning_prehab.linalg.matrices import require_finite
+from lightning_prehab.progress import counted
+from lightning_prehab.statistics.batches import batch_size, call_model, to_device
+from lightning_prehab.statistics.collector import Collector
+from lightning_prehab.statistics.sums import LayerStatistics, Wanted
+from lightning_prehab.targets.locate import Target
+
+#: Calls the model on a batch and returns its output, or the loss as a scalar tensor.
+Forward = Callable[[nn.Module, Any], Any]
+
+_log = logging.getLogger("lightning_prehab.calibration")  # a name that people filter by
+
+
+def collect_statistics(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    batches: Iterable[Any],
+    forward: Forward | None = None,
+    gradients: bool = False,
+    wanted: Wanted | None = None,
+) -> dict[str, LayerStatistics]:
+    """Runs the model over some batches and sums what goes through the targets.
+
+    The model runs in eval mode and is left as it was: modes, gradients, ``requires_grad``, hooks, global random state.
+    Batches are moved to the device of the first parameter. An ``attention_mask`` in a batch leaves the padding out.
+
+    Args:
+        model: The module that holds the targets.
+        targets: ``{name: layer}``, as from :func:`~lightning_prehab.find_targets`.
+        batches: A mapping is called as ``model(**batch)``, a tuple or list as ``model(*batch)``, a tensor as
+            ``model(batch)``.
+        forward: ``(model, batch) -> output`` instead of that. A scalar output is taken as the loss.
+        gradients: Collect output and weight gradients too. The loss is a scalar output, else the output's ``.loss``,
+            else the cross-entropy of labels sampled from the model's own logits (last dimension: classes), which needs
+            no labels: the true Fisher matrix (Martens, 2014, https://arxiv.org/abs/1412.1193).
+        wanted: Exactly what to collect, for example ``factorization.wanted``, instead of what ``gradients`` says.
+
+    Returns:
+        ``{name: LayerStatistics}`` for every target; those of a grouped convolution for each group, ``"name:0"`` and
+        so on.
+
+    Raises:
+        StatisticsError: If there are no batches, or no loss can be found.
+        NumericalError: If a weight (the layer is named) or the model's logits are not finite.
+    """
+    if isinstance(batches, Tensor):
+        raise ArgumentError("batches is one tensor; give an iterable of batches, for example batches=[tensor].")
+    if wanted is None:
+        wanted = Wanted(inputs=True, gradients=gradients, weight_gradients=gradients, magnitudes=True)
+    for name, layer in targets.items():
+        require_finite(view_of(layer).weight.detach(), f"Layer {name!r}: the weight")
+    collector = Collector(targets, wanted)
+    _log.info("Calibration of %d layers: at most %.1f MB of sums.", len(targets), collector.memory() / 1e6)
+    generator = torch.Generator().manual_seed(0)
+    weights = [view_of(layer).parameter for layer in targets.values()]
+    device = next(model.parameters()).device
+    seen = 0
+    with as_found(model, weights), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        collector.attach()
+        try:
+            for batch in (to_device(found, device) for found in counted(batches, "calibrate")):
+                collector.begin_batch(batch, seen)
+                with torch.set_grad_enabled(wanted.backward):
+                    output = call_model(model, batch) if forward is None else forward(model, batch)
+                    if wanted.backward:
+                        loss = _loss_of(output, batch_size(batch), generator)
+                        # Not autograd.grad: reentrant checkpointing does not support it.
+                        loss.backward()  # type: ignore[no-untyped-call]
+                        model.zero_grad(set_to_none=True)
+                collector.end_batch()
+                seen += 1
+        finally:
+            collector.detach()
+    if seen == 0:
+        raise StatisticsError("batches is empty; calibration needs at least one batch.")
+    return collector.statistics
+
+
+def _loss_of(output: Any, size: int, generator: torch.Generator) -> Tensor:
+    """The loss of a batch, a mean over its samples."""
+    if isinstance(output, Tensor) and output.dim() == 0:
+        return output
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(loss, Tensor):
+        return loss
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.dim() < 2 or logits.shape[-1] < 2:
+        shape = f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
+        raise StatisticsError(
+            f"The output ({type(output).__name__}{shape}) has no loss and no logits of two or more classes in its last "
+            "dimension; pass loss=, a function (model, batch) -> scalar."
+        )
+    flat = logits.float().reshape(-1, logits.shape[-1])
+    require_finite(flat.detach(), "The model's logits on the calibration data: the tensor")
+    labels = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(flat.device)
+    return nn.functional.cross_entropy(flat, labels, reduction="sum") / size
+
+
+@contextmanager
+def as_found(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Eval mode and differentiable weights inside; everything as before outside."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(weight, weight.requires_grad) for weight in weights]
+    try:
+        model.eval()
+        model.zero_grad(set_to_none=True)
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for weight, requires_grad in flags:
+            weight.requires_grad_(requires_grad)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient

@@ -1,0 +1,312 @@
+"""Collects layer statistics with temporary hooks, whoever runs the model."""
+
+import itertools
+import sys
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prehab.errors import ArgumentError
+from lightning_prehab.kinds import MatrixView, kind_of, view_of
+from lightning_prehab.statistics.batches import batch_size, padding_mask
+from lightning_prehab.statistics.sums import (
+    InputSums,
+    LayerStatistics,
+    Wanted,
+    gradient_gram,
+    input_sums,
+    statistics_bytes,
+)
+from lightning_prehab.targets.forms import in_all_forms
+from lightning_prehab.targets.locate import Target, group_names
+
+#: Tokens that a Gram matrix is estimated from, per row, where the number of batches is known.
+TOKENS_PER_FEATURE = 8
+#: And in any case so many of each batch.
+MIN_TOKENS = 256
+#: Entries that the inputs of one matrix may have at a time where they are larger than what the layer is fed with, such
+#: as the patches of a convolution: 256 MB. Larger batches are taken in parts.
+MAX_ENTRIES = 2**26
+
+
+@dataclass(eq=False)
+class _Fed:
+    """A tensor that one matrix, or several one after the other, were fed with."""
+
+    source: "weakref.ref[Tensor] | None"  # None: never the same as another
+    version: int
+    number: int
+    reads: Hashable = None  # what was made of it
+    copy: Tensor | None = None
+    sums: InputSums | None = None  # kept until those of another tensor are computed
+
+    def is_made_of(self, x: Tensor, reads: Hashable) -> bool:
+        same = self.source is not None and self.source() is x and self.version == x._version
+        return same and self.reads == reads
+
+
+@dataclass(eq=False)
+class _Watched:
+    """A matrix under observation: its sums, the weight gradient of this batch, and what it was fed with."""
+
+    statistics: LayerStatistics
+    weight_gradient: Tensor | None = None
+    history: list[int] = field(default_factory=list)
+
+
+class Collector:
+    """Forward hooks on the targets that add what passes by to :class:`LayerStatistics`.
+
+    With gradients, a token is counted when its gradient arrives, so a forward pass that is repeated (gradient
+    checkpointing) or never followed by a backward pass (validation) counts once or not at all. For layers fed by the
+    same tensor object one after the other (queries, keys and values; gate and up projections) the sums of that tensor
+    are computed once, and layers that were fed by the same tensors all the way share one set of input sums in the end.
+
+    Args:
+        targets: ``{name: layer}``; each is watched in all forms that planning may choose from.
+        wanted: What is collected.
+        drop_overflow: Leave out tokens whose gradient is not finite, as loss scaling in fp16 produces now and then.
+        batches: How many batches are going to come. Gram matrices are then estimated from as many tokens of each batch
+            as are needed to see ``TOKENS_PER_FEATURE`` times the layer's size in all; None uses every token.
+
+    Attributes:
+        statistics: ``{name: LayerStatistics}``, complete from the start, with zero counts.
+        wanted: What is collected.
+    """
+
+    def __init__(
+        self,
+        targets: Mapping[str, Target],
+        wanted: Wanted,
+        *,
+        drop_overflow: bool = False,
+        batches: int | None = None,
+    ) -> None:
+        self._views: dict[str, MatrixView] = {}
+        for target_name, target in in_all_forms(targets).items():
+            self._views |= zip(group_names(target_name, target), view_of(target).groups(), strict=True)
+        self.wanted = wanted
+        self._drop_overflow = drop_overflow
+        self._batches = batches
+        self._handles: list[RemovableHandle] = []
+        self._mask: Tensor | None = None
+        self._batch_size = 1
+        self._odd = False
+        self._counting = False
+        self.loss_scale = 1.0
+        self.statistics = {
+            name: LayerStatistics(
+                view.in_features,
+                view.out_features,
+                gradients=wanted.gradients,
+                weight_gradients=wanted.weight_gradients,
+                halves=wanted.halves,
+                magnitudes=wanted.magnitudes,
+                device=view.parameter.device,
+            )
+            for name, view in self._views.items()
+        }
+        self._watched = {id(self._views[name]): _Watched(layer) for name, layer in self.statistics.items()}
+        self._last: _Fed | None = None
+        self._computed: _Fed | None = None
+        self._numbers = itertools.count()
+
+    def memory(self) -> int:
+        """Bytes that the sums take at most."""
+        return statistics_bytes(((s.out_features, s.in_features) for s in self.statistics.values()), self.wanted)
+
+    def attach(self) -> None:
+        """Puts the hooks on the layers; they are idle between batches."""
+        recompile()
+        layers: dict[int, list[MatrixView]] = defaultdict(list)
+        for view in self._views.values():
+            layers[id(view.module)].append(view)
+        see = run_eagerly(self._see)
+        for views in layers.values():
+            module = views[0].module
+            kind = kind_of(module)
+            if kind is None:
+                raise ArgumentError(f"{type(module).__name__} is not a layer kind that can be cut.")
+            self._handles += kind.watch(module, views, see)
+
+    def detach(self) -> None:
+        """Takes the hooks off again; layers that have seen the same share their input sums from now on."""
+        for handle in self._handles:
+            handle.remove()
+        if self._handles:
+            recompile()
+        self._handles.clear()
+        self.end_batch()
+        first: dict[tuple[int, ...], LayerStatistics] = {}
+        for watched in self._watched.values():
+            leader = first.setdefault(tuple(watched.history), watched.statistics)
+            if leader is not watched.statistics and leader.same_inputs(watched.statistics):
+                watched.statistics.share_inputs_(leader)
+
+    def begin_batch(self, batch: Any, index: int = 0) -> None:
+        """Starts counting; the padding mask and the number of samples are read from the batch.
+
+        Args:
+            batch: The batch.
+            index: Its number; those of odd batches are kept apart too where halves are wanted.
+        """
+        self._mask, self._batch_size = padding_mask(batch), batch_size(batch)
+        self.loss_scale = 1.0
+        self._counting = True
+        self._odd = index % 2 == 1
+        for layer in self._all_statistics():
+            layer.add_samples(self._batch_size)
+
+    def end_batch(self) -> None:
+        """Stops counting until the next batch begins."""
+        self._counting, self._mask, self._last, self._computed = False, None, None, None
+        for watched in self._watched.values():
+            if watched.weight_gradient is not None:
+                watched.statistics.update_weight_gradient(watched.weight_gradient, self._batch_size)
+                watched.weight_gradient = None
+
+    def _all_statistics(self) -> Iterator[LayerStatistics]:
+        """Those of the layers, and those of the half that this batch belongs to."""
+        for watched in self._watched.values():
+            yield from self._of(watched)
+
+    def _of(self, watched: _Watched) -> Iterator[LayerStatistics]:
+        yield watched.statistics
+        if watched.statistics.half is not None and self._odd:
+            yield watched.statistics.half
+
+    def _see(self, views: Sequence[MatrixView], given: Tensor, output: Tensor) -> None:
+        if not self._counting:
+            return
+        x = given.detach()
+        fed = [self._fed_by(given, view.reads) for view in views]
+        if self.wanted.backward and output.requires_grad:
+            frozen = not all(view.parameter.requires_grad for view in views)
+            if torch.is_autocast_enabled(x.device.type) or frozen:
+                # autograd does not guard this tensor itself: it may be changed in place later
+                fed[0].copy = x.clone() if fed[0].copy is None else fed[0].copy
+                x = fed[0].copy
+
+            shape = output.shape
+
+            def add(gradient: Tensor) -> None:
+                for view, source in zip(views, fed, strict=True):
+                    self._add(view, source, x, gradient.reshape(shape))
+
+            _before_changes(output).register_hook(add)  # type: ignore[no-untyped-call]
+        elif not self.wanted.backward or torch.is_grad_enabled():  # frozen: there will be no gradient
+            for view, source in zip(views, fed, strict=True):
+                self._add(view, source, x, None)
+
+    def _fed_by(self, x: Tensor, reads: Hashable) -> _Fed:
+        """The tensor that the matrix before was fed with, if it is this very one, else a new one."""
+        if self._last is None or not self._last.is_made_of(x, reads):
+            source = None if x.is_inference() else weakref.ref(x)  # such a tensor does not tell when it is changed
+            self._last = _Fed(source, 0 if source is None else x._version, next(self._numbers), reads)
+        return self._last
+
+    @torch.no_grad()
+    def _add(self, view: MatrixView, fed: _Fed, x: Tensor, gradient: Tensor | None) -> None:
+        """Adds what a matrix was fed with and, unless it is None, the gradient of its output."""
+        watched = self._watched[id(view)]
+        if self._drop_overflow and gradient is not None:
+            fed = _Fed(None, 0, next(self._numbers))  # other layers may drop other tokens
+        sums, fresh = fed.sums, fed.sums is None
+        with torch.autocast(x.device.type, enabled=False):
+            parts = list(self._parts(view, x, gradient))
+            for part, mask, gradient_part in parts:
+                tokens = _tokens(view.inputs(part), mask) if fresh or self.wanted.weight_gradients else None
+                g = None if gradient_part is None else _tokens(view.outputs(gradient_part), mask)
+                if self._drop_overflow and g is not None:
+                    finite = torch.isfinite(g).all(-1)
+                    tokens, g = None if tokens is None else tokens[finite], g[finite]
+                if fresh and tokens is not None:
+                    at_most = self._at_most(watched.statistics.in_features, len(parts))
+                    added = input_sums(tokens, at_most, magnitudes=self.wanted.magnitudes)
+                    sums = added if sums is None else sums.plus(added)
+                if g is not None:
+                    self._add_gradient(watched, tokens, g, len(parts))
+        assert sums is not None
+        if fresh:
+            if self._computed is not None:
+                self._computed.sums = None
+            fed.sums, self._computed = sums, fed
+        watched.history.append(fed.number)
+        for statistics in self._of(watched):
+            statistics.add_inputs(sums)
+
+    def _add_gradient(self, watched: _Watched, x: Tensor | None, g: Tensor, parts: int) -> None:
+        if self.wanted.weight_gradients and x is not None:
+            product = (g.float().mT @ x.float()) / self.loss_scale
+            watched.weight_gradient = (
+                product if watched.weight_gradient is None else watched.weight_gradient.add_(product)
+            )
+        if self.wanted.gradients:
+            # The gradient of the mean over the batch, times its size, is that of the sample's own loss.
+            gram = gradient_gram(g, self._at_most(watched.statistics.out_features, parts))
+            gram *= (self._batch_size / self.loss_scale) ** 2
+            for statistics in self._of(watched):
+                statistics.add_gradient_gram(gram)
+
+    def _parts(
+        self, view: MatrixView, x: Tensor, gradient: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """So many samples at a time that not too much is unfolded at once: inputs, padding mask, gradients."""
+        size = view.samples_at_once(x, MAX_ENTRIES)
+        if size is None or size >= x.shape[0]:
+            yield x, self._mask, gradient
+            return
+        for start in range(0, x.shape[0], size):
+            part = slice(start, start + size)
+            mask = None if self._mask is None else self._mask[part]
+            yield x[part], mask, None if gradient is None else gradient[part]
+
+    def _at_most(self, size: int, parts: int) -> int | None:
+        """Tokens of one of the parts of a batch that are enough for a Gram matrix of this size."""
+        if self._batches is None:
+            return None
+        return -(-max(MIN_TOKENS, -(-TOKENS_PER_FEATURE * size // self._batches)) // parts)
+
+
+def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Flattened to ``(tokens, features)``, padding left out where the mask fits the leading dimensions.
+
+    Nested tensors, which ``nn.TransformerEncoder`` makes of padded ones, have no padding.
+    """
+    if x.is_nested:
+        return torch.cat(x.unbind())
+    if mask is not None and mask.shape == x.shape[:-1]:
+        return x[mask]
+    return x.reshape(-1, x.shape[-1])
+
+
+def _before_changes(output: Tensor) -> Tensor:
+    """The tensor whose hooks see the gradient of an output, whatever happens to it afterwards.
+
+    ``nn.Linear`` returns a view for inputs of three or more dimensions. If a view is changed in place (by a ReLU),
+    autograd makes its history anew and forgets its hooks, not those of the tensor that it shows.
+    """
+    base = output._base
+    if base is None or base.grad_fn is None or base.numel() != output.numel():
+        return output
+    return base if base.is_contiguous() and output.is_contiguous() else output
+
+
+def run_eagerly(hook: Callable[..., None]) -> Callable[..., None]:
+    """Keeps the hook out of compiled graphs, where there are any."""
+    if "torch._dynamo" not in sys.modules:
+        return hook
+    eager: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return eager
+
+
+def recompile() -> None:
+    """Makes ``torch.compile`` look at the modules again: code compiled before does not see hooks that come or go."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

@@ -1,0 +1,1 @@
+"""The change itself: ``swap`` alone changes a model, ``optimizers`` alone an optimizer."""

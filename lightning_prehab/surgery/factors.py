@@ -1,0 +1,107 @@
+"""From a plan to checked factors for its layers; nothing is changed."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lightning_prehab.errors import NumericalError, PlanError
+from lightning_prehab.factorizations import Decomposition
+from lightning_prehab.kinds import view_of
+from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.linalg.sparse import Sparse
+from lightning_prehab.plan.choices import added_parameters
+from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
+from lightning_prehab.plan.spectra import naming
+from lightning_prehab.progress import counted
+from lightning_prehab.targets.forms import form_name
+from lightning_prehab.targets.locate import Target, locate
+from lightning_prehab.targets.names import clean_name, join
+
+
+def cut_targets(model: nn.Module, plan: CompressionPlan) -> dict[str, Target]:
+    """The matrices that the plan cuts, by the name of the form; see :mod:`lightning_prehab.targets.forms`.
+
+    Raises:
+        PlanError: If the plan does not fit the model or its own factorization.
+    """
+    targets = planned_targets(model, plan)
+    cuts = [cut for cut in plan.layers if cut.rank is not None]
+    for cut in cuts:
+        said, added = cut.new_bias + cut.nonzeros, added_parameters(targets[cut.name], plan.factorization)
+        if said != added:
+            raise PlanError(
+                f"Layer {cut.name!r}: the plan counts {said} parameters beside the two factors, "
+                f"{plan.factorization} adds {added}. A plan belongs to its factorization; make it anew with make_plan."
+            )
+    return {form_name(cut.name, targets[cut.name]): targets[cut.name] for cut in cuts}
+
+
+def compute_factors(
+    model: nn.Module, plan: CompressionPlan, decompositions: Mapping[str, Decomposition]
+) -> dict[str, Factors]:
+    """Factors for those of the layers to cut that are decomposed here, in the dtype of their weights.
+
+    Args:
+        model: The module that the plan was made for.
+        plan: What is cut to which rank.
+        decompositions: By the name of the form.
+
+    Returns:
+        By the name of the layer.
+
+    Raises:
+        PlanError: If the plan does not fit the model, or the method returns something else than was planned.
+        NumericalError: If factors are not finite (the layer is named).
+    """
+    cuts = [cut for cut in plan.layers if cut.rank is not None]
+    here = [item for item in zip(cuts, cut_targets(model, plan).items(), strict=True) if item[1][0] in decompositions]
+    return {
+        cut.name: _checked_factors(cut, target, plan, decompositions[form])
+        for cut, (form, target) in counted(here, "factorize")
+    }
+
+
+def planned_targets(model: nn.Module, plan: CompressionPlan) -> dict[str, Target]:
+    """The matrices that the plan names, checked against it."""
+    located = locate(model, {layer.name: (layer.out_features, layer.in_features) for layer in plan.layers})
+    views = {join(name, part): view for name, (_, parts) in located.items() for part, view in parts.items()}
+    for cut in plan.layers:
+        view = views.get(cut.name)
+        if view is None or (*view.shape, view.group_count) != (cut.out_features, cut.in_features, cut.groups):
+            modules = {clean_name(name): module for name, module in model.named_modules()}
+            have = view.module if view is not None else modules.get(cut.name)
+            raise PlanError(
+                f"Layer {cut.name!r}: the plan expects a {cut.out_features}x{cut.in_features} weight, the model has "
+                f"{'nothing' if have is None else repr(have)}. Make the plan for this very model, before any surgery."
+            )
+    return {cut.name: views[cut.name] for cut in plan.layers}
+
+
+def _checked_factors(cut: LayerPlan, target: Target, plan: CompressionPlan, decomposition: Decomposition) -> Factors:
+    assert cut.rank is not None
+    view = view_of(target)
+    weight = view.parameter
+    where = f"Layer {cut.name!r} ({cut.out_features}x{cut.in_features}): "
+    with torch.no_grad(), naming(cut.name, target):
+        a, b, shift, sparse = decomposition.factors(cut.rank)
+    expected = (cut.groups * cut.rank, cut.in_features), (cut.out_features, cut.rank)
+    if (a.shape, b.shape) != expected:
+        raise PlanError(
+            f"{where}{plan.factorization} returned factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, "
+            f"expected {expected[0]} and {expected[1]}."
+        )
+    nonzeros = 0 if sparse is None else len(sparse.values)
+    if nonzeros != cut.nonzeros or (sparse is not None and not sparse.fits(cut.out_features, cut.in_features)):
+        raise PlanError(
+            f"{where}{plan.factorization} returned a sparse part of {nonzeros} values; the plan expects "
+            f"{cut.nonzeros}, each at a place of its own, in ascending order."
+        )
+    a, b = a.to(weight), b.to(weight)
+    shift = None if shift is None else view.to_bias(shift).to(weight)
+    if sparse is not None:
+        sparse = Sparse(sparse.indices.to(weight.device), sparse.values.to(weight))
+    parts = (a, b, shift, None if sparse is None else sparse.values)
+    if not all(bool(torch.isfinite(part).all()) for part in parts if part is not None):
+        raise NumericalError(f"{where}{plan.factorization} returned factors with NaN or Inf at rank {cut.rank}.")
+    return Factors(a, b, shift, sparse)

@@ -1,0 +1,96 @@
+"""Gives a model the structure of a state dict, or its dense layers back."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_prehab.kinds import kind_of
+from lightning_prehab.layers.linear import LowRankLayer
+from lightning_prehab.surgery.pretrained import note_structure_
+from lightning_prehab.surgery.stored import follower, stored_factors
+from lightning_prehab.surgery.swap import replace_modules_
+from lightning_prehab.targets.names import Patterns, clean_name, join, match_names
+
+
+def follow_state_dict_(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Gives a model the structure of a state dict, in both directions, without an optimizer.
+
+    Where the state dict holds factors, an ``nn.Linear`` (or a :class:`~lightning_prehab.LowRankLinear` of another rank)
+    is replaced by one that fits; where it holds a dense weight, a ``LowRankLinear`` is replaced by an ``nn.Linear``.
+
+    Args:
+        model: The module that the state dict is going to be loaded into.
+        state_dict: Keys without ``prefix`` are names in ``model``.
+        prefix: What the keys start with.
+
+    Returns:
+        The names of the replaced layers.
+
+    Raises:
+        CheckpointError: If the shapes do not fit (the layer is named); the model is then as it was.
+    """
+    stored = stored_factors(state_dict, prefix)
+    modules = dict(model.named_modules())
+    replacement: dict[int, nn.Module] = {}
+    names = []
+    inside: set[int] = set()
+    for name, module in modules.items():
+        if not name or id(module) in inside or (kind_of(module) is None and not isinstance(module, LowRankLayer)):
+            continue
+        inside.update(id(inner) for inner in module.modules())
+        new = follower(modules, name, stored, state_dict, prefix)
+        if new is not None:
+            replacement[id(module)] = new
+            names.append(name)
+    replace_modules_(model, replacement)
+    if names:
+        note_structure_(model)
+    return names
+
+
+def to_dense_(model: nn.Module, names: Patterns = None) -> list[str]:
+    """Replaces low-rank layers by dense ones with the same function, in place: the way back from the surgery.
+
+    Args:
+        model: Any module. A layer that is the model itself cannot be replaced: use its ``to_linear()``. Make optimizers
+            anew afterwards; they still hold the factors.
+        names: Names or patterns of the layers, as for :func:`~lightning_prehab.find_targets`; None takes all.
+
+    Returns:
+        The names of the replaced layers, in model order; empty if ``names`` is None and there are none.
+
+    Raises:
+        TargetError: If a pattern matches no low-rank layer; the model is then as it was.
+
+    >>> from lightning_prehab import LowRankLinear
+    >>> model = nn.Sequential(LowRankLinear(8, 8, rank=2))
+    >>> to_dense_(model), type(model[0]).__name__
+    (['0'], 'Linear')
+    """
+    found = [clean_name(name) for name, _ in _low_rank_layers(model) if name]
+    wanted = found if names is None else match_names(names, found, "names")
+    densify_(model, wanted)
+    return wanted
+
+
+def densify_(model: nn.Module, names: Iterable[str]) -> None:
+    """Replaces the named low-rank layers, or those that the names are parts of, by dense ones of the same function."""
+    wanted = set(names)
+    replacement: dict[int, nn.Module] = {}
+    for name, module in _low_rank_layers(model):
+        if any(join(clean_name(name), part) in wanted for part, _ in module.named_modules()):
+            replacement[id(module)] = module.to_dense()
+    replace_modules_(model, replacement)
+    note_structure_(model)
+
+
+def _low_rank_layers(model: nn.Module) -> list[tuple[str, LowRankLayer]]:
+    """The outermost low-rank layers."""
+    inside: set[int] = set()
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLayer) and id(module) not in inside:
+            inside.update(id(inner) for inner in module.modules())
+            found.append((name, module))
+    return found

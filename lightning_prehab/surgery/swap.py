@@ -1,0 +1,89 @@
+"""The only file that changes a model.
+
+Everything is computed and checked before the first change; the changes themselves are assignments that cannot fail
+halfway.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.plan.compression_plan import CompressionPlan
+from lightning_prehab.progress import counted
+from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.surgery.factors import planned_targets
+from lightning_prehab.surgery.optimizers import plan_edits
+from lightning_prehab.surgery.pretrained import check_pretrained, note_structure_
+from lightning_prehab.surgery.replacement import Replacement
+from lightning_prehab.surgery.stored import shapes_of
+from lightning_prehab.targets.find import count_parameters
+from lightning_prehab.targets.locate import locate
+
+
+def swap_(
+    model: nn.Module,
+    plan: CompressionPlan,
+    factors: Mapping[str, Factors],
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+) -> CompressionReport:
+    """Puts factors in the place of the planned layers, and of their weights in the optimizers.
+
+    Args:
+        model: The module that the plan was made for.
+        plan: What is cut to which rank.
+        factors: As from :func:`~lightning_prehab.surgery.factors.compute_factors`.
+        optimizers: Those that hold the weights.
+
+    Raises:
+        PlanError: If the plan does not fit the model.
+        UnsupportedError: If an optimizer cannot be edited. Model and optimizers are then as they were.
+    """
+    check_pretrained(model)
+    planned_targets(model, plan)
+    before = count_parameters(model)
+    cut = {layer.name: factors[layer.name] for layer in plan.layers if layer.rank is not None}
+    located = locate(model, shapes_of(cut)).values()
+    replacements = [Replacement.prepare(layer, views, cut) for layer, views in counted(located, "swap")]
+    edits = [edit for optimizer in optimizers for edit in plan_edits(optimizer, replacements)]
+    slots = _slots(model, {id(one.old): one.new for one in replacements})
+    errors = {name: error for one in replacements for name, error in one.errors().items()}
+
+    _shift_biases_(replacements)
+    _put_(slots)
+    for edit in edits:
+        edit.commit()
+    note_structure_(model)
+    after = count_parameters(model)
+    return CompressionReport(plan, {name: errors[name] for name in cut}, before, after)
+
+
+def replace_modules_(model: nn.Module, replacement: Mapping[int, nn.Module]) -> None:
+    """Puts modules in the place of others, told by their id, wherever those hang in the model."""
+    _put_(_slots(model, replacement))
+
+
+def _slots(model: nn.Module, replacement: Mapping[int, nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Every place where a module hangs that is to be replaced (by id); shared modules hang in several."""
+    return [
+        (parent, key, replacement[id(child)])
+        for parent in model.modules()
+        for key, child in parent._modules.items()
+        if id(child) in replacement
+    ]
+
+
+def _put_(slots: Iterable[tuple[nn.Module, str, nn.Module]]) -> None:
+    for parent, key, new in slots:
+        parent._modules[key] = new
+
+
+@torch.no_grad()
+def _shift_biases_(replacements: Iterable[Replacement]) -> None:
+    """Adds to the biases that are there already, and that both layers share."""
+    for one in replacements:
+        for part, found in one.factors.items():
+            bias = one.views[part].bias
+            if found.bias_shift is not None and bias is not None:
+                bias += found.bias_shift

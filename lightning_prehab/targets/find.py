@@ -1,0 +1,180 @@
+"""Which layers of a model can be cut, by dotted name, and why the others are left alone."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from lightning_prehab.errors import TargetError
+from lightning_prehab.kinds import Kind, MatrixView, view_of
+from lightning_prehab.linalg.matrices import break_even_rank, is_quantized
+from lightning_prehab.targets.locate import REPARAMETRIZED, Target, has_matrix, layers_of, stacked_weight
+from lightning_prehab.targets.names import Patterns, as_list, join, match_names
+
+_TIED = "its weight is tied to another layer"
+
+#: Above so many inputs or outputs a matrix is a target only if it is asked for: a projection to a vocabulary.
+WIDE = 30_000
+
+
+class Targets(dict[str, Target]):
+    """Matrices to be compressed, ``{name: module}`` in model order, and what was left out.
+
+    The value is the layer itself if it is one matrix, else a :class:`~lightning_prehab.kinds.MatrixView` of a part. The
+    name is that of the layer, with the name of the part for a layer of several matrices (``"attn.qkv.q"``).
+
+    Attributes:
+        skipped: ``{name: reason}`` for the layers with a weight matrix that are not targets.
+        model_parameters: Number of parameters of the whole model, shared ones counted once; None if it is not known.
+    """
+
+    def __init__(self, layers: Mapping[str, Target], skipped: dict[str, str], model_parameters: int | None) -> None:
+        super().__init__(layers)
+        self.skipped = skipped
+        self.model_parameters = model_parameters
+
+    def add(self, others: "Targets") -> None:
+        """Takes in other targets of the same model, and what was left out beside them."""
+        self.update(others)
+        self.skipped |= others.skipped
+
+
+def find_targets(
+    model: nn.Module, target_modules: Patterns = None, exclude_modules: Patterns = None, *, split_fused: bool = False
+) -> Targets:
+    """Finds the weight matrices that can be cut.
+
+    A pattern is a dotted name or an fnmatch pattern (``"blocks.*.mlp.*"``). One that fits no full name is tried against
+    the ends of the names, at a dot, so the same pattern serves a bare model and a LightningModule that holds it as
+    ``self.model``. The name of a layer of several matrices stands for all of them.
+
+    Args:
+        model: Any module. The root itself cannot be replaced and is never a target.
+        target_modules: Patterns of the layers to take; None takes every layer that can be cut, but for those of more
+            than 30,000 inputs or outputs (projections to a vocabulary, whose Gram matrices take gigabytes).
+        exclude_modules: Patterns of the layers to leave out.
+        split_fused: Take fused projections (queries, keys and values; gate and up) apart into one target for each;
+            else they are one matrix.
+
+    Returns:
+        The targets in model order. Layers under several names (shared modules) appear once, under the first.
+
+    Raises:
+        TargetError: If nothing matches, a pattern matches nothing, or a layer addressed by its full name cannot be cut.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+    >>> targets = find_targets(model)
+    >>> list(targets), targets.skipped
+    (['0'], {'2': 'no rank saves parameters (1x8)'})
+    """
+    candidates = _candidates(model, split_fused)
+    names, owner = list(candidates), {name: found.layer for name, found in candidates.items()}
+    wanted = set(names if target_modules is None else match_names(target_modules, names, "target_modules", owner))
+    for pattern in as_list(target_modules):
+        if pattern in candidates and candidates[pattern].reason is not None:
+            kind = type(candidates[pattern].module).__name__
+            raise TargetError(f"Layer {pattern!r} ({kind}) cannot be cut: {candidates[pattern].reason}.")
+    excluded: set[str] = set()
+    if exclude_modules is not None:
+        excluded.update(match_names(exclude_modules, names, "exclude_modules", owner))
+
+    layers: dict[str, Target] = {}
+    skipped: dict[str, str] = {}
+    for name, (_, _, target, reason) in candidates.items():
+        if name in excluded:
+            skipped[name] = "excluded by exclude_modules"
+        elif name not in wanted:
+            skipped[name] = "not in target_modules"
+        elif target is None or reason is not None:
+            skipped[name] = str(reason)
+        elif target_modules is None and max(view_of(target).shape) > WIDE:
+            skipped[name] = _too_wide(view_of(target))
+        else:
+            layers[name] = target
+    if not layers:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:8])
+        if has_matrix(model):
+            listed = "a layer that is the model itself cannot be replaced; wrap it, for example in nn.Sequential"
+        listed = listed or "it has no weight matrices"
+        raise TargetError(f"{type(model).__name__} has no layer to cut ({listed}).")
+    return Targets(layers, skipped, count_parameters(model))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, shared ones counted once, uninitialized ones not at all."""
+    return sum(p.numel() for p in model.parameters() if not is_lazy(p))
+
+
+class _Candidate(NamedTuple):
+    """A layer that may be a target, or one of its matrices: its target and why it cannot be cut, if it cannot."""
+
+    layer: str
+    module: nn.Module
+    target: Target | None
+    reason: str | None
+
+
+def _candidates(model: nn.Module, split_fused: bool) -> dict[str, _Candidate]:
+    owners = _parameter_owners(model)
+    found: dict[str, _Candidate] = {}
+    for layer in layers_of(model):
+        reason = _why_not(layer.module, layer.kind)
+        if reason is not None:
+            found[layer.name] = _Candidate(layer.name, layer.module, None, reason)
+            continue
+        views = layer.views(split_fused)
+        shown = Counter(id(view.parameter) for view in views.values())
+        split = any(count > 1 and len(owners[key]) > 1 for key, count in shown.items())
+        for part, view in views.items():
+            target = view if part else layer.module
+            reason = _TIED if split else _why_not_view(view, owners)
+            found[join(layer.name, part)] = _Candidate(layer.name, layer.module, target, reason)
+    return found
+
+
+def _why_not(module: nn.Module, kind: Kind | None) -> str | None:
+    """Why a module with a weight matrix cannot be cut, whatever its matrices look like, or None if it can."""
+    if is_parametrized(module):
+        return "its weight is parametrized; remove the parametrization first"
+    if REPARAMETRIZED & module._parameters.keys():
+        return "its weight is pruned or normalized by a hook; make that permanent or remove it first"
+    if isinstance(module, nn.Embedding):
+        return "embeddings are looked up, not multiplied"
+    if kind is None and not any(name.startswith("weight") for name in module._parameters) and stacked_weight(module):
+        return f"it holds stacked matrices ({stacked_weight(module)}), which are not cut"
+    if kind is None:
+        return f"{type(module).__name__} is not a layer kind that can be cut"
+    if any(is_lazy(parameter) for parameter in module.parameters()):
+        return "its weight is not initialized"
+    if any(is_quantized(parameter) for parameter in module.parameters()):
+        return "its weight is quantized; compress the model first, then quantize the factors"
+    return kind.refusal(module)
+
+
+def _why_not_view(view: MatrixView, owners: dict[int, set[int]]) -> str | None:
+    """Why one matrix cannot be cut, or None if it can."""
+    if len(owners[id(view.parameter)]) > 1:
+        return _TIED
+    if break_even_rank(view.out_features, view.in_features, view.group_count) < 1:
+        return f"no rank saves parameters ({view.out_features}x{view.in_features})"
+    return None
+
+
+def _too_wide(view: MatrixView) -> str:
+    gigabytes = 4e-9 * max(view.shape) ** 2
+    return (
+        f"the Gram matrix of its {max(view.shape):,} features takes {gigabytes:.1f} GB; name it to cut it all the same"
+    )
+
+
+def _parameter_owners(model: nn.Module) -> dict[int, set[int]]:
+    """For the id of each parameter the ids of the modules that hold it."""
+    owners: dict[int, set[int]] = defaultdict(set)
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)].add(id(module))
+    return owners

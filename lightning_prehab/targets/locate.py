@@ -1,0 +1,143 @@
+"""The layers of a model that hold weight matrices, and the matrices that each shows."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from lightning_prehab.kinds import Kind, MatrixView, kind_of, view_of
+from lightning_prehab.kinds.fused import fused_blocks
+from lightning_prehab.layers.linear import LowRankLayer
+from lightning_prehab.linalg.matrices import break_even_rank
+from lightning_prehab.targets.names import clean_name, join
+
+#: Parameters that torch.nn.utils.prune, spectral_norm and weight_norm leave in place of the weight.
+REPARAMETRIZED = {"weight_orig", "weight_v"}
+
+#: A layer that is one matrix, or one matrix of a layer; :func:`~lightning_prehab.kinds.view_of` shows both alike.
+Target = nn.Module | MatrixView
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a model that may hold weight matrices.
+
+    Attributes:
+        name: Dotted name, without what ``torch.compile`` puts around.
+        module: The layer.
+        kind: What it is, or None for a kind that cannot be cut.
+        blocks: ``{part: rows}`` if it is a fused projection, else None.
+    """
+
+    name: str
+    module: nn.Module
+    kind: Kind | None
+    blocks: dict[str, int] | None
+
+    @classmethod
+    def at(cls, name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> "Layer":
+        """The layer that stands, or stood, at a place of a model, ``{name: module}``."""
+        kind = kind_of(module)
+        blocks = None
+        if kind is not None and kind.linear and "weight" in module._parameters:
+            path, _, key = name.rpartition(".")
+            blocks = fused_blocks(key, kind.views(module)[""].out_features, modules.get(path))
+        return cls(clean_name(name), module, kind, blocks)
+
+    def views(self, split_fused: bool) -> dict[str, MatrixView]:
+        """Its matrices by part; the part of a layer that is one matrix is ``""``."""
+        return self.candidates(split_fused)[0]
+
+    def candidates(self, split_fused: bool) -> list[dict[str, MatrixView]]:
+        """All ways to see it, the one that is used when there is a choice first."""
+        blocks = self.blocks if split_fused else None
+        found = [{}] if self.kind is None else list(self.kind.candidates(self.module, blocks))
+        for views in found:
+            for part, view in views.items():
+                view.part = part
+        return found
+
+
+def layers_of(model: nn.Module) -> Iterator[Layer]:
+    """What may be a target: modules with a weight matrix of their own, but for those inside of another such layer."""
+    modules = dict(model.named_modules())
+    inside: set[int] = set()
+    for name, module in modules.items():
+        if id(module) in inside:
+            continue
+        kind = kind_of(module)
+        if isinstance(module, LowRankLayer) or kind is not None:
+            inside.update(id(inner) for inner in module.modules())
+        if not name or isinstance(module, LowRankLayer) or not (kind is not None or has_matrix(module)):
+            continue
+        yield Layer.at(name, module, modules)
+
+
+def locate(
+    model: nn.Module, shapes: Mapping[str, tuple[int, int] | None]
+) -> dict[str, tuple[Layer, dict[str, MatrixView]]]:
+    """The layers that hold some targets, by the name of the layer, with all of their matrices by part.
+
+    A layer is seen whole if its own name is among the names, else as its parts; where there are several ways to see it,
+    in the one whose matrices have the given shapes (None: any). Names that are not found are left out.
+    """
+    found: dict[str, tuple[Layer, dict[str, MatrixView]]] = {}
+    for layer in layers_of(model):
+        if layer.kind is None:
+            continue
+        views = _of_shapes(layer.name, layer.candidates(split_fused=layer.name not in shapes), shapes)
+        if any(join(layer.name, part) in shapes for part in views):
+            found[layer.name] = layer, views
+    return found
+
+
+def same_targets(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, Target]:
+    """The same targets in another copy of the model that they were found in; see :func:`locate`."""
+    located = locate(model, {name: view_of(target).shape for name, target in targets.items()})
+    found = {join(name, part): view for name, (_, views) in located.items() for part, view in views.items()}
+    views = {name: found[name] for name in targets if name in found}
+    return {name: view if isinstance(targets[name], MatrixView) else view.module for name, view in views.items()}
+
+
+def group_names(name: str, target: Target) -> list[str]:
+    """Names under which the statistics of a target stand: its own, or one for each group of a grouped convolution."""
+    count = view_of(target).group_count
+    return [name] if count == 1 else [f"{name}:{index}" for index in range(count)]
+
+
+def layer_names(targets: Mapping[str, Target]) -> dict[str, str]:
+    """Name of the layer of each target."""
+    parts = {name: target.part if isinstance(target, MatrixView) else "" for name, target in targets.items()}
+    return {name: name.removesuffix(f".{part}") if part else name for name, part in parts.items()}
+
+
+def _of_shapes(
+    name: str, candidates: Sequence[dict[str, MatrixView]], shapes: Mapping[str, tuple[int, int] | None]
+) -> dict[str, MatrixView]:
+    for views in candidates:
+        if all(shapes.get(join(name, part)) in (None, view.shape) for part, view in views.items()):
+            return views
+    return candidates[0]
+
+
+def has_matrix(module: nn.Module) -> bool:
+    """A leaf-like module with a weight of two or more dimensions of its own (norms and activations have none)."""
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    if is_parametrized(module) or REPARAMETRIZED & module._parameters.keys():
+        return True
+    weights = [p for name, p in module._parameters.items() if name.startswith("weight") and p is not None]
+    return any(is_lazy(weight) or weight.dim() >= 2 for weight in weights) or stacked_weight(module) is not None
+
+
+def stacked_weight(module: nn.Module) -> str | None:
+    """Names and shapes of parameters that are stacks of matrices, such as the experts of a mixture; None if none is."""
+    found = [
+        f"{name}: {'x'.join(map(str, parameter.shape))}"
+        for name, parameter in module._parameters.items()
+        if parameter is not None and not is_lazy(parameter) and parameter.dim() == 3 and parameter.shape[0] > 1
+        if break_even_rank(*parameter.shape[1:]) > 0  # a scale of shape (channels, 1, 1) is no stack
+    ]
+    return ", ".join(found) or None

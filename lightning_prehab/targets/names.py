@@ -1,0 +1,61 @@
+"""Names of layers and of their matrices, and patterns that fit them."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from lightning_prehab.errors import TargetError
+
+Patterns = str | Sequence[str] | None
+
+
+def match_names(
+    patterns: Patterns, names: Sequence[str], what: str, layers: Mapping[str, str] | None = None
+) -> list[str]:
+    """Names that fit at least one pattern, in the order of ``names``; see :func:`find_targets` for the rules.
+
+    Args:
+        patterns: The patterns.
+        names: The names to choose from.
+        what: Which argument the patterns came from.
+        layers: Name of the layer for each name that may be matched in its place.
+
+    Raises:
+        TargetError: If a pattern fits no name; near names are listed.
+    """
+    found: set[str] = set()
+    for pattern in as_list(patterns):
+        fits: list[str] = []
+        for tried in (pattern, f"*.{pattern}"):
+            fits = fits or [name for name in names if fnmatchcase(name, tried)]
+            fits = fits or [name for name in names if layers is not None and fnmatchcase(layers.get(name, ""), tried)]
+        if not fits:
+            near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.4) or list(names[:5])
+            raise TargetError(f"{what}: {pattern!r} matches no layer. Near names: {', '.join(near) or 'none'}.")
+        found.update(fits)
+    return [name for name in names if name in found]
+
+
+def join(layer: str, part: str) -> str:
+    """Name of a matrix of a layer, or of a module in another one.
+
+    >>> join("attn.qkv", "q"), join("fc", ""), join("", "B")
+    ('attn.qkv.q', 'fc', 'B')
+    """
+    return ".".join(name for name in (layer, part) if name)
+
+
+def clean_name(name: str) -> str:
+    """The name without the part that ``torch.compile`` puts around an inner module.
+
+    >>> clean_name("net._orig_mod.0")
+    'net.0'
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def as_list(patterns: Patterns) -> list[str]:
+    """The patterns one by one."""
+    if patterns is None:
+        return []
+    return [patterns] if isinstance(patterns, str) else list(patterns)

@@ -1,0 +1,258 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lightning_prehab as lp
+
+
+def sparse_layer(dtype=torch.float64, bias=True, nonzeros=9):
+    """With factors and entries that are not zero."""
+    linear = nn.Linear(12, 7, bias=bias, dtype=dtype)
+    factors = lp.LowRankPlusSparse(nonzeros / 84, lp.SVD())(linear.weight, 3)
+    return lp.LowRankPlusSparseLinear.from_factors(factors.A, factors.B, linear, factors.sparse), linear, factors
+
+
+def test_forward_is_the_dense_product():
+    layer = lp.LowRankLinear(12, 7, rank=3, dtype=torch.float64)
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    expected = x @ (layer.B.weight @ layer.A.weight).mT + layer.bias
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(nn.functional.linear(x, layer.weight, layer.bias), expected)
+
+
+def test_parameters_stand_in_the_order_of_a_fresh_optimizer():
+    assert [name for name, _ in lp.LowRankLinear(4, 4, 2).named_parameters()] == ["A.weight", "B.weight", "B.bias"]
+    assert [name for name, _ in lp.LowRankLinear(4, 4, 2, bias=False).named_parameters()] == ["A.weight", "B.weight"]
+
+
+def test_weight_and_bias_are_read_only():
+    layer = lp.LowRankLinear(4, 3, 2)
+    for name in ("weight", "bias"):
+        with pytest.raises((AttributeError, KeyError)):
+            setattr(layer, name, nn.Parameter(torch.zeros(3, 4)))
+    assert lp.LowRankLinear(4, 3, 2, bias=False).bias is None
+
+
+def test_weight_is_differentiable():
+    layer = lp.LowRankLinear(4, 3, 2)
+    layer.weight.square().sum().backward()
+    assert layer.A.weight.grad.abs().sum() > 0
+    assert layer.B.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_from_linear_is_the_truncated_svd(bias, dtype):
+    linear = nn.Linear(9, 6, bias=bias, dtype=dtype)
+    low = lp.LowRankLinear.from_linear(linear, 2)
+    s = np.linalg.svd(linear.weight.detach().double().numpy(), compute_uv=False)
+    error = (linear.weight - low.weight).detach().double().norm().item()
+    assert error == pytest.approx(np.sqrt((s[2:] ** 2).sum()), rel=1e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert low.A.weight.dtype == dtype
+    assert low.bias is linear.bias
+
+
+def test_from_linear_at_full_rank_and_back():
+    linear = nn.Linear(9, 6)
+    dense = lp.LowRankLinear.from_linear(linear, 6).to_linear()
+    assert type(dense) is nn.Linear
+    x = torch.randn(4, 9)
+    torch.testing.assert_close(dense(x), linear(x), atol=1e-5, rtol=1e-5)
+    assert dense.bias is not linear.bias
+
+
+@pytest.mark.parametrize("rank", [0, 4, -2])
+def test_rank_out_of_range(rank):
+    with pytest.raises(lp.PrehabError, match=rf"rank must lie in \[1, 3\].*got {rank}"):
+        lp.LowRankLinear(5, 3, rank)
+
+
+def test_state_dict_deepcopy_half_and_meta():
+    layer = lp.LowRankLinear(8, 6, 3)
+    clone = copy.deepcopy(layer)
+    torch.testing.assert_close(clone.weight, layer.weight)
+    fresh = lp.LowRankLinear(8, 6, 3)
+    fresh.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(fresh.weight, layer.weight)
+    assert layer.half().weight.dtype == torch.float16
+    assert lp.LowRankLinear(8, 6, 3, device="meta").weight.device.type == "meta"
+
+
+def test_from_factors_keeps_flags_and_the_global_random_state():
+    linear = nn.Linear(8, 6).eval()
+    linear.weight.requires_grad_(False)
+    state = torch.get_rng_state()
+    low = lp.LowRankLinear.from_linear(linear, 2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not low.training
+    assert not low.A.weight.requires_grad
+    assert low.bias.requires_grad
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_inside_multihead_attention(training):
+    attention = nn.MultiheadAttention(16, 4, batch_first=True).train(training)
+    x = torch.randn(2, 5, 16)
+    expected = attention(x, x, x)[0]
+    attention.out_proj = lp.LowRankLinear.from_linear(attention.out_proj, 16)
+    torch.testing.assert_close(attention(x, x, x)[0], expected, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(x, x, x)[0], expected.detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_inside_transformer_encoder_layer(training, grad):
+    encoder = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True).train(training)
+    x = torch.randn(2, 5, 16)
+    with torch.set_grad_enabled(grad):  # without gradients, eval takes the fast path, which reads linear1.weight
+        expected = encoder(x)
+        encoder.linear1 = lp.LowRankLinear.from_linear(encoder.linear1, 16)
+        encoder.linear2 = lp.LowRankLinear.from_linear(encoder.linear2, 16)
+        torch.testing.assert_close(encoder(x), expected, atol=1e-5, rtol=1e-5)
+
+
+class TestLowRankPlusSparse:
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_forward_is_the_dense_reconstruction(self, bias):
+        layer, linear, factors = sparse_layer(bias=bias)
+        dense = layer.B.weight @ layer.A.weight
+        for place, value in zip(layer.indices.tolist(), layer.values, strict=True):
+            dense[place // 12, place % 12] += value
+        x = torch.randn(2, 5, 12, dtype=torch.float64)
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, dense, linear.bias))
+        torch.testing.assert_close(layer.weight, dense)
+        torch.testing.assert_close(layer.weight, factors.product())
+        torch.testing.assert_close(layer.to_linear()(x), layer(x))
+        assert type(layer.to_linear()) is nn.Linear
+        assert layer.bias is linear.bias
+
+    def test_gradients_reach_the_values(self):
+        layer, _, _ = sparse_layer()
+        x = torch.randn(4, 12, dtype=torch.float64)
+
+        def run(a, b, values):
+            parameters = {"A.weight": a, "B.weight": b, "values": values}
+            return torch.func.functional_call(layer, parameters, x)
+
+        parts = [part.detach().requires_grad_() for part in (layer.A.weight, layer.B.weight, layer.values)]
+        assert torch.autograd.gradcheck(run, parts)
+        layer(x).square().sum().backward()
+        dense = layer.to_linear()
+        dense(x).square().sum().backward()
+        torch.testing.assert_close(layer.values.grad, dense.weight.grad.flatten()[layer.indices])
+
+    def test_parameters_counts_and_repr(self):
+        layer = lp.LowRankPlusSparseLinear(12, 7, 3, 9)
+        assert [name for name, _ in layer.named_parameters()] == ["values", "A.weight", "B.weight", "B.bias"]
+        assert [name for name, _ in layer.named_buffers()] == ["indices"]
+        assert sum(p.numel() for p in layer.parameters()) == 3 * 19 + 7 + 9
+        assert layer.indices.dtype == torch.int32
+        assert layer.indices.unique().numel() == layer.nonzeros == 9
+        assert "in_features=12, out_features=7, rank=3, nonzeros=9" in repr(layer)
+        huge = lp.LowRankPlusSparseLinear(2**16, 2**15, 1, 4, device="meta")
+        assert huge.indices.dtype == torch.int64
+        for nonzeros in (-1, 85):
+            with pytest.raises(lp.PrehabError, match=rf"nonzeros must lie in \[0, 84\].*got {nonzeros}"):
+                lp.LowRankPlusSparseLinear(12, 7, 3, nonzeros)
+        empty = lp.LowRankPlusSparseLinear.from_linear(nn.Linear(12, 7), 3)
+        assert empty.nonzeros == 0
+        torch.testing.assert_close(empty.weight, empty.B.weight @ empty.A.weight)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_low_precision_and_autocast(self, dtype):
+        layer, linear, _ = sparse_layer(dtype=dtype)
+        x = torch.randn(5, 12, dtype=dtype)
+        assert layer.values.dtype == layer(x).dtype == dtype
+        assert layer.indices.dtype == torch.int32
+        dense = nn.functional.linear(x.double(), layer.weight.double(), linear.bias.double())
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
+        torch.testing.assert_close(layer(x).double(), dense, atol=tolerance, rtol=tolerance)
+        layer(x).float().sum().backward()
+        assert layer.values.grad.dtype == dtype
+        if dtype == torch.float32:
+            with torch.autocast("cpu", torch.bfloat16):
+                y = layer(x)
+            assert y.dtype == torch.bfloat16
+            torch.testing.assert_close(y.double(), dense, atol=5e-2, rtol=5e-2)
+
+    def test_compiles_without_a_break(self):
+        layer, _, _ = sparse_layer(torch.float32)
+        x = torch.randn(5, 12)
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), layer(x))
+        compiled(x).sum().backward()
+        assert layer.values.grad.abs().sum() > 0
+
+    def test_state_dict_deepcopy_and_flags(self):
+        layer, _, _ = sparse_layer(torch.float32)
+        fresh = lp.LowRankPlusSparseLinear(12, 7, 3, 9)
+        fresh.load_state_dict(layer.state_dict())
+        for other in (copy.deepcopy(layer), fresh):
+            torch.testing.assert_close(other.state_dict(), layer.state_dict(), atol=0, rtol=0)
+            torch.testing.assert_close(other.weight, layer.weight)
+        linear = nn.Linear(12, 7).eval()
+        linear.weight.requires_grad_(False)
+        state = torch.get_rng_state()
+        low = lp.LowRankPlusSparseLinear.from_factors(
+            layer.A.weight, layer.B.weight, linear, (layer.indices, layer.values)
+        )
+        assert torch.equal(torch.get_rng_state(), state)
+        assert not low.training
+        assert not low.values.requires_grad
+        assert low.values.data_ptr() != layer.values.data_ptr()
+
+
+def test_meta_and_back_by_assignment():
+    layer = lp.LowRankLinear(8, 6, 3)
+    moved = copy.deepcopy(layer).to(device="meta")
+    moved.load_state_dict(layer.state_dict(), assign=True)
+    torch.testing.assert_close(moved.state_dict(), layer.state_dict(), atol=0, rtol=0)
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(moved(x), layer(x))
+
+
+def test_flops_are_those_of_the_factors():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        lp.LowRankLinear(16, 12, 3)(torch.randn(5, 16))
+    assert counter.get_total_flops() == 2 * 5 * 3 * (16 + 12)
+
+
+def test_parameters_to_vector_and_back():
+    layer, other = lp.LowRankLinear(8, 6, 3), lp.LowRankLinear(8, 6, 3)
+    vector = nn.utils.parameters_to_vector(layer.parameters())
+    nn.utils.vector_to_parameters(vector, other.parameters())  # views into the vector, at any address
+    torch.testing.assert_close(other.state_dict(), layer.state_dict(), atol=0, rtol=0)
+    torch.testing.assert_close(other.weight, layer.weight)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    from torch.utils.checkpoint import checkpoint
+
+    layer = lp.LowRankLinear(8, 6, 3)
+    x = torch.randn(2, 8)
+    expected = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    found = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), list(layer.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_compiles_without_a_graph_break():
+    layer = lp.LowRankLinear(8, 6, 3)
+    x = torch.randn(2, 8)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+
+
+def test_factors_of_rank_one_have_the_usual_strides():
+    """DDP compares the strides of parameters between processes; a column of a matrix has others."""
+    u, vh = torch.randn(6, 6), torch.randn(8, 8)
+    layer = lp.LowRankLinear.from_factors(vh.mT[:, :1].mT, u[:, :1], nn.Linear(8, 6))
+    assert layer.A.weight.stride() == (8, 1)
+    assert layer.B.weight.stride() == (1, 1)
+    assert torch.equal(layer.B.weight, u[:, :1])

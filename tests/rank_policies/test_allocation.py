@@ -1,0 +1,53 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_prehab.errors import PlanError
+from lightning_prehab.rank_policies.allocation import best_allocation
+
+
+def brute_force(costs, values, budget):
+    return max(
+        sum(v[i] for v, i in zip(values, choice, strict=True))
+        for choice in itertools.product(*map(range, map(len, costs)))
+        if sum(c[i] for c, i in zip(costs, choice, strict=True)) <= budget
+    )
+
+
+items = st.lists(
+    st.lists(st.tuples(st.integers(1, 30), st.floats(0, 10)), min_size=1, max_size=6, unique_by=lambda o: o[0]),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(items, st.floats(0, 1))
+def test_equals_brute_force_for_any_curves(items, share):
+    costs = [sorted(cost for cost, _ in options) for options in items]
+    values = [[value for _, value in options] for options in items]
+    least, most = sum(map(min, costs)), sum(map(max, costs))
+    budget = least + int(share * (most - least))
+    chosen = best_allocation([torch.tensor(c) for c in costs], [torch.tensor(v) for v in values], budget)
+    assert sum(c[i] for c, i in zip(costs, chosen, strict=True)) <= budget
+    assert sum(v[i] for v, i in zip(values, chosen, strict=True)) == pytest.approx(
+        brute_force(costs, values, budget), rel=1e-9, abs=1e-9
+    )
+
+
+def test_impossible_budget():
+    with pytest.raises(PlanError, match="costs 5, the budget is 4"):
+        best_allocation([torch.tensor([2, 9]), torch.tensor([3])], [torch.tensor([1.0, 2.0]), torch.tensor([1.0])], 4)
+
+
+def test_a_capped_search_still_fills_the_budget(monkeypatch):
+    monkeypatch.setattr("lightning_prehab.rank_policies.allocation.MAX_STATES", 3)
+    generator = torch.Generator().manual_seed(0)
+    costs = [torch.arange(1, 40) * k for k in (7, 11, 13, 17, 19)]
+    values = [torch.rand(39, generator=generator).sort(descending=True).values.cumsum(0) for _ in costs]
+    chosen = best_allocation(costs, values, 900)
+    spent = sum(int(c[i]) for c, i in zip(costs, chosen, strict=True))
+    assert 900 - 7 < spent <= 900

@@ -1,0 +1,204 @@
+"""Figures and the page, by what is drawn and what a parser finds."""
+
+import base64
+import copy
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+import lightning_prehab as lp
+from lightning_prehab.cli.commands import main
+from lightning_prehab.errors import ArgumentError
+from lightning_prehab.plan import timing
+from lightning_prehab.report.figures import FIGURES, read_metrics, spectra_figure, timeline_figure, to_png
+from lightning_prehab.report.latency import BatchLatency, ModelLatency, compare_latencies
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def report(mlp):
+    return lp.compress_(mlp, 0.5)
+
+
+def test_bars_are_the_numbers(report):
+    layers = report.plan.layers
+    axes = report.figure("ranks").axes[0]
+    assert [bar.get_width() for bar in axes.containers[1]] == [layer.rank or 0 for layer in layers]
+    axes = report.figure("errors").axes[0]
+    assert [bar.get_width() for bar in axes.containers[0]] == [report.weight_errors.get(x.name, 0.0) for x in layers]
+    axes = report.figure("parameters").axes[0]
+    assert [sum(bar.get_width() for bar in bars) for bars in axes.containers] == [
+        report.plan.dense_parameters,
+        report.plan.parameters,
+    ]
+    with pytest.raises(ArgumentError, match="no figure 'pie'; choose one of ranks, errors, parameters"):
+        report.figure("pie")
+
+
+def test_page_from_a_real_run(lit, loader, make_trainer, tmp_path, capsys):
+    logger = CSVLogger(tmp_path, name=None, version="run")
+    cut = lp.CompressionCallback(epoch=1, keep=0.5, factorization=lp.SVD())
+    make_trainer(max_epochs=2, logger=logger, log_every_n_steps=1, callbacks=[cut]).fit(lit, loader)
+    metrics = tmp_path / "run" / "metrics.csv"
+    curves = read_metrics(metrics)
+    assert [value for _, value in curves["train_loss"]] == pytest.approx(lit.losses)
+    per_epoch = len(loader)
+    lines = timeline_figure(metrics).axes[0].lines  # losses come first
+    assert list(lines[0].get_ydata()) == pytest.approx(lit.losses)
+    assert lines[1].get_xdata()[0] == per_epoch  # steps count from 0, the cut is at the start of epoch 1
+    cut.report.save_json(tmp_path / "report.json")
+    page = tmp_path / "report.html"
+    words = ["report", str(tmp_path / "report.json"), "--html", str(page), "--metrics", str(metrics)]
+    assert main(words) == 0
+    assert_self_contained(page.read_text(), pictures=5)
+    assert "Latencies were not measured." in page.read_text()
+
+
+def assert_self_contained(text, pictures):
+    """Nothing on the page is loaded, sent or run; all that it shows is in it."""
+    found = []
+
+    class Finder(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            found.append((tag, dict(attrs)))
+
+    Finder().feed(text)
+    images = [attributes["src"] for tag, attributes in found if tag == "img"]
+    assert len(images) == pictures
+    for image in images:
+        assert base64.b64decode(image.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
+    harmless = "html head meta title style body h1 h2 p a div img table tr th td"
+    assert {tag for tag, _ in found} <= {*harmless.split()}
+    for tag, attributes in found:
+        assert tag == "img" or not attributes.keys() & {"src", "srcset", "data", "action", "background"}
+        assert attributes.get("href", "#").startswith("#")
+        assert not any(name.startswith("on") or "refresh" in str(value) for name, value in attributes.items())
+    for image in images:
+        text = text.replace(image, "")
+    assert not re.search(r"https?:|//|url\(|@import|data:", text)
+
+
+def test_page_with_everything(mlp, tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "LEAST_SECONDS", 1e-6)
+    dense = copy.deepcopy(mlp)
+    report = lp.compress_(mlp, 0.5)
+    assert report.figure_names == ("ranks", "errors", "parameters", "spectra")
+    report = report.with_latency(compare_latencies(dense, mlp, [torch.randn(4, 12)]))
+    assert report.figure_names == FIGURES
+    (tmp_path / "metrics.csv").write_text("step,train_loss\n0,2.0\n1,1.0\n")
+    report.save_html(tmp_path / "page.html", tmp_path / "metrics.csv")
+    text = (tmp_path / "page.html").read_text()
+    assert_self_contained(text, pictures=6)
+    assert "not measured" not in text
+    assert set(re.findall('href="#(.*?)"', text)) == set(re.findall('id="(.*?)"', text))
+    assert re.findall("<h2.*>(.*)</h2>", text) == [*(name.capitalize() for name in FIGURES), "Timeline", "Layers"]
+
+
+def test_page_of_an_old_report(report, tmp_path):
+    data = report.to_dict()
+    for layer in data["layers"]:
+        del layer["spectrum"]
+    old = lp.CompressionReport.from_dict(data, lp.SVD())
+    with pytest.raises(ArgumentError, match="'spectra' cannot be drawn. This report holds no spectra: it was written"):
+        old.figure("spectra")
+    with pytest.raises(ArgumentError, match="'latency' cannot be drawn. Latencies were not measured"):
+        old.figure("latency")
+    old.save_html(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert_self_contained(text, pictures=3)
+    for reason in ("holds no spectra", "Latencies were not measured", "metrics of the run were not given"):
+        assert reason in text
+
+
+def test_spectra_are_drawn_up_to_the_rank(report):
+    report = lp.CompressionReport.from_dict(report.to_dict(), lp.SVD())
+    axes = report.figure("spectra").axes[0]
+    _, before, _, after = axes.collections
+    assert len(before.get_segments()) == len(report.ranks)
+    for place, (name, spectrum) in enumerate(report.spectra.items()):
+        rank, left = report.ranks[name], 1.12 * (place % 4)
+        whole, kept = before.get_segments()[place], after.get_segments()[place]
+        full = len(spectrum.values)
+        assert [point[0] - left for point in whole] == pytest.approx([(i + 1) / full for i in range(full)])
+        heights = [1 + math.log10(max(value / spectrum.values[0], 1e-4)) / 4 for value in spectrum.values]
+        assert [point[1] for point in whole] == pytest.approx(heights)
+        assert kept[: rank or full].tolist() == whole[: rank or full].tolist()
+        if rank is not None:
+            assert kept[rank:].flatten().tolist() == pytest.approx([left + rank / full, 0.0])
+        words = "dense" if rank is None else f"rank {rank}"
+        assert axes.texts[place].get_text() == f"{name}\n{words} of {full}"
+
+
+def test_full_ranks_are_those_of_a_group():
+    """A grouped convolution has factors of its own in each group."""
+    model = nn.Sequential(nn.Conv2d(32, 64, 3, groups=2), nn.Conv2d(64, 16, 1))
+    report = lp.compress_(model, 0.5)
+    full = [bar.get_width() for bar in report.figure("ranks").axes[0].containers[0]]
+    assert full == [spectrum.indices[-1] for spectrum in report.spectra.values()] == [32, 16]
+
+
+def test_many_layers_with_long_names(report):
+    """Rows of four, each name cut at its beginning."""
+    spectrum = report.spectra["0"]
+    names = [f"model.encoder.layers.{i}.attention.self.query_projection" for i in range(9)]
+    many = spectra_figure(dict.fromkeys(names, spectrum), dict.fromkeys(names, 3))
+    axes = many.axes[0]
+    assert [text.get_text().splitlines()[0] for text in axes.texts] == ["…attention.self.query_projection"] * 9
+    assert len({text.get_position()[1] for text in axes.texts}) == 3
+    assert len({text.get_position()[0] for text in axes.texts}) == 4
+
+
+def test_latencies_are_drawn_in_milliseconds(report):
+    counts = report.parameters_before, report.parameters_after
+    batches = BatchLatency(1, 0.002, 0.001), BatchLatency(8, 0.012, 0.006, {"0": (0.004, 0.003), "2": (0.002, 0.005)})
+    full = report.with_latency(ModelLatency("cpu", 1, *counts, batches))
+    whole, layers = full.figure("latency").axes
+    assert [bar.get_width() for bar in (*whole.containers[0], *whole.containers[1])] == [2.0, 12.0, 1.0, 6.0]
+    assert [bar.get_width() for bar in (*layers.containers[0], *layers.containers[1])] == [4.0, 2.0, 3.0, 5.0]
+    alone = report.with_latency(ModelLatency("cpu", 1, *counts, batches[:1]))
+    assert len(alone.figure("latency").axes) == 1
+
+
+def test_every_key_of_the_file_is_documented(report, tmp_path):
+    batch = BatchLatency(1, 0.5, 0.5, {"0": (1.0, 1.0)})
+    counts = report.parameters_before, report.parameters_after
+    report.with_latency(ModelLatency("cpu", 1, *counts, (batch,))).save_json(tmp_path / "report.json")
+    data = json.loads((tmp_path / "report.json").read_text())
+    row = data["latency"]["latency"][0]
+    for key in (*data, *data["layers"][0], *data["layers"][0]["spectrum"], *data["latency"], *row, *row["layers"][0]):
+        assert f"``{key}``" in lp.CompressionReport.save_json.__doc__
+
+
+def test_one_picture(report, tmp_path, capsys):
+    report.save_json(tmp_path / "report.json")
+    words = ["report", str(tmp_path / "report.json"), "--png"]
+    assert main([*words, f"ranks={tmp_path / 'a=b.png'}", f"errors={tmp_path / 'errors.png'}"]) == 0
+    assert (tmp_path / "a=b.png").read_bytes() == to_png(report.figure("ranks"))
+    assert (tmp_path / "errors.png").read_bytes() == to_png(report.figure("errors"))
+    for wrong in ("pie=x.png", "ranks", "ranks=", "=x.png"):
+        assert main([*words, f"parameters={tmp_path / 'no.png'}", wrong]) == 1
+        assert "NAME=FILE with a NAME of ranks, errors, parameters" in capsys.readouterr().err
+    assert not (tmp_path / "no.png").exists()
+
+
+def test_names_are_escaped(report, tmp_path):
+    data = report.to_dict()
+    data["layers"][0]["name"] = "<script>$x_$"
+    lp.CompressionReport.from_dict(data, lp.SVD()).save_html(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "<script>" not in text
+    assert "&lt;script&gt;$x_$" in text
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "step,loss\n1,x\n", "step,acc\n1,2\n"])
+def test_wrong_metrics(text, tmp_path):
+    (tmp_path / "metrics.csv").write_text(text)
+    with pytest.raises(ArgumentError, match="metrics.csv"):
+        timeline_figure(tmp_path / "metrics.csv")

@@ -1,0 +1,241 @@
+"""The road: its steps in order, the same for everybody, and nothing changed before the end."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_prehab as lp
+from lightning_prehab.callbacks import _site as trainer_sites
+from lightning_prehab.callbacks import compression
+from lightning_prehab.cli import commands
+from lightning_prehab.errors import PlanError, PrehabError, StatisticsError, TargetError
+from lightning_prehab.progress import listening
+from lightning_prehab.road import operate, plan_budgets, survey
+from lightning_prehab.sites import ProcessSite, Site
+from tests.before_the_house.make import (
+    METHODS,
+    MODELS,
+    Lit,
+    Loader,
+    batches,
+    build,
+    by_command_line,
+    by_compress,
+    state_of,
+    trainer_of,
+    undisturbed,
+)
+
+QUESTIONS = ["find", "observe", "decompose", "probe", "decide", "factors", "swap"]
+
+
+def recording(kind: type[Site]) -> type[Site]:
+    """The same site, which writes down what it was asked and the plan that it was given."""
+
+    class Recording(kind):
+        asked: list[str]
+        plan = None
+
+        def swap(self, plan, factors):
+            self.plan = plan
+            return super().swap(plan, factors)
+
+    def note(question):
+        answer = getattr(Recording, question)
+
+        def asked(self, *args):
+            self.__dict__.setdefault("asked", []).append(question)
+            return answer(self, *args)
+
+        return asked
+
+    for question in QUESTIONS:
+        setattr(Recording, question, note(question))
+    return Recording
+
+
+RecordingProcessSite = recording(ProcessSite)
+
+
+def loss_of(net, batch):
+    return nn.functional.cross_entropy(net(batch[0]), batch[1])
+
+
+@undisturbed()
+def by_the_road(model, method, *, loss=loss_of, inputs_alone=False):
+    """The road on a recording site: what was asked, the plan and the weights."""
+    chosen, module = METHODS[method], build(model)
+    given = [x for x, _ in batches(model)] if inputs_alone else batches(model)
+    site = RecordingProcessSite(module, given if chosen.data else None, loss)
+    operate(lp.Recipe(chosen.keep, **chosen.arguments()), site)
+    return site.asked, site.plan.to_dict(), state_of(module)
+
+
+def assert_same(state, other):
+    assert list(state) == list(other)
+    assert [name for name in state if not torch.equal(state[name], other[name])] == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", MODELS)
+def test_compress_walks_it(model, method, tmp_path):
+    asked, plan, state = by_the_road(model, method)
+    assert asked == ["find", "observe", "decompose", "decide", "factors", "swap"]
+    found = by_compress(model, method, tmp_path)
+    assert found["plan"] == plan
+    assert_same(found["states"]["surgery"], state)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", MODELS)
+def test_the_command_line_walks_it(model, method, tmp_path, monkeypatch):
+    sites = []
+
+    class Watched(RecordingProcessSite):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            sites.append(self)
+
+    monkeypatch.setattr(commands, "ProcessSite", Watched)
+    found = by_command_line(model, method, tmp_path)
+    asked, plan, state = by_the_road(model, method, loss=None, inputs_alone=True)
+    planned, compressed = sites
+    assert planned.asked == ["find", "observe", "decompose", "decide"]  # a plan stops before anything changes
+    assert compressed.asked == asked
+    shown = {key: value for key, value in found["plan"].items() if key not in ("keep", "model_keep")}
+    assert without_prefix(shown) == without_prefix(plan)
+    assert_same({name.removeprefix("net."): value for name, value in found["states"]["surgery"].items()}, state)
+
+
+def without_prefix(plan):
+    """A plan for the model in a LightningModule as one for the model itself."""
+    layers = [{**layer, "name": layer["name"].removeprefix("net.")} for layer in plan["layers"]]
+    skipped = {name.removeprefix("net."): why for name, why in plan["skipped"].items()}
+    return {**plan, "layers": layers, "skipped": skipped}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", MODELS)
+def test_the_callback_walks_it(model, method, tmp_path, monkeypatch):
+    """At epoch 0 it sees the same batches with the same weights; so it ends with the same ones."""
+    sites, states = [], []
+
+    class Watched(recording(trainer_sites.TrainerSite)):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            sites.append(self)
+
+    class AtSurgery(lp.RehabSchedule):
+        def on_surgery(self, trainer, pl_module, report):
+            super().on_surgery(trainer, pl_module, report)
+            states.append(state_of(pl_module.net))
+
+    monkeypatch.setattr(compression, "TrainerSite", Watched)
+    chosen = METHODS[method]
+    callback = lp.CompressionCallback(0, lp.Recipe(chosen.keep, **chosen.arguments()))
+    with undisturbed():
+        trainer_of(tmp_path, max_epochs=1, callbacks=[callback, AtSurgery()]).fit(Lit(model), Loader(model))
+    asked, plan, state = by_the_road(model, method)
+    assert [site.asked for site in sites] == [asked]
+    assert without_prefix(sites[0].plan.to_dict()) == plan
+    assert_same(states[0], state)
+
+
+def test_one_calibration_serves_several_budgets():
+    recipes = [lp.Recipe(keep) for keep in (0.3, 0.5, 0.9)]
+    site = RecordingProcessSite(build("mlp"), batches("mlp"), loss_of)
+    plans = plan_budgets(recipes, site)
+    assert site.asked == ["find", "observe", "decompose", "decide", "decide", "decide"]
+    for recipe, plan in zip(recipes, plans, strict=True):
+        alone = plan_budgets([recipe], ProcessSite(build("mlp"), batches("mlp"), loss_of))
+        assert alone == [plan]
+    site = RecordingProcessSite(build("mlp"), batches("mlp"), loss_of)
+    with pytest.raises(PlanError, match=r"keep=0.001"):
+        plan_budgets([lp.Recipe(0.5), lp.Recipe(0.001)], site)
+    assert site.asked == ["find"]  # the last budget is looked at before the work for the first
+
+
+def test_probes_are_asked_for_between_decomposing_and_deciding():
+    site = RecordingProcessSite(build("conv"), batches("conv"), loss_of)
+    operate(lp.Recipe(policy=lp.ProbeBudget(0.5)), site)
+    assert site.asked == ["find", "observe", "decompose", "decide", "probe", "decide", "factors", "swap"]
+
+
+def test_in_blocks_everything_is_seen_once():
+    site = RecordingProcessSite(build("mlp"), batches("mlp"), loss_of, layers_at_once=3)
+    operate(lp.Recipe(0.5), site)
+    blocks = ["observe", "decompose"] * 2  # four layers
+    assert site.asked == ["find", *blocks, "decide", "factors", "swap"]
+
+
+def broken_at(question, kind=ProcessSite):
+    class Broken(kind):
+        pass
+
+    def fail(self, *args):
+        raise StatisticsError(f"broken at {question}")
+
+    setattr(Broken, question, fail)
+    return Broken
+
+
+@pytest.mark.parametrize("question", [question for question in QUESTIONS if question != "probe"])
+def test_whatever_breaks_the_model_is_as_it_was(question):
+    module = build("transformer")
+    before, shown = state_of(module), str(module)
+    optimizer = torch.optim.AdamW(module.parameters())
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    site = broken_at(question)(module, batches("transformer"), loss_of, [optimizer])
+    with pytest.raises(PrehabError, match=f"broken at {question}"):
+        operate(lp.Recipe(0.5), site)
+    assert str(module) == shown
+    assert_same(state_of(module), before)
+    assert all(
+        a is b
+        for one, other in zip(groups, optimizer.param_groups, strict=True)
+        for a, b in zip(one, other["params"], strict=True)
+    )
+    assert not any(layer._forward_hooks or layer._backward_hooks for layer in module.modules())
+
+
+def test_progress_of_all_phases_and_a_listener_that_gives_up():
+    heard = []
+    with listening(heard.append):
+        lp.compress_(build("conv"), lp.Recipe(policy=lp.ProbeBudget(0.5)), batches("conv"), loss_of)
+    phases = list(dict.fromkeys(one.phase for one in heard))
+    assert phases == ["calibrate", "decompose", "probe", "factorize", "swap"]
+    for phase in phases:
+        steps = [one for one in heard if one.phase == phase]
+        assert [one.done for one in steps] == sorted(one.done for one in steps)
+        assert (steps[0].done, steps[-1].done) == (0, steps[-1].total), phase
+        assert len({one.total for one in steps}) == 1
+
+    for phase in phases:
+
+        def give_up(progress, phase=phase):
+            if progress.phase == phase:
+                raise KeyboardInterrupt
+
+        module = build("conv")
+        before = copy.deepcopy(module)
+        with pytest.raises(KeyboardInterrupt), listening(give_up):
+            lp.compress_(module, lp.Recipe(policy=lp.ProbeBudget(0.5)), batches("conv"), loss_of)
+        assert str(module) == str(before)
+        assert_same(state_of(module), state_of(before))
+        assert not any(layer._forward_hooks for layer in module.modules())
+
+
+def test_a_survey_makes_plans_and_changes_nothing():
+    module = build("mlp")
+    before = state_of(module)
+    found = survey(lp.Recipe(0.5), ProcessSite(module, batches("mlp"), loss_of))
+    plans = [found.plan(lp.Recipe(keep)) for keep in (0.9, 0.3)]
+    assert plans[0].keep > plans[1].keep
+    assert_same(state_of(module), before)
+    with pytest.raises(PlanError):
+        found.plan(replace(lp.Recipe(0.5), policy=lp.RankRatio(0.01)))
+    with pytest.raises(TargetError, match="no layer"):
+        found.plan(lp.Recipe(0.5, rank_overrides={"nowhere": 3}))
