@@ -4,8 +4,9 @@
     python benchmarks/hf_round_trip.py --table    # prints the stored results only
 
 The model is that of ``sst2.py`` (which says where to get it); the lines of the README are the calibration text. Asked:
-do the weights and outputs of the loaded model equal those of the saved one, and how large are the files? Needs the
-extra ``hf``.
+are the weights of the loaded model those of the saved one bit by bit, how far are its outputs from those, and how large
+are the files? Outputs are compared after the weights have moved from their places in the file to aligned ones: where
+they lie in the file, products may be rounded otherwise (by 1e-9). Needs the extra ``hf``.
 """
 
 import argparse

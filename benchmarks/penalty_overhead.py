@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import lightning_prehab as lp
 from lightning_prehab.callbacks._regularized import RegularizedLayer
+from lightning_prehab.kinds import view_of
 from lightning_prehab.regularizers import Metric, Penalty
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -79,7 +80,7 @@ def calls(regularizer: object, layers: list[RegularizedLayer]) -> Callable[[], N
 
     def penalized() -> None:
         total = torch.stack([layer.penalty(regularizer) for layer in layers]).mean()
-        torch.autograd.grad(total, [layer.module.weight for layer in layers])
+        torch.autograd.grad(total, [layer.parameter for layer in layers])
 
     def shrunk() -> None:
         for layer in layers:
@@ -91,7 +92,7 @@ def calls(regularizer: object, layers: list[RegularizedLayer]) -> Callable[[], N
 def authors_stable_rank(layers: list[RegularizedLayer]) -> None:
     total = torch.zeros((), dtype=torch.float64)
     for layer in layers:
-        seen = (layer.module.weight @ layer.metric.right).double()
+        seen = (layer.parameter @ layer.metric.right).double()
         vector = torch.randn(seen.shape[1], dtype=torch.float64)
         with torch.no_grad():
             for _ in range(50):
@@ -99,12 +100,12 @@ def authors_stable_rank(layers: list[RegularizedLayer]) -> None:
                 vector = seen.T @ (u / u.norm())
                 vector = vector / vector.norm()
         total = total + seen.square().sum() / (seen @ vector).square().sum()
-    torch.autograd.grad(total / len(layers), [layer.module.weight for layer in layers])
+    torch.autograd.grad(total / len(layers), [layer.parameter for layer in layers])
 
 
 def authors_nuclear_norm(layers: list[RegularizedLayer]) -> None:
     for layer in layers:
-        seen = (layer.module.weight.detach() @ layer.metric.right).double()
+        seen = (layer.parameter.detach() @ layer.metric.right).double()
         for _ in range(2):
             values, vectors = torch.linalg.eigh(seen.T @ seen)
         inverse = (vectors / values.clamp_min(1e-12).sqrt()) @ vectors.T
@@ -124,7 +125,7 @@ def layers_of(block: Block, space: str) -> list[RegularizedLayer]:
         if isinstance(module, nn.Linear):
             m, n = module.weight.shape
             metric = Metric(root(m) if space == "loss" else None, root(n) if space in ("activation", "loss") else None)
-            found.append(RegularizedLayer(name, module, int(KEEP * m * n / (m + n)), metric))
+            found.append(RegularizedLayer(name, view_of(module), int(KEEP * m * n / (m + n)), metric))
     return found
 
 

@@ -44,11 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Fills in what depends on other arguments."""
+    """Fills in what depends on other arguments; the number of threads too."""
     if (args.train is None) != (args.validation is None):
         parser.error("--train and --validation go together")
     if args.lr is None:
         args.lr = 1e-3 if args.model is None else 3e-5
+    if args.model is None:
+        torch.set_num_threads(1)  # the matrices of the small BERT are small: threads would only wait for each other
 
 
 def generate(count: int, seed: int) -> list[tuple[str, str]]:

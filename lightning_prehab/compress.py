@@ -89,7 +89,7 @@ def compress_(
     )
     if layers_at_once is not None and (not isinstance(layers_at_once, int) or layers_at_once < 1):
         raise ArgumentError(f"layers_at_once must be at least 1, got {layers_at_once!r}.")
-    if isinstance(batches, Iterator) and (recipe.budget.needs_probes or layers_at_once is not None):
+    if isinstance(batches, Iterator) and (recipe.policy_or_default.needs_probes or layers_at_once is not None):
         batches = list(batches)  # several passes are needed
     return operate(recipe, ProcessSite(model, batches, loss, optimizers, layers_at_once=layers_at_once))
 

@@ -77,7 +77,12 @@ def survey(recipe: Recipe, site: Site, others: Sequence[Recipe] = ()) -> Survey:
     def look_at(block: Targets) -> None:  # a function of its own: its statistics are gone before the next block's come
         statistics = site.observe(block, recipe.wanted)
         usable = usable_targets(block, recipe, statistics)
-        solver = Solver(usable, recipe.method, statistics, components=recipe.budget.needs_weight_gradients)
+        solver = Solver(
+            usable,
+            recipe.factorization_or_default,
+            statistics,
+            components=recipe.policy_or_default.needs_weight_gradients,
+        )
         spectra.update(site.decompose(usable, solver))
         forms.add(usable)
 
@@ -85,10 +90,10 @@ def survey(recipe: Recipe, site: Site, others: Sequence[Recipe] = ()) -> Survey:
         look_at(block)
     require_targets(forms)
     found = Survey(targets, forms, spectra)
-    if not recipe.budget.needs_probes:
+    if not recipe.policy_or_default.needs_probes:
         return found
     chosen = site.decide(lambda: choose_forms(targets, forms, recipe, spectra))
-    return replace(found, probes=site.probe(in_chosen_forms(forms, chosen), recipe.budget.probe_keep))
+    return replace(found, probes=site.probe(in_chosen_forms(forms, chosen), recipe.policy_or_default.probe_keep))
 
 
 def plan_budgets(recipes: Sequence[Recipe], site: Site) -> list[CompressionPlan]:

@@ -49,6 +49,18 @@ def _seed() -> None:
 
 
 @pytest.fixture
+def rounded_by_address(monkeypatch):
+    """A machine whose products are rounded by where a weight lies in memory: their sums begin elsewhere."""
+    linear = nn.functional.linear
+
+    def begun_elsewhere(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        start = weight.data_ptr() % 64 // weight.element_size()
+        return linear(x.roll(start, -1), weight.roll(start, -1), bias)
+
+    monkeypatch.setattr(nn.functional, "linear", begun_elsewhere)
+
+
+@pytest.fixture
 def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 14), nn.Tanh(), nn.Linear(14, 6))
 

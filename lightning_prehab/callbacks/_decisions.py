@@ -55,7 +55,7 @@ def choose_space(
         return asked
     if compression is None or not regularizer.needs_rank:
         return "weight"
-    return space_of(compression.recipe.method.wanted)
+    return space_of(compression.recipe.factorization_or_default.wanted)
 
 
 def choose_targets(
@@ -89,7 +89,11 @@ def choose_rank_source(
     """Whose plan gives the target ranks: for regularizers that aim at them, and where a forecast is to be had."""
     if compression is None or regularizer.needs_rank:
         return compression
-    return compression if space == "loss" and forecasts and compression.recipe.method.comparable else None
+    return (
+        compression
+        if space == "loss" and forecasts and compression.recipe.factorization_or_default.comparable
+        else None
+    )
 
 
 def injects_into_loss(

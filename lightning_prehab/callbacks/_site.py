@@ -83,7 +83,7 @@ class TrainerSite(Site):
         """One in ``world_size`` here, the others on other processes."""
         own = list(targets)[self._trainer.global_rank :: self._trainer.world_size]
         solved = together(self._trainer, lambda: solver(own))
-        self._decompositions = {name: decomposition for name, (decomposition, _) in solved.items()}
+        self._decompositions |= {name: decomposition for name, (decomposition, _) in solved.items()}
         plain = merge(self._trainer, {name: spectrum.to_lists() for name, (_, spectrum) in solved.items()})
         return {name: Spectrum.of_lists(*plain[name]) for name in targets}
 

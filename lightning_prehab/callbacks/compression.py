@@ -164,12 +164,12 @@ class CompressionCallback(pl.Callback):
     @property
     def factorization(self) -> Factorization:
         """How factors are computed."""
-        return self.recipe.method
+        return self.recipe.factorization_or_default
 
     @property
     def policy(self) -> RankPolicy:
         """How the budget is spread."""
-        return self.recipe.budget
+        return self.recipe.policy_or_default
 
     @property
     def done(self) -> bool:
@@ -235,7 +235,11 @@ class CompressionCallback(pl.Callback):
         if not self.done:
             targets = self.recipe.find_targets(pl_module)
             check_recipe(self.recipe, targets)
-            split = [view_of(t).parameter for t in targets.values() if added_parameters(t, self.recipe.method)]
+            split = [
+                view_of(t).parameter
+                for t in targets.values()
+                if added_parameters(t, self.recipe.factorization_or_default)
+            ]
             for optimizer in trainer.optimizers:
                 check_optimizer(optimizer, split)
 
@@ -354,7 +358,7 @@ class CompressionCallback(pl.Callback):
 
     def _replay(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", factors: Mapping[str, Factors]) -> None:
         """The same edits of modules and optimizers, with stored factors; nobody is told, since it is no new surgery."""
-        method = self.recipe.method
+        method = self.recipe.factorization_or_default
         site = TrainerSite(trainer, pl_module, self.calibration_batches)
         report = site.swap(plan_of_factors(pl_module, factors, method), factors)
         stored = self._restored.get("report")

@@ -20,7 +20,7 @@ def choices_of(
     override: int | str | None,
 ) -> LayerChoices:
     """What a rank policy may choose from for one layer."""
-    view, factorization, multiple = view_of(layer), recipe.method, recipe.rank_multiple_of
+    view, factorization, multiple = view_of(layer), recipe.factorization_or_default, recipe.rank_multiple_of
     if override == "dense":
         ranks: tuple[int, ...] = ()
     elif isinstance(override, int):
@@ -62,7 +62,7 @@ def resolve_overrides(recipe: Recipe, targets: Mapping[str, Target]) -> dict[str
     resolved: dict[str, int | str] = {}
     for pattern, wish in (recipe.rank_overrides or {}).items():
         for name in match_names(pattern, list(targets), "rank_overrides", layer_names(targets)):
-            resolved[name] = _resolve_override(name, wish, targets[name], recipe.method)
+            resolved[name] = _resolve_override(name, wish, targets[name], recipe.factorization_or_default)
     return resolved
 
 

@@ -39,19 +39,19 @@ def choose_forms(
         found = [form for form in dict.fromkeys([name, *in_all_forms({name: target})]) if form in forms]
         if found:
             names[name] = found
-    policy = recipe.budget
+    policy = recipe.policy_or_default
     for name in names:
         if policy.needs_positions or policy.needs_latencies or name in overrides:
             names[name] = names[name][:1]
     if all(len(found) == 1 for found in names.values()):
         return {name: form for name, (form,) in names.items()}
     first = [forms[found[0]] for found in names.values()]
-    policy = recipe.without_probes().budget.for_model(dense_parameters(first), forms.model_parameters)
+    policy = recipe.without_probes().policy_or_default.for_model(dense_parameters(first), forms.model_parameters)
     layers = {
         name: [choices_of(name, forms[form], spectra[form], recipe, overrides.get(name)) for form in found]
         for name, found in names.items()
     }
-    chosen = cheapest_forms(policy, layers, comparable=recipe.method.comparable)
+    chosen = cheapest_forms(policy, layers, comparable=recipe.factorization_or_default.comparable)
     return {name: names[name][index] for name, index in chosen.items()}
 
 

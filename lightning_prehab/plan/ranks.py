@@ -45,7 +45,7 @@ def plan_ranks(
     usable = in_chosen_forms(forms, chosen)
     spectra = {name: spectra[form] for name, form in chosen.items()}
     overrides = resolve_overrides(recipe, targets)
-    policy = recipe.budget
+    policy = recipe.policy_or_default
     if policy.needs_probes and probes is not None:
         unseen = {name: "no probe batch reached it" for name in usable if name not in probes}
         layers_left = {name: layer for name, layer in usable.items() if name not in unseen}
@@ -64,16 +64,19 @@ def plan_ranks(
         latencies = measure_latencies(usable, policy.latency_tokens, admissible)
         choices = [replace(choice, latencies=latencies[choice.name]) for choice in choices]
     ranks = policy(choices)
-    planned = [_layer_plan(layer, ranks[layer.name], overrides.get(layer.name), recipe.method) for layer in choices]
+    planned = [
+        _layer_plan(layer, ranks[layer.name], overrides.get(layer.name), recipe.factorization_or_default)
+        for layer in choices
+    ]
     layers = tuple(replace(layer, form=view_of(usable[layer.name]).form) for layer in planned)
-    plan = CompressionPlan(layers, recipe.method, usable.skipped, usable.model_parameters)
+    plan = CompressionPlan(layers, recipe.factorization_or_default, usable.skipped, usable.model_parameters)
     _require_budget(policy, choices, plan)
     return plan
 
 
 def check_recipe(recipe: Recipe, targets: Mapping[str, Target]) -> None:
     """Raises what :func:`plan_ranks` would raise whatever the weights are: wrong wishes, too small a budget."""
-    policy, factorization = recipe.budget, recipe.method
+    policy, factorization = recipe.policy_or_default, recipe.factorization_or_default
     if (policy.needs_positions or policy.needs_latencies) and any(
         factorization.nonzeros(*view_of(layer).shape) for layer in targets.values()
     ):

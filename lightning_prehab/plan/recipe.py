@@ -107,22 +107,24 @@ class Recipe:
         return keep_or_recipe
 
     @property
-    def method(self) -> Factorization:
+    def factorization_or_default(self) -> Factorization:
         """The factorization, the default one where none is given."""
         return KroneckerSVD() if self.factorization is None else self.factorization
 
     @property
-    def budget(self) -> RankPolicy:
+    def policy_or_default(self) -> RankPolicy:
         """The policy, the default one for the factorization where none is given."""
         if self.policy is not None:
             return self.policy
-        return ParameterBudget(self.keep) if self.method.comparable else RankRatio(self.keep)
+        return ParameterBudget(self.keep) if self.factorization_or_default.comparable else RankRatio(self.keep)
 
     @property
     def wanted(self) -> Wanted:
         """What calibration has to collect."""
-        gradients = self.budget.needs_weight_gradients
-        return self.method.wanted.union(Wanted(gradients or self.budget.needs_positions, weight_gradients=gradients))
+        gradients = self.policy_or_default.needs_weight_gradients
+        return self.factorization_or_default.wanted.union(
+            Wanted(gradients or self.policy_or_default.needs_positions, weight_gradients=gradients)
+        )
 
     def where_calibrated(self, calibrates: bool) -> "Recipe":
         """The recipe for a place with data to calibrate with, or without: there the default method is another one."""
@@ -130,7 +132,7 @@ class Recipe:
 
     def without_probes(self) -> "Recipe":
         """The recipe as long as nothing is probed: one budget for all layers in the place of a policy with probes."""
-        policy = self.budget
+        policy = self.policy_or_default
         if not policy.needs_probes:
             return self
         wishes = {name: getattr(policy, name) for name in ("min_rank", "scope") if hasattr(policy, name)}

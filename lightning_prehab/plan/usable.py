@@ -23,10 +23,10 @@ def usable_targets(
     Raises:
         PlanError: If there are no statistics though they are needed.
     """
-    wanted, factorization = recipe.wanted, recipe.method
+    wanted, factorization = recipe.wanted, recipe.factorization_or_default
     skipped = dict(targets.skipped) if isinstance(targets, Targets) else {}
     if any(wanted) and statistics is None:
-        who = factorization if factorization.needs_statistics else recipe.budget
+        who = factorization if factorization.needs_statistics else recipe.policy_or_default
         raise PlanError(f"{who} needs calibration statistics; pass batches, or choose SVD().")
     usable: dict[str, Target] = {}
     for name, target in targets.items():

@@ -47,6 +47,8 @@ class Site(ABC):
     def decompose(self, targets: Targets, solver: Solver) -> dict[str, Spectrum]:
         """Has each target decomposed once, somewhere, and keeps the decompositions for :meth:`factors`.
 
+        It is asked for one block after the other; what it keeps adds up.
+
         Args:
             targets: By the name of the form, see :mod:`lightning_prehab.targets.forms`.
             solver: ``solver(names)`` decomposes some of them here.

@@ -110,7 +110,7 @@ class ProcessSite(Site):
 
 
 class KnownSite(ProcessSite):
-    """No place at all: targets with the statistics that somebody has collected of them, to make a plan of.
+    """Targets with the statistics that somebody has collected of them, without their model: enough for a plan.
 
     Args:
         targets: What there is to cut.
@@ -123,7 +123,7 @@ class KnownSite(ProcessSite):
 
     @property
     def calibrates(self) -> bool:
-        """It counts as calibrated: a method that wants statistics and finds none says so."""
+        """Always, so that a method that wants statistics and is given none says so, rather than be exchanged."""
         return True
 
     def find(self, recipe: Recipe) -> Targets:

@@ -14,6 +14,7 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
+from lightning_prehab.callbacks import _site
 from lightning_prehab.errors import PrehabError
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -259,6 +260,50 @@ def check_an_error_on_one_rank_reaches_all():
     assert all(not module._forward_hooks for module in lit.modules())
 
 
+class CountsItems(lp.KroneckerSVD):
+    items: list
+
+    def decompose(self, items):
+        CountsItems.items.append(len(items))
+        return super().decompose(items)
+
+
+def check_each_layer_is_decomposed_by_one_rank():
+    for epoch in (0, 1):
+        CountsItems.items = []
+        lit = Lit(make_net(), torch.optim.Adam)
+        compression = lp.CompressionCallback(epoch, keep=0.5, factorization=CountsItems())
+        fit(lit, [compression], epoch + 1)
+        assert len(CountsItems.items) == 1  # never twice on this rank either
+        both = on_all_ranks(torch.tensor(CountsItems.items))
+        assert sorted(int(count) for count in both) == [1, 2]
+        assert len(compression.report.spectra) == len(compression.report.ranks) == 3  # and known on every rank
+
+
+def check_a_broken_step_breaks_on_all_ranks():
+    """Whatever a rank does for itself on the road: no rank hangs, and no model is changed."""
+
+    def broken(*_):
+        raise MemoryError("no memory on this rank")
+
+    for step, epoch, policy in (
+        ("collect_in_own_pass", 0, None),
+        ("probe_in_own_pass", 1, lp.ProbeBudget(0.5)),
+        ("compute_factors", 1, None),
+    ):
+        lit = Lit(make_net(), lambda p: torch.optim.SGD(p, lr=0.0))
+        before = copy.deepcopy(lit.net)
+        with pytest.MonkeyPatch.context() as patch:
+            if distributed.is_initialized() and distributed.get_rank() == 1:
+                patch.setattr(_site, step, broken)
+            with pytest.raises((PrehabError, MemoryError), match="no memory"):
+                fit(lit, [lp.CompressionCallback(epoch, keep=0.5, policy=policy)], epoch + 1)
+        assert str(lit.net) == str(before), step
+        for ours, theirs in zip(lit.net.parameters(), before.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+        assert all(not module._forward_hooks for module in lit.modules())
+
+
 def check_centered_whitening_shares_the_bias():
     lit = Lit(nn.Sequential(nn.Linear(12, 10, bias=False), nn.Linear(10, 6)), torch.optim.Adam)
     fit(lit, [lp.CompressionCallback(1, keep=0.6, factorization=lp.WhitenedSVD(centered=True))], 3)
@@ -426,6 +471,8 @@ CHECKS = {
     "statistics of ordinary steps": lambda: check_statistics(1),
     "statistics of an own pass": lambda: check_statistics(0),
     "error on one rank": check_an_error_on_one_rank_reaches_all,
+    "each layer on one rank": check_each_layer_is_decomposed_by_one_rank,
+    "a broken step": check_a_broken_step_breaks_on_all_ranks,
     "bias shift": check_centered_whitening_shares_the_bias,
     "sparse parts": check_sparse_parts_are_shared,
     "every kind of layer": check_every_kind_of_layer,

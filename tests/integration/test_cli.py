@@ -54,7 +54,7 @@ def run(folder: Path, *arguments: str, config: str = CONFIG) -> subprocess.Compl
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"},
     )

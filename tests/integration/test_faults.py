@@ -20,7 +20,7 @@ def test_killed_and_resumed_runs_end_as_if_nothing_had_happened(processes, tmp_p
         text=True,
         timeout=900,
         check=False,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )
     assert run.returncode == 0, f"{run.stdout[-3000:]}\n{run.stderr[-2000:]}"
     summary = json.loads(run.stdout.splitlines()[-1])

@@ -36,7 +36,7 @@ def test_the_example_in_a_fast_run():
         [sys.executable, str(ROOT / "examples" / "vit_digits.py"), "--fast", "--accelerator", "cpu"],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )

@@ -144,10 +144,10 @@ def test_a_method_that_cannot_be_written_down(tmp_path):
 
 
 def test_defaults_follow_the_method_and_the_data():
-    assert lp.Recipe(0.3).method == lp.KroneckerSVD()
-    assert lp.Recipe(0.3).budget == lp.ParameterBudget(0.3)
+    assert lp.Recipe(0.3).factorization_or_default == lp.KroneckerSVD()
+    assert lp.Recipe(0.3).policy_or_default == lp.ParameterBudget(0.3)
     without = lp.Recipe(0.3).where_calibrated(False)
-    assert (without.method, without.budget) == (lp.SVD(), lp.RankRatio(0.3))
+    assert (without.factorization_or_default, without.policy_or_default) == (lp.SVD(), lp.RankRatio(0.3))
     chosen = lp.Recipe(0.3, factorization=lp.WhitenedSVD(), policy=lp.EnergyThreshold(0.5))
     assert chosen.where_calibrated(False) is chosen
     assert chosen.where_calibrated(True) is chosen

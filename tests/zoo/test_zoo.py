@@ -111,7 +111,7 @@ def test_plan_cut_forward_backward_save_load(architecture, factorization, tmp_pa
     assert factors_in(fresh).keys() == factors.keys()
     assert_same_weights(fresh, model)
     with torch.no_grad():
-        torch.testing.assert_close(output_of(fresh, batch), output_of(model, batch))
+        assert relative_difference(output_of(fresh, batch), output_of(model, batch)) <= 1e-5
 
 
 def test_the_page_of_the_docs_is_what_the_benchmark_writes():

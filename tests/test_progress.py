@@ -1,0 +1,62 @@
+import threading
+
+import pytest
+
+from lightning_prehab.progress import Progress, counted, listening, quiet, tell
+
+
+def test_without_a_listener_nothing_happens():
+    tell("swap", 1, 2)
+    assert list(counted("abc", "swap")) == ["a", "b", "c"]
+
+
+def test_everyone_who_listens_hears_and_only_as_long():
+    outer, inner = [], []
+    with listening(outer.append):
+        tell("a", 0)
+        with listening(inner.append):
+            tell("b", 1, 2)
+            with quiet():
+                tell("c", 2)
+        tell("d", 3)
+    tell("e", 4)
+    assert outer == [Progress("a", 0, None), Progress("b", 1, 2), Progress("d", 3, None)]
+    assert inner == [Progress("b", 1, 2)]
+
+
+def test_an_error_inside_ends_the_listening():
+    heard = []
+    with pytest.raises(ZeroDivisionError), listening(heard.append):
+        _ = 1 / 0
+    tell("a", 0)
+    assert heard == []
+
+
+def test_other_threads_are_not_heard():
+    heard = []
+    with listening(heard.append):
+        thread = threading.Thread(target=tell, args=("a", 0))
+        thread.start()
+        thread.join()
+    assert heard == []
+
+
+@pytest.mark.parametrize(
+    ("items", "total", "expected"), [([1, 2], None, 2), (iter([1, 2]), None, None), (iter([1]), 5, 5)]
+)
+def test_totals(items, total, expected):
+    heard = []
+    with listening(heard.append):
+        found = list(counted(items, "a", total))
+    assert {one.total for one in heard} == {expected}
+    assert [one.done for one in heard] == list(range(len(found) + 1))
+
+
+def test_an_item_is_done_when_the_next_one_is_asked_for():
+    heard = []
+    with listening(heard.append):
+        for item in counted([1, 2, 3], "a"):
+            assert heard[-1].done == item - 1
+            if item == 2:
+                break
+    assert heard[-1].done == 1
