@@ -27,8 +27,8 @@ INTRODUCTION = """\
 # Models
 
 {count} architectures at random weights: `tests/zoo` plans, cuts, runs, differentiates, saves and loads each in a tiny
-configuration, with `SVD` and with `KroneckerSVD`; layers of full rank give the same output. This table is about their
-published sizes, with {versions}.
+configuration, with `SVD` and with `KroneckerSVD`; layers of full rank give the same output to 1e-4. This table is about
+their published sizes, with {versions}.
 *Can be cut* is the share of all parameters that lies in matrices that `find_targets` finds, *matrices* their number. In
 the last column `*` stands for a number in a name, and a number before a name says how many layers it stands for. A head
 that is tied to the embedding is left. `python benchmarks/zoo_table.py` writes this page.

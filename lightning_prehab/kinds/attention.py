@@ -107,7 +107,7 @@ class MultiheadAttentionKind(Kind):
         """Calls ``see`` once for each view whenever the layer has been called, with the tensors of its projection.
 
         The projections happen inside one function of torch. While it is watched, the layer goes through the same
-        operations one by one: same output and same random numbers.
+        operations one by one: the same output to rounding, the same random numbers.
         """
         assert isinstance(module, nn.MultiheadAttention)
         by_part = {view.part: view for view in views if isinstance(view, AttentionView)}

@@ -268,7 +268,7 @@ def attend(
         masks: What the caller set.
         projections: What stands before and behind the attention.
         positions_first: Call the input projections with ``(positions, batch, size)`` even if the inputs are
-            ``batch_first``, as torch does; the output is then bit by bit that of torch.
+            ``batch_first``, as torch does; the output is then that of torch, summed in the same order.
 
     Raises:
         ArgumentError: If shapes or masks do not fit.

@@ -59,7 +59,7 @@ def undisturbed() -> Iterator[None]:
 
 
 def machine() -> dict[str, str]:
-    """Where the same bits are expected."""
+    """Where the same bits are expected. Virtual machines hide the model of the processor, not what it can do."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().partition("\n\n")[0].splitlines() if cpuinfo.exists() else []
     found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -67,6 +67,8 @@ def machine() -> dict[str, str]:
         "torch": str(torch.__version__),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "processor": ", ".join(found.get(key, "") for key in ("model name", "cpu family", "model", "stepping")),
+        "features": " ".join(sorted(found.get("flags", "").split())),
+        "cache": found.get("cache size", ""),
     }
 
 

@@ -33,7 +33,7 @@ def test_plans_and_weights(model, method, entry, tmp_path):
 @pytest.mark.parametrize("model", MODELS)
 def test_the_record_is_whole(model):
     assert expected().keys() == {"machine", "results", "run", "planned"}
-    assert expected()["machine"].keys() == machine().keys() == {"torch", "capability", "processor"}
+    assert expected()["machine"].keys() == machine().keys() == {"torch", "capability", "processor", "features", "cache"}
     results = expected()["results"]
     assert list(results) == list(MODELS) == ["mlp", "conv", "transformer"]
     assert list(results[model]) == list(METHODS) == ["default", "whitened", "svd"]

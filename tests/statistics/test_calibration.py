@@ -453,7 +453,7 @@ def test_a_known_number_of_batches_limits_the_tokens(monkeypatch):
 
 
 def test_memory_is_announced(caplog):
-    caplog.set_level("INFO", logger="lightning_prehab.statistics.calibration")
+    caplog.set_level("INFO", logger="lightning_prehab.calibration")
     model = nn.Sequential(nn.Linear(1000, 500))
     statistics = lp.collect_statistics(model, {"0": model[0]}, [torch.randn(4, 1000)])
     held = sum(t.numel() * 4 for name, t in statistics["0"].tensors() if t.dim() > 0)
