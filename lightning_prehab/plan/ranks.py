@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from lightning_prehab.documents.settings import show
 from lightning_prehab.errors import ArgumentError, PlanError
 from lightning_prehab.factorizations import Factorization
 from lightning_prehab.kinds import kind_of, view_of
@@ -63,7 +64,7 @@ def plan_ranks(
         admissible = {choice.name: choice.ranks for choice in choices}
         latencies = measure_latencies(usable, policy.latency_tokens, admissible)
         choices = [replace(choice, latencies=latencies[choice.name]) for choice in choices]
-    ranks = policy(choices)
+    ranks = _checked(policy(choices), policy, choices)
     planned = [
         _layer_plan(layer, ranks[layer.name], overrides.get(layer.name), recipe.factorization_or_default)
         for layer in choices
@@ -72,6 +73,22 @@ def plan_ranks(
     plan = CompressionPlan(layers, recipe.factorization_or_default, usable.skipped, usable.model_parameters)
     _require_budget(policy, choices, plan)
     return plan
+
+
+def _checked(answer: object, policy: RankPolicy, choices: Sequence[LayerChoices]) -> Mapping[str, int | None]:
+    """The answer of a policy, which may be anybody's: a rank that may be chosen for each layer, and nothing else."""
+    names = [layer.name for layer in choices]
+    if not isinstance(answer, Mapping) or set(answer) != set(names):
+        given = list(answer) if isinstance(answer, Mapping) else answer
+        raise PlanError(f"{policy} must answer with a rank for each of {names}, got {show(given)}.")
+    for layer in choices:
+        rank = answer[layer.name]
+        dense = rank is None and layer.dense
+        if not dense and (isinstance(rank, bool) or not isinstance(rank, int) or rank not in layer.ranks):
+            or_dense = ", or None for dense" if layer.dense else ""
+            allowed = f"one of {show(list(layer.ranks))}{or_dense}" if layer.ranks else "None, for dense"
+            raise PlanError(f"{layer}: {policy} must answer with {allowed}, got {show(rank)}.")
+    return answer
 
 
 def check_recipe(recipe: Recipe, targets: Mapping[str, Target]) -> None:

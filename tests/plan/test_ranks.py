@@ -10,6 +10,7 @@ import lightning_prehab as lp
 from lightning_prehab.errors import ArgumentError, NumericalError, PlanError, StatisticsError, TargetError
 from lightning_prehab.linalg.matrices import break_even_rank
 from lightning_prehab.plan.spectra import spectrum
+from lightning_prehab.rank_policies import RankPolicy
 
 
 @pytest.fixture
@@ -255,3 +256,51 @@ def test_the_first_order_effect_of_a_component_has_the_right_sign():
         with torch.no_grad():
             model[0].weight.copy_(weight - 1e-3 * torch.outer(b[:, i], a[i]).float())
         assert 1e3 * (loss(model, batch).item() - before) == pytest.approx(float(found[i]), rel=0.2, abs=0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers(RankPolicy):
+    """Says the same whatever it is asked."""
+
+    answer: object
+
+    def __call__(self, layers):
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({}, r"must answer with a rank for each of \['0', '2', '4'\], got \[\]"),
+        ({"0": 2, "2": 2}, "for each of"),
+        ({"0": 2, "2": 2, "4": 2, "5": 2}, r"got \['0', '2', '4', '5'\]"),
+        (None, "got None"),
+        ([2, 2, 2], r"got \[2, 2, 2\]"),
+        (
+            {"0": 7, "2": 2, "4": 2},
+            r"Layer '0' \(16x12\): Answers.* must answer with one of \[1, 2, .*\], or None for dense, got 7",
+        ),
+        ({"0": 10**6, "2": 2, "4": 2}, "got 1000000"),
+        ({"0": 0, "2": 2, "4": 2}, "got 0"),
+        ({"0": 2, "2": 3.0, "4": 2}, r"Layer '2' .* got 3.0"),
+        ({"0": 2, "2": 2, "4": torch.tensor(2)}, r"Layer '4' .* got tensor\(2\)"),
+        ({"0": True, "2": 2, "4": 2}, "got True"),
+    ],
+)
+def test_what_a_policy_answers_is_checked(mlp, answer, message):
+    before = {name: value.clone() for name, value in mlp.state_dict().items()}
+    for door in (
+        lambda policy: lp.make_plan(lp.find_targets(mlp), policy, lp.SVD()),
+        lambda policy: lp.compress_(mlp, policy=policy, factorization=lp.SVD()),
+    ):
+        with pytest.raises(PlanError, match=message):
+            door(Answers(answer))
+    assert mlp.state_dict().keys() == before.keys()
+
+
+def test_a_policy_cannot_overrule_what_was_said_by_hand(mlp):
+    targets = lp.find_targets(mlp)
+    with pytest.raises(PlanError, match=r"Layer '0' .* must answer with one of \[3\], got None"):
+        lp.make_plan(targets, Answers({"0": None, "2": 2, "4": 2}), lp.SVD(), rank_overrides={"0": 3})
+    with pytest.raises(PlanError, match=r"Layer '0' .* must answer with None, for dense, got 2"):
+        lp.make_plan(targets, Answers({"0": 2, "2": 2, "4": 2}), lp.SVD(), rank_overrides={"0": "dense"})
