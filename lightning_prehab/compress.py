@@ -1,13 +1,11 @@
 """Compression without a Trainer: the whole way in one call, and its two halves, a plan and its application."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import Factorization
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.recipe import Layout, RankOverride, Recipe
@@ -87,10 +85,8 @@ def compress_(
         rank_multiple_of=rank_multiple_of,
         split_fused=split_fused,
     )
-    if layers_at_once is not None and (not isinstance(layers_at_once, int) or layers_at_once < 1):
-        raise ArgumentError(f"layers_at_once must be at least 1, got {layers_at_once!r}.")
-    if isinstance(batches, Iterator) and (recipe.policy_or_default.needs_probes or layers_at_once is not None):
-        batches = list(batches)  # several passes are needed
+    if isinstance(batches, Iterator) and recipe.policy_or_default.needs_probes:
+        batches = list(batches)  # another pass is needed
     return operate(recipe, ProcessSite(model, batches, loss, optimizers, layers_at_once=layers_at_once))
 
 
@@ -109,7 +105,8 @@ def make_plan(
     Args:
         targets: ``{name: layer}``, as from :func:`~lightning_prehab.find_targets`.
         policy_or_keep: A rank policy, or the share of the targets' parameters to keep, in ``(0, 1]``, or a whole
-            :class:`~lightning_prehab.Recipe`. A share means ``ParameterBudget`` if spectra of the factorization are
+            :class:`~lightning_prehab.Recipe` (its names and ``split_fused`` are for ``find_targets``, and do not count
+            here). A share means ``ParameterBudget`` if spectra of the factorization are
             comparable between layers, else ``RankRatio``.
         factorization: How the factors will be computed; None means ``KroneckerSVD()``.
         statistics: ``{name: LayerStatistics}`` for factorizations that read them. A target that the calibration did not
@@ -137,7 +134,7 @@ def make_plan(
     )
     known = targets if isinstance(targets, Targets) else Targets(targets, {}, None)
     found = survey(recipe, KnownSite(known, statistics))
-    return replace(found, probes=probes).plan(recipe)
+    return found.plan(recipe, probes)
 
 
 def apply_plan_(

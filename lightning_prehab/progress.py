@@ -1,7 +1,7 @@
 """What long work says of itself while it goes on, to whoever listens; without a listener it says nothing."""
 
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import NamedTuple, TypeVar
 
@@ -12,7 +12,8 @@ class Progress(NamedTuple):
     """How far one phase of the work has come.
 
     Attributes:
-        phase: What is being done: ``"calibrate"``, ``"decompose"``, ``"probe"``, ``"factorize"`` or ``"swap"``.
+        phase: What is being done: ``"calibrate"``, ``"decompose"``, ``"probe"`` or
+            ``"factorize"``.
         done: How many are done, from 0.
         total: Of how many, or None if that is not known.
     """
@@ -30,8 +31,7 @@ _listeners: ContextVar[tuple[Listener, ...]] = ContextVar("lightning_prehab_list
 def listening(listener: Listener) -> Iterator[None]:
     """Inside, ``listener`` hears of the progress of whatever this thread does.
 
-    What a listener raises ends the work. Nothing is told between the first and the last change of a model, so the model
-    is then as it was.
+    What a listener raises ends the work. Nothing is told once a model begins to change, so the model is then as it was.
 
     >>> heard = []
     >>> with listening(heard.append):
@@ -71,7 +71,8 @@ def counted(items: Iterable[T], phase: str, total: int | None = None) -> Iterato
         total: Their number; None takes their length, if they have one.
     """
     if total is None and isinstance(items, Sized):
-        total = len(items)
+        with suppress(TypeError, NotImplementedError):  # a DataLoader has a length or not, as its data set has
+            total = len(items)
     tell(phase, 0, total)
     for done, item in enumerate(items, start=1):
         yield item

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from lightning_prehab.errors import ArgumentError
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.form_choice import choose_forms
 from lightning_prehab.plan.ranks import check_recipe, plan_ranks
@@ -30,21 +31,23 @@ class Survey:
         forms: What of it can be cut with the statistics that there are, in all forms, by the name of the form; see
             :mod:`lightning_prehab.targets.forms`.
         spectra: Of ``forms``.
-        probes: What a small cut of each target did, for policies that ask.
     """
 
     targets: Targets
     forms: Targets
     spectra: Mapping[str, Spectrum]
-    probes: Mapping[str, Probe] | None = None
 
-    def plan(self, recipe: Recipe) -> CompressionPlan:
+    def plan(self, recipe: Recipe, probes: Mapping[str, Probe] | None = None) -> CompressionPlan:
         """What the recipe would do to each target.
+
+        Args:
+            recipe: With the method that the targets have been decomposed with.
+            probes: What a small cut of each target did, for policies that ask.
 
         Raises:
             PlanError: If the wish cannot be met.
         """
-        return plan_ranks(self.targets, self.forms, recipe, self.spectra, probes=self.probes)
+        return plan_ranks(self.targets, self.forms, recipe, self.spectra, probes=probes)
 
 
 def operate(recipe: Recipe, site: Site) -> CompressionReport:
@@ -55,13 +58,13 @@ def operate(recipe: Recipe, site: Site) -> CompressionReport:
     """
     recipe = recipe.where_calibrated(site.calibrates)
     found = survey(recipe, site)
-    plan = site.decide(partial(found.plan, recipe))
+    plan = _decide(recipe, site, found)
     forms = {layer.name: name_in_form(layer.name, layer.form) for layer in plan.layers}
     return _carry_out(plan, site, {name: found.spectra[form] for name, form in forms.items()})
 
 
 def survey(recipe: Recipe, site: Site, others: Sequence[Recipe] = ()) -> Survey:
-    """The first half of the road, up to where something has to be decided: find, observe, decompose, probe.
+    """The first part of the road, up to where something has to be decided: find, observe, decompose.
 
     Args:
         recipe: What is wished for.
@@ -83,29 +86,33 @@ def survey(recipe: Recipe, site: Site, others: Sequence[Recipe] = ()) -> Survey:
             statistics,
             components=recipe.policy_or_default.needs_weight_gradients,
         )
-        spectra.update(site.decompose(usable, solver))
+        spectra.update(site.decompose(solver))
         forms.add(usable)
 
     for block in site.blocks(targets):
         look_at(block)
     require_targets(forms)
-    found = Survey(targets, forms, spectra)
-    if not recipe.policy_or_default.needs_probes:
-        return found
-    chosen = site.decide(lambda: choose_forms(targets, forms, recipe, spectra))
-    return replace(found, probes=site.probe(in_chosen_forms(forms, chosen), recipe.policy_or_default.probe_keep))
+    return Survey(targets, forms, spectra)
 
 
 def plan_budgets(recipes: Sequence[Recipe], site: Site) -> list[CompressionPlan]:
     """Plans of several budgets out of one calibration and one decomposition; nothing is changed.
 
     Args:
-        recipes: They differ in nothing that calibration or the decomposition depend on, such as in ``keep`` alone.
+        recipes: At least one; they differ in what ranks depend on alone, such as in ``keep``.
         site: Where the model lives.
+
+    Raises:
+        ArgumentError: If they differ in what is calibrated or decomposed.
     """
-    recipes = [recipe.where_calibrated(site.calibrates) for recipe in recipes]
-    found = survey(recipes[0], site, recipes[1:])
-    return [site.decide(partial(found.plan, recipe)) for recipe in recipes]
+    first, *others = (recipe.where_calibrated(site.calibrates) for recipe in recipes)
+    ranks_alone = ("keep", "policy", "rank_overrides", "rank_multiple_of")
+    same = {name: getattr(first, name) for name in ranks_alone}
+    for other in others:
+        if replace(other, **same) != first or other.wanted != first.wanted:
+            raise ArgumentError(f"{other} cannot be planned together with {first}: it needs a calibration of its own.")
+    found = survey(first, site, others)
+    return [_decide(recipe, site, found) for recipe in (first, *others)]
 
 
 def apply(plan: CompressionPlan, site: Site, solver: Solver) -> CompressionReport:
@@ -119,10 +126,18 @@ def apply(plan: CompressionPlan, site: Site, solver: Solver) -> CompressionRepor
     Raises:
         PrehabError: If something is wrong; the model is then as it was.
     """
-    targets = Targets(solver.targets, {}, None)
-    spectra = site.decompose(targets, solver)
+    spectra = site.decompose(solver)
     cut = [layer.name for layer in plan.layers if layer.rank is not None]
-    return _carry_out(plan, site, {name: spectra[form] for name, form in zip(cut, targets, strict=True)})
+    return _carry_out(plan, site, {name: spectra[form] for name, form in zip(cut, solver.targets, strict=True)})
+
+
+def _decide(recipe: Recipe, site: Site, found: Survey) -> CompressionPlan:
+    """The middle of the road: probe, where the policy asks for it, and plan."""
+    policy, probes = recipe.policy_or_default, None
+    if policy.needs_probes:
+        chosen = site.decide(lambda: choose_forms(found.targets, found.forms, recipe, found.spectra))
+        probes = site.probe(in_chosen_forms(found.forms, chosen), policy.probe_keep)
+    return site.decide(partial(found.plan, recipe, probes))
 
 
 def _carry_out(plan: CompressionPlan, site: Site, spectra: Mapping[str, Spectrum]) -> CompressionReport:

@@ -87,7 +87,8 @@ STEPS = {
     "decompose_targets": {"plan/spectra.py"},
     "measure_probes": {"sites/process.py", "callbacks/_own_pass.py"},
     "compute_factors": {"sites/process.py", "callbacks/_site.py"},
-    "swap_": {"sites/process.py", "callbacks/_site.py"},
+    "prepare_swap": {"surgery/swap.py", "callbacks/_site.py"},
+    "swap_": {"sites/process.py"},
 }
 FILES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 

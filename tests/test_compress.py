@@ -192,3 +192,18 @@ def test_the_plan_tells_the_exact_number_of_parameters(shapes, policy, keep, cen
     assert after == report.parameters_after == plan.parameters + biases + rest <= dense
     assert plan.keep <= keep + 1e-9
     assert all(r is None or r % multiple == 0 or r < multiple for r in plan.ranks.values())
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(0)
+        yield from (torch.randn(12, generator=generator) for _ in range(32))
+
+
+@pytest.mark.parametrize("policy", [None, lp.ProbeBudget(0.5)])
+@pytest.mark.parametrize("at_once", [None, 1])
+def test_a_loader_that_does_not_know_its_length(mlp, policy, at_once):
+    other = copy.deepcopy(mlp)
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=8)
+    report = lp.compress_(mlp, 0.5, loader, policy=policy, layers_at_once=at_once)
+    assert report.ranks == lp.compress_(other, 0.5, list(loader), policy=policy).ranks

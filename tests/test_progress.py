@@ -52,6 +52,23 @@ def test_totals(items, total, expected):
     assert [one.done for one in heard] == list(range(len(found) + 1))
 
 
+class Unsure:
+    """A DataLoader over an iterable data set has ``__len__``, which raises."""
+
+    def __iter__(self):
+        yield from (1, 2)
+
+    def __len__(self):
+        raise TypeError("no length")
+
+
+def test_without_a_length_the_total_is_not_known():
+    heard = []
+    with listening(heard.append):
+        assert list(counted(Unsure(), "a")) == [1, 2]
+    assert heard == [Progress("a", done, None) for done in range(3)]
+
+
 def test_an_item_is_done_when_the_next_one_is_asked_for():
     heard = []
     with listening(heard.append):

@@ -11,7 +11,7 @@ import lightning_prehab as lp
 from lightning_prehab.callbacks import _site as trainer_sites
 from lightning_prehab.callbacks import compression
 from lightning_prehab.cli import commands
-from lightning_prehab.errors import PlanError, PrehabError, StatisticsError, TargetError
+from lightning_prehab.errors import ArgumentError, PlanError, PrehabError, StatisticsError, TargetError
 from lightning_prehab.progress import listening
 from lightning_prehab.road import operate, plan_budgets, survey
 from lightning_prehab.sites import ProcessSite, Site
@@ -158,6 +158,33 @@ def test_one_calibration_serves_several_budgets():
     assert site.asked == ["find"]  # the last budget is looked at before the work for the first
 
 
+def test_budgets_with_probes_are_each_probed_in_the_forms_that_they_choose():
+    """The forms of convolutions differ with the budget, and with them what a small cut does."""
+    keeps = (0.15, 0.3, 0.5, 0.8)
+    recipes = [lp.Recipe(policy=lp.ProbeBudget(keep)) for keep in keeps]
+    together = plan_budgets(recipes, ProcessSite(build("conv"), batches("conv"), loss_of))
+    alone = [plan_budgets([one], ProcessSite(build("conv"), batches("conv"), loss_of))[0] for one in recipes]
+    assert together == alone
+    forms = {tuple(layer.form for layer in plan.layers) for plan in together}
+    assert len(forms) > 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lp.Recipe(0.3, factorization=lp.WhitenedSVD()),
+        lp.Recipe(0.3, exclude_modules="0"),
+        lp.Recipe(0.3, split_fused=True),
+        lp.Recipe(policy=lp.ZeroSum(0.3)),
+    ],
+)
+def test_recipes_that_need_a_calibration_of_their_own_are_refused(other):
+    site = RecordingProcessSite(build("mlp"), batches("mlp"), loss_of)
+    with pytest.raises(ArgumentError, match="cannot be planned together"):
+        plan_budgets([lp.Recipe(0.5), other], site)
+    assert not hasattr(site, "asked")
+
+
 def test_probes_are_asked_for_between_decomposing_and_deciding():
     site = RecordingProcessSite(build("conv"), batches("conv"), loss_of)
     operate(lp.Recipe(policy=lp.ProbeBudget(0.5)), site)
@@ -206,7 +233,7 @@ def test_progress_of_all_phases_and_a_listener_that_gives_up():
     with listening(heard.append):
         lp.compress_(build("conv"), lp.Recipe(policy=lp.ProbeBudget(0.5)), batches("conv"), loss_of)
     phases = list(dict.fromkeys(one.phase for one in heard))
-    assert phases == ["calibrate", "decompose", "probe", "factorize", "swap"]
+    assert phases == ["calibrate", "decompose", "probe", "factorize"]
     for phase in phases:
         steps = [one for one in heard if one.phase == phase]
         assert [one.done for one in steps] == sorted(one.done for one in steps)

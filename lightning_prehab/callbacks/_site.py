@@ -26,7 +26,7 @@ from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.sites import Site
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 from lightning_prehab.surgery.factors import compute_factors, planned_targets
-from lightning_prehab.surgery.swap import swap_
+from lightning_prehab.surgery.swap import prepare_swap
 from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.forms import form_name
 
@@ -65,7 +65,7 @@ class TrainerSite(Site):
 
     def find(self, recipe: Recipe) -> Targets:
         """What the recipe finds in the module."""
-        return recipe.find_targets(self._pl_module)
+        return together(self._trainer, lambda: recipe.find_targets(self._pl_module))
 
     def observe(self, targets: Targets, wanted: Wanted) -> Mapping[str, LayerStatistics] | None:
         """What the ride on training steps has collected, or a pass of our own, summed over the processes."""
@@ -79,13 +79,13 @@ class TrainerSite(Site):
         _warn_if_few_tokens(statistics)
         return statistics
 
-    def decompose(self, targets: Targets, solver: Solver) -> dict[str, Spectrum]:
+    def decompose(self, solver: Solver) -> dict[str, Spectrum]:
         """One in ``world_size`` here, the others on other processes."""
-        own = list(targets)[self._trainer.global_rank :: self._trainer.world_size]
+        own = list(solver.targets)[self._trainer.global_rank :: self._trainer.world_size]
         solved = together(self._trainer, lambda: solver(own))
         self._decompositions |= {name: decomposition for name, (decomposition, _) in solved.items()}
         plain = merge(self._trainer, {name: spectrum.to_lists() for name, (_, spectrum) in solved.items()})
-        return {name: Spectrum.of_lists(*plain[name]) for name in targets}
+        return {name: Spectrum.of_lists(*plain[name]) for name in solver.targets}
 
     def probe(self, targets: Targets, probe_keep: float) -> dict[str, Probe] | None:
         """Each process measures the layers that it has decomposed, on its own batches."""
@@ -101,14 +101,15 @@ class TrainerSite(Site):
     def factors(self, plan: CompressionPlan) -> dict[str, Factors]:
         """Each from the process that has decomposed the layer."""
         own = together(self._trainer, lambda: compute_factors(self._pl_module, plan, self._decompositions))
+        targets = together(self._trainer, lambda: planned_targets(self._pl_module, plan))
         self._decompositions = {}  # they can be large
-        targets = planned_targets(self._pl_module, plan)
         cut = [layer.name for layer in plan.layers if layer.rank is not None]
         return share_factors(self._trainer, own, {name: view_of(targets[name]).parameter.device for name in cut})
 
     def swap(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> CompressionReport:
-        """In the module and all optimizers; the DDP wrapper is rebuilt."""
-        report = swap_(self._pl_module, plan, factors, self._trainer.optimizers)
+        """In the module and all optimizers, once every process is ready to; the DDP wrapper is rebuilt."""
+        arguments = self._pl_module, plan, factors, self._trainer.optimizers
+        report = together(self._trainer, lambda: prepare_swap(*arguments)).commit()
         rewrap(self._trainer, self._pl_module)
         return report
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -59,6 +60,22 @@ _AVERAGING = tuple(
 )
 
 
+class _OfRecipe:
+    """An attribute of a callback that is a field of its recipe; setting it makes a new recipe."""
+
+    def __init__(self, shown: str = "") -> None:
+        self._shown = shown  # what is read instead of the field
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, callback: Any, owner: type) -> Any:
+        return self if callback is None else getattr(callback.recipe, self._shown or self._name)
+
+    def __set__(self, callback: Any, value: object) -> None:
+        callback.recipe = replace(callback.recipe, **{self._name: value})
+
+
 class CompressionCallback(pl.Callback):
     """Replaces layers by their low-rank factors at the start of an epoch, in the middle of training.
 
@@ -113,6 +130,11 @@ class CompressionCallback(pl.Callback):
         trainer = L.Trainer(max_epochs=12, callbacks=[CompressionCallback(epoch=6, keep=0.4)])
     """
 
+    factorization = _OfRecipe("factorization_or_default")
+    policy = _OfRecipe("policy_or_default")
+    target_modules, exclude_modules, rank_overrides = _OfRecipe(), _OfRecipe(), _OfRecipe()
+    rank_multiple_of, split_fused, layout = _OfRecipe(), _OfRecipe(), _OfRecipe()
+
     def __init__(
         self,
         epoch: int | Literal["auto"],
@@ -160,16 +182,6 @@ class CompressionCallback(pl.Callback):
         self._shell: DenseShell | None = None
         self._following: RemovableHandle | None = None
         self._world_size = 1
-
-    @property
-    def factorization(self) -> Factorization:
-        """How factors are computed."""
-        return self.recipe.factorization_or_default
-
-    @property
-    def policy(self) -> RankPolicy:
-        """How the budget is spread."""
-        return self.recipe.policy_or_default
 
     @property
     def done(self) -> bool:

@@ -48,7 +48,8 @@ def read_recipe(settings: Any, keep: float | None) -> Recipe:
     }
     recipe = replace(recipe, **{name: value for name, value in options.items() if value is not None})
     if settings.policy is not None:
-        return replace(recipe, policy=POLICIES[settings.policy](recipe.keep))
+        stored = recipe.policy.keep if isinstance(recipe.policy, BudgetPolicy) else recipe.keep
+        return replace(recipe, policy=POLICIES[settings.policy](stored if keep is None else keep))
     if keep is None or recipe.policy is None:
         return recipe
     if not isinstance(recipe.policy, BudgetPolicy):
@@ -64,7 +65,7 @@ def _overrides(wishes: list[str]) -> dict[str, RankOverride]:
         if not pattern:
             raise ArgumentError(f"--rank-override takes PATTERN=RANK, got {wish!r}.")
         try:
-            found[pattern] = rank if rank == "dense" else float(rank) if "." in rank else int(rank)
+            found[pattern] = rank if rank == "dense" else int(rank) if rank.lstrip("+-").isdigit() else float(rank)
         except ValueError as error:
             raise ArgumentError(
                 f"--rank-override {wish!r}: give a rank, a share of the parameters such as 0.3, or dense."

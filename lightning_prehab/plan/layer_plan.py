@@ -24,7 +24,7 @@ class LayerPlan:
         nonzeros: Values of a sparse part beside the factors, if the layer is cut.
         groups: Number of groups of a grouped convolution; each has its factors, all of the same rank.
         form: Which of several ways to see the layer as a matrix, such as ``"spatial"`` for a convolution; ``""`` for
-            the ordinary one. For readers only: the shape tells it.
+            the ordinary one. The shape tells it too.
         loss_increase: Predicted increase of the mean loss by cutting this layer, in units of the loss; only for
             factorizations whose spectrum measures the loss (KroneckerSVD), else None.
     """

@@ -1,8 +1,8 @@
 """What the user wishes: all settings of a cut as one object, checked, to be printed and kept in a file."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,7 +29,7 @@ _HEADER = """\
 """
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Recipe:
     """How a model is to be cut: everything that is wished for, and nothing about a certain model.
 
@@ -68,13 +68,14 @@ class Recipe:
     layout: Layout = "factors"
     target_modules: Patterns = None
     exclude_modules: Patterns = None
-    rank_overrides: Mapping[str, RankOverride] | None = field(default=None, hash=False)
+    rank_overrides: Mapping[str, RankOverride] | None = None
     rank_multiple_of: int = 1
     split_fused: bool = False
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
         check_method(self.factorization, self.policy)
+        if self.policy is None:
+            check_keep(self.keep)
         check_choice("layout", self.layout, get_args(Layout))
         for name in ("target_modules", "exclude_modules"):
             object.__setattr__(self, name, _checked_patterns(name, getattr(self, name)))
@@ -88,6 +89,17 @@ class Recipe:
     def __repr__(self) -> str:
         given = (f"{name}={value!r}" for name, value in self._given().items())
         return f"{type(self).__name__}({', '.join(given)})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[object, ...]:
+        """All values; of the overrides the order counts too, since later patterns win."""
+        overrides = None if self.rank_overrides is None else tuple(self.rank_overrides.items())
+        return (overrides, *(getattr(self, one.name) for one in fields(self) if one.name != "rank_overrides"))
 
     @classmethod
     def of(cls, keep_or_recipe: "float | Recipe", **flat: Any) -> "Recipe":
@@ -191,6 +203,8 @@ class Recipe:
             return cls.from_dict(settings.parse_yaml(text, whole=False))
         except (ArgumentError, PlanError) as error:
             raise ArgumentError(f"{where}{error}") from error
+        except RecursionError as error:
+            raise ArgumentError(f"{where}the text is nested too deeply to be a recipe.") from error
 
     def _given(self) -> dict[str, Any]:
         """What differs from the defaults; ``keep`` in any case."""
@@ -209,9 +223,10 @@ def check_method(factorization: object, policy: object) -> None:
 def _checked_patterns(name: str, patterns: object) -> Patterns:
     if patterns is None or isinstance(patterns, str):
         return patterns
-    if not isinstance(patterns, list | tuple | set | frozenset) or not all(isinstance(one, str) for one in patterns):
+    found = tuple(patterns) if isinstance(patterns, Iterable) else None
+    if found is None or not all(isinstance(one, str) for one in found):
         raise ArgumentError(f"{name} must be a name, a pattern or a list of them, got {patterns!r}.")
-    return tuple(patterns)
+    return found
 
 
 def _checked_overrides(overrides: object) -> dict[str, RankOverride] | None:

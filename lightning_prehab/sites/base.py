@@ -44,14 +44,14 @@ class Site(ABC):
         """What calibration sees of these targets, complete (summed over all processes), or None without data."""
 
     @abstractmethod
-    def decompose(self, targets: Targets, solver: Solver) -> dict[str, Spectrum]:
+    def decompose(self, solver: Solver) -> dict[str, Spectrum]:
         """Has each target decomposed once, somewhere, and keeps the decompositions for :meth:`factors`.
 
         It is asked for one block after the other; what it keeps adds up.
 
         Args:
-            targets: By the name of the form, see :mod:`lightning_prehab.targets.forms`.
-            solver: ``solver(names)`` decomposes some of them here.
+            solver: ``solver.targets`` are what is to be decomposed, by the name of the form (see
+                :mod:`lightning_prehab.targets.forms`); ``solver(names)`` decomposes some of them here.
 
         Returns:
             The spectra of all of them, equal on every process.

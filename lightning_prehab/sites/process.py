@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import Decomposition
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
@@ -38,6 +39,9 @@ class ProcessSite(Site):
         optimizers: Those that hold the weights.
         layers_at_once: So many targets are observed and decomposed at a time, and of their decompositions only what
             ranks up to break-even need is kept; None takes all at once.
+
+    Raises:
+        ArgumentError: If ``layers_at_once`` is not at least 1.
     """
 
     def __init__(
@@ -49,6 +53,10 @@ class ProcessSite(Site):
         *,
         layers_at_once: int | None = None,
     ) -> None:
+        if layers_at_once is not None and (not isinstance(layers_at_once, int) or layers_at_once < 1):
+            raise ArgumentError(f"layers_at_once must be at least 1, got {layers_at_once!r}.")
+        if isinstance(batches, Iterator) and layers_at_once is not None:
+            batches = list(batches)  # several passes are needed
         self.model = model
         self._batches, self._forward, self._optimizers = batches, forward, optimizers
         self._layers_at_once = layers_at_once
@@ -66,7 +74,7 @@ class ProcessSite(Site):
     def blocks(self, targets: Targets) -> Iterator[Targets]:
         """So many at once as the site was made for."""
         names = list(targets)
-        size = self._layers_at_once or len(names)
+        size = self._layers_at_once or max(len(names), 1)
         for start in range(0, len(names), size):
             yield Targets({name: targets[name] for name in names[start : start + size]}, {}, None)
 
@@ -76,13 +84,13 @@ class ProcessSite(Site):
             return None
         return collect_statistics(self.model, targets, self._batches, forward=self._forward, wanted=wanted)
 
-    def decompose(self, targets: Targets, solver: Solver) -> dict[str, Spectrum]:
+    def decompose(self, solver: Solver) -> dict[str, Spectrum]:
         """All of them, here."""
-        solved = solver(list(targets))
+        solved = solver(list(solver.targets))
         for name, (decomposition, _) in solved.items():
             self._decompositions[name] = decomposition
             if self._layers_at_once is not None and decomposition.compact is not None:
-                view = view_of(targets[name])
+                view = view_of(solver.targets[name])
                 decomposition.compact(max(break_even_rank(*view.shape, view.group_count), 1))
         return {name: spectrum for name, (_, spectrum) in solved.items()}
 

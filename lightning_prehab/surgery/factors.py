@@ -1,5 +1,6 @@
 """From a plan to checked factors for its layers; nothing is changed."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -66,6 +67,9 @@ def planned_targets(model: nn.Module, plan: CompressionPlan) -> dict[str, Target
     """The matrices that the plan names, checked against it."""
     located = locate(model, {layer.name: (layer.out_features, layer.in_features) for layer in plan.layers})
     views = {join(name, part): view for name, (_, parts) in located.items() for part, view in parts.items()}
+    for name, count in Counter(layer.name for layer in plan.layers).items():
+        if count > 1:
+            raise PlanError(f"Layer {name!r} stands twice in the plan; leave one of the two.")
     for cut in plan.layers:
         view = views.get(cut.name)
         if view is None or (*view.shape, view.group_count) != (cut.out_features, cut.in_features, cut.groups):

@@ -5,16 +5,16 @@ halfway.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.plan.compression_plan import CompressionPlan
-from lightning_prehab.progress import counted
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.surgery.factors import planned_targets
-from lightning_prehab.surgery.optimizers import plan_edits
+from lightning_prehab.surgery.optimizers import GroupEdit, plan_edits
 from lightning_prehab.surgery.pretrained import check_pretrained, note_structure_
 from lightning_prehab.surgery.replacement import Replacement
 from lightning_prehab.surgery.stored import shapes_of
@@ -30,6 +30,45 @@ def swap_(
 ) -> CompressionReport:
     """Puts factors in the place of the planned layers, and of their weights in the optimizers.
 
+    Raises:
+        PrehabError: As :func:`prepare_swap`. Model and optimizers are then as they were.
+    """
+    return prepare_swap(model, plan, factors, optimizers).commit()
+
+
+@dataclass
+class PreparedSwap:
+    """A swap that is ready to be made: :meth:`commit` consists of assignments alone, and cannot fail halfway.
+
+    On several processes all prepare, and commit when they know that all are ready.
+    """
+
+    model: nn.Module
+    plan: CompressionPlan
+    replacements: list[Replacement]
+    slots: list[tuple[nn.Module, str, nn.Module]]
+    edits: list[GroupEdit]
+    errors: Mapping[str, float]
+
+    def commit(self) -> CompressionReport:
+        """Changes the model and the optimizers."""
+        before = count_parameters(self.model)
+        _shift_biases_(self.replacements)
+        _put_(self.slots)
+        for edit in self.edits:
+            edit.commit()
+        note_structure_(self.model)
+        return CompressionReport(self.plan, self.errors, before, count_parameters(self.model))
+
+
+def prepare_swap(
+    model: nn.Module,
+    plan: CompressionPlan,
+    factors: Mapping[str, Factors],
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+) -> PreparedSwap:
+    """All that a swap computes and checks; nothing is changed yet.
+
     Args:
         model: The module that the plan was made for.
         plan: What is cut to which rank.
@@ -38,25 +77,17 @@ def swap_(
 
     Raises:
         PlanError: If the plan does not fit the model.
-        UnsupportedError: If an optimizer cannot be edited. Model and optimizers are then as they were.
+        UnsupportedError: If an optimizer cannot be edited.
     """
     check_pretrained(model)
     planned_targets(model, plan)
-    before = count_parameters(model)
     cut = {layer.name: factors[layer.name] for layer in plan.layers if layer.rank is not None}
     located = locate(model, shapes_of(cut)).values()
-    replacements = [Replacement.prepare(layer, views, cut) for layer, views in counted(located, "swap")]
+    replacements = [Replacement.prepare(layer, views, cut) for layer, views in located]
     edits = [edit for optimizer in optimizers for edit in plan_edits(optimizer, replacements)]
     slots = _slots(model, {id(one.old): one.new for one in replacements})
     errors = {name: error for one in replacements for name, error in one.errors().items()}
-
-    _shift_biases_(replacements)
-    _put_(slots)
-    for edit in edits:
-        edit.commit()
-    note_structure_(model)
-    after = count_parameters(model)
-    return CompressionReport(plan, {name: errors[name] for name in cut}, before, after)
+    return PreparedSwap(model, plan, replacements, slots, edits, {name: errors[name] for name in cut})
 
 
 def replace_modules_(model: nn.Module, replacement: Mapping[int, nn.Module]) -> None:

@@ -47,7 +47,7 @@ def same(one, other):
         (["--target-modules", "a.*", "b"], lp.Recipe(target_modules=["a.*", "b"])),
         (["--exclude-modules", "a"], lp.Recipe(exclude_modules=["a"])),
         (
-            ["--rank-override", "a=3", "b.*=0.25", "c=d=dense"],
+            ["--rank-override", "a=3", "b.*=25e-2", "c=d=dense"],
             lp.Recipe(rank_overrides={"a": 3, "b.*": 0.25, "c=d": "dense"}),
         ),
         (["--rank-multiple-of", "8"], lp.Recipe(rank_multiple_of=8)),
@@ -90,6 +90,8 @@ def test_options_beside_a_file_win(tmp_path):
     lp.Recipe(policy=lp.ParameterBudget(0.3, min_rank=2)).to_yaml(path)
     assert recipe_of("--recipe", path).policy == lp.ParameterBudget(0.3, min_rank=2)
     assert recipe_of("--recipe", path, keep=0.6).policy == lp.ParameterBudget(0.6, min_rank=2)
+    assert recipe_of("--recipe", path, "--policy", "ratio").policy == lp.RankRatio(0.3)
+    assert recipe_of("--recipe", path, "--policy", "ratio", keep=0.6).policy == lp.RankRatio(0.6)
     lp.Recipe(policy=lp.EnergyThreshold(0.9)).to_yaml(path)
     with pytest.raises(ArgumentError, match=r"--keep has no effect on EnergyThreshold\(energy=0.9"):
         recipe_of("--recipe", path, keep=0.6)

@@ -290,6 +290,7 @@ def check_a_broken_step_breaks_on_all_ranks():
         ("collect_in_own_pass", 0, None),
         ("probe_in_own_pass", 1, lp.ProbeBudget(0.5)),
         ("compute_factors", 1, None),
+        ("prepare_swap", 1, None),
     ):
         lit = Lit(make_net(), lambda p: torch.optim.SGD(p, lr=0.0))
         before = copy.deepcopy(lit.net)

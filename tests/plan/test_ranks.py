@@ -258,6 +258,11 @@ def test_the_first_order_effect_of_a_component_has_the_right_sign():
         assert 1e3 * (loss(model, batch).item() - before) == pytest.approx(float(found[i]), rel=0.2, abs=0.02)
 
 
+def test_nothing_to_cut():
+    with pytest.raises(PlanError, match="No target can be cut"):
+        lp.make_plan({}, 0.5, lp.SVD())
+
+
 @dataclasses.dataclass(frozen=True)
 class Answers(RankPolicy):
     """Says the same whatever it is asked."""

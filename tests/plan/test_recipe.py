@@ -1,6 +1,8 @@
 """The wish as one object: checked, printed, kept in a file, and the same from every door."""
 
+import copy
 import inspect
+import pickle
 from dataclasses import FrozenInstanceError, fields, replace
 from typing import get_type_hints
 
@@ -59,6 +61,10 @@ def test_it_prints_what_was_said_and_cannot_be_changed():
     assert repr(recipe) == str(recipe) == "Recipe(keep=0.4, exclude_modules=('a',))"
     with pytest.raises(FrozenInstanceError):
         recipe.keep = 0.5
+    later = lp.Recipe(rank_overrides={"*": 3, "0": 4}), lp.Recipe(rank_overrides={"0": 4, "*": 3})
+    assert later[0] != later[1]  # later patterns win
+    assert recipe != 0.4
+    assert copy.deepcopy(recipe) == pickle.loads(pickle.dumps(recipe)) == recipe
     overrides, names = {"a": 3}, ["a"]
     recipe = lp.Recipe(rank_overrides=overrides, target_modules=names)
     overrides["a"] = 4
@@ -110,6 +116,7 @@ def test_wrong_wishes(wrong, message, mlp):
         ("- keep\n", "expected keys with values"),
         ("\n", "expected keys with values"),
         ("keep: [\n", "not a YAML document"),
+        ("rank_overrides: &a {b: *a}\n", "nested too deeply|neither a rank"),
         ("keep: 0.5\nfactorization: svd\n", "Expected a Factorization, got 'svd'"),
         ("factorization: {class_path: lightning_prehab.SVDD}\n", "cannot be imported.* Did you mean"),
         ("factorization: {class_path: lightning_prehab.RankRatio, init_args: {keep: 0.5}}\n", "Expected a Fact"),
@@ -154,6 +161,26 @@ def test_defaults_follow_the_method_and_the_data():
     probing = lp.Recipe(policy=lp.ProbeBudget(0.4, min_rank=3))
     assert probing.without_probes() == lp.Recipe(policy=lp.ParameterBudget(0.4, min_rank=3))
     assert chosen.without_probes() is chosen
+
+
+def test_a_keep_without_effect_is_not_looked_at():
+    assert lp.Recipe(None, policy=lp.RankRatio(0.5)).policy_or_default == lp.RankRatio(0.5)
+    assert lp.CompressionCallback(1, None, policy=lp.RankRatio(0.5)).policy == lp.RankRatio(0.5)
+
+
+def test_the_settings_of_a_callback_are_those_of_its_recipe(mlp):
+    callback = lp.CompressionCallback(1, 0.4, exclude_modules="2")
+    for field in fields(lp.Recipe):
+        if field.name not in ("keep", "policy", "factorization"):
+            assert getattr(callback, field.name) == getattr(callback.recipe, field.name), field.name
+    assert (callback.policy, callback.factorization) == (lp.ParameterBudget(0.4), lp.KroneckerSVD())
+    callback.target_modules, callback.rank_overrides, callback.factorization = ["0"], {"0": 3}, lp.SVD()
+    assert callback.recipe == lp.Recipe(
+        0.4, exclude_modules="2", target_modules=["0"], rank_overrides={"0": 3}, factorization=lp.SVD()
+    )
+    assert callback.policy == lp.RankRatio(0.4)
+    with pytest.raises(ArgumentError, match="rank_multiple_of"):
+        callback.rank_multiple_of = 0
 
 
 def test_every_door_takes_the_same_settings():

@@ -52,7 +52,7 @@ def test_of_a_layer_that_is_done_only_small_ranks_stay():
     targets = lp.find_targets(model)
     for size in (None, 2):
         site = ProcessSite(model, inputs(), layers_at_once=size)
-        spectra = site.decompose(targets, Solver(targets, lp.SVD()))
+        spectra = site.decompose(Solver(targets, lp.SVD()))
         assert list(spectra) == list(targets)
         full = site._decompositions["0"].factors
         if size is None:

@@ -54,6 +54,14 @@ def planned(mlp, data):
     return lp.make_plan(targets, 0.5, statistics=statistics), statistics
 
 
+def test_a_layer_twice_in_a_plan(mlp, planned):
+    plan, statistics = planned
+    before = fingerprint(mlp)
+    with pytest.raises(PlanError, match="stands twice"):
+        lp.apply_plan_(mlp, replace(plan, layers=(*plan.layers, plan.layers[0])), statistics)
+    assert_same(before, fingerprint(mlp))
+
+
 def test_surgery_does_what_the_plan_says(mlp, planned):
     plan, statistics = planned
     factors = factors_of(mlp, plan, statistics)
