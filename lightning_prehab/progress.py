@@ -1,7 +1,7 @@
 """What long work says of itself while it goes on, to whoever listens; without a listener it says nothing."""
 
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple, TypeVar
 
@@ -70,10 +70,20 @@ def counted(items: Iterable[T], phase: str, total: int | None = None) -> Iterato
         phase: Its name.
         total: Their number; None takes their length, if they have one.
     """
-    if total is None and isinstance(items, Sized):
-        with suppress(TypeError, NotImplementedError):  # a DataLoader has a length or not, as its data set has
-            total = len(items)
+    total = length_of(items) if total is None else total
     tell(phase, 0, total)
     for done, item in enumerate(items, start=1):
         yield item
         tell(phase, done, total)
+
+
+def length_of(items: object) -> int | None:
+    """``len(items)``, or None if that does not work: a DataLoader has a length or not, as its data set has.
+
+    >>> length_of([1, 2]), length_of(iter([1, 2]))
+    (2, None)
+    """
+    try:
+        return len(items)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None

@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from lightning_prehab.errors import UnsupportedError
+from lightning_prehab.progress import length_of
 
 CallbackT = TypeVar("CallbackT", bound=pl.Callback)
 
@@ -59,18 +60,9 @@ def batches_per_epoch(trainer: "pl.Trainer") -> int | None:
     """Training batches of an epoch, or None if a loader does not tell its length (a limit is only a bound)."""
     combined = trainer.fit_loop._combined_loader
     length = trainer.num_training_batches
-    if combined is None or not isinstance(length, int) or not all(has_length(loader) for loader in combined.flattened):
+    if combined is None or not isinstance(length, int):
         return None
-    return length
-
-
-def has_length(loader: object) -> bool:
-    """Whether ``len(loader)`` works."""
-    try:
-        len(loader)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
-        return False
-    return True
+    return None if any(length_of(loader) is None for loader in combined.flattened) else length
 
 
 def reset_scores_(trainer: "pl.Trainer") -> None:
