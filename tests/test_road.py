@@ -140,6 +140,8 @@ def test_the_callback_walks_it(model, method, tmp_path, monkeypatch):
         trainer_of(tmp_path, max_epochs=1, callbacks=[callback, AtSurgery()]).fit(Lit(model), Loader(model))
     asked, plan, state = by_the_road(model, method)
     assert [site.asked for site in sites] == [asked]
+    assert sites[0]._decompositions == {}  # what is large is let go of
+    assert sites[0]._collected is None
     assert without_prefix(sites[0].plan.to_dict()) == plan
     assert_same(states[0], state)
 

@@ -26,7 +26,7 @@ def same_machine() -> bool:
 
 
 def assert_same_data(found: Any, stored: Any, where: str = "", more: bool = False) -> None:
-    """Plain data, equal but for the rounding of floats; ``more``: keys may have been added since.
+    """Plain data, equal but for the rounding of floats on another machine; ``more``: keys may have been added since.
 
     On another machine a predicted error, a difference of sums of squares, is rounded more roughly than on the same one.
     """
@@ -42,7 +42,7 @@ def assert_same_data(found: Any, stored: Any, where: str = "", more: bool = Fals
             assert_same_data(found[index], value, f"{where}/{index}", more)
     elif isinstance(stored, float):
         assert isinstance(found, float), where
-        rel_tol, abs_tol = (1e-6, 1e-9) if same_machine() else (1e-4, 1e-7)
+        rel_tol, abs_tol = (0.0, 0.0) if same_machine() else (1e-4, 1e-7)
         assert math.isclose(found, stored, rel_tol=rel_tol, abs_tol=abs_tol), f"{where}: {found} instead of {stored}"
     else:
         assert type(found) is type(stored), where

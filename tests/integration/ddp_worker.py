@@ -268,6 +268,23 @@ class CountsItems(lp.KroneckerSVD):
         return super().decompose(items)
 
 
+class CountsCalls(lp.ParameterBudget):
+    calls: list
+
+    def __call__(self, layers):
+        CountsCalls.calls.append(len(layers))
+        return super().__call__(layers)
+
+
+def check_one_rank_decides():
+    CountsCalls.calls = []
+    lit = Lit(make_net(), torch.optim.Adam)
+    compression = lp.CompressionCallback(1, policy=CountsCalls(0.5))
+    fit(lit, [compression], 2)
+    assert CountsCalls.calls == ([3] if distributed.get_rank() == 0 else [])
+    assert_ranks_identical(lit)
+
+
 def check_each_layer_is_decomposed_by_one_rank():
     for epoch in (0, 1):
         CountsItems.items = []
@@ -472,6 +489,7 @@ CHECKS = {
     "statistics of ordinary steps": lambda: check_statistics(1),
     "statistics of an own pass": lambda: check_statistics(0),
     "error on one rank": check_an_error_on_one_rank_reaches_all,
+    "one rank decides": check_one_rank_decides,
     "each layer on one rank": check_each_layer_is_decomposed_by_one_rank,
     "a broken step": check_a_broken_step_breaks_on_all_ranks,
     "bias shift": check_centered_whitening_shares_the_bias,

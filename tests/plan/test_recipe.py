@@ -158,6 +158,8 @@ def test_defaults_follow_the_method_and_the_data():
     chosen = lp.Recipe(0.3, factorization=lp.WhitenedSVD(), policy=lp.EnergyThreshold(0.5))
     assert chosen.where_calibrated(False) is chosen
     assert chosen.where_calibrated(True) is chosen
+    for cost, inputs in (("parameters", False), ("flops", True)):  # operations are counted by the tokens that are seen
+        assert lp.Recipe(policy=lp.ParameterBudget(0.4, cost=cost), factorization=lp.SVD()).wanted.inputs == inputs
     probing = lp.Recipe(policy=lp.ProbeBudget(0.4, min_rank=3))
     assert probing.without_probes() == lp.Recipe(policy=lp.ParameterBudget(0.4, min_rank=3))
     assert chosen.without_probes() is chosen
