@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from lightning_prehab.errors import ArgumentError
+from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.form_choice import choose_forms
 from lightning_prehab.plan.ranks import check_recipe, plan_ranks
@@ -59,8 +60,11 @@ def operate(recipe: Recipe, site: Site) -> CompressionReport:
     recipe = recipe.where_calibrated(site.calibrates)
     found = survey(recipe, site)
     plan = _decide(recipe, site, found)
+    factors = site.factors(plan)
+    site.release()
+    plan = _in_the_unit_of_the_loss(plan, site, factors)
     forms = {layer.name: name_in_form(layer.name, layer.form) for layer in plan.layers}
-    return _carry_out(plan, site, {name: found.spectra[form] for name, form in forms.items()})
+    return _carry_out(plan, site, factors, {name: found.spectra[form] for name, form in forms.items()})
 
 
 def survey(recipe: Recipe, site: Site, others: Sequence[Recipe] = ()) -> Survey:
@@ -112,7 +116,12 @@ def plan_budgets(recipes: Sequence[Recipe], site: Site) -> list[CompressionPlan]
         if replace(other, **same) != first or other.wanted != first.wanted:
             raise ArgumentError(f"{other} cannot be planned together with {first}: it needs a calibration of its own.")
     found = survey(first, site, others)
-    return [_decide(recipe, site, found) for recipe in (first, *others)]
+    plans = []
+    for recipe in (first, *others):
+        plan = _decide(recipe, site, found)
+        plans.append(_in_the_unit_of_the_loss(plan, site, site.factors(plan)) if plan.loss_increase else plan)
+    site.release()
+    return plans
 
 
 def apply(plan: CompressionPlan, site: Site, solver: Solver) -> CompressionReport:
@@ -128,7 +137,10 @@ def apply(plan: CompressionPlan, site: Site, solver: Solver) -> CompressionRepor
     """
     spectra = site.decompose(solver)
     cut = [layer.name for layer in plan.layers if layer.rank is not None]
-    return _carry_out(plan, site, {name: spectra[form] for name, form in zip(cut, solver.targets, strict=True)})
+    factors = site.factors(plan)
+    site.release()
+    seen = {name: spectra[form] for name, form in zip(cut, solver.targets, strict=True)}
+    return _carry_out(plan, site, factors, seen)
 
 
 def _decide(recipe: Recipe, site: Site, found: Survey) -> CompressionPlan:
@@ -140,8 +152,18 @@ def _decide(recipe: Recipe, site: Site, found: Survey) -> CompressionPlan:
     return site.decide(partial(found.plan, recipe, probes))
 
 
-def _carry_out(plan: CompressionPlan, site: Site, spectra: Mapping[str, Spectrum]) -> CompressionReport:
-    """The last part of the road: factors, and the swap. The spectra, by the name of the layer, are for the report."""
-    factors = site.factors(plan)
+def _in_the_unit_of_the_loss(plan: CompressionPlan, site: Site, factors: Mapping[str, Factors]) -> CompressionPlan:
+    """The plan with a prediction in the user's own unit.
+
+    Gradients alone do not know that unit: a loss may be a sum or a mean, over samples or over their tokens.
+    """
+    increase = site.effect(plan, factors) if plan.loss_increase else None
+    return plan if increase is None else plan.with_loss_increase(increase)
+
+
+def _carry_out(
+    plan: CompressionPlan, site: Site, factors: Mapping[str, Factors], spectra: Mapping[str, Spectrum]
+) -> CompressionReport:
+    """The last part of the road: the swap. The spectra, by the name of the layer, are for the report."""
     report = site.swap(plan, factors)
     return report.with_spectra({name: one.singular_values for name, one in spectra.items()})

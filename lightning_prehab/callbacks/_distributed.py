@@ -21,7 +21,7 @@ def sum_statistics_(trainer: "pl.Trainer", statistics: Mapping[str, LayerStatist
     if trainer.world_size == 1:
         return
     owners = _owners(statistics)
-    if any(other != owners for other in _gather(trainer, owners)):  # ranks that disagree would wait for each other
+    if any(other != owners for other in gather(trainer, owners)):  # ranks that disagree would wait for each other
         for layer in statistics.values():
             layer.unshare_inputs_()
     done: set[int] = set()
@@ -48,7 +48,7 @@ def merge(trainer: "pl.Trainer", own: Mapping[str, T]) -> dict[str, T]:
     """One dictionary of what each rank has found out about its own layers."""
     if trainer.world_size == 1:
         return dict(own)
-    return {name: value for part in _gather(trainer, dict(own)) for name, value in part.items()}
+    return {name: value for part in gather(trainer, dict(own)) for name, value in part.items()}
 
 
 def share_factors(
@@ -104,7 +104,7 @@ def raise_together(trainer: "pl.Trainer", error: Exception | None) -> None:
         if error is not None:
             raise error
         return
-    for rank, message in enumerate(_gather(trainer, None if error is None else str(error))):
+    for rank, message in enumerate(gather(trainer, None if error is None else str(error))):
         if message is not None:
             if error is not None:
                 raise error
@@ -127,7 +127,10 @@ def rewrap(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
     strategy._pl_static_graph_delay_done = False
 
 
-def _gather(trainer: "pl.Trainer", value: T) -> list[T]:
+def gather(trainer: "pl.Trainer", value: T) -> list[T]:
+    """What each rank has, on every rank."""
+    if trainer.world_size == 1:
+        return [value]
     gathered: list[T] = [value] * trainer.world_size
     distributed.all_gather_object(gathered, value)
     return gathered

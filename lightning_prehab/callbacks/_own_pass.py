@@ -39,8 +39,8 @@ def collect_in_own_pass(
         UnsupportedError: With manual optimization, whose ``training_step`` would step the optimizers.
         StatisticsError: If the training data has no batches.
     """
-    _check_automatic(pl_module, "Use CompressionCallback(epoch=1, ...) or later, or factorization=SVD().")
-    clone = _quiet_copy(trainer, pl_module)
+    check_automatic(pl_module, "Use CompressionCallback(epoch=1, ...) or later, or factorization=SVD().")
+    clone = quiet_copy(trainer, pl_module)
     copied = same_targets(clone, targets)
     for layer in copied.values():
         view_of(layer).parameter.requires_grad_()
@@ -48,10 +48,10 @@ def collect_in_own_pass(
     collector.attach()
     seen, batches = 0, int(min(batches, trainer.num_training_batches))
     with isolate_rng(), torch.set_grad_enabled(wanted.backward):
-        for index, batch in enumerate(counted(_batches(trainer, clone, batches), "calibrate", batches)):
+        for index, batch in enumerate(counted(first_batches(trainer, clone, batches), "calibrate", batches)):
             collector.begin_batch(batch, index)
             collector.loss_scale = gradient_scale(trainer)
-            loss = _loss(_training_step(trainer, clone, batch, index))
+            loss = loss_of(run_training_step(trainer, clone, batch, index))
             if wanted.backward and loss is not None:
                 (loss * collector.loss_scale).backward()  # type: ignore[no-untyped-call]
                 clone.zero_grad(set_to_none=True)
@@ -77,13 +77,13 @@ def probe_in_own_pass(
     Raises:
         UnsupportedError: With manual optimization.
     """
-    _check_automatic(pl_module, "Use another rank policy.")
-    clone = _quiet_copy(trainer, pl_module)
+    check_automatic(pl_module, "Use another rank policy.")
+    clone = quiet_copy(trainer, pl_module)
     with isolate_rng():
-        prepared = list(_batches(trainer, clone, batches))
+        prepared = list(first_batches(trainer, clone, batches))
 
         def forward(module: torch.nn.Module, batch: Any) -> Any:
-            return _loss(_training_step(trainer, clone, batch, 0))
+            return loss_of(run_training_step(trainer, clone, batch, 0))
 
         return measure_probes(
             clone,
@@ -95,7 +95,7 @@ def probe_in_own_pass(
         )
 
 
-def _check_automatic(pl_module: "pl.LightningModule", instead: str) -> None:
+def check_automatic(pl_module: "pl.LightningModule", instead: str) -> None:
     """Raises :class:`UnsupportedError` if ``training_step`` does more than to compute the loss of a batch."""
     if not pl_module.automatic_optimization:
         raise UnsupportedError(
@@ -106,7 +106,7 @@ def _check_automatic(pl_module: "pl.LightningModule", instead: str) -> None:
         raise UnsupportedError(f"training_step(dataloader_iter) fetches its own batches. {instead}")
 
 
-def _quiet_copy(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> "pl.LightningModule":
+def quiet_copy(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> "pl.LightningModule":
     """A copy in eval mode that logs nothing."""
     clone = _copy(pl_module).eval()
     clone.trainer = trainer
@@ -114,7 +114,7 @@ def _quiet_copy(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> "pl.L
     return clone
 
 
-def _batches(trainer: "pl.Trainer", clone: "pl.LightningModule", count: int) -> Iterator[Any]:
+def first_batches(trainer: "pl.Trainer", clone: "pl.LightningModule", count: int) -> Iterator[Any]:
     """The first training batches, on the device, the way the fit loop hands them over."""
     count = int(min(count, trainer.num_training_batches))
     with _fresh_batches(trainer) as loader:
@@ -123,13 +123,15 @@ def _batches(trainer: "pl.Trainer", clone: "pl.LightningModule", count: int) -> 
             yield clone._apply_batch_transfer_handler(batch, device=trainer.strategy.root_device)
 
 
-def _training_step(trainer: "pl.Trainer", clone: "pl.LightningModule", batch: Any, index: int) -> Any:
+def run_training_step(trainer: "pl.Trainer", clone: "pl.LightningModule", batch: Any, index: int) -> Any:
+    """What ``training_step`` of the copy returns for a batch, in the precision of the Trainer."""
     arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, index)
     with trainer.precision_plugin.train_step_context():
         return type(clone).training_step(clone, *arguments.values())
 
 
-def _loss(output: Any) -> Tensor | None:
+def loss_of(output: Any) -> Tensor | None:
+    """The loss in what ``training_step`` returns; None if it skips the batch."""
     loss = output.get("loss") if isinstance(output, Mapping) else output
     return loss if isinstance(loss, Tensor) else None
 

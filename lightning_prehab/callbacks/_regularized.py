@@ -11,6 +11,7 @@ from lightning_prehab.errors import CheckpointError, PrehabError
 from lightning_prehab.kinds import MatrixView, view_of
 from lightning_prehab.linalg.matrices import gram_root, leading_subspace, singular_values, spectral_ranks
 from lightning_prehab.regularizers import Memory, Metric, Penalty, Shrinkage
+from lightning_prehab.regularizers.metric import Side, project
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 from lightning_prehab.targets.locate import Target, group_names
 
@@ -108,6 +109,13 @@ class RegularizedLayer:
         self.memory["forecast"] = basis
         return (rows - basis @ (basis.mT @ rows)).square().sum(), energy
 
+    @torch.no_grad()
+    def cut(self) -> Tensor:
+        """What a cut to the target rank would add to the matrix, by the directions that :meth:`tail` has found last."""
+        weight = self.view.weight.detach().float()
+        side: Side = "left" if weight.shape[0] <= weight.shape[1] else "right"
+        return project(weight, side, *self.metric.projector(side, self.memory["forecast"])) - weight
+
     def penalty(self, regularizer: Penalty) -> Tensor:
         """R(L^T W S) in float32."""
         try:
@@ -164,14 +172,13 @@ def restore_layers(views: Mapping[str, MatrixView], states: Mapping[str, Mapping
     return [RegularizedLayer.from_state_dict(name, views[name], state) for name, state in states.items()]
 
 
-def cut_now(layers: Sequence[RegularizedLayer]) -> tuple[float | None, float]:
-    """What the cut would do now: the share of energy that it drops, mean over layers, and half of what it drops.
+def tails_of(layers: Sequence[RegularizedLayer]) -> tuple[float | None, float]:
+    """The share of energy that the cut would drop now, mean over layers, and the energy itself, summed.
 
-    In the loss space the latter predicts the increase of the loss. The share is None if no layer has a target rank.
-    Reads values back from the device.
+    The share is None if no layer has a target rank. Reads values back from the device.
     """
     tails = [layer.tail() for layer in layers if layer.rank is not None]
     if not tails:
         return None, 0.0
     shares = [float(tail / energy.clamp_min(torch.finfo(energy.dtype).tiny)) for tail, energy in tails]
-    return sum(shares) / len(shares), 0.5 * sum(float(tail) for tail, _ in tails)
+    return sum(shares) / len(shares), sum(float(tail) for tail, _ in tails)

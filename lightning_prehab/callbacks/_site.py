@@ -1,7 +1,7 @@
 """A LightningModule in the middle of its training, on one process or on several (DDP), as a place for the surgery."""
 
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
@@ -15,6 +15,7 @@ from lightning_prehab.callbacks._distributed import (
     together,
 )
 from lightning_prehab.callbacks._own_pass import collect_in_own_pass, probe_in_own_pass
+from lightning_prehab.callbacks._rehearsal import effect_in_training, rehearse
 from lightning_prehab.factorizations import Decomposition
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
@@ -45,6 +46,7 @@ class TrainerSite(Site):
         pl_module: Its module.
         batches: Training batches for a pass of our own, where nothing has been collected.
         collected: What has been collected on ordinary training steps, of this process alone; or None.
+        kept: Some of those batches with their numbers.
     """
 
     def __init__(
@@ -53,9 +55,10 @@ class TrainerSite(Site):
         pl_module: "pl.LightningModule",
         batches: int,
         collected: dict[str, LayerStatistics] | None = None,
+        kept: Sequence[tuple[Any, int]] = (),
     ) -> None:
         self._trainer, self._pl_module = trainer, pl_module
-        self._batches, self._collected = batches, collected
+        self._batches, self._collected, self._kept = batches, collected, kept
         self._decompositions: dict[str, Decomposition] = {}
 
     @property
@@ -102,9 +105,17 @@ class TrainerSite(Site):
         """Each from the process that has decomposed the layer."""
         own = together(self._trainer, lambda: compute_factors(self._pl_module, plan, self._decompositions))
         targets = together(self._trainer, lambda: planned_targets(self._pl_module, plan))
-        self._decompositions = {}  # they can be large
         cut = [layer.name for layer in plan.layers if layer.rank is not None]
         return share_factors(self._trainer, own, {name: view_of(targets[name]).parameter.device for name in cut})
+
+    def release(self) -> None:
+        """Forgets those of this process."""
+        self._decompositions = {}
+
+    def effect(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> float | None:
+        """On training batches, by ``training_step`` of a copy; None, with a warning, where that fails."""
+        arguments = self._trainer, self._pl_module, plan, factors, self._kept
+        return rehearse(lambda: effect_in_training(*arguments))
 
     def swap(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> CompressionReport:
         """In the module and all optimizers, once every process is ready to; the DDP wrapper is rebuilt."""

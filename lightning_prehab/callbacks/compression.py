@@ -19,6 +19,7 @@ from lightning_prehab.callbacks._checkpoint import (
     plan_of_factors,
     restore_statistics_,
 )
+from lightning_prehab.callbacks._rehearsal import KeptBatches
 from lightning_prehab.callbacks._report_logging import log_report
 from lightning_prehab.callbacks._site import TrainerSite
 from lightning_prehab.callbacks._trainer import (
@@ -178,6 +179,7 @@ class CompressionCallback(pl.Callback):
         self.report: CompressionReport | None = None
         self._collector: Collector | None = None
         self._older: dict[str, LayerStatistics] | None = None
+        self._kept = KeptBatches()
         self._restored: dict[str, Any] = {}
         self._shell: DenseShell | None = None
         self._following: RemovableHandle | None = None
@@ -226,7 +228,7 @@ class CompressionCallback(pl.Callback):
         if not all(isinstance(modules.get(name), LowRankLayer) for name in cuts):
             self.report, cuts = None, []  # another module, or one that has followed a dense checkpoint since
         self._stop_collecting()
-        self._restored, self._world_size, self._older = {}, trainer.world_size, None
+        self._restored, self._world_size, self._older, self._kept = {}, trainer.world_size, None, KeptBatches()
         self._shell = DenseShell(pl_module, cuts)
         move_to_front(trainer, self)  # others then see the compressed model from its first epoch on
 
@@ -286,6 +288,8 @@ class CompressionCallback(pl.Callback):
         if self._collector is None:
             self._collector = self._new_collector(trainer, pl_module)
         self._collector.begin_batch(batch, batch_idx)
+        if self.recipe.factorization_or_default.comparable:
+            self._kept.keep(batch, batch_idx)
 
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: torch.Tensor) -> None:
         """Notes the scale of this loss, to take it out of the gradients again."""
@@ -402,7 +406,8 @@ class CompressionCallback(pl.Callback):
             self._operate(trainer, pl_module)
 
     def _operate(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        site = TrainerSite(trainer, pl_module, self.calibration_batches, self._take_statistics())
+        kept, self._kept = self._kept, KeptBatches()
+        site = TrainerSite(trainer, pl_module, self.calibration_batches, self._take_statistics(), kept)
         report = self.report = operate(self.recipe, site)
         if self.reset_scores:
             reset_scores_(trainer)

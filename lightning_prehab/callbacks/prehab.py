@@ -26,9 +26,10 @@ from lightning_prehab.callbacks._decisions import (
     injects_into_loss,
     penalty_without_an_end,
 )
+from lightning_prehab.callbacks._forecast import Forecast
 from lightning_prehab.callbacks._injection import add_gradients_, measured_strength, penalty_of
 from lightning_prehab.callbacks._preparation import Preparation
-from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, cut_now, matrices, restore_layers
+from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, matrices, restore_layers, tails_of
 from lightning_prehab.callbacks._schedules import ramp
 from lightning_prehab.callbacks._shared_work import complete_memories_, own_part, prepare_together
 from lightning_prehab.callbacks._timeline import batches_to_watch, remaining_batches
@@ -64,9 +65,9 @@ class PrehabCallback(pl.Callback):
 
     Logged: ``prehab/penalty`` (mean of R) and ``prehab/strength``, or ``prehab/progress`` for a shrinkage; every
     ``forecast_every_n_steps`` steps, where target ranks are known, ``prehab/tail_energy`` (share of the energy that the
-    cut would drop now, mean over the layers) and in the loss space ``prehab/forecast`` (the predicted increase of the
-    loss if the cut came now, in the progress bar too); at the end of each epoch ``prehab/stable_rank`` and
-    ``prehab/effective_rank`` (means over the targets, of the weights themselves).
+    cut would drop now, mean over the layers) and in the loss space ``prehab/forecast`` (what the cut would add now to
+    the loss that ``training_step`` returns; tried on a copy of the module, and in the progress bar too); at the end of
+    each epoch ``prehab/stable_rank`` and ``prehab/effective_rank`` (means over the targets, of the weights themselves).
 
     Args:
         regularizer: A penalty or a shrinkage. None means :class:`~lightning_prehab.TailShrinkage` toward the planned
@@ -168,6 +169,7 @@ class PrehabCallback(pl.Callback):
         self._planned: Targets | None = None  # what the ranks are planned for: all targets of the surgery
         self._preparation: Preparation | None = None
         self._layers: list[RegularizedLayer] = []
+        self._outlook = Forecast()
         self._ready = False
         self._into_loss = True
         self._restored: dict[str, Any] = {}
@@ -226,6 +228,9 @@ class PrehabCallback(pl.Callback):
         """Prepares, or starts counting what this step sends through the targets."""
         if self._targets is None or not self._in_season(trainer):
             return
+        if self._ready and self.space == "loss" and self.forecast_every_n_steps > 0:
+            due = (self._steps + 1) % self.forecast_every_n_steps == 0
+            self._outlook.follow(trainer, pl_module, self._targets, self._layers, batch, batch_idx, look=due)
         if self._preparation is None and (not self._ready or self._update_is_due(trainer, batch_idx)):
             self._preparation = self._new_preparation(trainer)
             if not self._ready and self._preparation.is_complete:
@@ -333,6 +338,7 @@ class PrehabCallback(pl.Callback):
             "span": self._span,
             "ready": self._ready,
             "forecast": self.forecast,
+            "outlook": self._outlook.state_dict(),
             "ratio": None if self._ratio is None else self._ratio.state_dict(),
             "layers": {layer.name: layer.state_dict() for layer in self._layers},
             "preparation": None if preparation is None else preparation.state_dict(self._world_size),
@@ -349,6 +355,8 @@ class PrehabCallback(pl.Callback):
         state = self._restored
         self._steps, self._planned_at, self._span = state["steps"], state["planned_at"], state["span"]
         self._ready, self.forecast = state["ready"], state["forecast"]
+        if "outlook" in state:
+            self._outlook.load_state_dict(state["outlook"])
         if self._ratio is not None and state["ratio"] is not None:
             self._ratio.load_state_dict(state["ratio"])
         self._layers = restore_layers(matrices(in_all_forms(self._targets)), state["layers"])
@@ -399,13 +407,13 @@ class PrehabCallback(pl.Callback):
         return 1.0 - remaining / max(self._span, 1)
 
     def _log_forecast(self, pl_module: "pl.LightningModule") -> None:
-        share, increase = cut_now(self._layers)
+        share, energy = tails_of(self._layers)
         if share is None:
             return
         pl_module.log("prehab/tail_energy", share, batch_size=1)
-        if self.space == "loss":
-            self.forecast = increase
-            pl_module.log("prehab/forecast", increase, batch_size=1, prog_bar=True)
+        self.forecast = self._outlook.predict(energy)
+        if self.forecast is not None:
+            pl_module.log("prehab/forecast", self.forecast, batch_size=1, prog_bar=True)
 
     def _rank_source(self, trainer: "pl.Trainer") -> CompressionCallback | None:
         compression = find_callback(trainer, CompressionCallback)
@@ -442,9 +450,11 @@ class PrehabCallback(pl.Callback):
         if not self._ready:
             self._span = self._remaining(trainer, batch_idx)
         self._layers, self._ready, self._planned_at = layers, True, self._steps
+        if self.space == "loss" and self.forecast_every_n_steps > 0:
+            self._outlook.begin()
 
     def _release(self) -> None:
         if self._preparation is not None:
             self._preparation.close()
         self._preparation = self._targets = self._planned = None
-        self._layers, self._ready, self._rates = [], False, {}
+        self._layers, self._ready, self._rates, self._outlook = [], False, {}, Forecast()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_prehab.linalg.sparse import Sparse
@@ -35,7 +36,8 @@ class Factors(NamedTuple):
         assert b is not None
         return cls(a, b, bias_shift, None if indices is None or values is None else Sparse(indices, values))
 
-    def product(self) -> Tensor:
-        """The dense matrix that the parts stand for: ``B A``, with the sparse part."""
-        product = self.B @ self.A
+    def product(self, groups: int = 1) -> Tensor:
+        """The dense matrix that the parts stand for: ``B A`` of each group, with the sparse part."""
+        parts = zip(self.B.chunk(groups), self.A.chunk(groups), strict=True)
+        product = torch.cat([b @ a for b, a in parts]) if groups > 1 else self.B @ self.A
         return product if self.sparse is None else product + self.sparse.matrix(*product.shape).to(product)

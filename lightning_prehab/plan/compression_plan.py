@@ -78,7 +78,11 @@ class CompressionPlan:
 
     @property
     def loss_increase(self) -> float | None:
-        """Predicted increase of the mean loss by all cuts, or None if it is unknown for one of them."""
+        """Predicted increase of the loss by all cuts, or None if it is unknown for one of them.
+
+        In the unit of the loss where it was measured (``compress_``, the callback, the command line); a plan out of
+        statistics alone predicts the loss of a sample to second order.
+        """
         cuts = [layer.loss_increase for layer in self.layers if layer.rank is not None]
         known = [increase for increase in cuts if increase is not None]
         return sum(known, 0.0) if len(known) == len(cuts) else None
@@ -101,6 +105,22 @@ class CompressionPlan:
             chosen.update(dict.fromkeys(match_names(pattern, list(layers), "with_ranks"), rank))
         changed = {name: layers[name].with_rank(rank) for name, rank in chosen.items()}
         return replace(self, layers=tuple({**layers, **changed}.values()))
+
+    def with_loss_increase(self, increase: float) -> "CompressionPlan":
+        """The plan with another prediction for all cuts together; the layers keep their shares of it.
+
+        Args:
+            increase: Of the loss, at least 0. Without effect where nothing is predicted, or no increase at all.
+        """
+        predicted = self.loss_increase
+        if not predicted:
+            return self
+        scale = increase / predicted
+        layers = [
+            layer if layer.loss_increase is None else replace(layer, loss_increase=scale * layer.loss_increase)
+            for layer in self.layers
+        ]
+        return replace(self, layers=tuple(layers))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, ready for JSON.

@@ -8,21 +8,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_prehab.errors import ArgumentError, NumericalError, StatisticsError
+from lightning_prehab.errors import ArgumentError, StatisticsError
 from lightning_prehab.factorizations import Factors
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.matrices import break_even_rank
 from lightning_prehab.progress import counted
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.rank_policies.base import check_probe_keep
-from lightning_prehab.statistics.batches import batch_size, call_model, padding_mask, to_device
+from lightning_prehab.statistics.batches import batch_size, call_model, to_device
 from lightning_prehab.statistics.calibration import Forward, as_found
 from lightning_prehab.statistics.collector import recompile, run_eagerly
+from lightning_prehab.statistics.outputs import divergence, logits_in, loss_in, require_finite_output
 from lightning_prehab.targets.locate import Target, locate
 from lightning_prehab.targets.names import join
-
-#: Rows of logits that are compared at a time, in float64.
-ROWS = 1024
 
 
 def measure_probes(
@@ -78,7 +76,7 @@ def measure_probes(
     with torch.no_grad(), as_found(model, []), closing(_Cutter(model, targets)) as cutter:
         dense = list(outputs())
         for output in dense:
-            _require_finite(output, "The output of the dense model")
+            require_finite_output(output, "The output of the dense model")
         for name, target in counted(targets.items(), "probe"):
             if name not in cutter.reached:
                 continue
@@ -87,7 +85,7 @@ def measure_probes(
             cutter.cut(name, factors_of(name, rank))
             total = 0.0
             for batch, before, after in zip(listed, dense, outputs(), strict=True):
-                _require_finite(after, f"Layer {name!r} cut to rank {rank}: the output of the model")
+                require_finite_output(after, f"Layer {name!r} cut to rank {rank}: the output of the model")
                 total += _increase(before, after, batch)
             probes[name] = Probe(rank, max(total / samples, 0.0))
     return probes
@@ -167,12 +165,9 @@ class _Cutter:
 
 def _logits_or_loss(output: Any) -> Tensor:
     """Logits of shape ``(..., classes)`` where there are any, else the loss as a scalar."""
-    for key in ("logits", "loss"):
-        found = output.get(key) if isinstance(output, Mapping) else getattr(output, key, None)
-        if isinstance(found, Tensor) and (found.dim() == 0 or _are_logits(found)):
+    for found in (logits_in(output), loss_in(output)):
+        if found is not None:
             return found
-    if isinstance(output, Tensor) and (output.dim() == 0 or _are_logits(output)):
-        return output
     shape = f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
     raise StatisticsError(
         f"The output ({type(output).__name__}{shape}) has no logits of two or more classes in its last dimension and "
@@ -180,28 +175,8 @@ def _logits_or_loss(output: Any) -> Tensor:
     )
 
 
-def _are_logits(tensor: Tensor) -> bool:
-    return tensor.dim() >= 2 and tensor.shape[-1] >= 2
-
-
 def _increase(before: Tensor, after: Tensor, batch: Any) -> float:
     """What the cut did to one batch, as a sum over its samples."""
     if before.dim() == 0:
         return float(after.double() - before.double()) * batch_size(batch)
-    mask = padding_mask(batch)
-    if mask is not None and mask.shape == before.shape[:-1]:
-        before, after = before[mask], after[mask]
-    rows = zip(*(torch.split(logits.reshape(-1, logits.shape[-1]), ROWS) for logits in (before, after)), strict=True)
-    return sum(_divergence(one, other) for one, other in rows)
-
-
-def _divergence(before: Tensor, after: Tensor) -> float:
-    """``KL(before || after)`` of rows of logits, summed."""
-    wide = torch.float32 if before.device.type == "mps" else torch.float64
-    p, q = (logits.to(wide).log_softmax(-1) for logits in (before, after))
-    return float(nn.functional.kl_div(q, p, reduction="sum", log_target=True))
-
-
-def _require_finite(output: Tensor, what: str) -> None:
-    if not bool(torch.isfinite(output).all()):
-        raise NumericalError(f"{what} holds NaN or Inf; check the batches and the model's precision.")
+    return divergence(before, after, batch)[0]

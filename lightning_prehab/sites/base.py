@@ -72,12 +72,23 @@ class Site(ABC):
 
     @abstractmethod
     def factors(self, plan: CompressionPlan) -> dict[str, Factors]:
-        """Factors of all layers that the plan cuts, equal on every process; the decompositions are let go of.
+        """Factors of all layers that the plan cuts, equal on every process.
 
         Raises:
             PlanError: If the plan does not fit the model.
             NumericalError: If factors are not finite (the layer is named).
         """
+
+    @abstractmethod
+    def release(self) -> None:
+        """Lets go of the decompositions, which can be large: no more factors are wanted."""
+
+    def effect(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> float | None:
+        """What these cuts, all together, add to the loss in the user's own unit, measured; nothing is changed.
+
+        Equal on every process; None if it cannot be measured here, or not yet.
+        """
+        return None
 
     @abstractmethod
     def swap(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> CompressionReport:

@@ -1,6 +1,7 @@
 """A model in the memory of this process."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -19,8 +20,9 @@ from lightning_prehab.rank_policies import Probe
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.sites.base import Site
 from lightning_prehab.statistics.calibration import Forward, collect_statistics
+from lightning_prehab.statistics.effect import MOST_BATCHES, effect_of_cuts
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
-from lightning_prehab.surgery.factors import compute_factors
+from lightning_prehab.surgery.factors import compute_factors, planned_targets
 from lightning_prehab.surgery.swap import swap_
 from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.forms import form_name
@@ -55,7 +57,7 @@ class ProcessSite(Site):
     ) -> None:
         if layers_at_once is not None and (not isinstance(layers_at_once, int) or layers_at_once < 1):
             raise ArgumentError(f"layers_at_once must be at least 1, got {layers_at_once!r}.")
-        if isinstance(batches, Iterator) and layers_at_once is not None:
+        if isinstance(batches, Iterator):
             batches = list(batches)  # several passes are needed
         self.model = model
         self._batches, self._forward, self._optimizers = batches, forward, optimizers
@@ -107,10 +109,20 @@ class ProcessSite(Site):
 
     def factors(self, plan: CompressionPlan) -> dict[str, Factors]:
         """From the decompositions of this site."""
-        try:
-            return compute_factors(self.model, plan, self._decompositions)
-        finally:
-            self._decompositions.clear()  # they can be large
+        return compute_factors(self.model, plan, self._decompositions)
+
+    def release(self) -> None:
+        """Forgets them."""
+        self._decompositions.clear()
+
+    def effect(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> float | None:
+        """On the first batches."""
+        if self._batches is None:
+            return None
+        targets = planned_targets(self.model, plan)
+        some = list(islice(self._batches, MOST_BATCHES))
+        views = {name: view_of(targets[name]) for name in factors}
+        return effect_of_cuts(self.model, views, factors, some, self._forward)
 
     def swap(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> CompressionReport:
         """In the model and the optimizers."""

@@ -15,7 +15,7 @@ def batch_size(batch: Any) -> int:
     >>> batch_size({"x": torch.zeros(4, 3), "y": torch.zeros(4)})
     4
     """
-    for tensor in _tensors(batch):
+    for tensor in tensors(batch):
         if tensor.dim() > 0:
             return tensor.shape[0]
     return 1
@@ -61,7 +61,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch on the device; its type is kept wherever it can be."""
-    if all(tensor.device == device for tensor in _tensors(batch)):
+    if all(tensor.device == device for tensor in tensors(batch)):
         return batch
     if hasattr(batch, "to"):
         return batch.to(device)
@@ -74,9 +74,10 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def tensors(batch: Any) -> Iterator[Tensor]:
+    """All tensors in nested mappings, tuples and lists."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping | tuple | list):
         for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(part)
+            yield from tensors(part)

@@ -42,11 +42,26 @@ def assert_same_data(found: Any, stored: Any, where: str = "", more: bool = Fals
             assert_same_data(found[index], value, f"{where}/{index}", more)
     elif isinstance(stored, float):
         assert isinstance(found, float), where
-        rel_tol, abs_tol = (0.0, 0.0) if same_machine() else (1e-4, 1e-7)
+        share = where.endswith("/loss_increase") and not more  # a quotient
+        rel_tol, abs_tol = ((1e-9, 0.0) if share else (0.0, 0.0)) if same_machine() else (1e-4, 1e-7)
         assert math.isclose(found, stored, rel_tol=rel_tol, abs_tol=abs_tol), f"{where}: {found} instead of {stored}"
     else:
         assert type(found) is type(stored), where
         assert found == stored, where
+
+
+def in_shares(plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan, with the share of each layer in the predicted increase of the loss.
+
+    The increase itself was predicted in another unit before it was measured.
+    """
+    increases = [layer["predicted"]["loss_increase"] for layer in plan["layers"]]
+    total = math.fsum(increase or 0.0 for increase in increases) or 1.0
+    layers = [
+        {**layer, "predicted": {**layer["predicted"], "loss_increase": increase and increase / total}}
+        for layer, increase in zip(plan["layers"], increases, strict=True)
+    ]
+    return {**plan, "layers": layers}
 
 
 def assert_same_weights(found: State, stored: State) -> None:

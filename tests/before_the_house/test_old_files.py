@@ -14,6 +14,7 @@ from tests.before_the_house.comparison import (
     assert_same_weights,
     cuts,
     expected,
+    in_shares,
     ranks,
     same_machine,
 )
@@ -84,7 +85,7 @@ def test_a_run_goes_on(name, tmp_path):
     trainer, lit, report = run(tmp_path, FILES / name)
     assert trainer.global_step == STEPS
     assert ranks(report.plan.to_dict()) == ranks(stored["plan"])
-    assert_same_data(report.plan.to_dict(), stored["plan"])
+    assert_same_data(in_shares(report.plan.to_dict()), in_shares(stored["plan"]))
     assert_same_weights(state_of(lit), stored["end"])
     assert_same_logits(logits_of(lit, RUN), stored["logits"])
     before = checkpoint(name)["state_dict"]

@@ -214,26 +214,33 @@ def test_no_update_where_none_is_wanted(update_steps, lit, data, make_trainer):
     assert len(plans) == 1
 
 
-def test_the_forecast_is_half_the_tail_in_the_loss_space(lit, data, make_trainer):
+def test_the_forecast_is_what_a_cut_would_do_now(lit, data, make_trainer):
+    """Against the loss of all data with the tails taken off, without a regularizer that holds against it."""
     found = []
+    x, y = data.tensors
+
+    def loss():
+        with torch.no_grad():
+            return nn.functional.mse_loss(lit.net(x), y).item()
 
     class Check(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if prehab._ready and prehab._steps > 0:
-                total = 0.0
+                before, kept = loss(), copy.deepcopy(pl_module.state_dict())
                 for layer in prehab._layers:
-                    metric = layer.metric
-                    seen = metric.left.double() @ layer.view.weight.double() @ metric.right.double()
-                    total += 0.5 * float(torch.linalg.svdvals(seen)[layer.rank :].square().sum())
-                found.append((prehab.forecast, total))
+                    metric, weight = layer.metric, layer.view.weight.detach().double()
+                    left, right = metric.left.double(), metric.right.double()
+                    u, s, v = torch.linalg.svd(left @ weight @ right, full_matrices=False)
+                    cut = (u[:, : layer.rank] * s[: layer.rank]) @ v[: layer.rank]
+                    layer.view.write_((torch.linalg.inv(left) @ cut @ torch.linalg.inv(right)).float())
+                found.append((prehab.forecast, loss() - before))
+                pl_module.load_state_dict(kept)
 
-    prehab = lp.PrehabCallback(lp.TailEnergy(), 0.01, space="loss", forecast_every_n_steps=1)
+    prehab = lp.PrehabCallback(lp.TailEnergy(), 1e-6, space="loss", forecast_every_n_steps=1)
     callbacks = [prehab, lp.CompressionCallback(3, 0.5, calibration_batches=4), Check()]
     make_trainer(max_epochs=4, callbacks=callbacks).fit(lit, DataLoader(data, 16))
     assert len(found) == 14
-    assert found[0][0] == pytest.approx(found[0][1], rel=1e-4)
-    for ours, exact in found:
-        assert 0.9999 * exact < ours < 1.05 * exact  # one subspace step per forecast: never too low
+    assert all(0.5 < ours / exact < 2.0 for ours, exact in found), found
 
 
 def surgery_epoch(make_trainer, lit, data, below, regularizer=None, **settings):
@@ -245,17 +252,17 @@ def surgery_epoch(make_trainer, lit, data, below, regularizer=None, **settings):
 
     prehab = lp.PrehabCallback(regularizer or lp.TailShrinkage(), space="loss", forecast_every_n_steps=2)
     compression = lp.CompressionCallback("auto", 0.5, calibration_batches=4, forecast_below=below)
-    trainer = make_trainer(max_epochs=8, callbacks=[prehab, compression, Watch()], **settings)
+    trainer = make_trainer(max_epochs=16, callbacks=[prehab, compression, Watch()], **settings)
     trainer.fit(lit, DataLoader(data, 16))
     return epochs
 
 
 def test_the_surgery_comes_when_the_cut_is_free(lit, data, make_trainer):
-    assert surgery_epoch(make_trainer, copy.deepcopy(lit), data, below=1e-9) == [7]  # the last possible one
+    assert surgery_epoch(make_trainer, copy.deepcopy(lit), data, below=1e-9) == [15]  # the last possible one
     (early,) = surgery_epoch(make_trainer, copy.deepcopy(lit), data, below=1e9)
-    (middle,) = surgery_epoch(make_trainer, copy.deepcopy(lit), data, below=1e-4)
+    (middle,) = surgery_epoch(make_trainer, copy.deepcopy(lit), data, below=1e-3)
     assert early <= 2
-    assert early <= middle < 7
+    assert early < middle < 15
 
 
 def test_penalties_without_a_target_rank_forecast_too(lit, data, make_trainer):

@@ -1,0 +1,120 @@
+"""What the planned cut would do to the user's loss if it came now."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_prehab.callbacks._distributed import gather, together
+from lightning_prehab.callbacks._regularized import RegularizedLayer, matrices, tails_of
+from lightning_prehab.callbacks._rehearsal import Rehearsal, rehearse
+from lightning_prehab.statistics.effect import Change, mean_and_error, odd_and_even
+from lightning_prehab.targets.find import Targets
+from lightning_prehab.targets.forms import in_all_forms
+from lightning_prehab.targets.locate import same_targets
+
+#: Batches, one at a step, on which the cut is tried each time.
+BATCHES = 3
+#: Share of the energy at the first trial below which the cut counts as free: it is not tried any more.
+FREE = 1e-6
+#: Share of the loss by which a trial may raise it at most: beyond, the effect of a small cut could not be told from it.
+SMALL = 0.03
+
+
+class Forecast:
+    """Follows what a cut would do to the loss by the energy of the tails that it would drop.
+
+    Gradients alone do not know the unit of the loss. So the cut is tried, on a copy of the module, on some batches
+    after its metric has become known, and again whenever the energy has halved: with the tails taken off and added once
+    more, in part if the whole is too much. What is odd in that goes with the root of the energy, what is even with the
+    energy itself. The odd part is what a network that is being shrunk holds against it, and grows as it is.
+    """
+
+    def __init__(self) -> None:
+        self._tried: list[tuple[float, float]] = []  # per batch: the odd part per root of energy, the even per energy
+        self._step = 1.0
+        self._left = 0
+        self._first = self._last = 0.0  # energies, when the cut was tried for the first time in this metric, and last
+        self._impossible = False
+
+    def begin(self) -> None:
+        """The metric is a new one."""
+        self._tried, self._step, self._first, self._last = [], 1.0, 0.0, 0.0
+        self._left = 0 if self._impossible else BATCHES
+
+    def predict(self, energy: float) -> float | None:
+        """The increase of the loss by a cut that drops so much energy; None if nothing could be tried."""
+        if not self._tried:
+            return None
+        odd, _ = odd_and_even(*zip(*((0.0, odd, -odd) for odd, _ in self._tried), strict=True))
+        even, _ = mean_and_error([even for _, even in self._tried])
+        return max(odd * math.sqrt(energy) + even * energy, 0.0)
+
+    def follow(
+        self,
+        trainer: "pl.Trainer",
+        pl_module: "pl.LightningModule",
+        targets: Targets,
+        layers: Sequence[RegularizedLayer],
+        batch: Any,
+        batch_idx: int,
+        *,
+        look: bool,
+    ) -> None:
+        """Tries the cut on a batch of each process, if it is time to; the module is not touched.
+
+        Args:
+            trainer: The running Trainer.
+            pl_module: Its module.
+            targets: What the layers were made of.
+            layers: Those with a target rank are cut.
+            batch: The batch of the next step.
+            batch_idx: Its number.
+            look: Whether to see if the energy has halved.
+        """
+        if self._left == 0 and not (look and self._last > 0.0):
+            return
+        _, energy = tails_of(layers)
+        if self._left == 0 and FREE * self._first < energy < 0.5 * self._last:
+            self._left = BATCHES
+        if self._left == 0 or not 0.0 < energy < math.inf:
+            return
+        if self._left == BATCHES:
+            older, self._tried, self._last = self._tried, [], energy
+            self._first = self._first or energy
+        else:
+            older = []
+        self._left -= 1
+
+        def trial() -> float:
+            rehearsal = together(trainer, lambda: Rehearsal(trainer, pl_module))
+            views = matrices(in_all_forms(same_targets(rehearsal.module, targets)))
+            changes = [Change(views[layer.name], layer.cut()) for layer in layers if layer.rank is not None]
+
+            def loss_at(step: float) -> float:
+                own = together(trainer, lambda: rehearsal.loss(batch, batch_idx, changes, step))
+                return mean_and_error(gather(trainer, own))[0]
+
+            before = loss_at(0.0)
+            while True:
+                odd, even = odd_and_even([before], [loss_at(self._step)], [loss_at(-self._step)])
+                if not even > SMALL * abs(before) > 0.0:
+                    break
+                self._step *= math.sqrt(0.5 * SMALL * abs(before) / even)
+            self._tried.append((odd / (self._step * math.sqrt(energy)), even / (self._step**2 * energy)))
+            return even
+
+        if rehearse(trial) is None:
+            self._tried, self._left, self._impossible = older, 0, True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        numbers = {"step": self._step, "left": self._left, "first": self._first, "last": self._last}
+        return {"tried": [list(trial) for trial in self._tried], "impossible": self._impossible, **numbers}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where :meth:`state_dict` was called."""
+        self._tried = [(odd, even) for odd, even in state["tried"]]
+        self._step, self._left, self._impossible = state["step"], state["left"], state["impossible"]
+        self._first, self._last = state["first"], state["last"]

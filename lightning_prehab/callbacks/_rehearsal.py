@@ -1,0 +1,109 @@
+"""What a change of the weights would do to the loss of the running training: tried on a copy, on real batches."""
+
+import copy
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_prehab.callbacks._distributed import gather, together
+from lightning_prehab.callbacks._own_pass import check_automatic, first_batches, loss_of, quiet_copy, run_training_step
+from lightning_prehab.errors import StatisticsError, UnsupportedError
+from lightning_prehab.kinds import view_of
+from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.plan.compression_plan import CompressionPlan
+from lightning_prehab.statistics.batches import tensors
+from lightning_prehab.statistics.effect import MOST_BATCHES, Change, measure_increase, moved
+from lightning_prehab.surgery.factors import planned_targets
+
+#: Bytes of batches that are kept for a rehearsal, at most; one batch in any case.
+KEPT_BYTES = 256 * 2**20
+
+
+class KeptBatches(list[tuple[Any, int]]):
+    """Copies of some training batches with their numbers, taken before ``training_step`` can change them."""
+
+    def keep(self, batch: Any, batch_idx: int) -> None:
+        """Keeps it, if there is room."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors(batch))
+        if len(self) < MOST_BATCHES and (not self or (len(self) + 1) * size <= KEPT_BYTES):
+            self.append((copy.deepcopy(batch), batch_idx))
+
+
+class Rehearsal:
+    """A copy of the module in eval mode, that logs nothing, and runs ``training_step`` with moved weights.
+
+    Raises:
+        UnsupportedError: With manual optimization, or if the module cannot be copied.
+    """
+
+    def __init__(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        check_automatic(pl_module, "What the cut does to the loss cannot be measured then.")
+        self._trainer = trainer
+        self.module = quiet_copy(trainer, pl_module)
+
+    def first_batches(self) -> list[tuple[Any, int]]:
+        """Those that an epoch begins with, from an iterator of our own."""
+        with isolate_rng():
+            return list(zip(first_batches(self._trainer, self.module, MOST_BATCHES), itertools.count(), strict=False))
+
+    def loss(self, batch: Any, batch_idx: int, changes: Sequence[Change], step: float) -> float:
+        """That of a batch, with the weights moved by ``step`` times the changes; in the state of randomness of now."""
+        # Gradients are not wanted, but a training_step may compute some of its own for its loss.
+        with isolate_rng(), moved(changes, step), torch.enable_grad():
+            loss = loss_of(run_training_step(self._trainer, self.module, copy.deepcopy(batch), batch_idx))
+        if loss is None or not bool(torch.isfinite(loss)):
+            raise StatisticsError(
+                f"training_step returned {'no loss' if loss is None else 'a loss that is not finite'}."
+            )
+        return float(loss.detach())
+
+
+def rehearse(work: Callable[[], float]) -> float | None:
+    """What ``work`` measures, or None, with a warning, where it cannot: a run does not end for that."""
+    try:
+        return work()
+    except UnsupportedError as error:
+        rank_zero_info(f"Predictions of the loss are not in its unit: {error}")
+    except Exception as error:  # training_step is anybody's code
+        rank_zero_warn(f"What the cut does to the loss could not be measured ({type(error).__name__}: {error}).")
+    return None
+
+
+def effect_in_training(
+    trainer: "pl.Trainer",
+    pl_module: "pl.LightningModule",
+    plan: CompressionPlan,
+    factors: Mapping[str, Factors],
+    kept: Sequence[tuple[Any, int]],
+) -> float:
+    """What the planned cuts add to the loss that ``training_step`` returns, over the batches of all processes.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: Its module; it is not touched.
+        plan: What is cut.
+        factors: Of all that is cut.
+        kept: Training batches of this process; without any, those that an epoch begins with are taken.
+    """
+
+    def prepare() -> tuple[Rehearsal, list[Change], Sequence[tuple[Any, int]]]:
+        rehearsal = Rehearsal(trainer, pl_module)
+        targets = planned_targets(rehearsal.module, plan)
+        changes = [Change.by_cut(view_of(targets[name]), found) for name, found in factors.items()]
+        batches = kept or rehearsal.first_batches()
+        if not batches:
+            raise StatisticsError("The training data has no batches.")
+        return rehearsal, changes, batches
+
+    rehearsal, changes, batches = together(trainer, prepare)
+
+    def losses_at(some: range, step: float) -> list[float]:
+        own = together(trainer, lambda: [rehearsal.loss(*batches[number], changes, step) for number in some])
+        return [loss for part in gather(trainer, own) for loss in part]
+
+    return measure_increase(losses_at, min(gather(trainer, len(batches))))

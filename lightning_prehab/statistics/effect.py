@@ -1,0 +1,192 @@
+"""What a change of the weights does to the loss, measured: by running the model with them and without."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prehab.kinds import MatrixView
+from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.statistics.batches import call_model, to_device
+from lightning_prehab.statistics.calibration import Forward, as_found
+from lightning_prehab.statistics.outputs import divergence, logits_in, loss_in, next_token_loss, require_finite_output
+
+#: Batches that are gone through before it is asked whether they were enough.
+BATCHES_AT_ONCE = 4
+#: And at most so many.
+MOST_BATCHES = 16
+#: Standard errors by which a change must differ from zero to count as it is.
+SURE = 4.0
+
+#: ``losses_at(batches, step)``: the losses of some batches, told by their numbers, with the weights moved by ``step``
+#: times the change. On several processes all get the same ones.
+LossesAt = Callable[[range, float], Sequence[float]]
+
+
+class Change(NamedTuple):
+    """What is added to a matrix of the model, or written there, and the same for the bias beside it.
+
+    Attributes:
+        view: The matrix.
+        weight: Shape ``(m, n)``.
+        bias: Shape of ``view.bias``, or None.
+    """
+
+    view: MatrixView
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def by_cut(cls, view: MatrixView, factors: Factors) -> "Change":
+        """What turns a matrix into the product of its factors.
+
+        A shift for a layer that has no bias is left out.
+        """
+        shift = None if view.bias is None else factors.bias_shift
+        return cls(view, factors.product(view.group_count) - view.weight, shift)
+
+
+@contextmanager
+def moved(changes: Sequence[Change], step: float) -> Iterator[None]:
+    """Inside, the weights are moved by ``step`` times the changes; outside they are what they were, bit by bit."""
+    if step == 0.0:
+        yield
+        return
+    kept = [Change(view, view.weight.detach().clone(), _copy(view.bias)) for view, _, _ in changes]
+    try:
+        for view, weight, bias in changes:
+            old = view.bias
+            new = None if bias is None or old is None else old.detach() + step * bias
+            _write_(Change(view, view.weight.detach() + step * weight, new))
+        yield
+    finally:
+        for change in kept:
+            _write_(change)
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
+@torch.no_grad()
+def _write_(change: Change) -> None:
+    change.view.write_(change.weight)
+    if change.bias is not None and change.view.bias is not None:
+        change.view.bias.copy_(change.bias)
+
+
+def measure_increase(losses_at: LossesAt, batches: int) -> float:
+    """What a change of the weights adds to the loss, in its unit; not negative.
+
+    The mean difference over the batches, if it is clear of its own noise. A small change is not: on few samples the
+    part that is odd in the change, which is about zero on all data once a model is trained, hides the curvature that is
+    looked for. The change is then tried with the opposite sign too. That parts the odd from the even, and of the odd
+    part no more is taken than is sure (:func:`odd_and_even`); nothing of it if the loss would seem to fall.
+
+    Args:
+        losses_at: Measures.
+        batches: How many there are, at least 1.
+    """
+    before: list[float] = []
+    after: list[float] = []
+    for start in range(0, batches, BATCHES_AT_ONCE):
+        some = range(start, min(start + BATCHES_AT_ONCE, batches))
+        before += losses_at(some, 0.0)
+        after += losses_at(some, 1.0)
+        change, error = mean_and_error([new - old for new, old in zip(after, before, strict=True)])
+        if change > 0.0 and change > SURE * error and len(before) >= min(BATCHES_AT_ONCE, batches):
+            return change
+    odd, even = odd_and_even(before, after, losses_at(range(batches), -1.0))
+    return max(odd + even if odd + even > 0.0 else even, 0.0)
+
+
+def odd_and_even(before: Sequence[float], after: Sequence[float], opposite: Sequence[float]) -> tuple[float, float]:
+    """What is odd in a change of the weights, as far as it is sure, and what is even: means over the batches.
+
+    As far as it is sure: ``a^2 / (a^2 + e^2)`` of the odd part ``a`` with standard error ``e``; all of it where there
+    is one batch alone, whose error is not known.
+
+    >>> odd_and_even([1.0, 1.0], [1.75, 1.75], [1.25, 1.25])
+    (0.25, 0.5)
+    """
+    triples = list(zip(before, after, opposite, strict=True))
+    odd, error = mean_and_error([(plus - minus) / 2 for _, plus, minus in triples])
+    even, _ = mean_and_error([(plus + minus) / 2 - zero for zero, plus, minus in triples])
+    sure = odd**2 / (odd**2 + error**2) if odd and len(triples) > 1 else 1.0
+    return sure * odd, even
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error; that of a single value is 0.
+
+    >>> mean_and_error([1.0, 3.0])
+    (2.0, 1.0)
+    """
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, 0.0
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def effect_of_cuts(
+    model: nn.Module,
+    views: Mapping[str, MatrixView],
+    factors: Mapping[str, Factors],
+    batches: Sequence[Any],
+    forward: Forward | None = None,
+) -> float:
+    """What cuts do to the loss of some batches, all of them together; nothing is left changed.
+
+    The loss is that which the model or ``forward`` returns. Where they return logits alone, it is that of the next
+    tokens for a model that predicts them, else the mean of the Kullback-Leibler divergence from the dense model's
+    predictions: what the cross-entropy of labels would rise by that are drawn from the dense model. The model runs in
+    eval mode without autograd; each pass over a batch starts from the same random state.
+
+    Args:
+        model: The module, on one device.
+        views: The matrices by name.
+        factors: Of those that are cut.
+        batches: At least one; at most ``MOST_BATCHES`` are looked at.
+        forward: ``(model, batch) -> output or loss``; as for :func:`~lightning_prehab.collect_statistics`.
+
+    Raises:
+        NumericalError: If an output is not finite.
+    """
+    changes = [Change.by_cut(views[name], found) for name, found in factors.items()]
+    device = next(model.parameters()).device
+
+    def output_of(batch: Any, step: float) -> Any:
+        with moved(changes, step), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return call_model(model, batch) if forward is None else forward(model, batch)
+
+    def loss_at(number: int, step: float) -> float:
+        batch = to_device(batches[number], device)
+        output = output_of(batch, step)
+        found, logits = loss_in(output), logits_in(output)
+        if found is not None:
+            require_finite_output(found, "The loss")
+            return float(found)
+        if logits is None:
+            return 0.0
+        require_finite_output(logits, "The output of the model")
+        text = next_token_loss(logits, batch)
+        if number not in speaks:
+            speaks[number] = text is not None and text[1]
+        if text is not None and speaks[number]:
+            return text[0]
+        if step == 0.0:
+            return 0.0
+        dense = logits_in(output_of(batch, 0.0))
+        assert dense is not None
+        total, count = divergence(dense, logits, batch)
+        return total / max(count, 1)
+
+    speaks: dict[int, bool] = {}  # whether the dense model predicts the next tokens of a batch
+    with as_found(model, []):
+        count = min(len(batches), MOST_BATCHES)
+        return measure_increase(lambda some, step: [loss_at(number, step) for number in some], count)

@@ -1,0 +1,92 @@
+"""What a model returns: a loss, logits, and how far two sets of logits are apart."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prehab.errors import NumericalError
+from lightning_prehab.statistics.batches import padding_mask, tensors
+
+#: Rows of logits that are compared at a time, in float64.
+ROWS = 1024
+
+
+def loss_in(output: Any) -> Tensor | None:
+    """The loss: a scalar output, or the output's ``.loss``; None if there is none."""
+    if isinstance(output, Tensor):
+        return output if output.dim() == 0 else None
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return loss if isinstance(loss, Tensor) and loss.dim() == 0 else None
+
+
+def logits_in(output: Any) -> Tensor | None:
+    """Logits of shape ``(..., classes)``: the output itself, or its ``.logits``; None if there are none."""
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    return found if isinstance(found, Tensor) and found.dim() >= 2 and found.shape[-1] >= 2 else None
+
+
+def divergence(before: Tensor, after: Tensor, batch: Any) -> tuple[float, int]:
+    """Kullback-Leibler divergence between the predictions of two models for a batch.
+
+    Args:
+        before: Logits of shape ``(..., classes)``, of the model that counts as right.
+        after: Those of the other one.
+        batch: Its ``attention_mask`` leaves positions out, where it fits.
+
+    Returns:
+        ``KL(before || after)`` in nats, summed over all predictions, and their number.
+    """
+    mask = padding_mask(batch)
+    if mask is not None and mask.shape == before.shape[:-1]:
+        before, after = before[mask], after[mask]
+    pairs = zip(*(torch.split(logits.reshape(-1, logits.shape[-1]), ROWS) for logits in (before, after)), strict=True)
+    return sum(_divergence(one, other) for one, other in pairs), before[..., 0].numel()
+
+
+def next_token_loss(logits: Tensor, batch: Any) -> tuple[float, bool] | None:
+    """How well each token of a text is predicted from those before it, where this is what a model does.
+
+    Args:
+        logits: Shape ``(batch, positions, classes)``.
+        batch: With the tokens of shape ``(batch, positions)``; its ``attention_mask`` leaves positions out.
+
+    Returns:
+        The mean cross-entropy in nats, and whether it is about what the model itself expects (the entropy of its
+        predictions): what says that it has learned to do this, and not to classify tokens or to fill gaps. None if the
+        batch holds no such tokens.
+    """
+    tokens = next((found for found in tensors(batch) if _are_tokens(found, logits)), None)
+    if tokens is None:
+        return None
+    mask = padding_mask(batch)
+    seen = torch.ones_like(tokens, dtype=torch.bool) if mask is None or mask.shape != tokens.shape else mask
+    seen = seen[:, 1:] & seen[:, :-1]
+    labels, flat = tokens[:, 1:][seen].long(), logits[:, :-1][seen]
+    if len(labels) == 0:
+        return None
+    loss = entropy = 0.0
+    for rows, right in zip(torch.split(flat, ROWS), torch.split(labels, ROWS), strict=True):
+        logs = rows.double().log_softmax(-1) if rows.device.type != "mps" else rows.float().log_softmax(-1)
+        loss -= float(logs.gather(1, right[:, None]).sum())
+        entropy -= float((logs.exp() * logs).sum())
+    return loss / len(labels), loss <= 2.0 * entropy + 0.5 * len(labels)
+
+
+def _are_tokens(found: Tensor, logits: Tensor) -> bool:
+    if found.dtype not in (torch.int32, torch.int64) or logits.dim() != 3 or found.shape != logits.shape[:-1]:
+        return False
+    return found.shape[1] > 1 and int(found.min()) >= 0 and int(found.max()) < logits.shape[-1]
+
+
+def require_finite_output(output: Tensor, what: str) -> None:
+    """Raises :class:`NumericalError` for NaN or Inf."""
+    if not bool(torch.isfinite(output).all()):
+        raise NumericalError(f"{what} holds NaN or Inf; check the batches and the model's precision.")
+
+
+def _divergence(before: Tensor, after: Tensor) -> float:
+    wide = torch.float32 if before.device.type == "mps" else torch.float64
+    p, q = (logits.to(wide).log_softmax(-1) for logits in (before, after))
+    return float(nn.functional.kl_div(q, p, reduction="sum", log_target=True))
