@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.factorizations import Factorization
+from lightning_prehab.kinds import view_of
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.recipe import Layout, RankOverride, Recipe
 from lightning_prehab.plan.spectra import Solver
@@ -16,6 +17,7 @@ from lightning_prehab.road import apply, operate, survey
 from lightning_prehab.sites.process import KnownSite, ProcessSite
 from lightning_prehab.statistics.sums import LayerStatistics
 from lightning_prehab.surgery.factors import cut_targets
+from lightning_prehab.surgery.pretrained import check_pretrained
 from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.locate import Target
 from lightning_prehab.targets.names import Patterns
@@ -159,8 +161,10 @@ def apply_plan_(
     Raises:
         PlanError: If the plan does not fit the model.
         NumericalError: If factors are not finite (the layer is named).
-        UnsupportedError: If an optimizer cannot be edited.
+        UnsupportedError: If an optimizer cannot be edited, or the model could not be saved afterwards.
         PrehabError: Whatever a factorization raises. The model and the optimizers are then as they were.
     """
-    solver = Solver(cut_targets(model, plan), plan.factorization, statistics)
+    targets = cut_targets(model, plan)
+    check_pretrained(model, (view_of(target).module for target in targets.values()))
+    solver = Solver(targets, plan.factorization, statistics)
     return apply(plan, ProcessSite(model, optimizers=optimizers), solver)

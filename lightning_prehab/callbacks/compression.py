@@ -19,6 +19,7 @@ from lightning_prehab.callbacks._checkpoint import (
     plan_of_factors,
     restore_statistics_,
 )
+from lightning_prehab.callbacks._held import warn_of_unheld
 from lightning_prehab.callbacks._rehearsal import KeptBatches
 from lightning_prehab.callbacks._report_logging import log_report
 from lightning_prehab.callbacks._site import TrainerSite
@@ -48,6 +49,7 @@ from lightning_prehab.road import operate
 from lightning_prehab.statistics.collector import Collector
 from lightning_prehab.statistics.sums import LayerStatistics
 from lightning_prehab.surgery.optimizers import check_optimizer
+from lightning_prehab.surgery.pretrained import check_pretrained
 from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.names import Patterns, clean_name
 
@@ -249,6 +251,8 @@ class CompressionCallback(pl.Callback):
         if not self.done:
             targets = self.recipe.find_targets(pl_module)
             check_recipe(self.recipe, targets)
+            check_pretrained(pl_module, (view_of(target).module for target in targets.values()))
+            warn_of_unheld(trainer, targets)
             split = [
                 view_of(t).parameter
                 for t in targets.values()

@@ -47,18 +47,25 @@ def save_compressed(model: nn.Module, folder: str | os.PathLike[str], report: Co
 
     Raises:
         PrehabError: If the ``safetensors`` package is missing, or the state dict holds something else than tensors.
-        UnsupportedError: If a tensor is quantized.
+        UnsupportedError: If a tensor is quantized, sparse or nested.
     """
     save, _ = _safetensors()
     state = dict(model.state_dict())
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
         raise PrehabError(f"The state dict entry {odd[0]!r} is not a tensor and cannot be stored without pickle.")
-    quantized = [name for name, value in state.items() if is_quantized(value)]
+    quantized = [name for name, value in state.items() if is_quantized(value) or value.is_quantized]
     if quantized:
         raise UnsupportedError(
             f"{quantized[0]!r} is quantized ({type(state[quantized[0]]).__name__}), and safetensors has no place for "
             "that; save the model before it is quantized, and quantize it anew after load_compressed."
+        )
+    packed = [name for name, value in state.items() if value.is_nested or value.layout != torch.strided]
+    if packed:
+        kind = "nested" if state[packed[0]].is_nested else state[packed[0]].layout
+        raise UnsupportedError(
+            f"{packed[0]!r} is no dense tensor ({kind}), and safetensors has no place for that; keep it dense, or out "
+            "of the state dict."
         )
     stored, aliases = _without_aliases(state)
     weights: bytes = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in stored.items()})

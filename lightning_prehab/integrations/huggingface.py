@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_prehab.errors import CheckpointError, PrehabError
 from lightning_prehab.kinds import kind_of
+from lightning_prehab.layers.linear import LowRankLayer
 from lightning_prehab.surgery.pretrained import FORMAT_VERSION, GUARD, METHOD, check_pretrained, note_structure_
 from lightning_prehab.surgery.structure import follow_state_dict_
 
@@ -33,9 +34,9 @@ def prepare_for_saving(model: nn.Module) -> None:
         model: A transformers model, or a module that holds some.
 
     Raises:
-        UnsupportedError: If the model is quantized by another method; it is then as it was.
+        UnsupportedError: If a model with low-rank layers is quantized by another method; it is then as it was.
     """
-    check_pretrained(model)
+    check_pretrained(model, (module for module in model.modules() if isinstance(module, LowRankLayer)))
     note_structure_(model)
 
 
@@ -99,9 +100,6 @@ class LowRankQuantizer(HfQuantizer):
 
     def postprocess_model(self, model: nn.Module, **kwargs: Any) -> None:
         """Leaves an ordinary model: nothing is quantized, so training, ``half()`` and ``to()`` are allowed."""
-        for name in ("hf_quantizer", "quantization_method", "is_quantized"):
-            if name in vars(model):
-                delattr(model, name)
         note_structure_(model)
 
     def is_serializable(self) -> bool:

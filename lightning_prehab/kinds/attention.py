@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prehab.kinds.base import Kind, MatrixView, See, dense_linear
+from lightning_prehab.kinds.base import Kind, MatrixView, See, dense_linear, not_its_own
 from lightning_prehab.layers.attention import PARTS, LowRankMultiheadAttention, Masks, Projections, Three, attend, each
 from lightning_prehab.layers.linear import LowRankLinear, low_rank_linear
 from lightning_prehab.linalg.factors import Factors
@@ -88,7 +88,12 @@ class MultiheadAttentionKind(Kind):
             return f"its out_proj is a {type(module.out_proj).__name__}"
         if "weight" not in module.out_proj._parameters or not module._parameters.keys() >= set(names):
             return "a weight of it is pruned or normalized by a hook; make that permanent or remove it first"
-        return None
+        size, widths = module.embed_dim, (module.embed_dim, module.kdim, module.vdim)
+        shapes = [(3 * size, size)] if module._qkv_same_embed_dim else [(size, width) for width in widths]
+        found = [not_its_own(module, name, shape) for name, shape in zip(names, shapes, strict=True)]
+        found += [not_its_own(module, "in_proj_bias", None)]
+        found += [not_its_own(module.out_proj, "weight", (size, size)), not_its_own(module.out_proj, "bias", None)]
+        return next((reason for reason in found if reason is not None), None)
 
     def views(self, module: nn.Module, blocks: Mapping[str, int] | None = None) -> dict[str, MatrixView]:
         """The four projections; ``blocks`` has no meaning here."""

@@ -209,6 +209,25 @@ def first_argument(args: tuple[Any, ...], settings: Mapping[str, Any]) -> Tensor
     return found
 
 
+def not_its_own(module: nn.Module, name: str, shape: tuple[int, ...] | None) -> str | None:
+    """Why a parameter of a module is not what its kind has there, or None if it is.
+
+    Weights can be exchanged for buffers, plain tensors and flat pieces of a sharded model.
+
+    Args:
+        module: The module.
+        name: Of the parameter.
+        shape: That it has to have; None for one that may be missing and whose shape does not matter.
+    """
+    found = module._parameters.get(name)
+    if name not in module._parameters or not (isinstance(found, nn.Parameter) or (found is None and shape is None)):
+        return f"its {name} is no parameter"
+    if found is not None and shape is not None and tuple(found.shape) != shape:
+        sizes, expected = ("x".join(map(str, one)) or "()" for one in (found.shape, shape))
+        return f"its {name} has the shape {sizes}, not {expected}"
+    return None
+
+
 @torch.no_grad()
 def dense_linear(matrix: Tensor, like: nn.Parameter, training: bool) -> nn.Linear:
     """An ``nn.Linear`` without bias that holds a copy of ``matrix``."""

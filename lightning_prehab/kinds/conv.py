@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.errors import ArgumentError
-from lightning_prehab.kinds.base import Kind, MatrixView
+from lightning_prehab.kinds.base import Kind, MatrixView, not_its_own
 from lightning_prehab.layers.conv import (
     LowRankConv,
     LowRankConv1d,
@@ -276,6 +276,14 @@ class ConvKind(Kind):
     def fits(self, module: nn.Module) -> bool:
         """Exactly these types."""
         return type(module) in (nn.Conv1d, nn.Conv2d)
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """A kernel that is no parameter, or of another shape than the layer says."""
+        assert isinstance(module, nn.Conv1d | nn.Conv2d)
+        shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+        if 0 in shape:
+            return f"its weight is empty ({'x'.join(map(str, shape))})"
+        return not_its_own(module, "weight", shape) or not_its_own(module, "bias", None)
 
     def views(self, module: nn.Module, blocks: Mapping[str, int] | None = None) -> dict[str, MatrixView]:
         """The one matrix of the kernel; row blocks are not known to convolutions.

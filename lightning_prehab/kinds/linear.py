@@ -5,7 +5,7 @@ from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
-from lightning_prehab.kinds.base import Kind, MatrixView, dense_linear
+from lightning_prehab.kinds.base import Kind, MatrixView, dense_linear, not_its_own
 from lightning_prehab.layers.blocks import LowRankBlocks
 from lightning_prehab.layers.linear import LowRankLayer, low_rank_linear
 from lightning_prehab.linalg.factors import Factors
@@ -100,6 +100,11 @@ class LinearKind(Kind):
         """Whether this is an ``nn.Linear``, by its exact type."""
         kind = type(module)
         return kind is nn.Linear or (issubclass(kind, nn.Linear) and _ALIKE.get(kind.__module__) == kind.__name__)
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """A weight that is no parameter, or of another shape than the layer says."""
+        shape = module.out_features, module.in_features
+        return not_its_own(module, "weight", shape) or not_its_own(module, "bias", None)  # type: ignore[arg-type]
 
     def whole(self, module: nn.Module) -> MatrixView:
         """The view of the whole matrix."""

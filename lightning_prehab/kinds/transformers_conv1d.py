@@ -6,7 +6,7 @@ from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
-from lightning_prehab.kinds.base import MatrixView
+from lightning_prehab.kinds.base import MatrixView, not_its_own
 from lightning_prehab.kinds.linear import LinearKind
 from lightning_prehab.layers.blocks import LowRankConv1D, LowRankConv1DBlocks
 from lightning_prehab.layers.linear import LowRankLayer
@@ -44,6 +44,11 @@ class Conv1DKind(LinearKind):
         """Whether this is a ``Conv1D``: nobody can have made one before transformers was imported."""
         source = sys.modules.get("transformers.pytorch_utils")
         return source is not None and type(module) is source.Conv1D
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """A weight that is no parameter, or of another shape than the layer says."""
+        shape = module.nx, module.nf
+        return not_its_own(module, "weight", shape) or not_its_own(module, "bias", None)  # type: ignore[arg-type]
 
     def whole(self, module: nn.Module) -> MatrixView:
         """The view of the whole matrix."""

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from lightning_prehab.documents.settings import show
-from lightning_prehab.errors import ArgumentError, PlanError
+from lightning_prehab.errors import ArgumentError, PlanError, UnsupportedError
 from lightning_prehab.factorizations import Factorization
 from lightning_prehab.kinds import kind_of, view_of
 from lightning_prehab.plan.choices import choices_of, dense_parameters, resolve_overrides
@@ -92,8 +93,10 @@ def _checked(answer: object, policy: RankPolicy, choices: Sequence[LayerChoices]
 
 
 def check_recipe(recipe: Recipe, targets: Mapping[str, Target]) -> None:
-    """Raises what :func:`plan_ranks` would raise whatever the weights are: wrong wishes, too small a budget."""
+    """Raises what the road would raise whatever the weights are: wrong wishes, too small a budget, no values at all."""
     policy, factorization = recipe.policy_or_default, recipe.factorization_or_default
+    for name, target in targets.items():
+        _check_readable(name, view_of(target).parameter, calibrated=any(recipe.wanted))
     if (policy.needs_positions or policy.needs_latencies) and any(
         factorization.nonzeros(*view_of(layer).shape) for layer in targets.values()
     ):
@@ -117,6 +120,20 @@ def check_recipe(recipe: Recipe, targets: Mapping[str, Target]) -> None:
         flat = torch.ones(size, dtype=torch.float64)
         choices.append(choices_of(name, layer, Spectrum(flat), recipe, overrides.get(name)))
     policy.check(choices)
+
+
+def _check_readable(name: str, weight: Tensor, calibrated: bool) -> None:
+    """Raises :class:`UnsupportedError` for a weight that has a shape to plan with, but cannot be decomposed."""
+    if weight.is_meta:
+        raise UnsupportedError(
+            f"Layer {name!r}: its weight has no values (meta device, or moved out by accelerate). Load the weights "
+            "first, or leave the layer out with exclude_modules."
+        )
+    if calibrated and weight.is_inference():
+        raise UnsupportedError(
+            f"Layer {name!r}: its weight was made in inference mode, and calibration needs gradients. Build the model "
+            "outside of torch.inference_mode(), or cut without data: factorization=SVD()."
+        )
 
 
 def _require_budget(policy: RankPolicy, choices: Sequence[LayerChoices], plan: CompressionPlan) -> None:

@@ -1,5 +1,6 @@
 """A model in the memory of this process."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, TypeVar
@@ -23,6 +24,8 @@ from lightning_prehab.statistics.calibration import Forward, collect_statistics
 from lightning_prehab.statistics.effect import MOST_BATCHES, effect_of_cuts
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 from lightning_prehab.surgery.factors import compute_factors, planned_targets
+from lightning_prehab.surgery.held import held_by_none
+from lightning_prehab.surgery.pretrained import check_pretrained
 from lightning_prehab.surgery.swap import swap_
 from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.forms import form_name
@@ -60,7 +63,7 @@ class ProcessSite(Site):
         if isinstance(batches, Iterator):
             batches = list(batches)  # several passes are needed
         self.model = model
-        self._batches, self._forward, self._optimizers = batches, forward, optimizers
+        self._batches, self._forward, self._optimizers = batches, forward, list(optimizers)
         self._layers_at_once = layers_at_once
         self._decompositions: dict[str, Decomposition] = {}
 
@@ -70,8 +73,13 @@ class ProcessSite(Site):
         return self._batches is not None
 
     def find(self, recipe: Recipe) -> Targets:
-        """What the recipe finds in the model."""
-        return recipe.find_targets(self.model)
+        """What the recipe finds in the model, if the model can be saved after a cut of it."""
+        targets = recipe.find_targets(self.model)
+        check_pretrained(self.model, (view_of(target).module for target in targets.values()))
+        warning = held_by_none(targets, self._optimizers)
+        if warning is not None:
+            warnings.warn(warning, stacklevel=2)
+        return targets
 
     def blocks(self, targets: Targets) -> Iterator[Targets]:
         """So many at once as the site was made for."""

@@ -112,7 +112,7 @@ def _loss_of(output: Any, size: int, generator: torch.Generator) -> Tensor:
 def as_found(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
     """Eval mode and differentiable weights inside; everything as before outside."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]  # frozen: none
     flags = [(weight, weight.requires_grad) for weight in weights]
     try:
         model.eval()

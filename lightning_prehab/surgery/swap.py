@@ -77,12 +77,12 @@ def prepare_swap(
 
     Raises:
         PlanError: If the plan does not fit the model.
-        UnsupportedError: If an optimizer cannot be edited.
+        UnsupportedError: If an optimizer cannot be edited, or the model could not be saved afterwards.
     """
-    check_pretrained(model)
     planned_targets(model, plan)
     cut = {layer.name: factors[layer.name] for layer in plan.layers if layer.rank is not None}
     located = locate(model, shapes_of(cut)).values()
+    check_pretrained(model, (layer.module for layer, _ in located))
     replacements = [Replacement.prepare(layer, views, cut) for layer, views in located]
     edits = [edit for optimizer in optimizers for edit in plan_edits(optimizer, replacements)]
     slots = _slots(model, {id(one.old): one.new for one in replacements})

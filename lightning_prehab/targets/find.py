@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_prehab.errors import TargetError
-from lightning_prehab.kinds import Kind, MatrixView, view_of
-from lightning_prehab.linalg.matrices import break_even_rank, is_quantized
-from lightning_prehab.targets.locate import REPARAMETRIZED, Target, has_matrix, layers_of, stacked_weight
-from lightning_prehab.targets.names import Patterns, as_list, join, match_names
+from lightning_prehab.kinds import MatrixView, view_of
+from lightning_prehab.linalg.matrices import break_even_rank
+from lightning_prehab.targets.locate import Target, layers_of
+from lightning_prehab.targets.metrics import measured_by
+from lightning_prehab.targets.names import Patterns, as_list, begins_with, join, match_names
+from lightning_prehab.targets.weights import has_matrix
 
 _TIED = "its weight is tied to another layer"
 
@@ -54,7 +55,8 @@ def find_targets(
     Args:
         model: Any module. The root itself cannot be replaced and is never a target.
         target_modules: Patterns of the layers to take; None takes every layer that can be cut, but for those of more
-            than 30,000 inputs or outputs (projections to a vocabulary, whose Gram matrices take gigabytes).
+            than 30,000 inputs or outputs (projections to a vocabulary, whose Gram matrices take gigabytes). Networks
+            inside of a torchmetrics.Metric are taken only by a pattern that begins with the name of the metric.
         exclude_modules: Patterns of the layers to leave out.
         split_fused: Take fused projections (queries, keys and values; gate and up) apart into one target for each;
             else they are one matrix.
@@ -72,8 +74,12 @@ def find_targets(
     """
     candidates = _candidates(model, split_fused)
     names, owner = list(candidates), {name: found.layer for name, found in candidates.items()}
-    wanted = set(names if target_modules is None else match_names(target_modules, names, "target_modules", owner))
+    metrics = measured_by(model)
+    measuring = {name: metrics[id(found.module)] for name, found in candidates.items() if id(found.module) in metrics}
+    wanted = {name for name in names if name not in measuring} if target_modules is None else set()
     for pattern in as_list(target_modules):
+        fits = match_names(pattern, names, "target_modules", owner)
+        wanted.update(name for name in fits if name not in measuring or begins_with(pattern, measuring[name]))
         if pattern in candidates and candidates[pattern].reason is not None:
             kind = type(candidates[pattern].module).__name__
             raise TargetError(f"Layer {pattern!r} ({kind}) cannot be cut: {candidates[pattern].reason}.")
@@ -87,7 +93,8 @@ def find_targets(
         if name in excluded:
             skipped[name] = "excluded by exclude_modules"
         elif name not in wanted:
-            skipped[name] = "not in target_modules"
+            metric = measuring.get(name)
+            skipped[name] = "not in target_modules" if metric is None else _measures(metric)
         elif target is None or reason is not None:
             skipped[name] = str(reason)
         elif target_modules is None and max(view_of(target).shape) > WIDE:
@@ -121,9 +128,8 @@ def _candidates(model: nn.Module, split_fused: bool) -> dict[str, _Candidate]:
     owners = _parameter_owners(model)
     found: dict[str, _Candidate] = {}
     for layer in layers_of(model):
-        reason = _why_not(layer.module, layer.kind)
-        if reason is not None:
-            found[layer.name] = _Candidate(layer.name, layer.module, None, reason)
+        if layer.reason is not None:
+            found[layer.name] = _Candidate(layer.name, layer.module, None, layer.reason)
             continue
         views = layer.views(split_fused)
         shown = Counter(id(view.parameter) for view in views.values())
@@ -135,25 +141,6 @@ def _candidates(model: nn.Module, split_fused: bool) -> dict[str, _Candidate]:
     return found
 
 
-def _why_not(module: nn.Module, kind: Kind | None) -> str | None:
-    """Why a module with a weight matrix cannot be cut, whatever its matrices look like, or None if it can."""
-    if is_parametrized(module):
-        return "its weight is parametrized; remove the parametrization first"
-    if REPARAMETRIZED & module._parameters.keys():
-        return "its weight is pruned or normalized by a hook; make that permanent or remove it first"
-    if isinstance(module, nn.Embedding):
-        return "embeddings are looked up, not multiplied"
-    if kind is None and not any(name.startswith("weight") for name in module._parameters) and stacked_weight(module):
-        return f"it holds stacked matrices ({stacked_weight(module)}), which are not cut"
-    if kind is None:
-        return f"{type(module).__name__} is not a layer kind that can be cut"
-    if any(is_lazy(parameter) for parameter in module.parameters()):
-        return "its weight is not initialized"
-    if any(is_quantized(parameter) for parameter in module.parameters()):
-        return "its weight is quantized; compress the model first, then quantize the factors"
-    return kind.refusal(module)
-
-
 def _why_not_view(view: MatrixView, owners: dict[int, set[int]]) -> str | None:
     """Why one matrix cannot be cut, or None if it can."""
     if len(owners[id(view.parameter)]) > 1:
@@ -161,6 +148,13 @@ def _why_not_view(view: MatrixView, owners: dict[int, set[int]]) -> str | None:
     if break_even_rank(view.out_features, view.in_features, view.group_count) < 1:
         return f"no rank saves parameters ({view.out_features}x{view.in_features})"
     return None
+
+
+def _measures(metric: str) -> str:
+    return (
+        f"it belongs to the metric {metric!r}, which measures the model; to cut it all the same give a pattern that "
+        f"begins with {metric!r}"
+    )
 
 
 def _too_wide(view: MatrixView) -> str:

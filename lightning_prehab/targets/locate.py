@@ -4,17 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_prehab.kinds import Kind, MatrixView, kind_of, view_of
 from lightning_prehab.kinds.fused import fused_blocks
 from lightning_prehab.layers.linear import LowRankLayer
-from lightning_prehab.linalg.matrices import break_even_rank
 from lightning_prehab.targets.names import clean_name, join
-
-#: Parameters that torch.nn.utils.prune, spectral_norm and weight_norm leave in place of the weight.
-REPARAMETRIZED = {"weight_orig", "weight_v"}
+from lightning_prehab.targets.weights import has_matrix, why_not
 
 #: A layer that is one matrix, or one matrix of a layer; :func:`~lightning_prehab.kinds.view_of` shows both alike.
 Target = nn.Module | MatrixView
@@ -28,23 +23,25 @@ class Layer:
         name: Dotted name, without what ``torch.compile`` puts around.
         module: The layer.
         kind: What it is, or None for a kind that cannot be cut.
+        reason: Why it cannot be cut, whatever its matrices look like, or None. It then shows no matrices.
         blocks: ``{part: rows}`` if it is a fused projection, else None.
     """
 
     name: str
     module: nn.Module
     kind: Kind | None
+    reason: str | None
     blocks: dict[str, int] | None
 
     @classmethod
     def at(cls, name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> "Layer":
         """The layer that stands, or stood, at a place of a model, ``{name: module}``."""
-        kind = kind_of(module)
-        blocks = None
-        if kind is not None and kind.linear and "weight" in module._parameters:
+        kind, blocks = kind_of(module), None
+        reason = why_not(module, kind)
+        if reason is None and kind is not None and kind.linear and "weight" in module._parameters:
             path, _, key = name.rpartition(".")
             blocks = fused_blocks(key, kind.views(module)[""].out_features, modules.get(path))
-        return cls(clean_name(name), module, kind, blocks)
+        return cls(clean_name(name), module, kind, reason, blocks)
 
     def views(self, split_fused: bool) -> dict[str, MatrixView]:
         """Its matrices by part; the part of a layer that is one matrix is ``""``."""
@@ -52,8 +49,9 @@ class Layer:
 
     def candidates(self, split_fused: bool) -> list[dict[str, MatrixView]]:
         """All ways to see it, the one that is used when there is a choice first."""
-        blocks = self.blocks if split_fused else None
-        found = [{}] if self.kind is None else list(self.kind.candidates(self.module, blocks))
+        if self.kind is None or self.reason is not None:
+            return [{}]
+        found = list(self.kind.candidates(self.module, self.blocks if split_fused else None))
         for views in found:
             for part, view in views.items():
                 view.part = part
@@ -85,8 +83,6 @@ def locate(
     """
     found: dict[str, tuple[Layer, dict[str, MatrixView]]] = {}
     for layer in layers_of(model):
-        if layer.kind is None:
-            continue
         views = _of_shapes(layer.name, layer.candidates(split_fused=layer.name not in shapes), shapes)
         if any(join(layer.name, part) in shapes for part in views):
             found[layer.name] = layer, views
@@ -120,24 +116,3 @@ def _of_shapes(
         if all(shapes.get(join(name, part)) in (None, view.shape) for part, view in views.items()):
             return views
     return candidates[0]
-
-
-def has_matrix(module: nn.Module) -> bool:
-    """A leaf-like module with a weight of two or more dimensions of its own (norms and activations have none)."""
-    if isinstance(module, nn.MultiheadAttention):
-        return True
-    if is_parametrized(module) or REPARAMETRIZED & module._parameters.keys():
-        return True
-    weights = [p for name, p in module._parameters.items() if name.startswith("weight") and p is not None]
-    return any(is_lazy(weight) or weight.dim() >= 2 for weight in weights) or stacked_weight(module) is not None
-
-
-def stacked_weight(module: nn.Module) -> str | None:
-    """Names and shapes of parameters that are stacks of matrices, such as the experts of a mixture; None if none is."""
-    found = [
-        f"{name}: {'x'.join(map(str, parameter.shape))}"
-        for name, parameter in module._parameters.items()
-        if parameter is not None and not is_lazy(parameter) and parameter.dim() == 3 and parameter.shape[0] > 1
-        if break_even_rank(*parameter.shape[1:]) > 0  # a scale of shape (channels, 1, 1) is no stack
-    ]
-    return ", ".join(found) or None

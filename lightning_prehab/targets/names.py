@@ -1,6 +1,7 @@
 """Names of layers and of their matrices, and patterns that fit them."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -34,6 +35,16 @@ def match_names(
             raise TargetError(f"{what}: {pattern!r} matches no layer. Near names: {', '.join(near) or 'none'}.")
         found.update(fits)
     return [name for name in names if name in found]
+
+
+def begins_with(pattern: str, module: str) -> bool:
+    """Whether a pattern says the name of a module, in full or from a dot on, before anything that is left open.
+
+    >>> begins_with("fid.*", "metrics.fid"), begins_with("*.fid.*", "metrics.fid")
+    (True, False)
+    """
+    said, parts = re.split(r"[*?\[]", pattern)[0], module.split(".")
+    return any(said.startswith(".".join(parts[start:])) for start in range(len(parts)))
 
 
 def join(layer: str, part: str) -> str:

@@ -293,3 +293,22 @@ def test_no_pickle_in_the_package():
                 loads += 1
                 assert "weights_only=True" in [ast.unparse(keyword) for keyword in call.keywords]
     assert loads > 0
+
+
+@pytest.mark.filterwarnings("ignore")  # torch calls its sparse and quantized tensors experimental
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda w: w.to_sparse(), r"is no dense tensor \(torch.sparse_coo\)"),
+        (lambda w: w.to_sparse_csr(), r"is no dense tensor \(torch.sparse_csr\)"),
+        (lambda w: torch.nested.nested_tensor([w, w]), r"is no dense tensor \(nested\)"),
+        (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "is quantized"),
+    ],
+)
+def test_tensors_that_a_file_has_no_place_for(make, match, tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Identity())
+    model[1].register_buffer("odd", make(torch.ones(8, 8)))
+    lp.compress_(model, 0.5)
+    with pytest.raises(lp.PrehabError, match=f"'1.odd' {match}"):
+        lp.save_compressed(model, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()

@@ -189,14 +189,6 @@ def test_layers_exchanged_by_hand(tmp_path):
     assert "fusion_config" not in model.config.to_dict()
 
 
-def test_a_model_quantized_otherwise_is_refused_untouched():
-    model = bert()
-    model.config.quantization_config = {"quant_method": "gptq"}
-    with pytest.raises(lp.PrehabError, match="'gptq'"):
-        lp.compress_(model, keep=0.5)
-    assert not any(isinstance(module, lp.LowRankLinear) for module in model.modules())
-
-
 @pytest.mark.parametrize(
     ("entry", "match"),
     [
