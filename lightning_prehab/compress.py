@@ -16,11 +16,13 @@ from lightning_prehab.road import apply, operate, survey
 from lightning_prehab.sites.process import KnownSite, ProcessSite
 from lightning_prehab.statistics.sums import LayerStatistics
 from lightning_prehab.surgery.factors import cut_targets
+from lightning_prehab.surgery.holders import names_holders
 from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.locate import Target
 from lightning_prehab.targets.names import Patterns
 
 
+@names_holders
 def compress_(
     model: nn.Module,
     keep: float | Recipe = 0.5,
@@ -137,6 +139,7 @@ def make_plan(
     return found.plan(recipe, probes)
 
 
+@names_holders
 def apply_plan_(
     model: nn.Module,
     plan: CompressionPlan,

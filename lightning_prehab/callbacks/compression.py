@@ -46,6 +46,7 @@ from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.road import operate
 from lightning_prehab.statistics.collector import Collector
 from lightning_prehab.statistics.sums import LayerStatistics
+from lightning_prehab.surgery.holders import names_holders
 from lightning_prehab.surgery.optimizers import check_optimizer
 from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.names import Patterns, clean_name
@@ -368,6 +369,7 @@ class CompressionCallback(pl.Callback):
             and state["wanted"] == list(self.recipe.wanted)
         )
 
+    @names_holders
     def _replay(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", factors: Mapping[str, Factors]) -> None:
         """The same edits of modules and optimizers, with stored factors; nobody is told, since it is no new surgery."""
         method = self.recipe.factorization_or_default
@@ -401,6 +403,7 @@ class CompressionCallback(pl.Callback):
         if not self.done and trainer.current_epoch >= self.epoch:
             self._operate(trainer, pl_module)
 
+    @names_holders
     def _operate(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         site = TrainerSite(trainer, pl_module, self.calibration_batches, self._take_statistics())
         report = self.report = operate(self.recipe, site)

@@ -7,6 +7,7 @@ from torch import nn
 
 from lightning_prehab.kinds import kind_of
 from lightning_prehab.layers.linear import LowRankLayer
+from lightning_prehab.surgery.holders import names_holders
 from lightning_prehab.surgery.pretrained import note_structure_
 from lightning_prehab.surgery.stored import follower, stored_factors
 from lightning_prehab.surgery.swap import replace_modules_
@@ -49,6 +50,7 @@ def follow_state_dict_(model: nn.Module, state_dict: Mapping[str, Any], prefix: 
     return names
 
 
+@names_holders
 def to_dense_(model: nn.Module, names: Patterns = None) -> list[str]:
     """Replaces low-rank layers by dense ones with the same function, in place: the way back from the surgery.
 

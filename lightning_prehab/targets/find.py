@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_prehab.errors import TargetError
 from lightning_prehab.kinds import Kind, MatrixView, view_of
 from lightning_prehab.linalg.matrices import break_even_rank, is_quantized
+from lightning_prehab.targets.attached import why_not_attached
 from lightning_prehab.targets.locate import REPARAMETRIZED, Target, has_matrix, layers_of, stacked_weight
 from lightning_prehab.targets.names import Patterns, as_list, join, match_names
 
@@ -151,7 +152,7 @@ def _why_not(module: nn.Module, kind: Kind | None) -> str | None:
         return "its weight is not initialized"
     if any(is_quantized(parameter) for parameter in module.parameters()):
         return "its weight is quantized; compress the model first, then quantize the factors"
-    return kind.refusal(module)
+    return kind.refusal(module) or why_not_attached(module, kind.views(module).values())
 
 
 def _why_not_view(view: MatrixView, owners: dict[int, set[int]]) -> str | None:
