@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.factorizations import Factorization
+from lightning_prehab.linalg.modes import outside_inference_mode
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.recipe import Layout, RankOverride, Recipe
 from lightning_prehab.plan.spectra import Solver
@@ -23,6 +24,7 @@ from lightning_prehab.targets.names import Patterns
 
 
 @names_holders
+@outside_inference_mode
 def compress_(
     model: nn.Module,
     keep: float | Recipe = 0.5,
@@ -92,6 +94,7 @@ def compress_(
     return operate(recipe, ProcessSite(model, batches, loss, optimizers, layers_at_once=layers_at_once))
 
 
+@outside_inference_mode
 def make_plan(
     targets: Mapping[str, Target],
     policy_or_keep: RankPolicy | float | Recipe,
@@ -140,6 +143,7 @@ def make_plan(
 
 
 @names_holders
+@outside_inference_mode
 def apply_plan_(
     model: nn.Module,
     plan: CompressionPlan,

@@ -12,6 +12,7 @@ from lightning_prehab.errors import ArgumentError, NumericalError, StatisticsErr
 from lightning_prehab.factorizations import Factors
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.matrices import break_even_rank
+from lightning_prehab.linalg.modes import outside_inference_mode
 from lightning_prehab.progress import counted
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.rank_policies.base import check_probe_keep
@@ -25,6 +26,7 @@ from lightning_prehab.targets.names import join
 ROWS = 1024
 
 
+@outside_inference_mode
 def measure_probes(
     model: nn.Module,
     targets: Mapping[str, Target],

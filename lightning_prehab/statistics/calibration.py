@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_prehab.errors import ArgumentError, StatisticsError
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.matrices import require_finite
+from lightning_prehab.linalg.modes import outside_inference_mode
 from lightning_prehab.progress import counted
 from lightning_prehab.statistics.batches import batch_size, call_model, to_device
 from lightning_prehab.statistics.collector import Collector
@@ -23,6 +24,7 @@ Forward = Callable[[nn.Module, Any], Any]
 _log = logging.getLogger("lightning_prehab.calibration")  # a name that people filter by
 
 
+@outside_inference_mode
 def collect_statistics(
     model: nn.Module,
     targets: Mapping[str, Target],

@@ -18,6 +18,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 
+from lightning_prehab.kinds import kind_of
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -133,8 +135,8 @@ def _warn(notes: _Notes) -> None:
         )
     if notes.lost:
         warnings.warn(
-            f"Hooks on {', '.join(notes.lost[:NAMED])} had no place to go and are gone; put them on the layers that are "
-            "there now.",
+            f"Hooks on {', '.join(notes.lost[:NAMED])} had no place to go and are gone; put them on the layers and the "
+            "parameters that are there now.",
             stacklevel=2,
         )
 
@@ -231,5 +233,6 @@ def _is_bystander(one: object) -> bool:
 
 
 def _is_container(one: object) -> bool:
-    """A module of torch, such as an ``nn.Sequential`` that shares layers with the model."""
-    return isinstance(one, nn.Module) and type(one).__module__.startswith("torch.nn.")
+    """A module that says nothing by itself: one of torch, such as an ``nn.Sequential``, or a layer that can be cut."""
+    known = type(one).__module__.startswith("torch.nn.")
+    return isinstance(one, nn.Module) and (known or kind_of(one) is not None)

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.surgery.factors import planned_targets
@@ -65,6 +66,7 @@ class PreparedSwap:
         return CompressionReport(self.plan, self.errors, before, count_parameters(self.model))
 
 
+@in_full_precision
 def prepare_swap(
     model: nn.Module,
     plan: CompressionPlan,
