@@ -26,11 +26,8 @@ class Around(nn.Module):
         return self._modules[self.name]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.name == "attention":
-            x = self.layer(x, x, x)[0]
-        else:
-            x = self.layer(x)
-        return x.flatten(1)
+        y = self.layer(x, x, x)[0] if self.name == "attention" else self.layer(x)
+        return y.flatten(1)
 
 
 @dataclass

@@ -24,7 +24,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 #: From a holder to what it holds at most so many containers lie, one in the other.
-DEPTH = 5
+DEPTH = 8
 #: Holders that a warning names.
 NAMED = 8
 #: What only stands between a holder and what it holds.
@@ -46,13 +46,17 @@ _BETWEEN = (
 _BYSTANDERS = (
     "IPython",
     "_pytest",
+    "doctest",
     "lightning_prehab",
+    "onnx",
     "torch._",
     "torch.autograd",
     "torch.distributed",
+    "torch.export",
     "torch.fx",
     "torch.jit",
     "torch.nn.parallel",
+    "torch.onnx",
     "torch.utils",
 )
 _PASSING = (types.FrameType, types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType, types.TracebackType)
@@ -118,10 +122,12 @@ def _naming_holders() -> Iterator[None]:
 
 
 def _warn(notes: _Notes) -> None:
-    found = holders(notes.alive())
-    if found:  # what waits for the garbage collector holds nothing
+    found, optimizers = holders(notes.alive())
+    if found or optimizers:  # what waits for the garbage collector holds nothing
         gc.collect()
-        found = holders(notes.alive())
+        found, optimizers = holders(notes.alive())
+    for optimizer in optimizers:
+        _warn_when_it_steps(optimizer, notes)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and torch.distributed.get_rank() != 0:
         return
@@ -130,7 +136,7 @@ def _warn(notes: _Notes) -> None:
         warnings.warn(
             f"Layers or weights that have been replaced are still held by {', '.join(found[:NAMED])}{more}; these do "
             "not follow. Make them anew from the model, for example in on_surgery(trainer, pl_module, report), or ask "
-            "the model each time. An optimizer: pass it as optimizers=[...], or make a new one.",
+            "the model each time.",
             stacklevel=2,
         )
     if notes.lost:
@@ -141,8 +147,27 @@ def _warn(notes: _Notes) -> None:
         )
 
 
-def holders(things: Sequence[object]) -> list[str]:
+def _warn_when_it_steps(optimizer: torch.optim.Optimizer, notes: _Notes) -> None:
+    """One that is done with need not follow; one that goes on would train nothing."""
+
+    def tell(*_: object) -> None:
+        handle.remove()
+        replaced = {id(thing) for thing in notes.alive()}
+        stale = sum(id(parameter) in replaced for group in optimizer.param_groups for parameter in group["params"])
+        if stale:
+            warnings.warn(
+                f"{type(optimizer).__name__} steps {stale} weights that have been replaced since it was made, and not "
+                "what took their place: pass it to the surgery as optimizers=[...], or make a new one after it.",
+                stacklevel=2,
+            )
+
+    handle = optimizer.register_step_pre_hook(tell)
+
+
+def holders(things: Sequence[object]) -> tuple[list[str], list[torch.optim.Optimizer]]:
     """Who holds some layers or parameters, in words, as far as there is a name: attributes, closures, globals.
+
+    Optimizers come apart from the others.
 
     Local variables do not count, nor do graphs and what libraries keep to themselves. All objects of the process are
     gone through once for each level of containers, not once for each thing.
@@ -152,7 +177,7 @@ def holders(things: Sequence[object]) -> list[str]:
     >>> layer, clipper = nn.Linear(2, 2), Clipper()
     >>> clipper.params = [layer.weight]
     >>> holders([layer, layer.weight])
-    ["Clipper.params (list)"]
+    (['Clipper.params (list)'], [])
     """
     held = {id(thing) for thing in things}  # and the containers that lead there
     skipped = {id(things), id(held)}
@@ -161,6 +186,7 @@ def holders(things: Sequence[object]) -> list[str]:
             skipped |= {id(vars(thing)), id(thing._parameters), id(thing._modules), id(thing._buffers)}
     skipped |= held
     found: dict[str, None] = {}
+    optimizers: list[torch.optim.Optimizer] = []
     level: list[object] = list(things)
     for _ in range(DEPTH):
         if not level:
@@ -171,20 +197,21 @@ def holders(things: Sequence[object]) -> list[str]:
             if id(one) in skipped or isinstance(one, _PASSING) or _is_bystander(one):
                 continue
             skipped.add(id(one))
+            if isinstance(one, torch.optim.Optimizer):
+                optimizers.append(one)
+                continue
             names = _names(one, held)
             found.update(dict.fromkeys(names))
             if not names and (isinstance(one, _BETWEEN) or _is_container(one)):
                 above.append(one)
         held |= {id(one) for one in above}
         level = above
-    return list(found)
+    return list(found), optimizers
 
 
 def _names(one: object, held: set[int]) -> list[str]:
     """What an object calls those of its attributes or variables that are held, or contain what is."""
     kind = type(one).__name__
-    if isinstance(one, torch.optim.Optimizer):
-        return [] if _of_idle_trainer(one) else [f"{kind} (an optimizer)"]
     if isinstance(one, types.FunctionType):
         cells = zip(one.__code__.co_freevars, one.__closure__ or (), strict=True)
         names = [f"{one.__qualname__} (its variable {name!r})" for name, cell in cells if id(cell) in held]
@@ -215,16 +242,6 @@ def _attributes(one: object) -> dict[str, Any]:
         for inside in (found.pop("_modules", {}), found.pop("_parameters", {}), found.pop("_buffers", {})):
             found.update(inside)
     return found
-
-
-def _of_idle_trainer(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a Lightning Trainer holds an optimizer that it is not going to use again: each fit makes its own."""
-    for holder in gc.get_referrers(*gc.get_referrers(optimizer)):  # the strategy's list, and its attributes
-        strategy = next((one for one in gc.get_referrers(holder) if hasattr(one, "_lightning_module")), None)
-        if strategy is not None:
-            trainer = getattr(strategy._lightning_module, "_trainer", None)
-            return not getattr(trainer, "training", False)
-    return False
 
 
 def _is_bystander(one: object) -> bool:

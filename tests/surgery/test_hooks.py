@@ -4,12 +4,12 @@ import re
 
 import pytest
 import torch
-from tests.replaceable import CASES, WAYS
 from torch import nn
 
 import lightning_prehab as lp
 from lightning_prehab.errors import TargetError, UnsupportedError
 from lightning_prehab.surgery.hooks import HOOKS
+from tests.replaceable import CASES, WAYS
 
 METHODS = [name for name in dir(nn.Module) if re.fullmatch(r"_?register_.*hook", name)]
 METHODS.remove("register_backward_hook")  # torch refuses it beside a full one
@@ -187,7 +187,9 @@ def test_a_hook_that_comes_after_the_plan(mlp):
     assert list(mlp) == before
 
 
-@pytest.mark.parametrize("kind", [kind for kind, case in CASES.items() if case.make_layer()._parameters.get("bias") is not None])
+@pytest.mark.parametrize(
+    "kind", [kind for kind, case in CASES.items() if case.make_layer()._parameters.get("bias") is not None]
+)
 def test_hooks_of_a_bias_stay_with_it(kind):
     case, seen = CASES[kind], []
     model = case.model()
