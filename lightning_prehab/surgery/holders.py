@@ -172,12 +172,10 @@ def holders(things: Sequence[object]) -> tuple[list[str], list[torch.optim.Optim
     Local variables do not count, nor do graphs and what libraries keep to themselves. All objects of the process are
     gone through once for each level of containers, not once for each thing.
 
-    >>> class Clipper:
-    ...     pass
-    >>> layer, clipper = nn.Linear(2, 2), Clipper()
-    >>> clipper.params = [layer.weight]
+    >>> layer = nn.Linear(2, 2)
+    >>> clipper = types.SimpleNamespace(params=[layer.weight])
     >>> holders([layer, layer.weight])
-    (['Clipper.params (list)'], [])
+    (['SimpleNamespace.params (list)'], [])
     """
     held = {id(thing) for thing in things}  # and the containers that lead there
     skipped = {id(things), id(held)}
