@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_prehab.factorizations import Factorization
 from lightning_prehab.kinds import view_of
+from lightning_prehab.linalg.modes import outside_inference_mode
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.recipe import Layout, RankOverride, Recipe
 from lightning_prehab.plan.spectra import Solver
@@ -17,12 +18,15 @@ from lightning_prehab.road import apply, operate, survey
 from lightning_prehab.sites.process import KnownSite, ProcessSite
 from lightning_prehab.statistics.sums import LayerStatistics
 from lightning_prehab.surgery.factors import cut_targets
+from lightning_prehab.surgery.holders import names_holders
 from lightning_prehab.surgery.pretrained import check_pretrained
 from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.locate import Target
 from lightning_prehab.targets.names import Patterns
 
 
+@names_holders
+@outside_inference_mode
 def compress_(
     model: nn.Module,
     keep: float | Recipe = 0.5,
@@ -90,6 +94,7 @@ def compress_(
     return operate(recipe, ProcessSite(model, batches, loss, optimizers, layers_at_once=layers_at_once))
 
 
+@outside_inference_mode
 def make_plan(
     targets: Mapping[str, Target],
     policy_or_keep: RankPolicy | float | Recipe,
@@ -137,6 +142,8 @@ def make_plan(
     return found.plan(recipe, probes)
 
 
+@names_holders
+@outside_inference_mode
 def apply_plan_(
     model: nn.Module,
     plan: CompressionPlan,

@@ -48,6 +48,7 @@ from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.road import operate
 from lightning_prehab.statistics.collector import Collector
 from lightning_prehab.statistics.sums import LayerStatistics
+from lightning_prehab.surgery.holders import names_holders
 from lightning_prehab.surgery.optimizers import check_optimizer
 from lightning_prehab.surgery.pretrained import check_pretrained
 from lightning_prehab.targets.find import Targets
@@ -376,6 +377,7 @@ class CompressionCallback(pl.Callback):
             and state["wanted"] == list(self.recipe.wanted)
         )
 
+    @names_holders
     def _replay(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", factors: Mapping[str, Factors]) -> None:
         """The same edits of modules and optimizers, with stored factors; nobody is told, since it is no new surgery."""
         method = self.recipe.factorization_or_default
@@ -409,6 +411,7 @@ class CompressionCallback(pl.Callback):
         if not self.done and trainer.current_epoch >= self.epoch:
             self._operate(trainer, pl_module)
 
+    @names_holders
     def _operate(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         kept, self._kept = self._kept, KeptBatches()
         site = TrainerSite(trainer, pl_module, self.calibration_batches, self._take_statistics(), kept)

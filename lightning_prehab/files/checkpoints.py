@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from lightning_prehab.surgery.holders import names_holders
 from lightning_prehab.surgery.structure import follow_state_dict_
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ class LowRankCheckpointMixin:
     Put it first: ``class LitModel(LowRankCheckpointMixin, L.LightningModule)``. Nothing else changes.
     """
 
+    @names_holders
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the structure of the weights; inside ``Trainer.fit`` the CompressionCallback does that."""
         if getattr(self, "_trainer", None) is None:
@@ -27,6 +29,7 @@ class LowRankCheckpointMixin:
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
 
 
+@names_holders
 def load_from_checkpoint(cls: type[ModuleT], path: Any, **kwargs: Any) -> ModuleT:
     """``cls.load_from_checkpoint(path, **kwargs)`` for checkpoints from before or after the surgery.
 

@@ -24,6 +24,7 @@ from lightning_prehab.errors import CheckpointError, PrehabError, UnsupportedErr
 from lightning_prehab.layers.linear import LowRankLayer, LowRankPlusSparseLinear
 from lightning_prehab.linalg.matrices import is_quantized
 from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.surgery.holders import names_holders
 from lightning_prehab.surgery.structure import follow_state_dict_
 
 #: Of the folder's layout.
@@ -92,6 +93,7 @@ def save_compressed(model: nn.Module, folder: str | os.PathLike[str], report: Co
     return path
 
 
+@names_holders
 def load_compressed(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Loads what :func:`save_compressed` has written into a freshly built model, in place.
 

@@ -77,9 +77,7 @@ class MultiheadAttentionKind(Kind):
         return type(module) is nn.MultiheadAttention
 
     def refusal(self, module: nn.Module) -> str | None:
-        """A forward pass or weights that are not those of torch are not known."""
-        if "forward" in module.__dict__ and _watchers(module) is None:
-            return "its forward pass was replaced on the instance; undo that first"
+        """Weights that are not those of torch are not known."""
         assert isinstance(module, nn.MultiheadAttention)
         names = ["in_proj_weight"] if module._qkv_same_embed_dim else [f"{part}_weight" for part in PARTS[:3]]
         if is_parametrized(module.out_proj):

@@ -343,4 +343,4 @@ def _as_images(x: Tensor, module: Conv) -> Tensor:
 
 def _tap(tap: int, places: int, axis: _Axis) -> Tensor:
     """Columns of the padded input that one tap of the kernel lies on, from each of its places."""
-    return torch.arange(places) * axis.stride + tap * axis.dilation
+    return torch.arange(places, device="cpu") * axis.stride + tap * axis.dilation

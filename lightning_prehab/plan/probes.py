@@ -12,6 +12,7 @@ from lightning_prehab.errors import ArgumentError, StatisticsError
 from lightning_prehab.factorizations import Factors
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.matrices import break_even_rank
+from lightning_prehab.linalg.modes import outside_inference_mode
 from lightning_prehab.progress import counted
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.rank_policies.base import check_probe_keep
@@ -23,6 +24,7 @@ from lightning_prehab.targets.locate import Target, locate
 from lightning_prehab.targets.names import join
 
 
+@outside_inference_mode
 def measure_probes(
     model: nn.Module,
     targets: Mapping[str, Target],

@@ -117,7 +117,7 @@ def check_recipe(recipe: Recipe, targets: Mapping[str, Target]) -> None:
     for name, layer in targets.items():
         view = view_of(layer)
         size = min(view.out_features // view.group_count, view.in_features)
-        flat = torch.ones(size, dtype=torch.float64)
+        flat = torch.ones(size, dtype=torch.float64, device="cpu")
         choices.append(choices_of(name, layer, Spectrum(flat), recipe, overrides.get(name)))
     policy.check(choices)
 

@@ -36,8 +36,8 @@ class Spectrum(NamedTuple):
     @classmethod
     def of_lists(cls, values: list[float], components: list[float] | None, positions: float) -> "Spectrum":
         """What :meth:`to_lists` has written."""
-        tensor = None if components is None else torch.tensor(components, dtype=torch.float64)
-        return cls(torch.tensor(values, dtype=torch.float64), tensor, positions)
+        tensor = None if components is None else torch.tensor(components, dtype=torch.float64, device="cpu")
+        return cls(torch.tensor(values, dtype=torch.float64, device="cpu"), tensor, positions)
 
 
 def decompose_targets(

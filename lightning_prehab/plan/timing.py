@@ -74,7 +74,7 @@ def _measure(view: MatrixView, tokens: int, grid: Sequence[int]) -> dict[int | N
     weight, bias = view.weight.contiguous(), view.bias
 
     def normal(*shape: int) -> Tensor:  # real numbers, neither zero nor denormal: they can be faster or slower
-        return torch.randn(shape, generator=generator).to(weight)
+        return torch.randn(shape, generator=generator, device="cpu").to(weight)
 
     x = normal(tokens, view.in_features)
     dense = nn.Linear(view.in_features, view.out_features, bias=False, device="meta", dtype=weight.dtype)

@@ -103,10 +103,10 @@ def _search(cost: Tensor, value: Tensor, slack: Tensor, *, gap: float, budget: i
         cheapest_rest.append(cheapest_rest[-1] + float(row[options].min()))
     cheapest_rest.reverse()
 
-    total_cost, total_value, total_slack = (torch.zeros(1, dtype=torch.float64) for _ in range(3))
+    total_cost, total_value, total_slack = (torch.zeros(1, dtype=torch.float64, device="cpu") for _ in range(3))
     trail: list[tuple[Tensor, Tensor]] = []
     for item, options in enumerate(candidates):
-        parent = torch.arange(len(total_cost)).repeat_interleave(len(options))
+        parent = torch.arange(len(total_cost), device="cpu").repeat_interleave(len(options))
         option = options.repeat(len(total_cost))
         next_cost = total_cost[parent] + cost[item, option]
         next_value = total_value[parent] + value[item, option]

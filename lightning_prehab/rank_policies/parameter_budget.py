@@ -94,4 +94,4 @@ class ParameterBudget(BudgetPolicy):
         if self.cost == "latency" and layer.dense:  # a rank that saves no time is no choice, whatever it retains
             faster = [index for index, cost in enumerate(costs) if cost < dense]
             options, costs = [*(options[i] for i in faster), None], [*(costs[i] for i in faster), dense]
-        return options, torch.tensor(costs, dtype=torch.float64), retained_at(layer, options)
+        return options, torch.tensor(costs, dtype=torch.float64, device="cpu"), retained_at(layer, options)

@@ -65,7 +65,7 @@ class ProbeBudget(BudgetPolicy):
 
     def _offer(self, layer: LayerChoices, sensitivity: float) -> Offer:
         options = layer.options(self.min_rank)
-        costs = torch.tensor([layer.parameters(rank) for rank in options])
+        costs = torch.tensor([layer.parameters(rank) for rank in options], device="cpu")
         energy = float(layer.retained()[-1])
         return options, costs, retained_at(layer, options) * (sensitivity / energy if energy > 0.0 else 0.0)
 

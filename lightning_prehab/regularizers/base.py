@@ -136,6 +136,6 @@ def will_be_due(memory: Memory, every: int) -> bool:
 def start_vector(size: int, like: Tensor) -> Tensor:
     """A fixed pseudo-random unit vector of the dtype and device of ``like``; the global random state is not touched."""
     generator = torch.Generator().manual_seed(size)
-    vector = torch.randn(size, generator=generator, dtype=torch.float64)
+    vector = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
     unit: Tensor = vector / vector.norm()
     return unit.to(like)

@@ -60,10 +60,15 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch on the device; its type is kept wherever it can be."""
-    if all(tensor.device == device for tensor in tensors(batch)):
+    """The batch on the device; its type is kept wherever it can be.
+
+    Tensors that were made in ``torch.inference_mode`` are copied outside of it: autograd refuses them.
+    """
+    if all(tensor.device == device and not _is_frozen(tensor) for tensor in tensors(batch)):
         return batch
-    if hasattr(batch, "to"):
+    if isinstance(batch, Tensor) and _is_frozen(batch):
+        return batch.to(device, copy=True)
+    if hasattr(batch, "to") and not any(_is_frozen(tensor) for tensor in tensors(batch)):
         return batch.to(device)
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
@@ -72,6 +77,10 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, tuple | list):
         return type(batch)(to_device(value, device) for value in batch)
     return batch
+
+
+def _is_frozen(tensor: Tensor) -> bool:
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def tensors(batch: Any) -> Iterator[Tensor]:

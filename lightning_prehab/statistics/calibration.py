@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_prehab.errors import ArgumentError, StatisticsError
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.matrices import require_finite
+from lightning_prehab.linalg.modes import in_full_precision, outside_inference_mode
 from lightning_prehab.progress import counted
 from lightning_prehab.statistics.batches import batch_size, call_model, to_device
 from lightning_prehab.statistics.collector import Collector
@@ -23,6 +24,7 @@ Forward = Callable[[nn.Module, Any], Any]
 _log = logging.getLogger("lightning_prehab.calibration")  # a name that people filter by
 
 
+@outside_inference_mode
 def collect_statistics(
     model: nn.Module,
     targets: Mapping[str, Target],
@@ -77,7 +79,7 @@ def collect_statistics(
                     if wanted.backward:
                         loss = _loss_of(output, batch_size(batch), generator)
                         # Not autograd.grad: reentrant checkpointing does not support it.
-                        loss.backward()  # type: ignore[no-untyped-call]
+                        in_full_precision(loss.backward)()  # autocast is for forward passes
                         model.zero_grad(set_to_none=True)
                 collector.end_batch()
                 seen += 1

@@ -114,13 +114,13 @@ class LayerStatistics:
         self.out_features = out_features
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.samples = torch.zeros((), dtype=torch.int64, device=device)
-        self.input_sum = torch.zeros(n, device=device)
-        self.input_absolute_sum = torch.zeros(n, device=device) if magnitudes else None
-        self.input_gram = torch.zeros(n, n, device=device)
-        self.gradient_gram = torch.zeros(m, m, device=device) if gradients else None
-        self.weight_gradient = torch.zeros(m, n, device=device) if weight_gradients else None
-        self.fisher_rows = torch.zeros(m, device=device) if weight_gradients else None
-        self.fisher_columns = torch.zeros(n, device=device) if weight_gradients else None
+        self.input_sum = torch.zeros(n, dtype=torch.float32, device=device)
+        self.input_absolute_sum = torch.zeros(n, dtype=torch.float32, device=device) if magnitudes else None
+        self.input_gram = torch.zeros(n, n, dtype=torch.float32, device=device)
+        self.gradient_gram = torch.zeros(m, m, dtype=torch.float32, device=device) if gradients else None
+        self.weight_gradient = torch.zeros(m, n, dtype=torch.float32, device=device) if weight_gradients else None
+        self.fisher_rows = torch.zeros(m, dtype=torch.float32, device=device) if weight_gradients else None
+        self.fisher_columns = torch.zeros(n, dtype=torch.float32, device=device) if weight_gradients else None
         self.half = None
         if halves:
             self.half = LayerStatistics(n, m, gradients=gradients, magnitudes=magnitudes, device=device)
@@ -411,4 +411,4 @@ def sample_by_energy(rows: Tensor, at_most: int | None) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _shuffled(size: int, device: torch.device) -> Tensor:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(size)).to(device)
+    return torch.randperm(size, generator=torch.Generator().manual_seed(size), device="cpu").to(device)

@@ -10,6 +10,7 @@ from lightning_prehab.errors import NumericalError, PlanError
 from lightning_prehab.factorizations import Decomposition
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.linalg.sparse import Sparse
 from lightning_prehab.plan.choices import added_parameters
 from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
@@ -38,6 +39,7 @@ def cut_targets(model: nn.Module, plan: CompressionPlan) -> dict[str, Target]:
     return {form_name(cut.name, targets[cut.name]): targets[cut.name] for cut in cuts}
 
 
+@in_full_precision
 def compute_factors(
     model: nn.Module, plan: CompressionPlan, decompositions: Mapping[str, Decomposition]
 ) -> dict[str, Factors]:

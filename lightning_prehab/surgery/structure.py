@@ -7,12 +7,16 @@ from torch import nn
 
 from lightning_prehab.kinds import kind_of
 from lightning_prehab.layers.linear import LowRankLayer
+from lightning_prehab.linalg.modes import in_full_precision, outside_inference_mode
+from lightning_prehab.surgery.holders import names_holders
 from lightning_prehab.surgery.pretrained import note_structure_
 from lightning_prehab.surgery.stored import follower, stored_factors
 from lightning_prehab.surgery.swap import replace_modules_
 from lightning_prehab.targets.names import Patterns, clean_name, join, match_names
 
 
+@outside_inference_mode
+@in_full_precision
 def follow_state_dict_(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Gives a model the structure of a state dict, in both directions, without an optimizer.
 
@@ -49,6 +53,7 @@ def follow_state_dict_(model: nn.Module, state_dict: Mapping[str, Any], prefix: 
     return names
 
 
+@names_holders
 def to_dense_(model: nn.Module, names: Patterns = None) -> list[str]:
     """Replaces low-rank layers by dense ones with the same function, in place: the way back from the surgery.
 
@@ -74,6 +79,8 @@ def to_dense_(model: nn.Module, names: Patterns = None) -> list[str]:
     return wanted
 
 
+@outside_inference_mode
+@in_full_precision
 def densify_(model: nn.Module, names: Iterable[str]) -> None:
     """Replaces the named low-rank layers, or those that the names are parts of, by dense ones of the same function."""
     wanted = set(names)

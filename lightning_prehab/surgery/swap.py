@@ -4,20 +4,25 @@ Everything is computed and checked before the first change; the changes themselv
 halfway.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.surgery.factors import planned_targets
+from lightning_prehab.surgery.holders import note_replaced
+from lightning_prehab.surgery.hooks import hand_over_, lost_hooks
 from lightning_prehab.surgery.optimizers import GroupEdit, plan_edits
 from lightning_prehab.surgery.pretrained import check_pretrained, note_structure_
 from lightning_prehab.surgery.replacement import Replacement
 from lightning_prehab.surgery.stored import shapes_of
+from lightning_prehab.targets.attached import has_hooks
 from lightning_prehab.targets.find import count_parameters
 from lightning_prehab.targets.locate import locate
 
@@ -54,13 +59,14 @@ class PreparedSwap:
         """Changes the model and the optimizers."""
         before = count_parameters(self.model)
         _shift_biases_(self.replacements)
-        _put_(self.slots)
+        _put_(self.slots, [(one.old, one.new) for one in self.replacements])
         for edit in self.edits:
             edit.commit()
         note_structure_(self.model)
         return CompressionReport(self.plan, self.errors, before, count_parameters(self.model))
 
 
+@in_full_precision
 def prepare_swap(
     model: nn.Module,
     plan: CompressionPlan,
@@ -77,13 +83,15 @@ def prepare_swap(
 
     Raises:
         PlanError: If the plan does not fit the model.
-        UnsupportedError: If an optimizer cannot be edited, or the model could not be saved afterwards.
+        UnsupportedError: If an optimizer cannot be edited, a weight has hooks of its own, or the model could not be
+            saved afterwards.
     """
     planned_targets(model, plan)
     cut = {layer.name: factors[layer.name] for layer in plan.layers if layer.rank is not None}
     located = locate(model, shapes_of(cut)).values()
     check_pretrained(model, (layer.module for layer, _ in located))
     replacements = [Replacement.prepare(layer, views, cut) for layer, views in located]
+    _check_hooks(replacements)
     edits = [edit for optimizer in optimizers for edit in plan_edits(optimizer, replacements)]
     slots = _slots(model, {id(one.old): one.new for one in replacements})
     errors = {name: error for one in replacements for name, error in one.errors().items()}
@@ -92,7 +100,10 @@ def prepare_swap(
 
 def replace_modules_(model: nn.Module, replacement: Mapping[int, nn.Module]) -> None:
     """Puts modules in the place of others, told by their id, wherever those hang in the model."""
-    _put_(_slots(model, replacement))
+    named = {name: module for name, module in model.named_modules() if id(module) in replacement}
+    pairs = [(module, replacement[id(module)]) for module in named.values()]
+    lost = [lost for name, old in named.items() for lost in lost_hooks(name, old, replacement[id(old)])]
+    _put_(_slots(model, replacement), pairs, lost)
 
 
 def _slots(model: nn.Module, replacement: Mapping[int, nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
@@ -105,9 +116,27 @@ def _slots(model: nn.Module, replacement: Mapping[int, nn.Module]) -> list[tuple
     ]
 
 
-def _put_(slots: Iterable[tuple[nn.Module, str, nn.Module]]) -> None:
+def _put_(
+    slots: Iterable[tuple[nn.Module, str, nn.Module]],
+    pairs: Sequence[tuple[nn.Module, nn.Module]],
+    lost: Sequence[str] = (),
+) -> None:
+    """Fills the slots; the new layers get what others have put on the old ones, each in a pair."""
     for parent, key, new in slots:
         parent._modules[key] = new
+    for old, new in pairs:
+        hand_over_(old, new)
+    note_replaced(pairs, lost)
+
+
+def _check_hooks(replacements: Iterable[Replacement]) -> None:
+    """Raises :class:`UnsupportedError` for hooks that came after the targets were found."""
+    for one in replacements:
+        if any(has_hooks(weight) for weight in one.replaced()):
+            raise UnsupportedError(
+                f"Layer {one.layer.name!r}: its weight has hooks of its own, which cannot follow it to the factors; "
+                "remove them first, and put such on the factors after the cut."
+            )
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from lightning_prehab.errors import TargetError
 from lightning_prehab.kinds import MatrixView, view_of
 from lightning_prehab.linalg.matrices import break_even_rank
+from lightning_prehab.targets.attached import why_not_attached
 from lightning_prehab.targets.locate import Target, layers_of
 from lightning_prehab.targets.metrics import measured_by
 from lightning_prehab.targets.names import Patterns, as_list, begins_with, join, match_names
@@ -132,6 +133,10 @@ def _candidates(model: nn.Module, split_fused: bool) -> dict[str, _Candidate]:
             found[layer.name] = _Candidate(layer.name, layer.module, None, layer.reason)
             continue
         views = layer.views(split_fused)
+        attached = why_not_attached(layer.module, views.values())
+        if attached is not None:
+            found[layer.name] = _Candidate(layer.name, layer.module, None, attached)
+            continue
         shown = Counter(id(view.parameter) for view in views.values())
         split = any(count > 1 and len(owners[key]) > 1 for key, count in shown.items())
         for part, view in views.items():

@@ -90,11 +90,13 @@ def test_only_the_exact_type_with_its_own_forward_pass_fits():
     assert KIND.fits(module)
     assert not KIND.fits(Mine(16, 4))
     assert KIND.refusal(module) is None
+    model = nn.ModuleList([module])
     handles, _ = watch(module)
-    assert KIND.refusal(module) is None
+    assert "0.q_proj" in lp.find_targets(model)
     remove(handles)
     module.forward = lambda *_: None
-    assert "was replaced on the instance" in KIND.refusal(module)
+    with pytest.raises(lp.PrehabError, match="was replaced on the instance"):
+        lp.find_targets(model)
 
 
 @pytest.mark.parametrize(

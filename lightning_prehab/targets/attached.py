@@ -1,0 +1,39 @@
+"""What somebody has attached to a layer, or to its weight, that cannot follow it to the factors."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from lightning_prehab.kinds import MatrixView
+
+#: Where ``torch.distributed.optim._apply_optimizer_in_backward`` notes the optimizer of a parameter.
+_STEPS_INSIDE = "_in_backward_optimizers"
+
+
+def why_not_attached(module: nn.Module, views: Iterable[MatrixView]) -> str | None:
+    """Why a layer cannot be cut for what is attached to it, or None.
+
+    Args:
+        module: The layer.
+        views: Its matrices.
+    """
+    forward = vars(module).get("forward")
+    if forward is not None and not hasattr(forward, "watchers"):  # those are our own, while calibration watches
+        return "its forward pass was replaced on the instance; undo that first"
+    if any(has_hooks(view.parameter) for view in views):
+        return (
+            "its weight has hooks of its own (Tensor.register_hook, an optimizer that steps inside backward), which "
+            "cannot follow it; remove them first, and put such on the factors after the cut"
+        )
+    if any(parameter.is_inference() for parameter in module.parameters()):
+        return "its parameters were made inside torch.inference_mode(), and cannot be trained; build the model outside"
+    return None
+
+
+def has_hooks(parameter: Tensor) -> bool:
+    """Whether somebody has hooked a parameter itself, rather than a module that holds it.
+
+    DistributedDataParallel does not: its hooks hang on nodes of the graph.
+    """
+    hooks = parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return any(hooks) or bool(getattr(parameter, _STEPS_INSIDE, None))
