@@ -63,10 +63,7 @@ def run(make_trainer, lit_class, loader, tmp_path):
 
 
 def all_states(optimizer):
-    return [
-        (group["lr"], [{key: value for key, value in optimizer.state[one].items()} for one in group["params"]])
-        for group in optimizer.param_groups
-    ]
+    return [(group["lr"], [dict(optimizer.state[one]) for one in group["params"]]) for group in optimizer.param_groups]
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
