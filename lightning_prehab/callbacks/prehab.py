@@ -234,16 +234,15 @@ class PrehabCallback(ActsAtSteps):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Prepares, or starts counting what this step sends through the targets."""
+        if self._targets is not None and self._in_season(trainer):
+            if self._preparation is None and (not self._ready or self._update_is_due(trainer, batch_idx)):
+                self._preparation = self._new_preparation(trainer)
+                if not self._ready and self._preparation.is_complete:
+                    self._take_over(trainer, batch_idx - 1)
+            if self._preparation is not None:
+                self._preparation.begin_batch(batch, batch_idx)
         if self._weight_steps is not None:
             self._weight_steps.begin_batch(self._weights())
-        if self._targets is None or not self._in_season(trainer):
-            return
-        if self._preparation is None and (not self._ready or self._update_is_due(trainer, batch_idx)):
-            self._preparation = self._new_preparation(trainer)
-            if not self._ready and self._preparation.is_complete:
-                self._take_over(trainer, batch_idx - 1)
-        if self._preparation is not None:
-            self._preparation.begin_batch(batch, batch_idx)
 
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
         """Adds the penalty to the loss, in the scale that the loss has here."""
