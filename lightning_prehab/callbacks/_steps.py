@@ -88,10 +88,10 @@ class StepWatch:
         if not self._handles:
             self._count()
 
-    def has_moved_unseen(self) -> bool:
-        """Whether parameters have changed, while no step has been seen."""
-        pairs = ((reference(), sample) for reference, sample in self._samples if self.steps == 0)
-        return any(found is not None and not torch.equal(_sample(found), sample) for found, sample in pairs)
+    def moved_unseen(self) -> list[Tensor]:
+        """The parameters that have changed, while no step has been seen."""
+        pairs = ((reference(), sample) for reference, sample in self._samples)
+        return [found for found, sample in pairs if found is not None and not torch.equal(_sample(found), sample)]
 
     def remove(self) -> None:
         """Takes the hooks off."""
@@ -210,8 +210,9 @@ class WeightSteps:
 
 def check_seen(watches: Sequence[StepWatch], who: pl.Callback) -> None:
     """Raises :class:`UnsupportedError` if parameters have moved while no step of their optimizer was seen."""
+    stepped = {id(parameter) for watch in watches if watch.steps for parameter in watch.parameters()}
     for watch in watches:
-        if watch.has_moved_unseen():
+        if any(id(parameter) not in stepped for parameter in watch.moved_unseen()):
             name = type(who).__name__
             raise UnsupportedError(
                 f"{name} acts at the steps of {type(watch.optimizer).__name__}, but has seen none in a whole epoch, "

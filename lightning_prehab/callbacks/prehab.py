@@ -110,7 +110,8 @@ class PrehabCallback(ActsAtSteps):
         ArgumentError: If a value is out of range.
         TargetError: When fit starts, if no trainable layer matches.
         UnsupportedError: When fit starts, for strategies other than one device and DDP, or for a shrinkage whose end
-            cannot be foreseen.
+            cannot be foreseen; at the end of the first epoch, if weights move and no step of their optimizer is ever
+            seen (steps are what the optimizers of the Trainer do, and those inside of them, announced or not).
 
     Reference:
         Qin et al., "Low-Rank Prehab: Preparing Neural Networks for SVD Compression", 2025, https://arxiv.org/abs/2512.01980

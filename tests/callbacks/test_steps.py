@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import lightning_prehab as lp
-from lightning_prehab.callbacks._steps import StepWatch
+from lightning_prehab.callbacks._steps import StepWatch, check_seen
 from lightning_prehab.errors import UnsupportedError
 
 SURGERY, BATCHES = 3, 6
@@ -344,11 +344,17 @@ class TestWatch:
     def test_movement(self):
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
         watch, _ = self.watch(optimizer)
-        assert not watch.has_moved_unseen()
-        optimizer.param_groups[0]["params"][0].data.add_(1)
-        assert watch.has_moved_unseen()
+        parameter = optimizer.param_groups[0]["params"][0]
+        assert watch.moved_unseen() == []
+        parameter.data.add_(1)
+        assert watch.moved_unseen() == [parameter]
+        other, _ = self.watch(torch.optim.SGD([parameter], lr=0.1))
+        with pytest.raises(UnsupportedError):
+            check_seen([watch, other], pl.Callback())
+        other.optimizer.step()
+        check_seen([watch, other], pl.Callback())  # that one has moved it
         optimizer.step()
-        assert not watch.has_moved_unseen()
+        assert watch.moved_unseen() == []
         watch.remove()
         optimizer.step()
         assert watch.steps == 1
