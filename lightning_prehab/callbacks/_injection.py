@@ -1,12 +1,27 @@
 """The penalty of some layers, its gradient, and how strong it has to be."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_prehab.callbacks._regularized import RegularizedLayer
+from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.regularizers import GradientRatio, Penalty
+
+
+def add_to_loss_(loss: Tensor, penalty: Tensor, factor: float) -> None:
+    """Adds ``factor`` times a penalty to a loss in place.
+
+    Raises:
+        UnsupportedError: If the loss cannot be changed.
+    """
+    try:
+        loss.add_((penalty * factor).to(loss.dtype))
+    except RuntimeError as error:
+        raise UnsupportedError(
+            f"This loss cannot be changed in place ({error}); use PrehabCallback(injection='gradient')."
+        ) from error
 
 
 def penalty_of(
@@ -37,17 +52,50 @@ def penalty_of(
     return total * (factor / len(layers)), factor * total.detach() / count
 
 
-def measured_strength(
+def _measured_strength(
     ratio: GradientRatio, weights: Sequence[Tensor], gradients: Sequence[Tensor], scale: float
-) -> float | Tensor:
+) -> Tensor:
     """The factor that gives the penalty its share of the task gradient, which is in ``grad``, times ``scale``."""
     task = [weight.grad for weight in weights if weight.grad is not None]
     norms = (torch.stack([part.float().norm() for part in parts]).norm() for parts in (task, gradients))
     return ratio.update(next(norms) / scale, next(norms))
 
 
-def add_gradients_(weights: Sequence[Tensor], gradients: Sequence[Tensor], factor: float | Tensor) -> None:
-    """Adds ``factor`` times the gradients to those that are there."""
+def add_to_gradients_(
+    optimizer: torch.optim.Optimizer,
+    layers: Sequence[RegularizedLayer],
+    penalty: Callable[[Sequence[RegularizedLayer]], Tensor | None],
+    strength: float | Tensor | GradientRatio,
+    ramp: float,
+    scale: float,
+) -> float | Tensor | None:
+    """Adds the gradient of a penalty to those of an optimizer's weights.
+
+    Args:
+        optimizer: It is about to step.
+        layers: All layers.
+        penalty: The penalty of some of them, differentiable.
+        strength: Its factor, or what measures it.
+        ramp: A factor on the strength.
+        scale: That of the gradients that are there.
+
+    Returns:
+        The strength; None if there was nothing to do, as before any backward pass.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    mine = [layer for layer in layers if id(layer.parameter) in held and layer.parameter.requires_grad]
+    if all(layer.parameter.grad is None for layer in mine):
+        return None
+    weights = list({id(layer.parameter): layer.parameter for layer in mine}.values())
+    with torch.enable_grad(), torch.autocast(weights[0].device.type, enabled=False):
+        value = penalty(mine)
+        if value is None:
+            return None
+        gradients = torch.autograd.grad(value, weights)
+    if isinstance(strength, GradientRatio):
+        strength = _measured_strength(strength, weights, gradients, scale)
+    used = strength * ramp
     for weight, gradient in zip(weights, gradients, strict=True):
-        addend = (gradient * factor).to(weight.dtype)
+        addend = (gradient * (used * scale)).to(weight.dtype)
         weight.grad = addend if weight.grad is None else weight.grad.add_(addend)
+    return used

@@ -1,11 +1,11 @@
 """Spectral work on several processes: each one works on its own layers, one in ``world_size``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import lightning.pytorch as pl
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from lightning_prehab.callbacks._distributed import together
 from lightning_prehab.callbacks._regularized import RegularizedLayer
@@ -40,6 +40,21 @@ def prepare_together(
 
     together(trainer, prepare)
     _hand_out_(due, layers, trainer.global_rank, world_size)
+
+
+def shrink_together_(
+    trainer: "pl.Trainer",
+    layers: Sequence[RegularizedLayer],
+    shrinkage: Shrinkage,
+    progress: float,
+    rates: Mapping[int, float | Tensor],
+) -> None:
+    """Shrinks the trainable ones of those weights that an optimizer has stepped, at the rates of their last steps."""
+    prepare_together(trainer, layers, shrinkage, progress)
+    for layer in layers:
+        rate = rates.get(id(layer.parameter))
+        if rate is not None and layer.parameter.requires_grad:
+            layer.shrink_(shrinkage, progress, float(rate))
 
 
 def complete_memories_(layers: Sequence[RegularizedLayer], global_rank: int, world_size: int) -> None:

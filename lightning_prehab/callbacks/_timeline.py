@@ -1,6 +1,9 @@
-"""How much time is left before the surgery."""
+"""How much time is left before the surgery, and how many steps come after it."""
+
+import math
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_prehab.callbacks._trainer import batches_per_epoch, find_callback
 from lightning_prehab.callbacks.compression import CompressionCallback
@@ -35,3 +38,21 @@ def batches_to_watch(trainer: "pl.Trainer", start_epoch: int, stop_epoch: int | 
     if length is None or end is None:
         return wanted
     return min(wanted, max((end - start_epoch) * length // 2, 1))
+
+
+def steps_of_epochs(trainer: "pl.Trainer", epochs: float) -> float:
+    """Optimizer steps in so many epochs from the present one on; with manual optimization its batches.
+
+    A GradientAccumulationScheduler is asked for each of these epochs: it sets the Trainer's number at the start of an
+    epoch, perhaps after those who ask.
+    """
+    length, present = trainer.num_training_batches, trainer.accumulate_grad_batches
+    scheduler = find_callback(trainer, GradientAccumulationScheduler)
+    if scheduler is None:
+        return epochs * math.ceil(length / present)
+    steps, epoch = 0.0, trainer.current_epoch
+    while epochs > 0:
+        rest = epochs if epoch >= max(scheduler.epochs) else min(epochs, 1.0)  # it changes no more, or for an epoch
+        steps += rest * math.ceil(length / scheduler.get_accumulate_grad_batches(epoch))
+        epochs, epoch = epochs - rest, epoch + 1
+    return steps

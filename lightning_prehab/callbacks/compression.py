@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch import callbacks as pl_callbacks
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_prehab.callbacks._auto_epoch import is_forecast_below, last_possible_epoch
 from lightning_prehab.callbacks._checkpoint import (
     DenseShell,
     check_version,
@@ -19,7 +19,9 @@ from lightning_prehab.callbacks._checkpoint import (
     plan_of_factors,
     restore_statistics_,
 )
+from lightning_prehab.callbacks._finetuning import FROZEN, StoredGroups, note_frozen, rename_groups_, unfreeze_
 from lightning_prehab.callbacks._held import warn_of_unheld
+from lightning_prehab.callbacks._neighbours import refuse_averaging, refuse_finders, refuse_pruning
 from lightning_prehab.callbacks._rehearsal import KeptBatches
 from lightning_prehab.callbacks._report_logging import log_report
 from lightning_prehab.callbacks._site import TrainerSite
@@ -56,12 +58,6 @@ from lightning_prehab.targets.names import Patterns, clean_name
 
 #: Of the state in checkpoints.
 STATE_VERSION = 1
-#: Callbacks that hold a copy of the dense parameters and pair it with the live ones by position.
-_AVERAGING = tuple(
-    kind
-    for name in ("StochasticWeightAveraging", "WeightAveraging")
-    if (kind := getattr(pl_callbacks, name, None)) is not None
-)
 
 
 class _OfRecipe:
@@ -184,6 +180,7 @@ class CompressionCallback(pl.Callback):
         self._older: dict[str, LayerStatistics] | None = None
         self._kept = KeptBatches()
         self._restored: dict[str, Any] = {}
+        self._frozen: list[str] | None = None  # names, from a checkpoint
         self._shell: DenseShell | None = None
         self._following: RemovableHandle | None = None
         self._world_size = 1
@@ -208,19 +205,14 @@ class CompressionCallback(pl.Callback):
         check_strategy(trainer, self)
         check_launcher(trainer, self)
         if self._auto:
-            self.epoch = self._last_possible_epoch(trainer)
+            self.epoch = last_possible_epoch(trainer, self)
         limit = None if getattr(trainer, "fast_dev_run", False) else trainer.max_epochs
         if limit is not None and limit != -1 and self.epoch >= limit:
             raise ArgumentError(
                 f"CompressionCallback(epoch={self.epoch}) is never reached: epochs count from 0 and max_epochs is "
                 f"{limit}. Choose an epoch from 0 to {limit - 1}."
             )
-        for other in callbacks_of(trainer):
-            if isinstance(other, _AVERAGING):
-                raise UnsupportedError(
-                    f"{type(other).__name__} pairs a copy of the dense parameters with the live ones by position and "
-                    "cannot follow the surgery. Remove it, or average in a second run after the compression."
-                )
+        refuse_averaging(trainer)
         if getattr(trainer.strategy, "_ddp_comm_state", None) is not None:
             raise UnsupportedError(
                 "A DDP communication hook with state remembers the dense gradients; remove ddp_comm_state, or compress "
@@ -231,7 +223,8 @@ class CompressionCallback(pl.Callback):
         if not all(isinstance(modules.get(name), LowRankLayer) for name in cuts):
             self.report, cuts = None, []  # another module, or one that has followed a dense checkpoint since
         self._stop_collecting()
-        self._restored, self._world_size, self._older, self._kept = {}, trainer.world_size, None, KeptBatches()
+        self._restored, self._world_size, self._older, self._frozen = {}, trainer.world_size, None, None
+        self._kept = KeptBatches()
         self._shell = DenseShell(pl_module, cuts)
         move_to_front(trainer, self)  # others then see the compressed model from its first epoch on
 
@@ -239,18 +232,17 @@ class CompressionCallback(pl.Callback):
         """Repeats the surgery that a loaded checkpoint has had; else checks targets and optimizers."""
         assert self._shell is not None
         loaded, factors = self._shell.loaded, self._shell.close()
+        self._shell = None
         if loaded:
             self.report = None
         if factors:
-            for other in callbacks_of(trainer):
-                if isinstance(other, pl_callbacks.LearningRateFinder | pl_callbacks.BatchSizeFinder):
-                    raise UnsupportedError(
-                        f"{type(other).__name__} trains and rolls back before the optimizer state of a compressed "
-                        "checkpoint is restored; remove it from the run that resumes."
-                    )
+            refuse_finders(trainer)
             self._replay(trainer, pl_module, factors)
-        if not self.done:
-            targets = self.recipe.find_targets(pl_module)
+        unfreeze_(trainer, pl_module, self._frozen)
+        self._frozen = None
+        targets = None if self.done else self.recipe.find_targets(pl_module)
+        refuse_pruning(trainer, pl_module, [view_of(target).parameter for target in (targets or {}).values()])
+        if targets is not None:
             check_recipe(self.recipe, targets)
             check_pretrained(pl_module, (view_of(target).module for target in targets.values()))
             warn_of_unheld(trainer, targets)
@@ -281,8 +273,9 @@ class CompressionCallback(pl.Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Starts counting what this step sends through the targets, shortly before the surgery."""
-        if self._auto and not self.done:
-            self._decide_on_epoch(trainer, batch_idx)
+        when = self.forecast_below, batch_idx, self.calibration_batches
+        if self._auto and not self.done and is_forecast_below(trainer, *when):
+            self.epoch = min(self.epoch, trainer.current_epoch + 1)
         if self.done or trainer.current_epoch != self.epoch - 1 or not any(self.recipe.wanted):
             return
         length = batches_per_epoch(trainer)
@@ -339,35 +332,24 @@ class CompressionCallback(pl.Callback):
             "older": dump_statistics(self._older, self._world_size),
         }
 
+    def on_save_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        """Notes beside a BaseFinetuning what is frozen."""
+        note_frozen(trainer, pl_module, checkpoint)
+
+    def on_load_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        """Keeps that for the start of fit."""
+        self._frozen = checkpoint.get(FROZEN)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state for the start of fit; the structure itself is read from the weights."""
         check_version(state_dict, STATE_VERSION, type(self).__name__)
         self._restored = state_dict
         if self._auto:
             self.epoch = min(self.epoch, state_dict["epoch"])
-
-    def _last_possible_epoch(self, trainer: "pl.Trainer") -> int:
-        """With ``epoch="auto"``: the last one, if there is one and somebody forecasts."""
-        asked = [getattr(other, "forecasts", None) for other in callbacks_of(trainer)]
-        if not any(callable(forecasts) and forecasts(self) for forecasts in asked):
-            raise ArgumentError(
-                "CompressionCallback(epoch='auto') waits for a forecast of what the cut will cost: add "
-                "PrehabCallback(..., space='loss') with forecast_every_n_steps above 0, or give an epoch."
-            )
-        if trainer.max_epochs is None or trainer.max_epochs < 1:
-            raise ArgumentError(
-                "CompressionCallback(epoch='auto') needs max_epochs: the cut comes before the last one."
-            )
-        return trainer.max_epochs - 1
-
-    def _decide_on_epoch(self, trainer: "pl.Trainer", batch_idx: int) -> None:
-        """Brings the surgery forward to the next epoch, right before its statistics have to be collected."""
-        length = batches_per_epoch(trainer)
-        if length is None or batch_idx != max(length - self.calibration_batches, 0):
-            return
-        forecasts = [getattr(other, "forecast", None) for other in callbacks_of(trainer)]
-        if any(forecast is not None and forecast < self.forecast_below for forecast in forecasts):
-            self.epoch = min(self.epoch, trainer.current_epoch + 1)
 
     def _fits(self, state: Mapping[str, Any]) -> bool:
         """Whether stored sums are those that the surgery wants: of the epoch before it, and of the same kind."""
@@ -382,7 +364,9 @@ class CompressionCallback(pl.Callback):
         """The same edits of modules and optimizers, with stored factors; nobody is told, since it is no new surgery."""
         method = self.recipe.factorization_or_default
         site = TrainerSite(trainer, pl_module, self.calibration_batches)
+        groups = StoredGroups(trainer, pl_module)
         report = site.swap(plan_of_factors(pl_module, factors, method), factors)
+        groups.complete_()
         stored = self._restored.get("report")
         self.report = report if stored is None else CompressionReport.from_dict(stored, method)
 
@@ -416,6 +400,7 @@ class CompressionCallback(pl.Callback):
         kept, self._kept = self._kept, KeptBatches()
         site = TrainerSite(trainer, pl_module, self.calibration_batches, self._take_statistics(), kept)
         report = self.report = operate(self.recipe, site)
+        rename_groups_(trainer, pl_module)
         if self.reset_scores:
             reset_scores_(trainer)
         pl_module.print(f"\n{report}")

@@ -5,7 +5,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.callbacks._regularized import RegularizedLayer
 from lightning_prehab.callbacks._schedules import exponential_ramp
@@ -65,6 +64,7 @@ class PaperPrehab(PrehabCallback):
     ) -> None:
         if objective not in STRENGTHS:
             raise ArgumentError(f"objective must be 'stable_rank' or 'nuclear_norm', got {objective!r}.")
+        self._inside: list[tuple[RegularizedLayer, Tensor, Tensor]] = []  # the layer, its W and its M, during a step
         super().__init__(
             StableRank() if objective == "stable_rank" else NuclearNorm(normalized=False, refresh=1),
             STRENGTHS[objective],
@@ -76,19 +76,30 @@ class PaperPrehab(PrehabCallback):
             update_steps=0,
         )
         self.objective: Objective = objective
-        self._inside: list[tuple[RegularizedLayer, Tensor, Tensor]] = []  # the layer, its W and its M, during a step
-        self._handles: list[RemovableHandle] = []
 
-    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Puts a hook on the optimizers, which maps the weights back right after a step."""
-        super().on_train_start(trainer, pl_module)
-        self._handles = [optimizer.register_step_post_hook(self._map_back) for optimizer in trainer.optimizers]
+    def on_train_batch_end(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Maps back where loss scaling has skipped a step; lets the optimizer start anew at both ends."""
+        self._map_back()
+        was_ready = self._ready
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        ends = self._in_season(trainer) and self._remaining(trainer, batch_idx) == 0
+        if self._weight_steps is not None and self._ready and (ends or not was_ready):
+            for layer in self._layers:
+                for optimizer in self._weight_steps.optimizers():
+                    optimizer.state.pop(layer.parameter, None)
 
-    def on_before_optimizer_step(
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        """Maps back, and takes the hooks off."""
+        self._map_back()
+        super().on_exception(trainer, pl_module, exception)
+
+    def _before_step(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: torch.optim.Optimizer
     ) -> None:
         """Puts ``M`` and its gradient in the place of the weight and its gradient."""
-        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        super()._before_step(trainer, pl_module, optimizer)
         if not self._ready or not self._in_season(trainer):
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -101,29 +112,9 @@ class PaperPrehab(PrehabCallback):
                     view.write_(seen)
                     view.write_(gradient @ layer.metric.right_inverse.mT.to(gradient), into=parameter.grad)
 
-    def on_train_batch_end(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Maps back where loss scaling has skipped a step; lets the optimizer start anew at both ends."""
+    def _after_step(self) -> None:
+        """Maps the weights back right after a step."""
         self._map_back()
-        was_ready = self._ready
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        ends = self._in_season(trainer) and self._remaining(trainer, batch_idx) == 0
-        if self._ready and (ends or not was_ready):
-            for layer in self._layers:
-                for optimizer in trainer.optimizers:
-                    optimizer.state.pop(layer.parameter, None)
-
-    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
-        """Maps back, and takes the hooks off."""
-        self._map_back()
-        self._remove_handles()
-        super().on_exception(trainer, pl_module, exception)
-
-    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Takes the hooks off."""
-        self._remove_handles()
-        super().on_train_end(trainer, pl_module)
 
     def _ramp(self) -> float:
         if self.objective == "nuclear_norm":
@@ -131,14 +122,9 @@ class PaperPrehab(PrehabCallback):
         return exponential_ramp(self._steps, RAMP_STEPS, RAMP_START / self.strength)
 
     @torch.no_grad()
-    def _map_back(self, *_: Any) -> None:
+    def _map_back(self) -> None:
         """The weights, changed by what the step has done to ``M``."""
         for layer, weight, seen in self._inside:
             change = layer.metric.back(layer.view.weight - seen)
             layer.view.write_(weight + change)
         self._inside = []
-
-    def _remove_handles(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from lightning_prehab.callbacks._arguments import (
     check_when_and_where,
     default_strength,
 )
+from lightning_prehab.callbacks._at_steps import ActsAtSteps
 from lightning_prehab.callbacks._checkpoint import check_version
 from lightning_prehab.callbacks._decisions import (
     Injection,
@@ -27,11 +29,11 @@ from lightning_prehab.callbacks._decisions import (
     penalty_without_an_end,
 )
 from lightning_prehab.callbacks._forecast import Forecast
-from lightning_prehab.callbacks._injection import add_gradients_, measured_strength, penalty_of
+from lightning_prehab.callbacks._injection import add_to_gradients_, add_to_loss_, penalty_of
 from lightning_prehab.callbacks._preparation import Preparation
 from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, matrices, restore_layers, tails_of
 from lightning_prehab.callbacks._schedules import ramp
-from lightning_prehab.callbacks._shared_work import complete_memories_, own_part, prepare_together
+from lightning_prehab.callbacks._shared_work import complete_memories_, own_part, shrink_together_
 from lightning_prehab.callbacks._timeline import batches_to_watch, remaining_batches
 from lightning_prehab.callbacks._trainer import (
     check_strategy,
@@ -41,7 +43,6 @@ from lightning_prehab.callbacks._trainer import (
     loss_scale,
 )
 from lightning_prehab.callbacks.compression import CompressionCallback
-from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.regularizers import GradientRatio, Penalty, Shrinkage
 from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.forms import in_all_forms
@@ -53,7 +54,7 @@ STATE_VERSION = 1
 LAST_UPDATE = 0.3
 
 
-class PrehabCallback(pl.Callback):
+class PrehabCallback(ActsAtSteps):
     """Regularizes the spectra of the weights in training, so that they lose little when they are cut.
 
     With a penalty, total loss = task loss + ``strength(t)`` x mean over the targets of ``R(M)``, where ``M`` is the
@@ -110,7 +111,8 @@ class PrehabCallback(pl.Callback):
         ArgumentError: If a value is out of range.
         TargetError: When fit starts, if no trainable layer matches.
         UnsupportedError: When fit starts, for strategies other than one device and DDP, or for a shrinkage whose end
-            cannot be foreseen.
+            cannot be foreseen; at the end of the first epoch, if weights move and no step of their optimizer is ever
+            seen (steps are what the optimizers of the Trainer do, and those inside of them, announced or not).
 
     Reference:
         Qin et al., "Low-Rank Prehab: Preparing Neural Networks for SVD Compression", 2025, https://arxiv.org/abs/2512.01980
@@ -158,35 +160,45 @@ class PrehabCallback(pl.Callback):
         self.strength_share = strength_share
         self.update_steps = update_steps
         self.forecast_every_n_steps = forecast_every_n_steps
+        self._preparation: Preparation | None = None
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        """Forgets what an earlier fit has left, that of another module perhaps."""
+        self._release()
         self.forecast: float | None = None
-        self._ratio = None if strength_share is None else GradientRatio(strength_share)
+        self._ratio = None if self.strength_share is None else GradientRatio(self.strength_share)
         self._steps = 0  # batches with an optimizer step, since the regularizer is ready
         self._planned_at = 0  # the value of _steps when the ranks were planned
         self._span: int | None = None  # batches from there to the end, when the regularizer became ready
-        self._global_step = 0  # of the Trainer, at the end of the last batch
-        self._rates: dict[int, float] = {}  # learning rate of each weight's last step
-        self._targets: Targets | None = None
-        self._planned: Targets | None = None  # what the ranks are planned for: all targets of the surgery
-        self._preparation: Preparation | None = None
-        self._layers: list[RegularizedLayer] = []
-        self._outlook = Forecast()
-        self._ready = False
         self._into_loss = True
         self._restored: dict[str, Any] = {}
         self._world_size, self._global_rank = 1, 0
 
+    def _release(self) -> None:
+        """Lets go of the model and of the optimizers."""
+        if self._preparation is not None:
+            self._preparation.close()
+        self._stop_watching()
+        self._preparation = None
+        self._targets: Targets | None = None
+        self._planned: Targets | None = None  # what the ranks are planned for: all targets of the surgery
+        self._layers: list[RegularizedLayer] = []
+        self._outlook = Forecast()
+        self._ready = False
+
     def forecasts(self, compression: CompressionCallback) -> bool:
         """Whether the loss increase of a cut is predicted during training."""
-        space = choose_space(self._asked_space, self.regularizer, compression)
-        return space == "loss" and self.forecast_every_n_steps > 0
+        regularizer = default_regularizer(planned=True) if self._open else self.regularizer
+        return choose_space(self._asked_space, regularizer, compression) == "loss" and self.forecast_every_n_steps > 0
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Refuses what cannot work, before anything has been trained."""
         if stage != "fit":
             return
         check_strategy(trainer, self)
-        self._release()
-        self._restored, self._world_size, self._global_rank = {}, trainer.world_size, trainer.global_rank
+        self._start_anew()
+        self._world_size, self._global_rank = trainer.world_size, trainer.global_rank
         compression = find_callback(trainer, CompressionCallback)
         if self._open:
             self.regularizer = default_regularizer(planned=compression is not None)
@@ -196,7 +208,6 @@ class PrehabCallback(pl.Callback):
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Finds the targets and decides where to inject."""
-        self._release()
         compression = find_callback(trainer, CompressionCallback)
         if compression is not None and compression.done:
             return
@@ -205,13 +216,13 @@ class PrehabCallback(pl.Callback):
         self._planned = None if source is None else source.recipe.find_targets(pl_module)
         where = self.injection, self.strength_share
         self._into_loss = injects_into_loss(trainer, pl_module, self.regularizer, *where)
-        self._steps, self._planned_at, self._span = 0, 0, None
         if self._restored:
             self._restore()
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Notes where the run stands, and goes on with a preparation that was under way."""
-        self._global_step = trainer.global_step
+        """Watches the optimizers, and goes on with a preparation that was under way."""
+        if self._targets is not None:
+            self._watch_steps(trainer, pl_module)
         if isinstance(self.regularizer, Shrinkage) and self._remaining(trainer, -1) is None:
             self.regularizer = penalty_without_an_end(self.regularizer, may_replace=self._open)
             self.strength = default_strength(self.regularizer)
@@ -226,17 +237,18 @@ class PrehabCallback(pl.Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Prepares, or starts counting what this step sends through the targets."""
-        if self._targets is None or not self._in_season(trainer):
-            return
-        if self._ready and self.space == "loss" and self.forecast_every_n_steps > 0:
-            due = (self._steps + 1) % self.forecast_every_n_steps == 0
-            self._outlook.follow(trainer, pl_module, self._targets, self._layers, batch, batch_idx, look=due)
-        if self._preparation is None and (not self._ready or self._update_is_due(trainer, batch_idx)):
-            self._preparation = self._new_preparation(trainer)
-            if not self._ready and self._preparation.is_complete:
-                self._take_over(trainer, batch_idx - 1)
-        if self._preparation is not None:
-            self._preparation.begin_batch(batch, batch_idx)
+        if self._targets is not None and self._in_season(trainer):
+            if self._ready and self.space == "loss" and self.forecast_every_n_steps > 0:
+                due = (self._steps + 1) % self.forecast_every_n_steps == 0
+                self._outlook.follow(trainer, pl_module, self._targets, self._layers, batch, batch_idx, look=due)
+            if self._preparation is None and (not self._ready or self._update_is_due(trainer, batch_idx)):
+                self._preparation = self._new_preparation(trainer)
+                if not self._ready and self._preparation.is_complete:
+                    self._take_over(trainer, batch_idx - 1)
+            if self._preparation is not None:
+                self._preparation.begin_batch(batch, batch_idx)
+        if self._weight_steps is not None:
+            self._weight_steps.begin_batch(self._weights())
 
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
         """Adds the penalty to the loss, in the scale that the loss has here."""
@@ -252,49 +264,20 @@ class PrehabCallback(pl.Callback):
                 return
             strength = self.strength * self._ramp()
             pl_module.log("prehab/strength", strength, batch_size=1)
-            try:
-                loss.add_((penalty * (strength * loss_scale(trainer))).to(loss.dtype))
-            except RuntimeError as error:
-                raise UnsupportedError(
-                    f"This loss cannot be changed in place ({error}); use PrehabCallback(injection='gradient')."
-                ) from error
-
-    def on_before_optimizer_step(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Adds the gradient of the penalty for the weights of this optimizer."""
-        for group in optimizer.param_groups if isinstance(self.regularizer, Shrinkage) else ():
-            self._rates.update((id(parameter), float(group["lr"])) for parameter in group["params"])
-        if self._into_loss or not self._acts(trainer):
-            return
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        layers = [layer for layer in self._layers if id(layer.parameter) in held and layer.parameter.requires_grad]
-        if all(layer.parameter.grad is None for layer in layers):
-            return  # no backward pass has been made
-        weights = list({id(layer.parameter): layer.parameter for layer in layers}.values())
-        with torch.enable_grad(), torch.autocast(weights[0].device.type, enabled=False):
-            penalty = self._penalty(pl_module, layers)
-            if penalty is None:
-                return
-            gradients = torch.autograd.grad(penalty, weights)
-        # Lightning leaves the gradients of a fused optimizer scaled; the optimizer unscales them itself.
-        scale = gradient_scale(trainer) if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
-        full = self.strength if self._ratio is None else measured_strength(self._ratio, weights, gradients, scale)
-        strength = full * self._ramp()
-        pl_module.log("prehab/strength", strength, batch_size=1)
-        add_gradients_(weights, gradients, strength * scale)
+            add_to_loss_(loss, penalty, strength * loss_scale(trainer))
 
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Shrinks, counts steps, and takes over metrics and ranks when enough statistics are there."""
-        stepped = trainer.global_step > self._global_step
-        self._global_step = trainer.global_step
-        if self._ready and stepped and self._in_season(trainer):
-            self._shrink(trainer, pl_module, batch_idx)
-            self._steps += 1
+        stepped = self._weight_steps is not None and self._weight_steps.end_batch(self._weights())
+        if self._ready and self._in_season(trainer):
+            last = self._remaining(trainer, batch_idx) == 0  # all has to be done, whoever steps in this batch
+            if stepped or last:
+                self._shrink(trainer, pl_module, batch_idx)
+            self._steps += stepped
             every = self.forecast_every_n_steps
-            if every > 0 and (self._steps % every == 0 or self._remaining(trainer, batch_idx) == 0):
+            if (stepped or last) and every > 0 and (last or self._steps % every == 0):
                 self._log_forecast(pl_module)
         if self._preparation is not None:
             self._preparation.end_batch()
@@ -302,7 +285,9 @@ class PrehabCallback(pl.Callback):
                 self._take_over(trainer, batch_idx)
 
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Logs how far the spectra have come."""
+        """Logs how far the spectra have come; no step of an optimizer may have gone unseen."""
+        if self._weight_steps is not None:
+            self._weight_steps.check_seen(self)
         if not self._ready or not self._in_season(trainer):
             return
         ranks = [layer.spectral_ranks() for layer in self._layers]
@@ -325,6 +310,7 @@ class PrehabCallback(pl.Callback):
         """Takes the hooks off; what was collected stays for a checkpoint that is written now."""
         if self._preparation is not None:
             self._preparation.detach()
+        self._stop_watching()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on bit by bit: steps, metrics, ranks, warm starts; plain data only."""
@@ -372,6 +358,23 @@ class PrehabCallback(pl.Callback):
     def _ramp(self) -> float:
         return ramp(self._steps, self.ramp_steps)
 
+    def _weights(self) -> list[Tensor]:
+        return [layer.parameter for layer in self._layers]
+
+    def _before_step(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Adds the gradient of the penalty for the weights of this optimizer."""
+        if self._into_loss or not self._acts(trainer):
+            return
+        # Lightning leaves the gradients of a fused optimizer scaled; the optimizer unscales them itself.
+        scale = gradient_scale(trainer) if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
+        full = self.strength if self._ratio is None else self._ratio
+        penalty = partial(self._penalty, pl_module)
+        strength = add_to_gradients_(optimizer, self._layers, penalty, full, self._ramp(), scale)
+        if strength is not None:
+            pl_module.log("prehab/strength", strength, batch_size=1)
+
     def _penalty(
         self, pl_module: "pl.LightningModule", layers: Sequence[RegularizedLayer], processes: int | None = None
     ) -> Tensor | None:
@@ -386,15 +389,11 @@ class PrehabCallback(pl.Callback):
 
     def _shrink(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch_idx: int) -> None:
         """Applies a shrinkage to the trainable weights that an optimizer has stepped."""
-        if not isinstance(self.regularizer, Shrinkage):
+        if not isinstance(self.regularizer, Shrinkage) or self._weight_steps is None:
             return
         progress = self._progress(trainer, batch_idx)
         pl_module.log("prehab/progress", progress, batch_size=1)
-        prepare_together(trainer, self._layers, self.regularizer, progress)
-        for layer in self._layers:
-            rate = self._rates.get(id(layer.parameter))
-            if rate is not None and layer.parameter.requires_grad:
-                layer.shrink_(self.regularizer, progress, rate)
+        shrink_together_(trainer, self._layers, self.regularizer, progress, self._weight_steps.rates)
 
     def _remaining(self, trainer: "pl.Trainer", batch_idx: int) -> int | None:
         return remaining_batches(trainer, self.stop_epoch, batch_idx)
@@ -452,9 +451,3 @@ class PrehabCallback(pl.Callback):
         self._layers, self._ready, self._planned_at = layers, True, self._steps
         if self.space == "loss" and self.forecast_every_n_steps > 0:
             self._outlook.begin()
-
-    def _release(self) -> None:
-        if self._preparation is not None:
-            self._preparation.close()
-        self._preparation = self._targets = self._planned = None
-        self._layers, self._ready, self._rates, self._outlook = [], False, {}, Forecast()

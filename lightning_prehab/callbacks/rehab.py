@@ -8,10 +8,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.callbacks._checkpoint import check_version
 from lightning_prehab.callbacks._schedules import Shape, warmup_factor
+from lightning_prehab.callbacks._steps import StepWatch, check_seen
+from lightning_prehab.callbacks._timeline import steps_of_epochs
 from lightning_prehab.callbacks._trainer import (
     batches_per_epoch,
     callbacks_of,
@@ -21,6 +22,7 @@ from lightning_prehab.callbacks._trainer import (
 )
 from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.errors import ArgumentError, UnsupportedError
+from lightning_prehab.layers.linear import LowRankLayer
 from lightning_prehab.report.compression_report import CompressionReport
 
 #: Of the state in checkpoints.
@@ -38,14 +40,17 @@ class RehabSchedule(pl.Callback):
 
     Args:
         warmup_steps: Length in optimizer steps.
-        warmup_epochs: Length in epochs, may be a fraction; one epoch if neither length is given.
+        warmup_epochs: Length in epochs, may be a fraction; one epoch if neither length is given. They are counted in
+            the steps that these epochs are going to have, a GradientAccumulationScheduler included; with manual
+            optimization in batches.
         start_factor: Factor at the first step, at least 0.
         peak_factor: Factor from the end of the warm-up on, above 0.
         shape: ``"linear"`` or ``"cosine"``.
 
     Raises:
         ArgumentError: If a value is out of range, or both lengths are given.
-        UnsupportedError: When fit starts, if there is no CompressionCallback.
+        UnsupportedError: When fit starts, if there is no CompressionCallback; at the end of the first epoch, if
+            parameters move and no step of their optimizer is ever seen.
 
     Example::
 
@@ -88,8 +93,8 @@ class RehabSchedule(pl.Callback):
         """Looks for the surgery, and moves before LearningRateMonitor."""
         if stage != "fit":
             return
-        if self._module is not pl_module:
-            self._module, self._length, self._done = pl_module, None, []
+        if self._module is not pl_module or not any(isinstance(part, LowRankLayer) for part in pl_module.modules()):
+            self._module, self._length, self._done = pl_module, None, []  # nothing has been cut yet
         if find_callback(trainer, CompressionCallback) is None:
             raise UnsupportedError("RehabSchedule warms up after a surgery; add a CompressionCallback to the Trainer.")
         move_to_front(trainer, self)
@@ -110,8 +115,7 @@ class RehabSchedule(pl.Callback):
             self._length = self.warmup_steps
         else:
             assert self.warmup_epochs is not None
-            steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-            self._length = round(self.warmup_epochs * steps_per_epoch)
+            self._length = round(steps_of_epochs(trainer, self.warmup_epochs))
         self._done = [0] * len(trainer.optimizers)
         self._apply()
 
@@ -129,6 +133,8 @@ class RehabSchedule(pl.Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Shows LearningRateMonitor the rate of the step to come."""
+        for scaled in self._scaled:
+            scaled.watch.forget()
         self._apply()
 
     def on_before_optimizer_step(
@@ -136,7 +142,7 @@ class RehabSchedule(pl.Callback):
     ) -> None:
         """Applies the factor to a rate that ``training_step`` has set; takes it back where loss scaling may skip."""
         for scaled in self._scaled:
-            if scaled.optimizer is optimizer and scaled.in_step:
+            if scaled.optimizer is optimizer and scaled.watch.in_step:
                 scaled.apply()
             elif scaled.optimizer is optimizer:
                 scaled.restore()
@@ -144,12 +150,15 @@ class RehabSchedule(pl.Callback):
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Hands the user's own rates back, for checkpoints."""
+        """Hands the user's own rates back, for checkpoints; counts batches where steps cannot be foreseen."""
         self.restore()
+        if self._length is not None and self._counts_batches(pl_module):
+            self._done = [done + 1 for done in self._done]
 
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Hands the user's own rates back, for checkpoints."""
+        """Hands the user's own rates back, for checkpoints; no step of an optimizer may have gone unseen."""
         self.restore()
+        check_seen([scaled.watch for scaled in self._scaled], self)
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Takes the hooks off the optimizers."""
@@ -174,8 +183,13 @@ class RehabSchedule(pl.Callback):
 
     def count_step(self, optimizer_index: int) -> None:
         """Notes that an optimizer has made a step; called by its step hook."""
-        if self._length is not None:
+        assert self._module is not None
+        if self._length is not None and not self._counts_batches(self._module):
             self._done[optimizer_index] += 1
+
+    def _counts_batches(self, pl_module: "pl.LightningModule") -> bool:
+        """By hand an optimizer may step at every batch or at some: only batches tell how long an epoch is."""
+        return self.warmup_epochs is not None and not pl_module.automatic_optimization
 
     def _apply(self) -> None:
         for scaled in self._scaled:
@@ -199,12 +213,8 @@ class _ScaledRate:
         self.optimizer = optimizer
         self._schedule = schedule
         self._index = index
-        self.in_step = False
-        self._own: dict[int, tuple[float, float]] = {}  # by slot: the user's rate and ours, while ours is in place
-        self._handles: list[RemovableHandle] = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._own: dict[int, tuple[float, float]] = {}  # by group: the user's rate and ours, while ours is in place
+        self.watch = StepWatch(optimizer, self._before_step, self._after_step)
 
     def apply(self) -> None:
         """Multiplies the rates, once; a rate that was changed since is the user's new one and is multiplied anew."""
@@ -227,29 +237,25 @@ class _ScaledRate:
     def remove(self) -> None:
         """Puts the user's rates back and takes the hooks off."""
         self.restore()
-        for handle in self._handles:
-            handle.remove()
+        self.watch.remove()
 
     def _slots(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Groups by index; a rate tensor that several groups share comes once."""
+        """Groups by identity; a rate tensor that several groups share comes once."""
         seen: set[int] = set()
-        for slot, group in enumerate(self.optimizer.param_groups):
-            if isinstance(group["lr"], Tensor):
+        for group in self.watch.groups():
+            if isinstance(group.get("lr"), Tensor):
                 if id(group["lr"]) in seen:
                     continue
                 seen.add(id(group["lr"]))
-            yield slot, group
+            if "lr" in group:
+                yield id(group), group
 
     def _before_step(self, *_: Any) -> None:
-        self.in_step = True
         self.apply()
 
     def _after_step(self, *_: Any) -> None:
-        # An optimizer class that calls super().step() runs the hooks twice, nested; the inner ones enclose the update.
-        if self.in_step:
-            self.in_step = False
-            self.restore()
-            self._schedule.count_step(self._index)
+        self.restore()
+        self._schedule.count_step(self._index)
 
 
 class _RestoreRates(pl.Callback):

@@ -69,6 +69,10 @@ class Metric:
         """Whether ``M`` is ``W``."""
         return self.left is None and self.right is None
 
+    def in_float64(self) -> "Metric":
+        """The same metric, with roots in float64."""
+        return Metric(*(None if root is None else to_float64(root) for root in (self.left, self.right)))
+
     def weigh(self, weight: Tensor) -> Tensor:
         """``L L^T W S S^T``: half the gradient of ``|M|_F^2`` in ``W``, at the cost of one :meth:`view`."""
         weighed = weight if self.left is None else self.left_gram.to(weight) @ weight

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_prehab.errors import ArgumentError
-from lightning_prehab.linalg.matrices import power_iteration
+from lightning_prehab.linalg.lanczos import leading_right_vector
+from lightning_prehab.linalg.matrices import power_iteration, to_float64
 from lightning_prehab.regularizers.base import Memory, Penalty, start_vector
 from lightning_prehab.regularizers.metric import IDENTITY, Metric, Unformed
 
@@ -52,12 +53,14 @@ def _is_safe(sigma: Tensor) -> Tensor:
 class StableRank(Penalty):
     """Sum of squared singular values over the largest square, ``sum s_i^2 / s_1^2``.
 
-    The penalty of "Low-Rank Prehab" (Qin et al., 2025, https://arxiv.org/abs/2512.01980) for language models. One
-    power iteration per step from the vector of the step before is enough; the gradient is closed-form, without an SVD.
+    The penalty of "Low-Rank Prehab" (Qin et al., 2025, https://arxiv.org/abs/2512.01980) for language models. The
+    leading direction is found to 1e-5 at the first call, however close the next one is; from then on one power
+    iteration per step from the vector of the step before is enough. The gradient is closed-form, without an SVD.
 
     Args:
-        first_steps: Power iterations at the first call for a layer.
-        steps: Power iterations at every later call.
+        first_steps: At most so many Lanczos steps, of two products with vectors each, at the first call for a layer;
+            it ends when it has converged, in some dozens of steps where the weight is random.
+        steps: Power iterations at every call.
 
     Raises:
         ArgumentError: If a step count is below 1.
@@ -66,13 +69,13 @@ class StableRank(Penalty):
     1.5
     """
 
-    first_steps: int = 30
+    first_steps: int = 300
     steps: int = 1
     default_strength: ClassVar[float] = 0.01
 
     def __post_init__(self) -> None:
         if self.first_steps < 1 or self.steps < 1:
-            raise ArgumentError(f"Power iterations must be at least 1, got {self.first_steps} and {self.steps}.")
+            raise ArgumentError(f"Step counts must be at least 1, got {self.first_steps} and {self.steps}.")
 
     def __call__(self, matrix: Tensor, rank: int | None = None, memory: Memory | None = None) -> Tensor:
         """The stable rank, in ``[1, min(m, n)]``; ``rank`` is ignored."""
@@ -83,9 +86,14 @@ class StableRank(Penalty):
     ) -> Tensor:
         """The stable rank of ``M = L^T W S``: one product ``L L^T W S S^T`` and products with vectors."""
         warm = memory.get("v") if memory is not None else None
-        start = start_vector(weight.shape[1], weight) if warm is None else warm.to(weight)
-        steps = self.first_steps if warm is None else self.steps
-        sigma, u, v = power_iteration(Unformed(weight.detach(), metric), start, steps)
+        start = self._leading_vector(weight, metric) if warm is None else warm.to(weight)
+        sigma, u, v = power_iteration(Unformed(weight.detach(), metric), start, self.steps)
         if memory is not None:
             memory["v"] = v
         return _StableRankFunction.apply(weight, metric, sigma, u, v)  # type: ignore[no-any-return]
+
+    def _leading_vector(self, weight: Tensor, metric: Metric) -> Tensor:
+        """The leading right singular vector of ``M``, found from nothing, in float64."""
+        wide = Unformed(to_float64(weight), metric.in_float64())
+        start = start_vector(weight.shape[1], wide.weight)
+        return leading_right_vector(wide, start, self.first_steps).to(weight)

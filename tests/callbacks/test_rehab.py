@@ -4,7 +4,7 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
@@ -101,6 +101,24 @@ def test_accumulation_epochs_peak_shape_and_order(first, mlp, loader, make_train
     expected = warmed(plain, lambda s: 1 - math.cos(math.pi * min(s / length, 1)), start=EPOCH * 3)
     for one, other in zip(ours, expected, strict=True):
         assert one == pytest.approx(other, rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("schedule", "epochs", "length"),
+    [({0: 1, EPOCH: 3}, 1, 2), ({0: 3, EPOCH: 1}, 1, 6), ({EPOCH + 1: 3}, 2.5, 6 + 2 + 1), ({0: 3, EPOCH: 1}, 0.5, 3)],
+)
+def test_epochs_are_those_of_an_accumulation_that_changes(
+    schedule, epochs, length, order, mlp, loader, make_trainer, lit_class
+):
+    rehab = lp.RehabSchedule(warmup_epochs=epochs, start_factor=0.0)
+    callbacks = [GradientAccumulationScheduler(schedule), lp.CompressionCallback(EPOCH, factorization=lp.SVD()), rehab]
+    rates, _ = used_rates(
+        module(lit_class, mlp, None, "step"), loader, make_trainer, callbacks[order:] + callbacks[:order]
+    )
+    before = EPOCH * 6 // callbacks[0].get_accumulate_grad_batches(0)
+    after = [rate / 0.05 for rate, _ in rates[before:]]
+    assert after == pytest.approx([min(step / length, 1.0) for step in range(len(after))], rel=1e-9, abs=1e-12)
 
 
 def test_tensor_rates_are_changed_in_place(mlp, loader, make_trainer, lit_class):

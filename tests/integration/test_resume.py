@@ -137,6 +137,7 @@ PREHABS = {
     "decay": lambda: lp.PrehabCallback(lp.SpectralWeightDecay(every=4)),
     "share": lambda: lp.PrehabCallback(lp.NuclearNorm(refresh=4), strength_share=0.2, space="activation"),
     "effective rank": lambda: lp.PrehabCallback(lp.EffectiveRank(refresh=4), space="loss", update_steps=5),
+    "stable rank": lambda: lp.PrehabCallback(lp.StableRank(), 0.1, space="loss", update_steps=5),
 }
 
 
