@@ -13,7 +13,8 @@ _OWN = ("param_groups", "state", "defaults")
 def family(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
     """An optimizer and those that it wraps: the base of Lookahead or SAM, the members of a combination.
 
-    A wrapper often shares the groups of its base, but the state stays with the base.
+    A wrapper often shares the groups of its base, but the state stays with the base. One that shows the state of its
+    base as its own stands for nothing more, and is left out.
     """
     found: list[torch.optim.Optimizer] = []
     seen: set[int] = set()
@@ -23,14 +24,14 @@ def family(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
         if id(one) in seen:
             continue
         seen.add(id(one))
-        if isinstance(one, torch.optim.Optimizer):
+        if _is_optimizer(one):
             found.append(one)
             waiting.extend(value for _, value in _attributes(one))
         elif isinstance(one, list | tuple):
             waiting.extend(one)
         elif isinstance(one, dict):
             waiting.extend(one.values())
-    return found
+    return [one for place, one in enumerate(found) if all(other.state is not one.state for other in found[place + 1 :])]
 
 
 def caches(optimizer: torch.optim.Optimizer, weights: Iterable[Tensor]) -> list[dict[Any, Any]]:
@@ -53,6 +54,11 @@ def second_holder(optimizer: torch.optim.Optimizer, weights: Iterable[Tensor]) -
     return None
 
 
+def _is_optimizer(value: Any) -> bool:
+    """Also one that is no subclass: the wrappers of schedule-free optimizers."""
+    return hasattr(value, "param_groups") and hasattr(value, "state") and not isinstance(value, type)
+
+
 def _attributes(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
     yield from ((name, value) for name, value in vars(optimizer).items() if name not in _OWN)
 
@@ -64,7 +70,7 @@ def _leaves(value: Any) -> list[Any]:
     waiting = [value]
     while waiting:
         one = waiting.pop()
-        if isinstance(one, Tensor | torch.optim.Optimizer):
+        if isinstance(one, Tensor) or _is_optimizer(one):
             found.append(one)
         elif isinstance(one, dict | list | tuple | set) and id(one) not in seen:
             seen.add(id(one))

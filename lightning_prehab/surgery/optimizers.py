@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.surgery.holdings import caches, family, second_holder
-from lightning_prehab.surgery.meanings import counts_in_group, flags, readable_state
+from lightning_prehab.surgery.meanings import ITERATES, counts_in_group, flags, readable_state
 from lightning_prehab.surgery.rehearsal import fresh_states
 from lightning_prehab.surgery.replacement import Replacement
 
@@ -69,12 +69,16 @@ class StateEdit:
     state: MutableMapping[Any, Any]
     removed: list[Tensor] = field(default_factory=list)
     added: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
+    shifts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
+    @torch.no_grad()
     def commit(self) -> None:
         """Changes the dictionary."""
         for parameter in self.removed:
             self.state.pop(parameter, None)
         self.state.update(self.added)
+        for kept, shift in self.shifts:
+            kept.add_(shift)
 
 
 @dataclass
@@ -123,7 +127,7 @@ def plan_edits(optimizer: torch.optim.Optimizer, replacements: Sequence[Replacem
     edits = []
     for one in family(optimizer):
         for group in one.param_groups:
-            edit = _plan_group(one, group, by_weight, renamed)
+            edit = _plan_group(one, group, replacements, by_weight, renamed)
             for replacement in replacements:
                 edit.order(list(replacement.new.parameters()))
             edits.append(edit)
@@ -133,6 +137,7 @@ def plan_edits(optimizer: torch.optim.Optimizer, replacements: Sequence[Replacem
 def _plan_group(
     optimizer: torch.optim.Optimizer,
     group: dict[str, Any],
+    replacements: Sequence[Replacement],
     by_weight: Mapping[int, Replacement],
     renamed: Mapping[int, tuple[str, str]],
 ) -> GroupEdit:
@@ -147,6 +152,7 @@ def _plan_group(
             before, after = renamed.get(id(parameter), ("", ""))
             edit.params.append(parameter)
             edit.names.append(name.removesuffix(before) + after)
+            own.shifts.extend(_shifts(parameter, optimizer.state.get(parameter), replacements))
             continue
         within = next(key for key, weight in found.old.named_parameters() if weight is parameter)
         parts = found.parameters(parameter)
@@ -176,3 +182,17 @@ def _states(
     if known is None or flags(state):
         moved |= fresh_states(optimizer, group, weight, state, rest)
     return moved
+
+
+def _shifts(
+    parameter: Tensor, state: Mapping[str, Any] | None, replacements: Sequence[Replacement]
+) -> list[tuple[Tensor, Tensor]]:
+    """Where the state of a bias that is kept holds other values of it, which move with it: parts, and by how much."""
+    iterates = [value for key, value in (state or {}).items() if key in ITERATES and type(value) is Tensor]
+    return [
+        (value[part], shift.to(value.dtype))
+        for value in iterates
+        if value.shape == parameter.shape
+        for one in replacements
+        for part, shift in one.shifts(parameter)
+    ]

@@ -93,6 +93,18 @@ class Replacement:
                 found[child.B.bias] = bias_state(seen, child.B.bias)
         return {parameter: moved for parameter, moved in found.items() if moved}
 
+    def shifts(self, parameter: Tensor) -> list[tuple[slice, Tensor]]:
+        """What is added to a bias that both layers hold, and where; other parameters stay as they are."""
+        found = []
+        for part, factors in self.factors.items():
+            bias = self.views[part].bias  # the parameter, or a part of it
+            if factors.bias_shift is None or bias is None:
+                continue
+            start = bias.storage_offset() - parameter.storage_offset()
+            if bias.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():
+                found.append((slice(start, start + len(bias)), factors.bias_shift))
+        return found
+
     @torch.no_grad()
     def errors(self) -> dict[str, float]:
         """``|W - B A - S|_F / |W|_F`` of each matrix that is cut, by name; 0 for a zero weight."""
