@@ -251,8 +251,9 @@ class CompressionCallback(pl.Callback):
                 for t in targets.values()
                 if added_parameters(t, self.recipe.factorization_or_default)
             ]
+            weights = [view_of(t).parameter for t in targets.values()]
             for optimizer in trainer.optimizers:
-                check_optimizer(optimizer, split)
+                check_optimizer(optimizer, split, weights)
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Operates at epoch 0, and on a resume that enters an epoch without its start hook."""

@@ -1,4 +1,7 @@
-"""Optimizer state of what replaces a dense weight from the optimizer state of that weight: pure functions."""
+"""Optimizer state of what replaces a dense weight from the optimizer state of that weight: pure functions.
+
+States are such as :func:`~lightning_prehab.surgery.meanings.readable_state` gives them.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -6,10 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: States that are linear in the past gradients: Adam and its family; SGD and Muon.
-FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
-#: States that average or sum squared gradients, each entry for itself: Adam and its family; RMSprop; Adagrad.
-SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+from lightning_prehab.surgery.meanings import ITERATES, LARGEST, MEANINGS, SECOND_MOMENTS, STEP_SIZES
 
 
 def factor_states(state: Mapping[str, Any], a: Tensor, b: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -18,10 +18,13 @@ def factor_states(state: Mapping[str, Any], a: Tensor, b: Tensor) -> tuple[dict[
     The gradients are ``dA = B^T dW`` and ``dB = dW A^T``, so a first moment, being linear in them, moves exactly:
     ``exp_avg_A = B^T exp_avg_W`` and ``exp_avg_B = exp_avg_W A^T``. A second moment moves as if the entries of ``dW``
     were uncorrelated, ``(B * B)^T v``, and is then raised to the square of the first moment where that is larger:
-    without that, correlated gradients would make the first steps larger than the learning rate.
+    without that, correlated gradients would make the first steps larger than the learning rate. The variance of
+    centered RMSprop moves the same way, and the mean is added again. What is a value of ``W`` itself (the iterate of
+    a schedule-free optimizer, the slow weights of Lookahead) is the factor: what is averaged or looked back at starts
+    at the cut. Sizes of steps are the mean over the entries of ``W`` that the entry of the factor acts on.
 
     Args:
-        state: ``optimizer.state[W]``.
+        state: Of ``W``.
         a: Shape ``(rank, in_features)``.
         b: Shape ``(out_features, rank)``.
 
@@ -33,25 +36,19 @@ def factor_states(state: Mapping[str, Any], a: Tensor, b: Tensor) -> tuple[dict[
     >>> for_a["exp_avg"], for_b["exp_avg"].mT
     (tensor([[2., 2.]]), tensor([[2., 2.]]))
     """
-    shape = (b.shape[0], a.shape[1])
     for_a: dict[str, Any] = {}
     for_b: dict[str, Any] = {}
-    for key, value in state.items():
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            for_a[key] = value.clone() if isinstance(value, Tensor) else value
-            for_b[key] = value.clone() if isinstance(value, Tensor) else value
-        elif key in FIRST_MOMENTS and value.shape == shape:
-            for_a[key] = _product(b.mT, value, value.dtype)
-            for_b[key] = _product(value, a.mT, value.dtype)
-        elif key in SECOND_MOMENTS and value.shape == shape:
-            for_a[key] = _product(b.square().mT, value, value.dtype)
-            for_b[key] = _product(value, a.square().mT, value.dtype)
-        else:
+    for key, value in _centered(state).items():
+        if not _is_matrix(value):
+            for_a[key], for_b[key] = _copy(value), _copy(value)
+            continue
+        if key not in MEANINGS or value.shape != (b.shape[0], a.shape[1]):
             return {}, {}
+        for_a[key], for_b[key] = _factored(key, value, a.detach(), b.detach())
     for moved in (for_a, for_b):
-        for key in SECOND_MOMENTS:
-            if key in moved and "exp_avg" in moved:
-                moved[key] = torch.maximum(moved[key], moved["exp_avg"].square())
+        _raise_(moved)
+        if "grad_avg" in moved:
+            moved["square_avg"] += moved["grad_avg"].square()
     return for_a, for_b
 
 
@@ -59,7 +56,7 @@ def block_state(state: Mapping[str, Any], shape: Sequence[int], part: Callable[[
     """State of a part of ``W``, kept as a parameter of its own, from the state of ``W``: that part of each moment.
 
     Args:
-        state: ``optimizer.state[W]``.
+        state: Of ``W``.
         shape: Of ``W``.
         part: Takes the part out of a tensor of this shape.
 
@@ -71,8 +68,8 @@ def block_state(state: Mapping[str, Any], shape: Sequence[int], part: Callable[[
     """
     moved: dict[str, Any] = {}
     for key, value in state.items():
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            moved[key] = value.clone() if isinstance(value, Tensor) else value
+        if not _is_matrix(value):
+            moved[key] = _copy(value)
         elif value.shape == tuple(shape):
             moved[key] = part(value).clone(memory_format=torch.contiguous_format)
         else:
@@ -80,31 +77,116 @@ def block_state(state: Mapping[str, Any], shape: Sequence[int], part: Callable[[
     return moved
 
 
-def entry_state(state: Mapping[str, Any], indices: Tensor, shape: tuple[int, ...]) -> dict[str, Any]:
+def entry_state(state: Mapping[str, Any], indices: Tensor, shape: tuple[int, ...], values: Tensor) -> dict[str, Any]:
     """State of single entries of ``W``, kept as a parameter of their own, from the state of ``W``.
 
-    Their gradients are those entries of ``dW``, so first and second moments are those entries of the moments, exactly.
+    Their gradients are those entries of ``dW``, so moments and sizes of steps are those entries of them, exactly.
 
     Args:
-        state: ``optimizer.state[W]``.
+        state: Of ``W``.
         indices: Places in ``W`` read row by row: shape ``(k,)``.
         shape: Of ``W``.
+        values: What the parameter holds: shape ``(k,)``. Together with the factors it is ``W``, alone it is not.
 
     Returns:
         The state; empty, a fresh start, if the state holds a matrix of unknown meaning.
 
-    >>> entry_state({"exp_avg": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}, torch.tensor([1, 2]), (2, 2))
+    >>> indices, values = torch.tensor([1, 2]), torch.zeros(2)
+    >>> entry_state({"exp_avg": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}, indices, (2, 2), values)
     {'exp_avg': tensor([2., 3.])}
     """
     moved: dict[str, Any] = {}
     for key, value in state.items():
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            moved[key] = value.clone() if isinstance(value, Tensor) else value
-        elif key in (*FIRST_MOMENTS, *SECOND_MOMENTS) and value.shape == shape:
+        if not _is_matrix(value):
+            moved[key] = _copy(value)
+        elif value.shape != shape:
+            return {}
+        elif key in ITERATES:
+            moved[key] = values.detach().to(value.dtype, copy=True)
+        elif key in MEANINGS:
             moved[key] = value.flatten()[indices]
         else:
             return {}
     return moved
+
+
+def bias_state(state: Mapping[str, Any], bias: Tensor) -> dict[str, Any]:
+    """State of a bias that is new beside the factors of ``W``, where it cannot start afresh.
+
+    That is so if the optimizer counts steps in the group, and would divide a second moment that has seen one gradient
+    as if it had seen all; and in Adagrad, which makes its state once and for all. Of the gradients of the bias nothing
+    is known, so the second moments of a row of ``W``, summed, stand for them: those of an input of length 1.
+
+    Args:
+        state: Of the matrix, shape ``(m, n)``.
+        bias: The bias.
+
+    Returns:
+        The state; empty, a fresh start, for all other optimizers.
+
+    >>> bias_state({"exp_avg_sq": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}, torch.zeros(2))
+    {'exp_avg_sq': tensor([3., 7.])}
+    >>> bias_state({"exp_avg_sq": torch.ones(2, 2), "step": 3}, torch.zeros(2))
+    {}
+    """
+    squares = [key for key in SECOND_MOMENTS if key in state]
+    if not squares or ("step" in state and "sum" not in state):
+        return {}
+    moved: dict[str, Any] = {}
+    for key, value in state.items():
+        if not _is_matrix(value):
+            moved[key] = _copy(value)
+        elif key in ITERATES:
+            moved[key] = bias.detach().to(value.dtype, copy=True)
+        elif key in squares:
+            rows = value.sum(1)
+            moved[key] = rows if rows.shape == bias.shape else rows.mean().expand(bias.shape).clone()
+        else:
+            moved[key] = value.new_zeros(bias.shape)
+    return moved
+
+
+def _factored(key: str, value: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """What one entry of the state of ``W`` becomes for ``A`` and for ``B``."""
+    if key in ITERATES:
+        return a.to(value.dtype, copy=True), b.to(value.dtype, copy=True)
+    if key in STEP_SIZES:
+        return value.mean(0, keepdim=True).repeat(len(a), 1), value.mean(1, keepdim=True).repeat(1, len(a))
+    if key in LARGEST:
+        squared = value.square()
+        return _product(b.square().mT, squared, value.dtype).sqrt(), _product(
+            squared, a.square().mT, value.dtype
+        ).sqrt()
+    if key in SECOND_MOMENTS:
+        return _product(b.square().mT, value, value.dtype), _product(value, a.square().mT, value.dtype)
+    return _product(b.mT, value, value.dtype), _product(value, a.mT, value.dtype)
+
+
+def _raise_(moved: dict[str, Any]) -> None:
+    """Raises what a first moment is divided by to its size, in place."""
+    if "exp_avg" in moved:
+        for key in SECOND_MOMENTS:
+            if key in moved:
+                moved[key] = torch.maximum(moved[key], moved["exp_avg"].square())
+        for key in LARGEST:
+            if key in moved:
+                moved[key] = torch.maximum(moved[key], moved["exp_avg"].abs())
+
+
+def _is_matrix(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _copy(value: Any) -> Any:
+    """A counter or a flag of a parameter's own."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _centered(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state, with the variance in the place of the mean square where a mean is known: centered RMSprop."""
+    if "grad_avg" not in state:
+        return state
+    return {**state, "square_avg": (state["square_avg"] - state["grad_avg"].square()).clamp_min(0.0)}
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from lightning_prehab.kinds import MatrixView
 from lightning_prehab.layers.linear import LowRankLayer, LowRankPlusSparseLinear
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.sparse import Sparse
-from lightning_prehab.surgery.moments import block_state, entry_state, factor_states
+from lightning_prehab.surgery.moments import bias_state, block_state, entry_state, factor_states
 from lightning_prehab.targets.locate import Layer
 from lightning_prehab.targets.names import join
 
@@ -71,7 +71,12 @@ class Replacement:
         }
 
     def states(self, weight: Tensor, state: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
-        """What an optimizer knows of these parameters, from what it knows of the weight; unknown ones are left out."""
+        """What an optimizer knows of these parameters, from what it knows of the weight; unknown ones are left out.
+
+        Args:
+            weight: The weight.
+            state: As :func:`~lightning_prehab.surgery.meanings.readable_state` gives it.
+        """
         found: dict[Tensor, dict[str, Any]] = {}
         for part, view in self.views.items():
             if view.parameter is not weight:
@@ -83,8 +88,22 @@ class Replacement:
             seen = block_state(state, weight.shape, view.matrix)
             found |= _factor_states(view, child, seen)
             if isinstance(child, LowRankPlusSparseLinear):
-                found[child.values] = entry_state(seen, child.indices, view.shape)
+                found[child.values] = entry_state(seen, child.indices, view.shape, child.values)
+            if child.B.bias is not None and view.bias is None:
+                found[child.B.bias] = bias_state(seen, child.B.bias)
         return {parameter: moved for parameter, moved in found.items() if moved}
+
+    def shifts(self, parameter: Tensor) -> list[tuple[slice, Tensor]]:
+        """What is added to a bias that both layers hold, and where; other parameters stay as they are."""
+        found = []
+        for part, factors in self.factors.items():
+            bias = self.views[part].bias  # the parameter, or a part of it
+            if factors.bias_shift is None or bias is None:
+                continue
+            start = bias.storage_offset() - parameter.storage_offset()
+            if bias.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():
+                found.append((slice(start, start + len(bias)), factors.bias_shift))
+        return found
 
     @torch.no_grad()
     def errors(self) -> dict[str, float]:

@@ -72,8 +72,8 @@ def test_states_of_entries_are_those_of_an_optimizer_on_them(name):
         entries.grad = weight.grad.flatten()[indices]
         dense.step()
         alone.step()
-    moved = entry_state(dense.state[weight], indices, weight.shape)
+    moved = entry_state(dense.state[weight], indices, weight.shape, entries)
     assert set(moved) == set(alone.state[entries])
     for key, value in alone.state[entries].items():
         torch.testing.assert_close(moved[key], value)
-    assert entry_state({"step": torch.tensor(1.0), "mystery": torch.ones(4, 5)}, indices, weight.shape) == {}
+    assert entry_state({"step": torch.tensor(1.0), "mystery": torch.ones(4, 5)}, indices, weight.shape, entries) == {}
