@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 
 from lightning_prehab.callbacks._distributed import gather, together
 from lightning_prehab.callbacks._regularized import RegularizedLayer, matrices, tails_of
-from lightning_prehab.callbacks._rehearsal import Rehearsal, rehearse
+from lightning_prehab.callbacks._trial import Trial, where_possible
 from lightning_prehab.statistics.effect import Change, mean_and_error, odd_and_even
 from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.forms import in_all_forms
@@ -87,13 +87,13 @@ class Forecast:
             older = []
         self._left -= 1
 
-        def trial() -> float:
-            rehearsal = together(trainer, lambda: Rehearsal(trainer, pl_module))
-            views = matrices(in_all_forms(same_targets(rehearsal.module, targets)))
+        def even_part() -> float:
+            trial = together(trainer, lambda: Trial(trainer, pl_module))
+            views = matrices(in_all_forms(same_targets(trial.module, targets)))
             changes = [Change(views[layer.name], layer.cut()) for layer in layers if layer.rank is not None]
 
             def loss_at(step: float) -> float:
-                own = together(trainer, lambda: rehearsal.loss(batch, batch_idx, changes, step))
+                own = together(trainer, lambda: trial.loss(batch, batch_idx, changes, step))
                 return mean_and_error(gather(trainer, own))[0]
 
             before = loss_at(0.0)
@@ -105,7 +105,7 @@ class Forecast:
             self._tried.append((odd / (self._step * math.sqrt(energy)), even / (self._step**2 * energy)))
             return even
 
-        if rehearse(trial) is None:
+        if where_possible(even_part) is None:
             self._tried, self._left, self._impossible = older, 0, True
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from lightning_prehab.callbacks._distributed import (
     together,
 )
 from lightning_prehab.callbacks._own_pass import collect_in_own_pass, probe_in_own_pass
-from lightning_prehab.callbacks._rehearsal import effect_in_training, rehearse
+from lightning_prehab.callbacks._trial import effect_in_training, where_possible
 from lightning_prehab.factorizations import Decomposition
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
@@ -115,7 +115,7 @@ class TrainerSite(Site):
     def effect(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> float | None:
         """On training batches, by ``training_step`` of a copy; None, with a warning, where that fails."""
         arguments = self._trainer, self._pl_module, plan, factors, self._kept
-        return rehearse(lambda: effect_in_training(*arguments))
+        return where_possible(lambda: effect_in_training(*arguments))
 
     def swap(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> CompressionReport:
         """In the module and all optimizers, once every process is ready to; the DDP wrapper is rebuilt."""

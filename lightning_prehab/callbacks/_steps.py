@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.errors import UnsupportedError
+from lightning_prehab.surgery.holdings import family
 
 #: Entries of each parameter that tell whether it has moved.
 _SAMPLE = 8
@@ -46,7 +47,7 @@ class StepWatch:
         after: Callable[["StepWatch"], None],
     ) -> None:
         self.optimizer = optimizer
-        self.family = list(_family(optimizer))
+        self.family = list(dict.fromkeys((optimizer, *family(optimizer))))
         self.steps = 0
         self._before, self._after = before, after
         self._samples = [
@@ -220,20 +221,6 @@ def check_seen(watches: Sequence[StepWatch], who: pl.Callback) -> None:
                 f"optimizer. Call step() of the optimizer, or keep one inside of it that makes the steps; or leave "
                 f"{name} out."
             )
-
-
-def _family(optimizer: Any, seen: set[int] | None = None) -> Iterator[Any]:
-    """The optimizer, and those that it keeps in its attributes, alone or in a list, at any depth."""
-    seen = set() if seen is None else seen
-    if id(optimizer) in seen:
-        return
-    seen.add(id(optimizer))
-    yield optimizer
-    for value in list(getattr(optimizer, "__dict__", {}).values()):
-        held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-        for inner in held:
-            if isinstance(inner, Optimizer):
-                yield from _family(inner, seen)
 
 
 def _sample(parameter: Tensor) -> Tensor:

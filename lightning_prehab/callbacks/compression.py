@@ -22,7 +22,6 @@ from lightning_prehab.callbacks._checkpoint import (
 from lightning_prehab.callbacks._finetuning import FROZEN, StoredGroups, note_frozen, rename_groups_, unfreeze_
 from lightning_prehab.callbacks._held import warn_of_unheld
 from lightning_prehab.callbacks._neighbours import refuse_averaging, refuse_finders, refuse_pruning
-from lightning_prehab.callbacks._rehearsal import KeptBatches
 from lightning_prehab.callbacks._report_logging import log_report
 from lightning_prehab.callbacks._site import TrainerSite
 from lightning_prehab.callbacks._trainer import (
@@ -35,6 +34,7 @@ from lightning_prehab.callbacks._trainer import (
     reset_scores_,
     uses_loss_scaling,
 )
+from lightning_prehab.callbacks._trial import KeptBatches
 from lightning_prehab.compress import make_plan
 from lightning_prehab.errors import ArgumentError, UnsupportedError
 from lightning_prehab.factorizations import Factorization

@@ -238,9 +238,8 @@ class PrehabCallback(ActsAtSteps):
     ) -> None:
         """Prepares, or starts counting what this step sends through the targets."""
         if self._targets is not None and self._in_season(trainer):
-            if self._ready and self.space == "loss" and self.forecast_every_n_steps > 0:
-                due = (self._steps + 1) % self.forecast_every_n_steps == 0
-                self._outlook.follow(trainer, pl_module, self._targets, self._layers, batch, batch_idx, look=due)
+            due = self._steps % max(self.forecast_every_n_steps, 1) == self.forecast_every_n_steps - 1
+            self._outlook.follow(trainer, pl_module, self._targets, self._layers, batch, batch_idx, look=due)
             if self._preparation is None and (not self._ready or self._update_is_due(trainer, batch_idx)):
                 self._preparation = self._new_preparation(trainer)
                 if not self._ready and self._preparation.is_complete:

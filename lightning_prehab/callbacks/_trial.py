@@ -20,7 +20,7 @@ from lightning_prehab.statistics.batches import tensors
 from lightning_prehab.statistics.effect import MOST_BATCHES, Change, measure_increase, moved
 from lightning_prehab.surgery.factors import planned_targets
 
-#: Bytes of batches that are kept for a rehearsal, at most; one batch in any case.
+#: Bytes of batches that are kept for a trial, at most; one batch in any case.
 KEPT_BYTES = 256 * 2**20
 
 
@@ -34,7 +34,7 @@ class KeptBatches(list[tuple[Any, int]]):
             self.append((copy.deepcopy(batch), batch_idx))
 
 
-class Rehearsal:
+class Trial:
     """A copy of the module in eval mode, that logs nothing, and runs ``training_step`` with moved weights.
 
     Raises:
@@ -63,7 +63,7 @@ class Rehearsal:
         return float(loss.detach())
 
 
-def rehearse(work: Callable[[], float]) -> float | None:
+def where_possible(work: Callable[[], float]) -> float | None:
     """What ``work`` measures, or None, with a warning, where it cannot: a run does not end for that."""
     try:
         return work()
@@ -91,19 +91,19 @@ def effect_in_training(
         kept: Training batches of this process; without any, those that an epoch begins with are taken.
     """
 
-    def prepare() -> tuple[Rehearsal, list[Change], Sequence[tuple[Any, int]]]:
-        rehearsal = Rehearsal(trainer, pl_module)
-        targets = planned_targets(rehearsal.module, plan)
+    def prepare() -> tuple[Trial, list[Change], Sequence[tuple[Any, int]]]:
+        trial = Trial(trainer, pl_module)
+        targets = planned_targets(trial.module, plan)
         changes = [Change.by_cut(view_of(targets[name]), found) for name, found in factors.items()]
-        batches = kept or rehearsal.first_batches()
+        batches = kept or trial.first_batches()
         if not batches:
             raise StatisticsError("The training data has no batches.")
-        return rehearsal, changes, batches
+        return trial, changes, batches
 
-    rehearsal, changes, batches = together(trainer, prepare)
+    trial, changes, batches = together(trainer, prepare)
 
     def losses_at(some: range, step: float) -> list[float]:
-        own = together(trainer, lambda: [rehearsal.loss(*batches[number], changes, step) for number in some])
+        own = together(trainer, lambda: [trial.loss(*batches[number], changes, step) for number in some])
         return [loss for part in gather(trainer, own) for loss in part]
 
     return measure_increase(losses_at, min(gather(trainer, len(batches))))
