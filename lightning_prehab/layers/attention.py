@@ -132,7 +132,8 @@ class LowRankMultiheadAttention(LowRankLayer):
         """Dense product of the three input projections, ``(3 * embed_dim, embed_dim)``; None if sizes differ."""
         if self.kdim != self.embed_dim or self.vdim != self.embed_dim:
             return None
-        return torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+        product = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+        return self._computed(product, "in_proj_weight")
 
     @property
     def q_proj_weight(self) -> Tensor:

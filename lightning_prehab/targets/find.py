@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_prehab.errors import TargetError
 from lightning_prehab.kinds import Kind, MatrixView, view_of
 from lightning_prehab.linalg.matrices import break_even_rank, is_quantized
+from lightning_prehab.targets.adapters import ADAPTED, adapted_modules
 from lightning_prehab.targets.locate import REPARAMETRIZED, Target, has_matrix, layers_of, stacked_weight
 from lightning_prehab.targets.names import Patterns, as_list, join, match_names
 
@@ -54,7 +55,8 @@ def find_targets(
     Args:
         model: Any module. The root itself cannot be replaced and is never a target.
         target_modules: Patterns of the layers to take; None takes every layer that can be cut, but for those of more
-            than 30,000 inputs or outputs (projections to a vocabulary, whose Gram matrices take gigabytes).
+            than 30,000 inputs or outputs (projections to a vocabulary, whose Gram matrices take gigabytes) and those
+            under an adapter of peft.
         exclude_modules: Patterns of the layers to leave out.
         split_fused: Take fused projections (queries, keys and values; gate and up) apart into one target for each;
             else they are one matrix.
@@ -83,13 +85,16 @@ def find_targets(
 
     layers: dict[str, Target] = {}
     skipped: dict[str, str] = {}
-    for name, (_, _, target, reason) in candidates.items():
+    adapted = adapted_modules(model)
+    for name, (_, module, target, reason) in candidates.items():
         if name in excluded:
             skipped[name] = "excluded by exclude_modules"
         elif name not in wanted:
             skipped[name] = "not in target_modules"
         elif target is None or reason is not None:
             skipped[name] = str(reason)
+        elif target_modules is None and id(module) in adapted:
+            skipped[name] = ADAPTED
         elif target_modules is None and max(view_of(target).shape) > WIDE:
             skipped[name] = _too_wide(view_of(target))
         else:
