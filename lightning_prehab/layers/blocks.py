@@ -51,7 +51,7 @@ class LowRankBlocks(LowRankLayer):
     @property
     def weight(self) -> Tensor:
         """Dense weight of shape ``(out_features, in_features)``, differentiable; read-only."""
-        return self._computed(self._product(), "weight")
+        return self._show(self._product(), "weight")
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps ``(*, in_features)`` to ``(*, out_features)``; the argument is named as in ``nn.Linear``."""
@@ -104,7 +104,7 @@ class LowRankConv1D(LowRankLinear):
     @property
     def weight(self) -> Tensor:
         """Dense product of shape ``(in_features, out_features)``, as of a ``Conv1D``; read-only."""
-        return self._computed(self._product().mT, "weight")
+        return self._show(self._product().mT, "weight")
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(*, in_features)`` to ``(*, out_features)``; the argument is named as in ``Conv1D``."""
@@ -122,7 +122,7 @@ class LowRankConv1DBlocks(LowRankBlocks):
     @property
     def weight(self) -> Tensor:
         """Dense weight of shape ``(in_features, out_features)``, as of a ``Conv1D``; read-only."""
-        return self._computed(self._product().mT, "weight")
+        return self._show(self._product().mT, "weight")
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(*, in_features)`` to ``(*, out_features)``; the argument is named as in ``Conv1D``."""

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.layers.linear import LowRankLayer, parameter_like
-from lightning_prehab.layers.shown import of_part
 from lightning_prehab.linalg.decomposition import weighted_low_rank
 
 #: Which matrix of a kernel is factorized: ``"channel"``, of shape ``(out, in k_h k_w)``, or ``"spatial"``, of shape
@@ -126,7 +125,7 @@ class LowRankConv(LowRankLayer):
     @property
     def weight(self) -> Tensor:
         """Dense kernel of shape ``(out_channels, in_channels / groups, *kernel_size)``; read-only, differentiable."""
-        return self._computed(self._product(), "weight")
+        return self._show(self._product(), "weight")
 
     @property
     @no_type_check  # so that TorchScript finds out itself whether there is one
@@ -135,7 +134,7 @@ class LowRankConv(LowRankLayer):
         if torch.jit.is_scripting():
             return self.B.bias
         else:  # noqa: RET505
-            return of_part(self.B.bias)
+            return None if self.B.bias is None else self._show(self.B.bias, "bias")
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Both factors as matrices, of the shapes that :meth:`from_factors` takes; differentiable."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.errors import ArgumentError, ReadOnlyError
-from lightning_prehab.layers.shown import computed, of_part, refusal
+from lightning_prehab.layers.shown import refusal, show
 from lightning_prehab.linalg.decomposition import weighted_low_rank
 from lightning_prehab.linalg.matrices import dequantized
 from lightning_prehab.linalg.sparse import Sparse, sparse_matrix
@@ -43,12 +43,12 @@ class LowRankLayer(nn.Module, ABC):
     def _owner(self, name: str) -> str:
         return f"The {name} of a {type(self).__name__}"
 
-    def _computed(self, value: Tensor, name: str) -> Tensor:
-        """What is computed, as it is shown under a name."""
+    def _show(self, value: Tensor, name: str) -> Tensor:
+        """A tensor, as it is shown under the name of a property."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return value
         else:  # noqa: RET505  # TorchScript skips it
-            return computed(value, self._owner(name))
+            return show(value, self._owner(name))
 
 
 class LowRankLinear(LowRankLayer):
@@ -108,7 +108,7 @@ class LowRankLinear(LowRankLayer):
     @property
     def weight(self) -> Tensor:
         """Dense product ``B A`` of shape ``(out_features, in_features)``; read-only."""
-        return self._computed(self._product(), "weight")
+        return self._show(self._product(), "weight")
 
     @property
     @no_type_check  # so that TorchScript finds out itself whether there is one
@@ -117,7 +117,7 @@ class LowRankLinear(LowRankLayer):
         if torch.jit.is_scripting():
             return self.B.bias
         else:  # noqa: RET505
-            return of_part(self.B.bias)
+            return None if self.B.bias is None else self._show(self.B.bias, "bias")
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps ``(*, in_features)`` to ``(*, out_features)``; the argument is named as in ``nn.Linear``."""

@@ -32,6 +32,7 @@ class ComputedTensor(Tensor, metaclass=_TensorLike):
     """
 
     owner: str
+    _is_hf_initialized = True  # transformers asks before it initializes weights: those of the factors, not this one
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
@@ -100,8 +101,8 @@ class ParameterOfPart(Tensor, metaclass=_TensorLike):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __getattribute__(self, name: str) -> Any:
-        """What is kept beside the numbers of a tensor is that of the parameter."""
-        if name in _BESIDE:
+        """What is kept beside the numbers of a tensor is that of the parameter; so is what writes."""
+        if name in _BESIDE or (name.endswith("_") and not name.startswith("_")):
             return getattr(object.__getattribute__(self, "__dict__")["parameter"], name)
         return super().__getattribute__(name)
 
@@ -120,30 +121,31 @@ class ParameterOfPart(Tensor, metaclass=_TensorLike):
 
 
 #: What a tensor keeps beside its numbers.
-_BESIDE = {"data", "grad", "grad_fn", "is_leaf", "requires_grad", "requires_grad_", "retain_grad", "retains_grad"}
-_BESIDE |= {"register_hook", "register_post_accumulate_grad_hook", "detach_"}
+_BESIDE = {"data", "grad", "grad_fn", "is_leaf", "requires_grad", "retain_grad", "retains_grad"}
+_BESIDE |= {"register_hook", "register_post_accumulate_grad_hook"}
 
 
-def computed(value: Tensor, owner: str) -> Tensor:
-    """The tensor, which names its owner when it is written to, as in "The weight of a LowRankLinear".
+def show(value: Tensor, owner: str) -> Tensor:
+    """What a layer shows under a name: of a parameter a :class:`ParameterOfPart`, else a :class:`ComputedTensor`.
 
-    It stays as it is inside of compilers, tracers and transformations (``torch.func.vmap``), and if it is of a class of
-    its own.
+    A tensor stays as it is inside of compilers, tracers and transformations (``torch.func.vmap``), and if it is of a
+    class of its own.
+
+    Args:
+        value: The tensor.
+        owner: What it is, as in "The weight of a LowRankLinear".
     """
-    if type(value) is not Tensor or _in_a_program() or _transformed(value):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return value
-    shown = value.as_subclass(ComputedTensor)
-    shown.owner = owner
-    return shown
-
-
-def of_part(value: Tensor | None) -> Tensor | None:
-    """A parameter of a part, in the same way; None stays None."""
-    if type(value) is not nn.Parameter or _in_a_program():
+    if type(value) is nn.Parameter:
+        of_part = value.as_subclass(ParameterOfPart)
+        of_part.__dict__["parameter"] = value
+        return of_part
+    if type(value) is not Tensor or _transformed(value):
         return value
-    shown = value.as_subclass(ParameterOfPart)
-    shown.__dict__["parameter"] = value
-    return shown
+    computed = value.contiguous().as_subclass(ComputedTensor)  # a parameter is: reshape(-1) of it is no copy
+    computed.owner = owner
+    return computed
 
 
 def refusal(owner: str, what: str) -> str:
@@ -154,11 +156,6 @@ def refusal(owner: str, what: str) -> str:
         "with lightning_prehab.to_dense_(model): that takes every change, such as an adapter that is merged. clone() "
         "gives an ordinary tensor."
     )
-
-
-def _in_a_program() -> bool:
-    """Whether this is run to be written down, by a compiler or a tracer."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _computed(value: Any) -> list[ComputedTensor]:
