@@ -102,6 +102,8 @@ class LowRankMultiheadAttention(LowRankLayer):
                 child = LowRankLinear(size, embed_dim, rank, own_bias, device=device, dtype=dtype)
             self.add_module(name, child)
 
+    merge_masks = nn.MultiheadAttention.merge_masks  # TorchScript asks for it inside of nn.TransformerEncoderLayer
+
     @property
     def in_proj_weight(self) -> Tensor:
         """Dense product of the three input projections, ``(3 * embed_dim, embed_dim)``; None if sizes differ."""
