@@ -31,3 +31,7 @@ class NumericalError(PrehabError, ArithmeticError):
 
 class UnsupportedError(PrehabError, RuntimeError):
     """The surroundings (strategy, optimizer, another callback) cannot be combined with this package."""
+
+
+class ReadOnlyError(UnsupportedError, AttributeError):
+    """What a layer computes was assigned or deleted."""

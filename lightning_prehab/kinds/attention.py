@@ -13,7 +13,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.kinds.base import Kind, MatrixView, See, dense_linear, not_its_own
-from lightning_prehab.layers.attention import PARTS, LowRankMultiheadAttention, Masks, Projections, Three, attend, each
+from lightning_prehab.layers.attend import Masks, Projections, Three, attend, each
+from lightning_prehab.layers.attention import PARTS, LowRankMultiheadAttention
 from lightning_prehab.layers.linear import LowRankLinear, low_rank_linear
 from lightning_prehab.linalg.factors import Factors
 

@@ -83,7 +83,7 @@ class _ConvView(MatrixView):
     def fold(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Kernels of the two convolutions."""
         shapes = factor_shapes(self.parameter.shape, b.shape[1], self.scheme, self.group_count)
-        return matrix_to_kernel(a, shapes[0]), matrix_to_kernel(b, shapes[1], self.scheme)
+        return matrix_to_kernel(a, list(shapes[0])), matrix_to_kernel(b, list(shapes[1]), self.scheme)
 
     def unfold(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Their matrices."""
@@ -139,7 +139,7 @@ class ChannelView(_ConvView):
     def write_(self, matrix: Tensor, into: Tensor | None = None) -> None:
         """Copies the rows into the kernel, whatever its memory format."""
         rows = self._rows(self.parameter if into is None else into)
-        rows.copy_(matrix_to_kernel(matrix, rows.shape))
+        rows.copy_(matrix_to_kernel(matrix, list(rows.shape)))
 
     def inputs(self, x: Tensor) -> Tensor:
         """Patches at the positions of the output: ``(B, L, n)``, with groups ``(B, L, groups, n)``."""
@@ -204,7 +204,7 @@ class SpatialView(_ConvView):
     def write_(self, matrix: Tensor, into: Tensor | None = None) -> None:
         """Copies the matrix into the kernel, whatever its memory format."""
         kernel = self.parameter if into is None else into
-        kernel.copy_(matrix_to_kernel(matrix, kernel.shape, "spatial"))
+        kernel.copy_(matrix_to_kernel(matrix, list(kernel.shape), "spatial"))
 
     @property
     def bias_size(self) -> int:

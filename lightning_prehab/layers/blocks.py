@@ -51,12 +51,11 @@ class LowRankBlocks(LowRankLayer):
     @property
     def weight(self) -> Tensor:
         """Dense weight of shape ``(out_features, in_features)``, differentiable; read-only."""
-        return self._product()
+        return self._show(self._product(), "weight")
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps ``(*, in_features)`` to ``(*, out_features)``; the argument is named as in ``nn.Linear``."""
-        y = torch.cat([block(input) for block in self.children()], -1)
-        return y if self.bias is None else y + self.bias
+        return self._join(input)
 
     def extra_repr(self) -> str:
         """Sizes for ``repr``."""
@@ -65,13 +64,18 @@ class LowRankBlocks(LowRankLayer):
     def _blocks(self) -> list[Any]:
         return list(self.children())
 
+    def _join(self, input: Tensor) -> Tensor:
+        outputs: list[Tensor] = []
+        for block in self.children():  # a loop, for TorchScript
+            outputs += [block(input)]
+        y = torch.cat(outputs, -1)
+        return y if self.bias is None else y + self.bias
+
     def _product(self) -> Tensor:
-        return torch.cat(
-            [
-                block._product() if isinstance(block, LowRankLinear) else dequantized(block.weight)
-                for block in self._blocks()
-            ]
-        )
+        weights: list[Tensor] = []
+        for block in self.children():
+            weights += [dequantized(block.weight)]  # type: ignore[arg-type]
+        return torch.cat(weights)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
@@ -100,11 +104,12 @@ class LowRankConv1D(LowRankLinear):
     @property
     def weight(self) -> Tensor:
         """Dense product of shape ``(in_features, out_features)``, as of a ``Conv1D``; read-only."""
-        return self._product().mT
+        return self._show(self._product().mT, "weight")
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(*, in_features)`` to ``(*, out_features)``; the argument is named as in ``Conv1D``."""
-        return super().forward(x)
+        y: Tensor = self.B(self.A(x))
+        return y
 
     def to_dense(self) -> nn.Module:
         """A dense ``Conv1D`` with the same function; its parameters are copies."""
@@ -117,11 +122,11 @@ class LowRankConv1DBlocks(LowRankBlocks):
     @property
     def weight(self) -> Tensor:
         """Dense weight of shape ``(in_features, out_features)``, as of a ``Conv1D``; read-only."""
-        return self._product().mT
+        return self._show(self._product().mT, "weight")
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(*, in_features)`` to ``(*, out_features)``; the argument is named as in ``Conv1D``."""
-        return super().forward(x)
+        return self._join(x)
 
     def to_dense(self) -> nn.Module:
         """A dense ``Conv1D`` with the same function; its parameters are copies."""

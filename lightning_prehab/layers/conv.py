@@ -1,7 +1,7 @@
 """Drop-in low-rank convolutions."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, no_type_check
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from lightning_prehab.linalg.decomposition import weighted_low_rank
 Scheme = Literal["channel", "spatial"]
 
 
-def kernel_to_matrix(kernel: Tensor, scheme: Scheme = "channel") -> Tensor:
+def kernel_to_matrix(kernel: Tensor, scheme: str = "channel") -> Tensor:
     """The matrix of a kernel; differentiable.
 
     Args:
@@ -30,15 +30,15 @@ def kernel_to_matrix(kernel: Tensor, scheme: Scheme = "channel") -> Tensor:
     return kernel.permute(0, 3, 1, 2).flatten(2).flatten(0, 1)
 
 
-def matrix_to_kernel(matrix: Tensor, shape: Sequence[int], scheme: Scheme = "channel") -> Tensor:
+def matrix_to_kernel(matrix: Tensor, shape: list[int], scheme: str = "channel") -> Tensor:
     """The kernel of the given shape whose matrix this is; differentiable.
 
     >>> kernel = torch.arange(24.0).reshape(2, 2, 2, 3)
-    >>> torch.equal(matrix_to_kernel(kernel_to_matrix(kernel, "spatial"), kernel.shape, "spatial"), kernel)
+    >>> torch.equal(matrix_to_kernel(kernel_to_matrix(kernel, "spatial"), list(kernel.shape), "spatial"), kernel)
     True
     """
     if scheme == "channel":
-        return matrix.reshape(*shape)
+        return matrix.reshape(shape)
     m, n, height, width = shape
     return matrix.reshape(m, width, n, height).permute(0, 2, 3, 1)
 
@@ -125,16 +125,16 @@ class LowRankConv(LowRankLayer):
     @property
     def weight(self) -> Tensor:
         """Dense kernel of shape ``(out_channels, in_channels / groups, *kernel_size)``; read-only, differentiable."""
-        a, b = self.factors()
-        product = b.reshape(self.groups, -1, b.shape[1]) @ a.reshape(self.groups, -1, a.shape[1])
-        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        return matrix_to_kernel(product.flatten(0, 1), shape, self.scheme)
+        return self._show(self._product(), "weight")
 
     @property
-    def bias(self) -> nn.Parameter | None:
-        """The bias of shape ``(out_channels,)``, or None; read-only."""
-        bias: nn.Parameter | None = self.B._parameters["bias"]
-        return bias
+    @no_type_check  # so that TorchScript finds out itself whether there is one
+    def bias(self):
+        """The bias of ``B``, shape ``(out_channels,)``, or None: what is done to it is done to that parameter."""
+        if torch.jit.is_scripting():
+            return self.B.bias
+        else:  # noqa: RET505
+            return None if self.B.bias is None else self._show(self.B.bias, "bias")
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Both factors as matrices, of the shapes that :meth:`from_factors` takes; differentiable."""
@@ -150,6 +150,13 @@ class LowRankConv(LowRankLayer):
         groups = "" if self.groups == 1 else f", groups={self.groups}"
         sizes = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, rank={self.rank}"
         return f"{sizes}{groups}, scheme={self.scheme!r}"
+
+    def _product(self) -> Tensor:
+        a, b = self.factors()
+        product = b.reshape(self.groups, -1, b.shape[1]) @ a.reshape(self.groups, -1, a.shape[1])
+        shape = [self.out_channels, self.in_channels // self.groups]
+        shape += list(self.kernel_size)
+        return matrix_to_kernel(product.flatten(0, 1), shape, self.scheme)
 
     @classmethod
     def from_factors(
@@ -182,8 +189,8 @@ class LowRankConv(LowRankLayer):
             dtype=like.weight.dtype,
             scheme=scheme,
         )
-        layer.A.weight = parameter_like(matrix_to_kernel(a, layer.A.weight.shape), like.weight)
-        layer.B.weight = parameter_like(matrix_to_kernel(b, layer.B.weight.shape, scheme), like.weight)
+        layer.A.weight = parameter_like(matrix_to_kernel(a, list(layer.A.weight.shape)), like.weight)
+        layer.B.weight = parameter_like(matrix_to_kernel(b, list(layer.B.weight.shape), scheme), like.weight)
         layer.B.bias = like.bias
         return layer.train(like.training)
 

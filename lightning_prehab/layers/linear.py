@@ -1,23 +1,54 @@
 """Drop-in low-rank modules."""
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, no_type_check
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prehab.errors import ArgumentError
+from lightning_prehab.errors import ArgumentError, ReadOnlyError
+from lightning_prehab.layers.shown import refusal, show
 from lightning_prehab.linalg.decomposition import weighted_low_rank
 from lightning_prehab.linalg.matrices import dequantized
-from lightning_prehab.linalg.sparse import Sparse
+from lightning_prehab.linalg.sparse import Sparse, sparse_matrix
 
 
 class LowRankLayer(nn.Module, ABC):
-    """A layer that holds low-rank factors in place of one dense weight or several."""
+    """A layer that holds low-rank factors in place of one dense weight or several.
+
+    What it shows of them under the names of a dense layer (``weight``, ``bias``, ...) is no parameter: it can be read;
+    it raises when it is assigned or deleted, and if it is computed when it is written to. See
+    :mod:`lightning_prehab.layers.shown`.
+    """
 
     @abstractmethod
     def to_dense(self) -> nn.Module:
         """The dense layer with the same function, as it was before the surgery; its parameters are copies."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses to set what is shown of the parts."""
+        self._check_own(name, "assignment")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Refuses to delete it."""
+        self._check_own(name, "del")
+        super().__delattr__(name)
+
+    def _check_own(self, name: str, what: str) -> None:
+        shown = getattr(type(self), name, None)
+        if isinstance(shown, property) and shown.fset is None:
+            raise ReadOnlyError(refusal(self._owner(name), what))
+
+    def _owner(self, name: str) -> str:
+        return f"The {name} of a {type(self).__name__}"
+
+    def _show(self, value: Tensor, name: str) -> Tensor:
+        """A tensor, as it is shown under the name of a property."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return value
+        else:  # noqa: RET505  # TorchScript skips it
+            return show(value, self._owner(name))
 
 
 class LowRankLinear(LowRankLayer):
@@ -26,8 +57,8 @@ class LowRankLinear(LowRankLayer):
     The children ``A`` (``in_features -> rank``, no bias) and ``B`` (``rank -> out_features``) are ordinary
     ``nn.Linear`` modules, so quantizers, adapters and FLOP counters understand them. ``weight`` and ``bias`` can be
     read as on ``nn.Linear`` (``nn.MultiheadAttention``, the fast path of ``nn.TransformerEncoderLayer`` and T5 do
-    that); ``weight`` is then the dense product, differentiable, computed anew at each access, and an ordinary tensor
-    even if the factors are quantized.
+    that); ``weight`` is then the dense product, differentiable, computed anew at each access, also if the factors are
+    quantized; writing to it raises.
 
     Args:
         in_features: Size of the last dimension of the input.
@@ -77,12 +108,16 @@ class LowRankLinear(LowRankLayer):
     @property
     def weight(self) -> Tensor:
         """Dense product ``B A`` of shape ``(out_features, in_features)``; read-only."""
-        return self._product()
+        return self._show(self._product(), "weight")
 
     @property
-    def bias(self) -> nn.Parameter | None:
-        """The bias of shape ``(out_features,)``, or None; read-only."""
-        return self.B.bias
+    @no_type_check  # so that TorchScript finds out itself whether there is one
+    def bias(self):
+        """The bias of ``B``, shape ``(out_features,)``, or None: what is done to it is done to that parameter."""
+        if torch.jit.is_scripting():
+            return self.B.bias
+        else:  # noqa: RET505
+            return None if self.B.bias is None else self._show(self.B.bias, "bias")
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps ``(*, in_features)`` to ``(*, out_features)``; the argument is named as in ``nn.Linear``."""
@@ -207,14 +242,15 @@ class LowRankPlusSparseLinear(LowRankLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps ``(*, in_features)`` to ``(*, out_features)``."""
-        return super().forward(input) + nn.functional.linear(input, self._sparse_matrix())
+        y: Tensor = self.B(self.A(input)) + nn.functional.linear(input, self._sparse_matrix())
+        return y
 
     def extra_repr(self) -> str:
         """Sizes for ``repr``."""
         return f"{super().extra_repr()}, nonzeros={self.nonzeros}"
 
     def _product(self) -> Tensor:
-        return super()._product() + self._sparse_matrix()
+        return dequantized(self.B.weight) @ dequantized(self.A.weight) + self._sparse_matrix()
 
     @classmethod
     def from_factors(
@@ -230,7 +266,7 @@ class LowRankPlusSparseLinear(LowRankLinear):
         return layer
 
     def _sparse_matrix(self) -> Tensor:
-        return Sparse(self.indices, self.values).matrix(self.out_features, self.in_features)
+        return sparse_matrix(self.indices, self.values, self.out_features, self.in_features)
 
 
 def low_rank_linear(a: Tensor, b: Tensor, like: nn.Module, sparse: Sparse | None = None) -> LowRankLinear:

@@ -83,7 +83,10 @@ def is_quantized(weight: Tensor) -> bool:
 
 def dequantized(weight: Tensor) -> Tensor:
     """The weight itself, or the ordinary tensor that a quantized one stands for."""
-    return weight.dequantize() if is_quantized(weight) else weight
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return weight
+    else:  # noqa: RET505  # TorchScript skips it: it knows ordinary tensors only
+        return weight.dequantize() if is_quantized(weight) else weight
 
 
 def gram_root(gram: Tensor, shrinkage: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ class Sparse(NamedTuple):
         tensor([[0., 2., 0.],
                 [0., 0., 3.]])
         """
-        return self.values.new_zeros(rows * columns).index_put((self.indices.long(),), self.values).view(rows, columns)
+        return sparse_matrix(self.indices, self.values, rows, columns)
 
     def fits(self, rows: int, columns: int) -> bool:
         """Whether these are entries of a matrix of this size, each place once."""
@@ -32,6 +32,11 @@ class Sparse(NamedTuple):
         if indices.dim() != 1 or indices.shape != values.shape or indices.is_floating_point() or len(indices) == 0:
             return False
         return bool(indices[0] >= 0) and bool(indices[-1] < rows * columns) and bool((indices.diff() > 0).all())
+
+
+def sparse_matrix(indices: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
+    """:meth:`Sparse.matrix`, for TorchScript, which knows no methods of named tuples."""
+    return values.new_zeros([rows * columns]).index_put([indices.long()], values).view(rows, columns)
 
 
 def largest_entries(matrix: Tensor, score: Tensor, count: int) -> Sparse:

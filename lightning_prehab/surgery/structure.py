@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_prehab.errors import TargetError
 from lightning_prehab.kinds import kind_of
 from lightning_prehab.layers.linear import LowRankLayer
 from lightning_prehab.linalg.modes import in_full_precision, outside_inference_mode
@@ -12,6 +13,7 @@ from lightning_prehab.surgery.holders import names_holders
 from lightning_prehab.surgery.pretrained import note_structure_
 from lightning_prehab.surgery.stored import follower, stored_factors
 from lightning_prehab.surgery.swap import replace_modules_
+from lightning_prehab.targets.adapters import adapted_modules
 from lightning_prehab.targets.names import Patterns, clean_name, join, match_names
 
 
@@ -66,7 +68,8 @@ def to_dense_(model: nn.Module, names: Patterns = None) -> list[str]:
         The names of the replaced layers, in model order; empty if ``names`` is None and there are none.
 
     Raises:
-        TargetError: If a pattern matches no low-rank layer; the model is then as it was.
+        TargetError: If a pattern matches no low-rank layer, or an adapter of peft is on the factors of one; the model
+            is then as it was.
 
     >>> from lightning_prehab import LowRankLinear
     >>> model = nn.Sequential(LowRankLinear(8, 8, rank=2))
@@ -87,6 +90,11 @@ def densify_(model: nn.Module, names: Iterable[str]) -> None:
     replacement: dict[int, nn.Module] = {}
     for name, module in _low_rank_layers(model):
         if any(join(clean_name(name), part) in wanted for part, _ in module.named_modules()):
+            if adapted_modules(module):
+                raise TargetError(
+                    f"Layer {clean_name(name)!r} has an adapter of peft on its factors, which would be lost; merge it "
+                    "first (merge_and_unload)."
+                )
             replacement[id(module)] = module.to_dense()
     replace_modules_(model, replacement)
     note_structure_(model)

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from lightning_prehab.errors import TargetError
 from lightning_prehab.kinds import MatrixView, view_of
 from lightning_prehab.linalg.matrices import break_even_rank
+from lightning_prehab.targets.adapters import ADAPTED, adapted_modules
 from lightning_prehab.targets.attached import why_not_attached
 from lightning_prehab.targets.locate import Target, layers_of
 from lightning_prehab.targets.metrics import measured_by
@@ -56,8 +57,9 @@ def find_targets(
     Args:
         model: Any module. The root itself cannot be replaced and is never a target.
         target_modules: Patterns of the layers to take; None takes every layer that can be cut, but for those of more
-            than 30,000 inputs or outputs (projections to a vocabulary, whose Gram matrices take gigabytes). Networks
-            inside of a torchmetrics.Metric are taken only by a pattern that begins with the name of the metric.
+            than 30,000 inputs or outputs (projections to a vocabulary, whose Gram matrices take gigabytes) and those
+            under an adapter of peft. Networks inside of a torchmetrics.Metric are taken only by a pattern that begins
+            with the name of the metric.
         exclude_modules: Patterns of the layers to leave out.
         split_fused: Take fused projections (queries, keys and values; gate and up) apart into one target for each;
             else they are one matrix.
@@ -90,7 +92,8 @@ def find_targets(
 
     layers: dict[str, Target] = {}
     skipped: dict[str, str] = {}
-    for name, (_, _, target, reason) in candidates.items():
+    adapted = adapted_modules(model)
+    for name, (_, module, target, reason) in candidates.items():
         if name in excluded:
             skipped[name] = "excluded by exclude_modules"
         elif name not in wanted:
@@ -98,6 +101,8 @@ def find_targets(
             skipped[name] = "not in target_modules" if metric is None else _measures(metric)
         elif target is None or reason is not None:
             skipped[name] = str(reason)
+        elif target_modules is None and id(module) in adapted:
+            skipped[name] = ADAPTED
         elif target_modules is None and max(view_of(target).shape) > WIDE:
             skipped[name] = _too_wide(view_of(target))
         else:

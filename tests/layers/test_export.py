@@ -222,3 +222,39 @@ def test_models_back_to_dense_layers(case):
     assert not any(isinstance(module, lp.LowRankLinear) for module in model.modules())
     with torch.no_grad():
         close(Logits(model)(*case.inputs.values()), case.expected)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2),
+        lambda: nn.TransformerEncoderLayer(16, 4, 32),
+        lambda: nn.TransformerDecoderLayer(16, 4, 32, batch_first=True),
+    ],
+)
+def test_attention_scripts_where_the_dense_one_does(make):
+    model = make().eval()
+    torch.jit.script(copy.deepcopy(model))
+    lp.compress_(model, keep=0.6)
+    assert any(isinstance(module, lp.LowRankMultiheadAttention) for module in model.modules())
+    x = [torch.randn(3, 5, 16)] * (2 if isinstance(model, nn.TransformerDecoderLayer) else 1)
+    with torch.no_grad():
+        close(torch.jit.script(model)(*x), model(*x))
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_scripted_attention_understands_masks(need_weights, batch_first):
+    layer = lp.LowRankMultiheadAttention(16, 4, {"q_proj": 3, "out_proj": 4}, batch_first=batch_first).eval()
+    nn.init.normal_(layer.in_proj_bias)
+    padding = torch.zeros(3, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    x = torch.randn(3, 5, 16) if batch_first else torch.randn(5, 3, 16)
+    masks = {"key_padding_mask": padding, "attn_mask": torch.ones(5, 5).triu(1).bool(), "need_weights": need_weights}
+    scripted = torch.jit.script(layer)
+    for given, settings in ((x, masks), (x[0], {"need_weights": need_weights})):
+        found, expected = scripted(given, given, given, **settings), layer(given, given, given, **settings)
+        close(found[0], expected[0])
+        assert (found[1] is None) == (expected[1] is None) == (not need_weights)
+        if need_weights:
+            close(found[1], expected[1])
