@@ -18,6 +18,11 @@ def last_possible_epoch(trainer: "pl.Trainer", compression: pl.Callback) -> int:
             "CompressionCallback(epoch='auto') waits for a forecast of what the cut will cost: add "
             "PrehabCallback(..., space='loss') with forecast_every_n_steps above 0, or give an epoch."
         )
+    if not trainer.lightning_module.automatic_optimization:
+        raise ArgumentError(
+            "CompressionCallback(epoch='auto') waits for a forecast, and with manual optimization none can be made: "
+            "training_step cannot be run apart from training. Give an epoch."
+        )
     if trainer.max_epochs is None or trainer.max_epochs < 1:
         raise ArgumentError("CompressionCallback(epoch='auto') needs max_epochs: the cut comes before the last one.")
     return trainer.max_epochs - 1

@@ -277,6 +277,9 @@ def test_auto_needs_a_forecast_and_an_end(lit, data, make_trainer):
     callbacks = [lp.PrehabCallback(space="loss"), lp.CompressionCallback("auto")]
     with pytest.raises(ArgumentError, match="needs max_epochs"):
         make_trainer(max_epochs=-1, callbacks=callbacks).fit(lit, loader)
+    lit.automatic_optimization = False
+    with pytest.raises(ArgumentError, match="with manual optimization none can be made"):
+        make_trainer(max_epochs=4, callbacks=callbacks).fit(lit, loader)
     with pytest.raises(ArgumentError, match="epoch counts from 0, or is 'auto', got 'soon'"):
         lp.CompressionCallback("soon")
     with pytest.raises(ArgumentError, match="forecast_below must be positive"):
