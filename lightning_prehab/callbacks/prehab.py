@@ -231,7 +231,7 @@ class PrehabCallback(pl.Callback):
             if not self._ready and self._preparation.is_complete:
                 self._take_over(trainer, batch_idx - 1)
         if self._preparation is not None:
-            self._preparation.begin_batch(batch, batch_idx)
+            self._preparation.begin_batch(batch)
 
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
         """Adds the penalty to the loss, in the scale that the loss has here."""
