@@ -40,7 +40,7 @@ EVERY, MANY_BATCHES = 4, 32
 #: tokens with the weight, of which a training step has three. On the narrow side of a weight these are all tokens.
 OWN_PASS_PRODUCTS = 1.0
 #: And in any case so many of each batch.
-OWN_PASS_MIN_TOKENS = 512
+OWN_PASS_MIN_TOKENS = 2048
 #: Entries that the inputs of one matrix may have at a time where they are larger than what the layer is fed with, such
 #: as the patches of a convolution: 256 MB. Larger batches are taken in parts.
 MAX_ENTRIES = 2**26

@@ -9,7 +9,7 @@ from torch import Tensor
 #: side of the diagonal is copied.
 BLOCK = 256
 #: Rows that are looked at for each one that is taken.
-LOOKED_AT = 4
+LOOKED_AT = 8
 
 
 def gram(rows: Tensor) -> Tensor:

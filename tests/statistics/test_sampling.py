@@ -27,12 +27,12 @@ def test_each_turn_looks_at_other_rows_and_all_turns_at_all_of_them():
     rows = torch.arange(240.0)[:, None]
     seen = []
     for turn in range(6):
-        looked_at, factor = sample(rows, 10, turn)
-        assert looked_at.shape == (10 * LOOKED_AT, 1)
+        looked_at, factor = sample(rows, 5, turn)
+        assert looked_at.shape == (5 * LOOKED_AT, 1)
         assert factor == 6.0
         seen += looked_at[:, 0].tolist()
     assert sorted(seen) == rows[:, 0].tolist()
-    assert torch.equal(sample(rows, 10, 6)[0], sample(rows, 10, 0)[0])
+    assert torch.equal(sample(rows, 5, 6)[0], sample(rows, 5, 0)[0])
     assert sample(rows, 60) == (rows, 1.0)
     assert sample(rows, None) == (rows, 1.0)
 
@@ -40,9 +40,9 @@ def test_each_turn_looks_at_other_rows_and_all_turns_at_all_of_them():
 def test_sums_of_a_sample_are_those_of_all_rows_on_average():
     torch.manual_seed(0)
     rows = torch.randn(2400, 6) @ torch.randn(6, 6) + 1.0
-    turns = range(2400 // (100 * LOOKED_AT))
+    turns = range(2400 // (50 * LOOKED_AT))
     exact = input_sums(rows)
-    found = [input_sums(rows, 100, turn=turn) for turn in turns]
+    found = [input_sums(rows, 50, turn=turn) for turn in turns]
     assert {sums.tokens for sums in found} == {2400}
     for name in ("total", "absolute"):
         mean = sum(getattr(sums, name) for sums in found) / len(found)
@@ -50,7 +50,7 @@ def test_sums_of_a_sample_are_those_of_all_rows_on_average():
     mean = sum(sums.gram for sums in found) / len(found)
     assert float((mean - exact.gram).norm() / exact.gram.norm()) < 0.1
     torch.testing.assert_close(mean.trace(), exact.gram.trace(), rtol=1e-4, atol=0)
-    mean = sum(gradient_gram(rows, 100, turn) for turn in turns) / len(found)
+    mean = sum(gradient_gram(rows, 50, turn) for turn in turns) / len(found)
     torch.testing.assert_close(mean.trace(), exact.gram.trace(), rtol=1e-4, atol=0)
 
 
@@ -74,7 +74,7 @@ def taken(monkeypatch, layer, tokens, **settings):
 
 def test_a_pass_of_its_own_takes_what_costs_no_more_than_the_layer(monkeypatch):
     wide = torch.nn.Linear(32, 32 * 8)
-    tokens = 4096
+    tokens = 8 * OWN_PASS_MIN_TOKENS + 800
     share = OWN_PASS_PRODUCTS / 8
     assert taken(monkeypatch, wide, tokens, own_pass=True) == [tokens, max(OWN_PASS_MIN_TOKENS, share * tokens)]
     assert taken(monkeypatch, wide, OWN_PASS_MIN_TOKENS, own_pass=True) == [OWN_PASS_MIN_TOKENS] * 2
