@@ -1,11 +1,15 @@
-"""What does collecting statistics cost an ordinary training step, while it is on and while it is off?
+"""What does collecting statistics cost: on training steps while it is on, and in a pass of its own?
 
-    python benchmarks/calibration_overhead.py            # measures, writes calibration_overhead.json, prints the table
-    python benchmarks/calibration_overhead.py --table    # prints the table only
+    python benchmarks/calibration_overhead.py                 # measures, writes its .json, prints the table
+    python benchmarks/calibration_overhead.py --only LLaMA    # one model; the others keep their results
+    python benchmarks/calibration_overhead.py --table         # prints the table only
 
-A training step (forward, backward, AdamW) of two ViT-B blocks (768 wide, 197 tokens, batch 32) on random images. Plain
-steps and steps with a collector alternate; the cost is the median of the paired ratios minus one. "every token" is what
-collect_statistics does in a pass of its own; on training steps CompressionCallback takes a sample of the tokens.
+ViT-tiny (12 blocks), two blocks of ViT-B, a LLaMA of 4 layers; random weights, random data. Training: a real Trainer
+with AdamW in which every other step collects. The cost is that of eight such steps, of which two are looked at, against
+the eight plain ones between them; the median over repeats. "prehab" is the default PrehabCallback beside a
+CompressionCallback, before the regularizer begins; "ride" a CompressionCallback alone in the epoch before its surgery.
+Own pass: collect_statistics as compress_ calls it, against forward and backward passes of the same batches, with all
+gradients, in turns. Times are those of the processor, not of the clock, so that a busy machine does little to them.
 """
 
 import argparse
@@ -14,81 +18,215 @@ import platform
 import statistics
 import sys
 import time
+import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import lightning as L
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 import lightning_prehab as lp
-from lightning_prehab.statistics.collector import Collector
-from lightning_prehab.statistics.sums import Wanted
+from lightning_prehab.factorizations import Factorization
+from lightning_prehab.statistics.collector import EVERY
 
 RESULTS = Path(__file__).with_suffix(".json")
-BATCHES = 64
-CASES: dict[str, tuple[Wanted, int | None]] = {
-    "off: hooks attached, not counting": (Wanted(True, True), BATCHES),
-    "inputs (WhitenedSVD)": (Wanted(True), BATCHES),
-    "inputs and output gradients (KroneckerSVD, default)": (Wanted(True, True), BATCHES),
-    "the same, halves apart (KroneckerSVD('auto'))": (Wanted(True, True, False, True), BATCHES),
-    "the same, and weight gradients (FisherSVD, ZeroSum)": (Wanted(True, True, True), BATCHES),
-    "inputs and output gradients, every token": (Wanted(True, True), None),
+CYCLE = 2 * EVERY  # collecting steps after which the same is done again
+METHODS: dict[str, Callable[[], Factorization]] = {
+    "prehab, KroneckerSVD (default)": lp.KroneckerSVD,
+    "ride, KroneckerSVD (default)": lp.KroneckerSVD,
+    "ride, KroneckerSVD('auto')": partial(lp.KroneckerSVD, "auto"),
+    "ride, WhitenedSVD": lp.WhitenedSVD,
+    "ride, FisherSVD": lp.FisherSVD,
+}
+OWN_PASS = "own pass, KroneckerSVD (default)"
+
+
+class Vision(nn.Module):
+    """Random images and labels for a Vision Transformer."""
+
+    def __init__(self, model: nn.Module, size: int, batch: int) -> None:
+        super().__init__()
+        self.model = model
+        self.size, self.samples = size, batch
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        return torch.randn(self.samples, 3, self.size, self.size), torch.randint(10, (self.samples,))
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.model(images), labels)
+
+
+class Language(nn.Module):
+    """Random tokens for a LLaMA."""
+
+    def __init__(self, sizes: dict[str, int], sequences: int, length: int) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        super().__init__()
+        self.model = LlamaForCausalLM(LlamaConfig(vocab_size=1000, max_position_embeddings=length, **sizes))
+        self.shape = sequences, length
+
+    def batch(self) -> tuple[Tensor]:
+        return (torch.randint(1000, self.shape),)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        loss: Tensor = self.model(input_ids=tokens, labels=tokens).loss
+        return loss
+
+
+def llama(sequences: int = 4, length: int = 512, layers: int = 4, width: int = 512, hidden: int = 1376) -> Language:
+    sizes = {"hidden_size": width, "intermediate_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 8}
+    return Language(sizes, sequences, length)
+
+
+MODELS: dict[str, Callable[[], Vision | Language]] = {
+    "ViT-tiny, 32 images": lambda: Vision(timm.create_model("vit_tiny_patch16_224", num_classes=10), 224, 32),
+    "ViT-B, two blocks, 32 images": lambda: Vision(
+        VisionTransformer(depth=2, embed_dim=768, num_heads=12, num_classes=10), 224, 32
+    ),
+    "LLaMA, 4 layers, 2,048 tokens": llama,
 }
 
 
-def measure(repeats: int, batch: int) -> dict[str, object]:
+class Lit(L.LightningModule):
+    """Trains one of these on one batch again and again."""
+
+    def __init__(self, net: Vision | Language) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss: Tensor = self.net(*batch)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+class Prehab(lp.PrehabCallback):
+    """Collects in odd batches only."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % 2 == 1:
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx // 2)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % 2 == 1:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx // 2)
+
+
+class Ride(lp.CompressionCallback):
+    """Collects in odd batches only."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % 2 == 1:
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx // 2)
+
+
+class Start(L.Callback):
+    """Notes when a batch begins; stands first."""
+
+    now = 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.now = time.process_time()
+
+
+class Stop(L.Callback):
+    """Notes how long a batch took; stands last."""
+
+    def __init__(self, start: Start) -> None:
+        self.start, self.seconds = start, list[float]()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seconds.append(time.process_time() - self.start.now)
+
+
+def on_steps(make: Callable[[], Vision | Language], row: str, repeats: int) -> list[float]:
+    """Ratios of steps with and without collection; the first two pairs of each warm up."""
     torch.manual_seed(0)
-    model = VisionTransformer(depth=2, embed_dim=768, num_heads=12, num_classes=1000)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    images, labels = torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))
-    targets = lp.find_targets(model, "blocks.*")
+    net = make()
+    method = METHODS[row]()
+    callbacks: list[L.Callback] = [Ride(epoch=1, keep=0.5, factorization=method)]
+    if row.startswith("prehab"):
+        callbacks = [Prehab(), lp.CompressionCallback(epoch=2, keep=0.5, factorization=method)]
+    start = Start()
+    stop = Stop(start)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        max_steps=2 * CYCLE * repeats + 4,
+        callbacks=[start, *callbacks, stop],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loader = torch.utils.data.DataLoader([net.batch()] * 64, batch_size=None)  # one window of statistics, as by default
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(Lit(net), loader)
+    off, on = stop.seconds[4::2], stop.seconds[5::2]
+    starts = range(0, CYCLE * repeats, CYCLE)
+    return [sum(on[start : start + CYCLE]) / sum(off[start : start + CYCLE]) for start in starts]
 
-    def step(collector: Collector | None = None, count: bool = True) -> float:
-        if collector is not None:
-            collector.attach()
-        start = time.perf_counter()
-        if collector is not None and count:
-            collector.begin_batch(images)
-        nn.functional.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if collector is not None:
-            collector.end_batch()
-        seconds = time.perf_counter() - start
-        if collector is not None:
-            collector.detach()
-        return seconds
 
-    collectors = {name: Collector(targets, wanted, batches=batches) for name, (wanted, batches) in CASES.items()}
-    step()
-    ratios: dict[str, list[float]] = {name: [] for name in CASES}
-    plain = []
-    for _ in range(repeats):
-        for name, collector in collectors.items():
-            before = step()
-            ratios[name].append(step(collector, count=not name.startswith("off")) / before)
-            plain.append(before)
-    return {
-        "command": " ".join(["python", "benchmarks/calibration_overhead.py", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "step seconds": statistics.median(plain),
-        "cost": {name: statistics.median(values) - 1 for name, values in ratios.items()},
-        "ratios": {name: [round(value, 3) for value in values] for name, values in ratios.items()},
-    }
+def own_pass(make: Callable[[], Vision | Language], repeats: int) -> list[float]:
+    """Ratios of collecting statistics and of forward and backward passes of two batches; the first pair warms up."""
+    torch.manual_seed(0)
+    net = make().eval()
+    targets, batches = lp.find_targets(net), [net.batch(), net.batch()]
+    ratios = []
+    for _ in range(repeats + 1):
+        start = time.process_time()
+        for batch in batches:
+            net(*batch).backward()
+            net.zero_grad()
+        middle = time.process_time()
+        lp.collect_statistics(net, targets, batches, wanted=lp.KroneckerSVD().wanted)
+        ratios.append((time.process_time() - middle) / (middle - start))
+    return ratios[1:]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="print the stored results only")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--only", default="", metavar="TEXT", help="models whose name has it")
+    parser.add_argument("--repeats", type=int, default=3, help="at most 3")
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = {model: results[model] for model in MODELS if model in results}
     if not arguments.table:
-        RESULTS.write_text(json.dumps(measure(arguments.repeats, arguments.batch), indent=1) + "\n")
-    results = json.loads(RESULTS.read_text())
-    print("| statistics | cost of a step |\n|---|---|")
-    for name, cost in results["cost"].items():
-        print(f"| {name} | {100 * cost:+.1f} % |")
+        torch.set_num_threads(arguments.threads)
+        for model, make in MODELS.items():
+            if arguments.only in model:
+                rows = list(METHODS) if "ViT-B" in model else list(METHODS)[:2]
+                ratios = {row: on_steps(make, row, arguments.repeats) for row in rows}
+                ratios[OWN_PASS] = own_pass(make, arguments.repeats)
+                results[model] = {
+                    "command": " ".join(["python", "benchmarks/calibration_overhead.py", *sys.argv[1:]]),
+                    "machine": f"{platform.machine()}, {arguments.threads} threads, torch {torch.__version__}",
+                    "ratios": {row: [round(value, 3) for value in values] for row, values in ratios.items()},
+                }
+                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print("| statistics | " + " | ".join(results) + " |\n|---|" + "---|" * len(results))
+    for row in [*METHODS, OWN_PASS]:
+        cells = [shown(row, stored["ratios"].get(row)) for stored in results.values()]
+        print(f"| {row} | " + " | ".join(cells) + " |")
+
+
+def shown(row: str, ratios: list[float] | None) -> str:
+    """A cell of the table: the cost of a step, or how many forward and backward passes a pass of its own is worth."""
+    if ratios is None:
+        return ""
+    median = statistics.median(ratios)
+    return f"{median:.2f} passes" if row == OWN_PASS else f"{100 * (median - 1):+.1f} %"
 
 
 if __name__ == "__main__":

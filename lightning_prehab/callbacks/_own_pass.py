@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -17,11 +17,11 @@ from torch import Tensor
 from lightning_prehab.callbacks._trainer import gradient_scale, uses_loss_scaling
 from lightning_prehab.errors import StatisticsError, UnsupportedError
 from lightning_prehab.factorizations import Decomposition
-from lightning_prehab.kinds import view_of
 from lightning_prehab.plan.probes import measure_probes
 from lightning_prehab.progress import counted
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.sites.process import factors_in_forms
+from lightning_prehab.statistics.backward import no_weight_gradients
 from lightning_prehab.statistics.collector import Collector
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 from lightning_prehab.targets.find import Targets
@@ -42,12 +42,11 @@ def collect_in_own_pass(
     check_automatic(pl_module, "Use CompressionCallback(epoch=1, ...) or later, or factorization=SVD().")
     clone = quiet_copy(trainer, pl_module)
     copied = same_targets(clone, targets)
-    for layer in copied.values():
-        view_of(layer).parameter.requires_grad_()
-    collector = Collector(copied, wanted, drop_overflow=uses_loss_scaling(trainer))
-    collector.attach()
+    collector = Collector(copied, wanted, drop_overflow=uses_loss_scaling(trainer), own_pass=True)
     seen, batches = 0, int(min(batches, trainer.num_training_batches))
-    with isolate_rng(), torch.set_grad_enabled(wanted.backward):
+    backward = no_weight_gradients(clone, copied) if wanted.backward else nullcontext()
+    with isolate_rng(), torch.set_grad_enabled(wanted.backward), backward:
+        collector.attach()
         for index, batch in enumerate(counted(first_batches(trainer, clone, batches), "calibrate", batches)):
             collector.begin_batch(batch, index)
             collector.loss_scale = gradient_scale(trainer)

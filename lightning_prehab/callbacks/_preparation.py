@@ -58,10 +58,10 @@ class Preparation:
         """Whether nothing more has to be watched."""
         return self._collector is None or self.seen >= self.batches
 
-    def begin_batch(self, batch: Any, batch_idx: int) -> None:
+    def begin_batch(self, batch: Any) -> None:
         """Starts counting what this step sends through the layers."""
         if self._collector is not None:
-            self._collector.begin_batch(batch, batch_idx)
+            self._collector.begin_batch(batch, self.seen)
 
     def note_loss_scale(self, trainer: "pl.Trainer") -> None:
         """Notes the scale of this loss, to take it out of the gradients again."""

@@ -245,7 +245,7 @@ class PrehabCallback(ActsAtSteps):
                 if not self._ready and self._preparation.is_complete:
                     self._take_over(trainer, batch_idx - 1)
             if self._preparation is not None:
-                self._preparation.begin_batch(batch, batch_idx)
+                self._preparation.begin_batch(batch)
         if self._weight_steps is not None:
             self._weight_steps.begin_batch(self._weights())
 
@@ -440,9 +440,7 @@ class PrehabCallback(ActsAtSteps):
         assert self._preparation is not None
         layers, self._preparation = self._preparation.finish(trainer), None
         if not layers:
-            rank_zero_warn(
-                "PrehabCallback has nothing to do: no target was reached by the calibration, or all stay dense."
-            )
+            rank_zero_warn("PrehabCallback has nothing to do: no target was reached in training, or all stay dense.")
             self._release()
             return
         if not self._ready:

@@ -158,7 +158,7 @@ def _inputs(settings: Any) -> tuple[nn.Module, Batches | None]:
 def _check_fit(model: nn.Module, batch: Any, settings: Any) -> None:
     """One forward pass, so that data of another model is refused in one sentence, not in the middle of the work."""
     try:
-        with as_found(model, []), torch.no_grad():
+        with as_found(model), torch.no_grad():
             call_model(model, to_device(batch, torch.device(settings.device)))
     except PrehabError:
         raise

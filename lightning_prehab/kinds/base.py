@@ -96,6 +96,19 @@ class MatrixView(ABC):
         return y
 
     @property
+    def copies(self) -> int:
+        """How many times each output stands in the rows of :meth:`outputs`: alone, each time in another row.
+
+        If it is more than 1, ``sum g g^T`` over the rows has that of :meth:`distinct_outputs` in the places
+        ``(i * copies + c, j * copies + c)`` and is zero elsewhere.
+        """
+        return 1
+
+    def distinct_outputs(self, y: Tensor) -> Tensor:
+        """As :meth:`outputs`, but each output once: shape ``(*, m / copies)``."""
+        return self.outputs(y)
+
+    @property
     def bias_size(self) -> int:
         """Entries of a bias for the outputs of this matrix."""
         return self.out_features

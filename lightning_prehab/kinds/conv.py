@@ -239,6 +239,17 @@ class SpatialView(_ConvView):
             gradients[:, :, found[inside].to(y.device), :, tap] = y[:, :, inside.to(y.device)]
         return gradients.flatten(3).flatten(1, 2)
 
+    @property
+    def copies(self) -> int:
+        """All taps, where no column is seen from two places, as in the patch embedding of a Vision Transformer."""
+        horizontal = _axes(self.module)[1]
+        padded = self.module.padding_mode == "zeros" and (horizontal.before, horizontal.after) != (0, 0)
+        return 1 if padded or horizontal.stride < horizontal.span else horizontal.kernel
+
+    def distinct_outputs(self, y: Tensor) -> Tensor:
+        """The gradient of each output once, if that is enough."""
+        return self.outputs(y) if self.copies == 1 else _as_images(y, self.module).flatten(2).mT
+
     def _columns(self, places: int, axis: _Axis) -> Tensor:
         """Columns of the padded input that a kernel touches from ``places`` places, ascending.
 

@@ -75,7 +75,7 @@ def measure_probes(
             yield _logits_or_loss(output)
 
     probes = {}
-    with torch.no_grad(), as_found(model, []), closing(_Cutter(model, targets)) as cutter:
+    with torch.no_grad(), as_found(model), closing(_Cutter(model, targets)) as cutter:
         dense = list(outputs())
         for output in dense:
             require_finite_output(output, "The output of the dense model")

@@ -203,7 +203,7 @@ def compare_latencies(
         raise ArgumentError(f"The dense model is on {device}, the compressed one on {other}; move one of them.")
     run = call_model if forward is None else forward
     measured = []
-    with as_found(dense, []), as_found(compressed, []), torch.no_grad():
+    with as_found(dense), as_found(compressed), torch.no_grad():
         for batch in (to_device(found, device) for found in batches):
             layers = _layers(dense, compressed, lambda batch=batch: run(dense, batch), device)  # type: ignore[misc]
             before, after = _in_turn(

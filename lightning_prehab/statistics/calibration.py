@@ -1,8 +1,8 @@
 """Collects layer statistics in a loop of its own."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.matrices import require_finite
 from lightning_prehab.linalg.modes import in_full_precision, outside_inference_mode
 from lightning_prehab.progress import counted
+from lightning_prehab.statistics.backward import no_weight_gradients
 from lightning_prehab.statistics.batches import batch_size, call_model, to_device
 from lightning_prehab.statistics.collector import Collector
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
@@ -37,6 +38,8 @@ def collect_statistics(
 
     The model runs in eval mode and is left as it was: modes, gradients, ``requires_grad``, hooks, global random state.
     Batches are moved to the device of the first parameter. An ``attention_mask`` in a batch leaves the padding out.
+    Every token is counted; the Gram matrix of the wide side of a matrix may be estimated from a part of them, if it
+    would cost more than the layer itself.
 
     Args:
         model: The module that holds the targets.
@@ -63,13 +66,14 @@ def collect_statistics(
         wanted = Wanted(inputs=True, gradients=gradients, weight_gradients=gradients, magnitudes=True)
     for name, layer in targets.items():
         require_finite(view_of(layer).weight.detach(), f"Layer {name!r}: the weight")
-    collector = Collector(targets, wanted)
+    collector = Collector(targets, wanted, own_pass=True)
     _log.info("Calibration of %d layers: at most %.1f MB of sums.", len(targets), collector.memory() / 1e6)
     generator = torch.Generator().manual_seed(0)
-    weights = [view_of(layer).parameter for layer in targets.values()]
     device = next(model.parameters()).device
     seen = 0
-    with as_found(model, weights), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    random = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    backward = no_weight_gradients(model, targets) if wanted.backward else nullcontext()
+    with as_found(model), random, backward:
         collector.attach()
         try:
             for batch in (to_device(found, device) for found in counted(batches, "calibrate")):
@@ -111,21 +115,16 @@ def _loss_of(output: Any, size: int, generator: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def as_found(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Eval mode and differentiable weights inside; everything as before outside."""
+def as_found(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients inside; everything as before outside."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]  # frozen: none
-    flags = [(weight, weight.requires_grad) for weight in weights]
     try:
         model.eval()
         model.zero_grad(set_to_none=True)
-        for weight in weights:
-            weight.requires_grad_(True)
         yield
     finally:
         for module, training in modes:
             module.training = training
-        for weight, requires_grad in flags:
-            weight.requires_grad_(requires_grad)
         for parameter, gradient in gradients:
             parameter.grad = gradient

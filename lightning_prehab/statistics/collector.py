@@ -1,18 +1,19 @@
 """Collects layer statistics with temporary hooks, whoever runs the model."""
 
 import itertools
+import math
 import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prehab.errors import ArgumentError
+from lightning_prehab.errors import ArgumentError, StatisticsError
 from lightning_prehab.kinds import MatrixView, kind_of, view_of
 from lightning_prehab.statistics.batches import batch_size, padding_mask
 from lightning_prehab.statistics.sums import (
@@ -26,10 +27,20 @@ from lightning_prehab.statistics.sums import (
 from lightning_prehab.targets.forms import in_all_forms
 from lightning_prehab.targets.locate import Target, group_names
 
-#: Tokens that a Gram matrix is estimated from, per row, where the number of batches is known.
+T = TypeVar("T")
+
+#: Tokens that a Gram matrix is estimated from, per row, where it rides on a known number of training steps.
 TOKENS_PER_FEATURE = 8
-#: And in any case so many of each batch.
+#: And in any case so many of each batch; twice as many where batches are left out.
 MIN_TOKENS = 256
+#: Where at least ``MANY_BATCHES`` come, one pair in so many pairs of them is looked at, for all: adding a few tokens to
+#: a large matrix takes as long as adding many. In pairs, so that even and odd batches are seen alike.
+EVERY, MANY_BATCHES = 4, 32
+#: In a pass of its own a Gram matrix is estimated from so many tokens that it costs at most so many products of all
+#: tokens with the weight, of which a training step has three. On the narrow side of a weight these are all tokens.
+OWN_PASS_PRODUCTS = 1.0
+#: And in any case so many of each batch.
+OWN_PASS_MIN_TOKENS = 2048
 #: Entries that the inputs of one matrix may have at a time where they are larger than what the layer is fed with, such
 #: as the patches of a convolution: 256 MB. Larger batches are taken in parts.
 MAX_ENTRIES = 2**26
@@ -73,7 +84,10 @@ class Collector:
         wanted: What is collected.
         drop_overflow: Leave out tokens whose gradient is not finite, as loss scaling in fp16 produces now and then.
         batches: How many batches are going to come. Gram matrices are then estimated from as many tokens of each batch
-            as are needed to see ``TOKENS_PER_FEATURE`` times the layer's size in all; None uses every token.
+            as are needed to see ``TOKENS_PER_FEATURE`` times the layer's size in all, and of many batches some stand
+            for the others in layers of more than ``MIN_TOKENS`` tokens; None uses every token.
+        own_pass: The model runs for the statistics alone, without gradients of the weights. Gram matrices that would
+            cost more than the layer itself are then estimated from a part of the tokens, whatever ``batches`` says.
 
     Attributes:
         statistics: ``{name: LayerStatistics}``, complete from the start, with zero counts.
@@ -87,6 +101,7 @@ class Collector:
         *,
         drop_overflow: bool = False,
         batches: int | None = None,
+        own_pass: bool = False,
     ) -> None:
         self._views: dict[str, MatrixView] = {}
         for target_name, target in in_all_forms(targets).items():
@@ -94,10 +109,13 @@ class Collector:
         self.wanted = wanted
         self._drop_overflow = drop_overflow
         self._batches = batches
+        self._own_pass = own_pass
+        many = batches is not None and batches >= MANY_BATCHES and not wanted.weight_gradients and not own_pass
+        self._every = EVERY if many else 1
         self._handles: list[RemovableHandle] = []
         self._mask: Tensor | None = None
         self._batch_size = 1
-        self._odd = False
+        self._turn = 0
         self._counting = False
         self.loss_scale = 1.0
         self.statistics = {
@@ -154,12 +172,13 @@ class Collector:
 
         Args:
             batch: The batch.
-            index: Its number; those of odd batches are kept apart too where halves are wanted.
+            index: Its number, without gaps; those of odd batches are kept apart too where halves are wanted. It decides
+                which batches and tokens are looked at.
         """
         self._mask, self._batch_size = padding_mask(batch), batch_size(batch)
         self.loss_scale = 1.0
         self._counting = True
-        self._odd = index % 2 == 1
+        self._turn = index
         for layer in self._all_statistics():
             layer.add_samples(self._batch_size)
 
@@ -178,31 +197,41 @@ class Collector:
 
     def _of(self, watched: _Watched) -> Iterator[LayerStatistics]:
         yield watched.statistics
-        if watched.statistics.half is not None and self._odd:
+        if watched.statistics.half is not None and self._turn % 2 == 1:
             yield watched.statistics.half
 
     def _see(self, views: Sequence[MatrixView], given: Tensor, output: Tensor) -> None:
         if not self._counting:
             return
         x = given.detach()
+        batches = 1  # that this one stands for
+        if self._every > 1 and x.numel() > MIN_TOKENS * views[0].in_features:
+            if self._turn // 2 % self._every != 0:
+                return
+            batches = self._every
         fed = [self._fed_by(given, view.reads) for view in views]
         if self.wanted.backward and output.requires_grad:
             frozen = not all(view.parameter.requires_grad for view in views)
-            if torch.is_autocast_enabled(x.device.type) or frozen:
+            if torch.is_autocast_enabled(x.device.type) or (frozen and not self._own_pass):
                 # autograd does not guard this tensor itself: it may be changed in place later
                 fed[0].copy = x.clone() if fed[0].copy is None else fed[0].copy
                 x = fed[0].copy
 
-            shape = output.shape
+            shape, version = output.shape, x._version
 
             def add(gradient: Tensor) -> None:
+                if x._version != version:  # autograd would say so if it needed the input for the gradient of the weight
+                    raise StatisticsError(
+                        f"The input of a {type(views[0].module).__name__} was changed in place after the layer had "
+                        "been called; no statistics of it can be collected. Make that operation not in place."
+                    )
                 for view, source in zip(views, fed, strict=True):
-                    self._add(view, source, x, gradient.reshape(shape))
+                    self._add(view, source, x, gradient.reshape(shape), batches)
 
             _before_changes(output).register_hook(add)  # type: ignore[no-untyped-call]
         elif not self.wanted.backward or torch.is_grad_enabled():  # frozen: there will be no gradient
             for view, source in zip(views, fed, strict=True):
-                self._add(view, source, x, None)
+                self._add(view, source, x, None, batches)
 
     def _fed_by(self, x: Tensor, reads: Hashable) -> _Fed:
         """The tensor that the matrix before was fed with, if it is this very one, else a new one."""
@@ -212,8 +241,8 @@ class Collector:
         return self._last
 
     @torch.no_grad()
-    def _add(self, view: MatrixView, fed: _Fed, x: Tensor, gradient: Tensor | None) -> None:
-        """Adds what a matrix was fed with and, unless it is None, the gradient of its output."""
+    def _add(self, view: MatrixView, fed: _Fed, x: Tensor, gradient: Tensor | None, batches: int) -> None:
+        """Adds what a matrix was fed with and, unless it is None, the gradient of its output, for so many batches."""
         watched = self._watched[id(view)]
         if self._drop_overflow and gradient is not None:
             fed = _Fed(None, 0, next(self._numbers))  # other layers may drop other tokens
@@ -222,18 +251,24 @@ class Collector:
             parts = list(self._parts(view, x, gradient))
             for part, mask, gradient_part in parts:
                 tokens = _tokens(view.inputs(part), mask) if fresh or self.wanted.weight_gradients else None
-                g = None if gradient_part is None else _tokens(view.outputs(gradient_part), mask)
+                g, copies = None, 1
+                if gradient_part is not None:
+                    aligned = mask is not None or self._drop_overflow or self.wanted.weight_gradients
+                    outputs, copies = (view.outputs, 1) if aligned else (view.distinct_outputs, view.copies)
+                    g = _tokens(outputs(gradient_part), mask)
                 if self._drop_overflow and g is not None:
                     finite = torch.isfinite(g).all(-1)
                     tokens, g = None if tokens is None else tokens[finite], g[finite]
                 if fresh and tokens is not None:
-                    at_most = self._at_most(watched.statistics.in_features, len(parts))
-                    added = input_sums(tokens, at_most, magnitudes=self.wanted.magnitudes)
+                    at_most = self._at_most(view, view.in_features, len(tokens), len(parts))
+                    added = input_sums(tokens, at_most, magnitudes=self.wanted.magnitudes, turn=self._turn)
                     sums = added if sums is None else sums.plus(added)
                 if g is not None:
-                    self._add_gradient(watched, tokens, g, len(parts))
+                    at_most = self._at_most(view, view.out_features // copies, len(g), len(parts))
+                    self._add_gradient(watched, tokens, g, copies, at_most, batches)
         assert sums is not None
         if fresh:
+            sums = sums if batches == 1 else sums.times(batches)._replace(tokens=sums.tokens * batches)
             if self._computed is not None:
                 self._computed.sums = None
             fed.sums, self._computed = sums, fed
@@ -241,7 +276,9 @@ class Collector:
         for statistics in self._of(watched):
             statistics.add_inputs(sums)
 
-    def _add_gradient(self, watched: _Watched, x: Tensor | None, g: Tensor, parts: int) -> None:
+    def _add_gradient(
+        self, watched: _Watched, x: Tensor | None, g: Tensor, copies: int, at_most: int | None, batches: int
+    ) -> None:
         if self.wanted.weight_gradients and x is not None:
             product = (g.float().mT @ x.float()) / self.loss_scale
             watched.weight_gradient = (
@@ -249,10 +286,12 @@ class Collector:
             )
         if self.wanted.gradients:
             # The gradient of the mean over the batch, times its size, is that of the sample's own loss.
-            gram = gradient_gram(g, self._at_most(watched.statistics.out_features, parts))
+            gram = gradient_gram(g, at_most, self._turn)
             gram *= (self._batch_size / self.loss_scale) ** 2
+            if batches > 1:
+                gram *= batches
             for statistics in self._of(watched):
-                statistics.add_gradient_gram(gram)
+                statistics.add_gradient_gram(gram, copies)
 
     def _parts(
         self, view: MatrixView, x: Tensor, gradient: Tensor | None
@@ -267,11 +306,15 @@ class Collector:
             mask = None if self._mask is None else self._mask[part]
             yield x[part], mask, None if gradient is None else gradient[part]
 
-    def _at_most(self, size: int, parts: int) -> int | None:
-        """Tokens of one of the parts of a batch that are enough for a Gram matrix of this size."""
+    def _at_most(self, view: MatrixView, size: int, tokens: int, parts: int) -> int | None:
+        """Of so many tokens, in one of the parts of a batch, how many are enough for a Gram matrix of this size."""
+        if self._own_pass:
+            affordable = OWN_PASS_PRODUCTS * tokens * (view.out_features * view.in_features) / size**2
+            return max(OWN_PASS_MIN_TOKENS, math.ceil(affordable))
         if self._batches is None:
             return None
-        return -(-max(MIN_TOKENS, -(-TOKENS_PER_FEATURE * size // self._batches)) // parts)
+        least = MIN_TOKENS if self._every == 1 else 2 * MIN_TOKENS
+        return -(-max(least, -(-TOKENS_PER_FEATURE * size * self._every // self._batches)) // parts)
 
 
 def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -298,11 +341,11 @@ def _before_changes(output: Tensor) -> Tensor:
     return base if base.is_contiguous() and output.is_contiguous() else output
 
 
-def run_eagerly(hook: Callable[..., None]) -> Callable[..., None]:
+def run_eagerly(hook: Callable[..., T]) -> Callable[..., T]:
     """Keeps the hook out of compiled graphs, where there are any."""
     if "torch._dynamo" not in sys.modules:
         return hook
-    eager: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    eager: Callable[..., T] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     return eager
 
 

@@ -187,6 +187,6 @@ def effect_of_cuts(
         return total / max(count, 1)
 
     speaks: dict[int, bool] = {}  # whether the dense model predicts the next tokens of a batch
-    with as_found(model, []):
+    with as_found(model):
         count = min(len(batches), MOST_BATCHES)
         return measure_increase(lambda some, step: [loss_at(number, step) for number in some], count)

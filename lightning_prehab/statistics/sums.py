@@ -1,13 +1,13 @@
 """What calibration remembers of one layer: sums, so that batches, passes and processes merge exactly."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_prehab.errors import StatisticsError
+from lightning_prehab.statistics.sampling import gram, sample, sample_by_energy
 
 #: Sums over inputs, which layers that are fed by the same tensor may share.
 _INPUT_SUMS = ("tokens", "input_sum", "input_absolute_sum", "input_gram")
@@ -53,7 +53,7 @@ class InputSums(NamedTuple):
 
     tokens: int
     total: Tensor
-    absolute: Tensor | int
+    absolute: Tensor | float
     gram: Tensor
 
     def plus(self, other: "InputSums") -> "InputSums":
@@ -64,6 +64,10 @@ class InputSums(NamedTuple):
             self.absolute + other.absolute,
             self.gram + other.gram,
         )
+
+    def times(self, factor: float) -> "InputSums":
+        """The sums over more tokens, of which these are the ones that were looked at."""
+        return InputSums(self.tokens, self.total * factor, self.absolute * factor, self.gram.mul_(factor))
 
 
 class LayerStatistics:
@@ -156,15 +160,23 @@ class LayerStatistics:
         self.add_gradient_gram(gradient_gram(g))
 
     @torch.no_grad()
-    def add_gradient_gram(self, gram: Tensor) -> None:
+    def add_gradient_gram(self, gram: Tensor, copies: int = 1) -> None:
         """Adds what :func:`gradient_gram` has made of some tokens.
+
+        Args:
+            gram: Shape ``(m / copies, m / copies)``.
+            copies: See :attr:`lightning_prehab.kinds.MatrixView.copies`.
 
         Raises:
             StatisticsError: If the object was made without ``gradients=True``.
         """
         if self.gradient_gram is None:
             raise StatisticsError("These statistics were made without output gradients; use gradients=True.")
-        self.gradient_gram += gram
+        if copies == 1:
+            self.gradient_gram += gram
+        else:
+            blocks = self.gradient_gram.view(len(gram), copies, len(gram), copies)
+            blocks.diagonal(dim1=1, dim2=3).add_(gram[..., None])
 
     @torch.no_grad()
     def update_weight_gradient(self, gradient: Tensor, samples: int) -> None:
@@ -363,52 +375,27 @@ def statistics_bytes(shapes: Iterable[tuple[int, int]], wanted: Wanted) -> int:
 
 
 @torch.no_grad()
-def input_sums(x: Tensor, at_most: int | None = None, *, magnitudes: bool = True) -> InputSums:
+def input_sums(x: Tensor, at_most: int | None = None, *, magnitudes: bool = True, turn: int = 0) -> InputSums:
     """Sums over tokens, in float32.
 
     Args:
         x: Shape ``(tokens, n)``, any floating dtype.
-        at_most: Estimate the Gram matrix from so many tokens; see :func:`sample_by_energy`. All are counted.
+        at_most: Estimate the Gram matrix from so many tokens, and the other sums from some more; see
+            :mod:`lightning_prehab.statistics.sampling`. All are counted.
         magnitudes: Whether to sum absolute values too.
+        turn: Number of the batch.
     """
-    sample = sample_by_energy(x, at_most)
+    tokens = x.shape[0]
+    x, factor = sample(x, at_most, turn)
+    total = x.sum(0, dtype=torch.float32)
     absolute = x.abs().sum(0, dtype=torch.float32) if magnitudes else 0
-    return InputSums(x.shape[0], x.sum(0, dtype=torch.float32), absolute, sample.mT @ sample)
+    found = InputSums(tokens, total, absolute, gram(sample_by_energy(x, at_most)))
+    return found if factor == 1.0 else found.times(factor)
 
 
 @torch.no_grad()
-def gradient_gram(g: Tensor, at_most: int | None = None) -> Tensor:
+def gradient_gram(g: Tensor, at_most: int | None = None, turn: int = 0) -> Tensor:
     """``sum g g^T`` in float32, shape ``(m, m)``; arguments as for :func:`input_sums`."""
-    sample = sample_by_energy(g, at_most)
-    return sample.mT @ sample
-
-
-def sample_by_energy(rows: Tensor, at_most: int | None) -> Tensor:
-    """Fewer rows with nearly the same Gram matrix: the trace is exact, the rest unbiased up to the fixed order.
-
-    Rows are taken with probability proportional to their squared norm and scaled to compensate (Drineas, Kannan and
-    Mahoney, 2006, https://doi.org/10.1137/S0097539704442684), here by systematic sampling along a fixed shuffled order:
-    no random state is touched, and a few rows that carry all the energy are all taken.
-
-    Args:
-        rows: Shape ``(tokens, k)``, any floating dtype.
-        at_most: Number of rows to return; None or a number of at least ``tokens`` returns the rows as they are.
-
-    Returns:
-        Float32.
-    """
-    if at_most is None or rows.shape[0] <= at_most:
-        return rows.float()
-    order = _shuffled(rows.shape[0], rows.device)
-    energy = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()[order]
-    total = energy.sum()
-    marks = (torch.arange(at_most, dtype=energy.dtype, device=rows.device) + 0.5) * (total / at_most)
-    taken = torch.searchsorted(energy.cumsum(0), marks).clamp_max_(len(energy) - 1)
-    scale = (total / (at_most * energy[taken].clamp_min(torch.finfo(energy.dtype).tiny))).sqrt()
-    sampled: Tensor = rows[order[taken]].float() * scale[:, None]
-    return sampled
-
-
-@lru_cache(maxsize=64)
-def _shuffled(size: int, device: torch.device) -> Tensor:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(size), device="cpu").to(device)
+    g, factor = sample(g, at_most, turn)
+    found = gram(sample_by_energy(g, at_most))
+    return found if factor == 1.0 else found.mul_(factor)

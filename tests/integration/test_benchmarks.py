@@ -37,6 +37,18 @@ def test_what_a_penalty_costs(benchmark_named):
             module.authors_nuclear_norm(layers)
 
 
+def test_what_statistics_cost(benchmark_named):
+    module = benchmark_named("calibration_overhead")
+
+    def vision():
+        return module.Vision(module.VisionTransformer(16, 8, depth=1, embed_dim=16, num_heads=2, num_classes=10), 16, 4)
+
+    for row in module.METHODS:
+        assert len(module.on_steps(vision, row, 1)) == 1
+    ratios = module.own_pass(lambda: module.llama(2, 8, layers=1, width=16, hidden=32), 1)
+    assert module.shown(module.OWN_PASS, ratios).endswith("passes")
+
+
 def test_the_paths_of_the_gate_are_there():
     named = re.findall(r"\btests/[\w/.]+", (ROOT / ".ci" / "run").read_text())
     assert len(named) >= 5

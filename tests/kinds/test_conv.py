@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
+import lightning_prehab as lp
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import Factors
 from lightning_prehab.kinds.conv import ChannelView, ConvKind, SpatialView
@@ -210,3 +211,27 @@ def test_patches_are_copied_once():
     assert view.inputs(x).is_contiguous()  # flattening to tokens takes no second copy
     pointwise = ChannelView(nn.Conv2d(4, 6, 1)).inputs(x)
     assert pointwise.data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("settings", "copies"),
+    [
+        ({"kernel_size": 3, "stride": 3}, 3),  # a patch embedding
+        ({"kernel_size": (2, 3), "stride": (1, 4)}, 3),  # columns that nobody sees
+        ({"kernel_size": (3, 2), "stride": (1, 3), "dilation": (1, 2), "padding": (1, 0)}, 2),
+        ({"kernel_size": 2, "stride": 2, "padding": 1, "padding_mode": "reflect"}, 2),
+        ({"kernel_size": 2, "stride": 2, "padding": 1}, 1),  # columns of padding are no tokens
+        ({"kernel_size": 3, "stride": 2}, 1),  # columns that are seen twice
+        ({"kernel_size": 2, "stride": 2, "dilation": 2}, 1),
+    ],
+)
+def test_outputs_that_stand_alone_are_counted_once(settings, copies):
+    conv = nn.Conv2d(2, 4, **settings)
+    view, g = SpatialView(conv), torch.randn_like(conv(torch.randn(2, 2, 13, 12)))
+    assert view.copies == copies
+    rows = view.outputs(g).flatten(0, 1)
+    distinct = view.distinct_outputs(g).flatten(0, 1)
+    statistics = lp.LayerStatistics(view.in_features, view.out_features, gradients=True)
+    for _ in range(2):
+        statistics.add_gradient_gram(distinct.mT @ distinct, copies)
+    torch.testing.assert_close(statistics.gradient_gram, 2 * rows.mT @ rows)

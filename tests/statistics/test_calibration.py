@@ -440,7 +440,7 @@ def test_a_known_number_of_batches_limits_the_tokens(monkeypatch):
         "lightning_prehab.statistics.sums.sample_by_energy",
         lambda rows, at_most: used.append(at_most) or rows[:at_most],
     )
-    for batches, expected in ((None, [None, None]), (2, [40, 24]), (100, [16, 16])):
+    for batches, expected in ((None, [None, None]), (2, [40, 24]), (20, [16, 16])):
         collector = Collector({"layer": layer}, Wanted(True, True), batches=batches)
         collector.attach()
         collector.begin_batch(x)

@@ -1,0 +1,70 @@
+"""A backward pass that computes the gradients of what layers return, and none of their matrices."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prehab.kinds import Kind, kind_of, view_of
+from lightning_prehab.statistics.collector import run_eagerly
+from lightning_prehab.targets.attached import has_hooks
+from lightning_prehab.targets.locate import Target
+
+
+@contextmanager
+def no_weight_gradients(model: nn.Module, targets: Mapping[str, Target]) -> Iterator[None]:
+    """Inside, the graph begins at the outputs of layers rather than at their matrices: a third of the work less.
+
+    That holds for layers that can be cut and for embeddings. Whatever else is trainable stays so: biases, norms, the
+    matrices of unknown modules, and what is multiplied inside of functions of torch that look whether it is trainable.
+    The outputs of targets are differentiable wherever autograd is on, also those of frozen parts of the model. All
+    flags are as before in the end. A parameter with hooks of its own, of an optimizer that steps inside backward say, has
+    no gradient, and the hooks are not called. Hooks that are put on the layers inside see differentiable outputs.
+
+    Args:
+        model: The module that holds the targets.
+        targets: ``{name: layer}``.
+    """
+    weights = {id(view_of(target).parameter): view_of(target).parameter for target in targets.values()}
+    hooked = [parameter for parameter in model.parameters() if has_hooks(parameter)]
+    begin = run_eagerly(_begin)
+    flags, handles = [(parameter, parameter.requires_grad) for parameter in hooked], []
+    try:
+        for parameter in hooked:
+            parameter.requires_grad_(False)
+        for module in {id(m): m for m in (*model.modules(), *(view_of(t).module for t in targets.values()))}.values():
+            own = [p for p in module._parameters.values() if p is not None and p.dim() > 1]
+            if not any(p.requires_grad or id(p) in weights for p in own):
+                continue
+            known = _shows_its_output(module)
+            flags += [(p, p.requires_grad) for p in own]
+            for parameter in own:
+                if known:
+                    parameter.requires_grad_(False)
+                elif id(parameter) in weights:
+                    parameter.requires_grad_(True)
+            if known:
+                handles.append(module.register_forward_hook(begin))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, requires_grad in reversed(flags):  # a tied one has been noted more than once
+            parameter.requires_grad_(requires_grad)
+
+
+def _shows_its_output(module: nn.Module) -> bool:
+    """Whether what a forward hook is given is where the matrices of the module act."""
+    kind = kind_of(module)
+    return isinstance(module, nn.Embedding) or (kind is not None and type(kind).watch is Kind.watch)
+
+
+def _begin(_: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+    """Lets the graph begin at an output that is not part of it already."""
+    if not torch.is_grad_enabled() or not isinstance(output, Tensor) or output.requires_grad:
+        return None
+    if not output.is_floating_point():
+        return None
+    return output.detach().requires_grad_().clone()  # a leaf cannot be changed in place, as a ReLU does
