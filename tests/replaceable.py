@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 import lightning_prehab as lp
 from lightning_prehab.surgery.structure import follow_state_dict_
@@ -28,6 +28,10 @@ class Around(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x, x, x)[0] if self.name == "attention" else self.layer(x)
         return y.flatten(1)
+
+
+def transposed(out_features: int, in_features: int) -> nn.Module:
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(out_features, in_features)
 
 
 @dataclass
@@ -55,8 +59,8 @@ CASES = {
     "attention, other keys": Case(
         lambda: nn.MultiheadAttention(16, 2, batch_first=True, kdim=16, vdim=16), (4, 16), "attention"
     ),
-    "transposed": Case(lambda: Conv1D(16, 16), (4, 16)),
-    "transposed, split": Case(lambda: Conv1D(48, 16), (4, 16), "c_attn", True),
+    "transposed": Case(lambda: transposed(16, 16), (4, 16)),
+    "transposed, split": Case(lambda: transposed(48, 16), (4, 16), "c_attn", True),
 }
 
 
@@ -76,6 +80,7 @@ def _small(case: Case) -> Around:
 
 
 def by_folder(model: Around, case: Case, folder: Path) -> None:
+    pytest.importorskip("safetensors")
     lp.load_compressed(lp.save_compressed(_small(case), folder), model)
 
 

@@ -57,7 +57,7 @@ def factor_shapes(
     return (rank, n, sizes[0], 1), (m, rank, 1, sizes[1])
 
 
-class LowRankConv(LowRankLayer):
+class LowRankConv(LowRankLayer, nn.Sequential):
     """What :class:`LowRankConv1d` and :class:`LowRankConv2d` have in common; use one of these."""
 
     _dense: ClassVar[Any]  # nn.Conv1d or nn.Conv2d
@@ -130,11 +130,8 @@ class LowRankConv(LowRankLayer):
     @property
     @no_type_check  # so that TorchScript finds out itself whether there is one
     def bias(self):
-        """The bias of ``B``, shape ``(out_channels,)``, or None: what is done to it is done to that parameter."""
-        if torch.jit.is_scripting():
-            return self.B.bias
-        else:  # noqa: RET505
-            return None if self.B.bias is None else self._show(self.B.bias, "bias")
+        """The bias of ``B``, shape ``(out_channels,)``, or None: that very parameter."""
+        return self.B.bias
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Both factors as matrices, of the shapes that :meth:`from_factors` takes; differentiable."""

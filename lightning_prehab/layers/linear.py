@@ -16,8 +16,8 @@ from lightning_prehab.linalg.sparse import Sparse, sparse_matrix
 class LowRankLayer(nn.Module, ABC):
     """A layer that holds low-rank factors in place of one dense weight or several.
 
-    What it shows of them under the names of a dense layer (``weight``, ``bias``, ...) is no parameter: it can be read;
-    it raises when it is assigned or deleted, and if it is computed when it is written to. See
+    What it shows of them under the names of a dense layer (``weight``, ``bias``, ...) is no parameter of its own. It is
+    there to be read. Assigning, deleting or pruning it raises, and so does writing to a weight, which is computed; see
     :mod:`lightning_prehab.layers.shown`.
     """
 
@@ -35,6 +35,11 @@ class LowRankLayer(nn.Module, ABC):
         self._check_own(name, "del")
         super().__delattr__(name)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuses what ``torch.nn.utils.prune`` puts beside it, too."""
+        self._check_own(name.removesuffix("_orig"), "register_parameter")
+        super().register_parameter(name, param)
+
     def _check_own(self, name: str, what: str) -> None:
         shown = getattr(type(self), name, None)
         if isinstance(shown, property) and shown.fset is None:
@@ -51,14 +56,15 @@ class LowRankLayer(nn.Module, ABC):
             return show(value, self._owner(name))
 
 
-class LowRankLinear(LowRankLayer):
+class LowRankLinear(LowRankLayer, nn.Sequential):
     """A linear layer whose weight is the product of two factors: ``y = B(A(x)) + bias``.
 
     The children ``A`` (``in_features -> rank``, no bias) and ``B`` (``rank -> out_features``) are ordinary
-    ``nn.Linear`` modules, so quantizers, adapters and FLOP counters understand them. ``weight`` and ``bias`` can be
-    read as on ``nn.Linear`` (``nn.MultiheadAttention``, the fast path of ``nn.TransformerEncoderLayer`` and T5 do
-    that); ``weight`` is then the dense product, differentiable, computed anew at each access, also if the factors are
-    quantized; writing to it raises.
+    ``nn.Linear`` modules, so quantizers, adapters and FLOP counters understand them. The layer is an ``nn.Sequential``
+    of the two, so that pruners that walk over all modules look for parameters in them alone. ``weight`` and ``bias``
+    can be read as on ``nn.Linear`` (``nn.MultiheadAttention``, the fast path of ``nn.TransformerEncoderLayer`` and T5
+    do that); ``weight`` is then the dense product, differentiable, computed anew at each access, also if the factors
+    are quantized; writing to it raises.
 
     Args:
         in_features: Size of the last dimension of the input.
@@ -113,11 +119,8 @@ class LowRankLinear(LowRankLayer):
     @property
     @no_type_check  # so that TorchScript finds out itself whether there is one
     def bias(self):
-        """The bias of ``B``, shape ``(out_features,)``, or None: what is done to it is done to that parameter."""
-        if torch.jit.is_scripting():
-            return self.B.bias
-        else:  # noqa: RET505
-            return None if self.B.bias is None else self._show(self.B.bias, "bias")
+        """The bias of ``B``, shape ``(out_features,)``, or None: that very parameter."""
+        return self.B.bias
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps ``(*, in_features)`` to ``(*, out_features)``; the argument is named as in ``nn.Linear``."""

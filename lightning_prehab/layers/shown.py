@@ -1,13 +1,10 @@
-"""What a low-rank layer shows in the place of a dense weight and bias: it is read like one, and is no parameter.
-
-Whoever looks for parameters (pruners, optimizers) finds those of the factors, once, and nobody writes into the void.
-"""
+"""What a low-rank layer shows in the place of a dense weight: it is read like one, and nobody writes into the void."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_prehab.errors import UnsupportedError
 
@@ -95,40 +92,10 @@ class ComputedTensor(Tensor, metaclass=_TensorLike):
         return self.plain().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
-class ParameterOfPart(Tensor, metaclass=_TensorLike):
-    """A parameter of a part of a layer, in its memory and in its graph: what is done to it is done to the parameter."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    def __getattribute__(self, name: str) -> Any:
-        """What is kept beside the numbers of a tensor is that of the parameter; so is what writes."""
-        if name in _BESIDE or (name.endswith("_") and not name.startswith("_")):
-            return getattr(object.__getattribute__(self, "__dict__")["parameter"], name)
-        return super().__getattribute__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Sets what a tensor has on the parameter."""
-        if hasattr(Tensor, name):
-            setattr(self.__dict__["parameter"], name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self.__dict__["parameter"].__deepcopy__(memo)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.__dict__["parameter"].__reduce_ex__(protocol)
-
-
-#: What a tensor keeps beside its numbers.
-_BESIDE = {"data", "grad", "grad_fn", "is_leaf", "requires_grad", "retain_grad", "retains_grad"}
-_BESIDE |= {"register_hook", "register_post_accumulate_grad_hook"}
-
-
 def show(value: Tensor, owner: str) -> Tensor:
-    """What a layer shows under a name: of a parameter a :class:`ParameterOfPart`, else a :class:`ComputedTensor`.
+    """What a layer shows of a weight that it computes: a :class:`ComputedTensor`.
 
-    A tensor stays as it is inside of compilers, tracers and transformations (``torch.func.vmap``), and if it is of a
+    It stays a plain tensor inside of compilers, tracers and transformations (``torch.func.vmap``), and if it is of a
     class of its own.
 
     Args:
@@ -137,13 +104,9 @@ def show(value: Tensor, owner: str) -> Tensor:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return value
-    if type(value) is nn.Parameter:
-        of_part = value.as_subclass(ParameterOfPart)
-        of_part.__dict__["parameter"] = value
-        return of_part
     if type(value) is not Tensor or _transformed(value):
         return value
-    computed = value.contiguous().as_subclass(ComputedTensor)  # a parameter is: reshape(-1) of it is no copy
+    computed = value.contiguous().as_subclass(ComputedTensor)  # a parameter is contiguous: reshape(-1) is no copy
     computed.owner = owner
     return computed
 

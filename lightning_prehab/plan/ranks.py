@@ -96,7 +96,7 @@ def check_recipe(recipe: Recipe, targets: Mapping[str, Target]) -> None:
     """Raises what the road would raise whatever the weights are: wrong wishes, too small a budget, no values at all."""
     policy, factorization = recipe.policy_or_default, recipe.factorization_or_default
     for name, target in targets.items():
-        _check_readable(name, view_of(target).parameter, calibrated=any(recipe.wanted))
+        _check_readable(name, view_of(target).parameter)
     if (policy.needs_positions or policy.needs_latencies) and any(
         factorization.nonzeros(*view_of(layer).shape) for layer in targets.values()
     ):
@@ -122,17 +122,12 @@ def check_recipe(recipe: Recipe, targets: Mapping[str, Target]) -> None:
     policy.check(choices)
 
 
-def _check_readable(name: str, weight: Tensor, calibrated: bool) -> None:
+def _check_readable(name: str, weight: Tensor) -> None:
     """Raises :class:`UnsupportedError` for a weight that has a shape to plan with, but cannot be decomposed."""
     if weight.is_meta:
         raise UnsupportedError(
             f"Layer {name!r}: its weight has no values (meta device, or moved out by accelerate). Load the weights "
             "first, or leave the layer out with exclude_modules."
-        )
-    if calibrated and weight.is_inference():
-        raise UnsupportedError(
-            f"Layer {name!r}: its weight was made in inference mode, and calibration needs gradients. Build the model "
-            "outside of torch.inference_mode(), or cut without data: factorization=SVD()."
         )
 
 

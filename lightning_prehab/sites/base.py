@@ -79,8 +79,7 @@ class Site(ABC):
             NumericalError: If factors are not finite (the layer is named).
         """
 
-    @abstractmethod
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027  # a site that keeps nothing has nothing to let go of
         """Lets go of the decompositions, which can be large: no more factors are wanted."""
 
     def effect(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> float | None:

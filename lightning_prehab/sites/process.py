@@ -60,8 +60,6 @@ class ProcessSite(Site):
     ) -> None:
         if layers_at_once is not None and (not isinstance(layers_at_once, int) or layers_at_once < 1):
             raise ArgumentError(f"layers_at_once must be at least 1, got {layers_at_once!r}.")
-        if isinstance(batches, Iterator):
-            batches = list(batches)  # several passes are needed
         self.model = model
         self._batches, self._forward, self._optimizers = batches, forward, list(optimizers)
         self._layers_at_once = layers_at_once
@@ -92,6 +90,8 @@ class ProcessSite(Site):
         """Runs the model over the batches, if there are any and something is wanted."""
         if self._batches is None or not any(wanted):
             return None
+        if isinstance(self._batches, Iterator):
+            self._batches = list(self._batches)  # more passes are going to be made
         return collect_statistics(self.model, targets, self._batches, forward=self._forward, wanted=wanted)
 
     def decompose(self, solver: Solver) -> dict[str, Spectrum]:

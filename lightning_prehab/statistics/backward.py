@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_prehab.kinds import Kind, kind_of, view_of
 from lightning_prehab.statistics.collector import run_eagerly
@@ -20,8 +21,8 @@ def no_weight_gradients(model: nn.Module, targets: Mapping[str, Target]) -> Iter
     That holds for layers that can be cut and for embeddings. Whatever else is trainable stays so: biases, norms, the
     matrices of unknown modules, and what is multiplied inside of functions of torch that look whether it is trainable.
     The outputs of targets are differentiable wherever autograd is on, also those of frozen parts of the model. All
-    flags are as before in the end. A parameter with hooks of its own, of an optimizer that steps inside backward say, has
-    no gradient, and the hooks are not called. Hooks that are put on the layers inside see differentiable outputs.
+    flags are as before in the end. A parameter with hooks of its own (of an optimizer that steps inside backward, say)
+    has no gradient, and the hooks are not called. Hooks that are put on the layers inside see differentiable outputs.
 
     Args:
         model: The module that holds the targets.
@@ -35,7 +36,7 @@ def no_weight_gradients(model: nn.Module, targets: Mapping[str, Target]) -> Iter
         for parameter in hooked:
             parameter.requires_grad_(False)
         for module in {id(m): m for m in (*model.modules(), *(view_of(t).module for t in targets.values()))}.values():
-            own = [p for p in module._parameters.values() if p is not None and p.dim() > 1]
+            own = [p for p in module._parameters.values() if p is not None and not is_lazy(p) and p.dim() > 1]
             if not any(p.requires_grad or id(p) in weights for p in own):
                 continue
             known = _shows_its_output(module)

@@ -89,7 +89,7 @@ def test_a_small_resnet(factorization, scheme):
         assert (layer.bias is None) == (whole.bias is None and not getattr(factorization, "centered", False))
         whole.weight.data, whole.bias = layer.weight.detach().clone(), getattr(layer, "B", layer).bias
     if isinstance(model[6], lp.LowRankLinear):
-        dense[6].weight.data, dense[6].bias = model[6].weight.detach().clone(), model[6].B.bias
+        dense[6].weight.data, dense[6].bias = model[6].weight.detach().clone(), model[6].bias
     model.eval(), dense.eval()
     torch.testing.assert_close(model(x), dense(x), atol=1e-5, rtol=1e-5)
     back = copy.deepcopy(model)

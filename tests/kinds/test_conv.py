@@ -136,7 +136,7 @@ def test_kind(conv):
     a, b = torch.randn(2 * conv.groups, views[""].in_features), torch.randn(6, 2)
     low = kind.low_rank(conv, views, {"": Factors(a, b)})
     assert type(low) is (LowRankConv1d if isinstance(conv, nn.Conv1d) else LowRankConv2d)
-    assert low.B.bias is conv.bias
+    assert low.bias is conv.bias
     assert torch.equal(low.factors()[0], a)
     assert torch.equal(low.factors()[1], b)
     with pytest.raises(ArgumentError, match="no row blocks"):

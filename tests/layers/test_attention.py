@@ -226,7 +226,7 @@ def test_parameters_are_shared_and_named():
     cut = exact(dense, ("q_proj", "out_proj")).eval()
     for name in ("in_proj_bias", "bias_k", "bias_v"):
         assert getattr(cut, name) is getattr(dense, name)
-    assert cut.out_proj.B.bias is dense.out_proj.bias
+    assert cut.out_proj.bias is dense.out_proj.bias
     own, children = ["in_proj_bias", "bias_k", "bias_v"], ["q_proj.A.weight", "q_proj.B.weight"]
     children += ["k_proj.weight", "v_proj.weight", "out_proj.A.weight", "out_proj.B.weight", "out_proj.B.bias"]
     assert list(cut.state_dict()) == own + children

@@ -30,7 +30,7 @@ def test_forward_is_the_convolution_with_the_product(case, data):
     torch.testing.assert_close(low(x[0]), low(x)[0])
     torch.testing.assert_close(low.to_dense()(x), low(x))
     assert repr(low.to_dense()) == repr(conv)
-    assert low.B.bias is conv.bias
+    assert low.bias is conv.bias
     fresh = type(low)(*case.channels, rank=low.rank, **case.settings, dtype=torch.float64)
     fresh.load_state_dict(low.state_dict())
     assert_same_model(fresh, low, x)

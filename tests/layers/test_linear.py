@@ -52,7 +52,7 @@ def test_from_linear_is_the_truncated_svd(bias, dtype):
     error = (linear.weight - low.weight).detach().double().norm().item()
     assert error == pytest.approx(np.sqrt((s[2:] ** 2).sum()), rel=1e-2 if dtype == torch.bfloat16 else 1e-5)
     assert low.A.weight.dtype == dtype
-    assert low.B.bias is linear.bias
+    assert low.bias is linear.bias
 
 
 def test_from_linear_at_full_rank_and_back():
@@ -128,7 +128,7 @@ class TestLowRankPlusSparse:
         torch.testing.assert_close(layer.weight, factors.product())
         torch.testing.assert_close(layer.to_linear()(x), layer(x))
         assert type(layer.to_linear()) is nn.Linear
-        assert layer.B.bias is linear.bias
+        assert layer.bias is linear.bias
 
     def test_gradients_reach_the_values(self):
         layer, _, _ = sparse_layer()

@@ -241,15 +241,6 @@ def test_weights_without_values_are_refused_before_the_work():
     assert lp.compress_(model, 0.5, exclude_modules="moved").ranks == {"fine": 2}
 
 
-def test_weights_made_in_inference_mode_can_be_cut_without_data():
-    with torch.inference_mode():
-        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    with pytest.raises(UnsupportedError, match="Layer '0': its weight was made in inference mode"):
-        lp.compress_(model, 0.5, [torch.randn(64, 8)])
-    lp.compress_(model, 0.5)
-    assert not any(layer.A.weight.is_inference() for layer in model)
-
-
 class WithOddLayers(Callback):
     """Puts odd layers into a module before the others look at it."""
 
