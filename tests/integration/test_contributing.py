@@ -132,7 +132,7 @@ def test_the_site_counts_and_changes_nothing_else(session):
     states = counted.state_dict(), plain.state_dict()
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    order = ["find", "blocks", "observe", "decompose", "decide", "probe", "factors", "swap"]
+    order = ["find", "blocks", "observe", "decompose", "decide", "probe", "factors", "release", "effect", "swap"]
     assert list(site.calls) == order
     assert site.calls == {**dict.fromkeys(order, 1), "decide": 2}
 
