@@ -20,6 +20,7 @@ BATCHES = 3
 FREE = 1e-6
 #: Share of the loss by which a trial may raise it at most: beyond, the effect of a small cut could not be told from it.
 SMALL = 0.03
+_STORED = ("tried", "old", "step", "left", "first", "last", "impossible")
 
 
 class Forecast:
@@ -33,6 +34,7 @@ class Forecast:
 
     def __init__(self) -> None:
         self._tried: list[tuple[float, float]] = []  # per batch: the odd part per root of energy, the even per energy
+        self._old = True  # what was tried is of another time
         self._step = 1.0
         self._left = 0
         self._first = self._last = 0.0  # energies, when the cut was tried for the first time in this metric, and last
@@ -81,10 +83,7 @@ class Forecast:
         if self._left == 0 or not 0.0 < energy < math.inf:
             return
         if self._left == BATCHES:
-            older, self._tried, self._last = self._tried, [], energy
-            self._first = self._first or energy
-        else:
-            older = []
+            self._first, self._last, self._old = self._first or energy, energy, True
         self._left -= 1
 
         def even_part() -> float:
@@ -97,24 +96,26 @@ class Forecast:
                 return mean_and_error(gather(trainer, own))[0]
 
             before = loss_at(0.0)
-            while True:
+            while not math.isnan(before):  # else a batch that is skipped
                 odd, even = odd_and_even([before], [loss_at(self._step)], [loss_at(-self._step)])
                 if not even > SMALL * abs(before) > 0.0:
                     break
                 self._step *= math.sqrt(0.5 * SMALL * abs(before) / even)
+            else:
+                return before
+            self._tried, self._old = [] if self._old else self._tried, False
             self._tried.append((odd / (self._step * math.sqrt(energy)), even / (self._step**2 * energy)))
             return even
 
         if where_possible(even_part) is None:
-            self._tried, self._left, self._impossible = older, 0, True
+            self._left, self._impossible = 0, True
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data."""
-        numbers = {"step": self._step, "left": self._left, "first": self._first, "last": self._last}
-        return {"tried": [list(trial) for trial in self._tried], "impossible": self._impossible, **numbers}
+        return {name: getattr(self, f"_{name}") for name in _STORED} | {"tried": [list(trial) for trial in self._tried]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where :meth:`state_dict` was called."""
-        self._tried = [(odd, even) for odd, even in state["tried"]]
-        self._step, self._left, self._impossible = state["step"], state["left"], state["impossible"]
-        self._first, self._last = state["first"], state["last"]
+        for name in _STORED:
+            setattr(self, f"_{name}", state[name])
+        self._tried = [(odd, even) for odd, even in self._tried]  # another list, whatever the file has made of them

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.statistics.batches import tensors
+from lightning_prehab.statistics.collector import unseen
 from lightning_prehab.statistics.effect import MOST_BATCHES, Change, measure_increase, moved
 from lightning_prehab.surgery.factors import planned_targets
 
@@ -52,14 +54,17 @@ class Trial:
             return list(zip(first_batches(self._trainer, self.module, MOST_BATCHES), itertools.count(), strict=False))
 
     def loss(self, batch: Any, batch_idx: int, changes: Sequence[Change], step: float) -> float:
-        """That of a batch, with the weights moved by ``step`` times the changes; in the state of randomness of now."""
+        """That of a batch, with the weights moved by ``step`` times the changes; in the state of randomness of now.
+
+        NaN if ``training_step`` skips the batch.
+        """
         # Gradients are not wanted, but a training_step may compute some of its own for its loss.
-        with isolate_rng(), moved(changes, step), torch.enable_grad():
+        with isolate_rng(), unseen(), moved(changes, step), torch.enable_grad():
             loss = loss_of(run_training_step(self._trainer, self.module, copy.deepcopy(batch), batch_idx))
-        if loss is None or not bool(torch.isfinite(loss)):
-            raise StatisticsError(
-                f"training_step returned {'no loss' if loss is None else 'a loss that is not finite'}."
-            )
+        if loss is None:
+            return math.nan
+        if not bool(torch.isfinite(loss)):
+            raise StatisticsError("training_step returned a loss that is not finite.")
         return float(loss.detach())
 
 

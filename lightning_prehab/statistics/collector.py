@@ -6,6 +6,8 @@ import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -44,6 +46,20 @@ OWN_PASS_MIN_TOKENS = 2048
 #: Entries that the inputs of one matrix may have at a time where they are larger than what the layer is fed with, such
 #: as the patches of a convolution: 256 MB. Larger batches are taken in parts.
 MAX_ENTRIES = 2**26
+
+
+#: Whether what passes by is none of a collector's business.
+_unseen = ContextVar("_unseen", default=False)
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Inside, no collector counts: hooks are copied with the modules that they hang on, and a copy may be run."""
+    token = _unseen.set(True)
+    try:
+        yield
+    finally:
+        _unseen.reset(token)
 
 
 @dataclass(eq=False)
@@ -201,7 +217,7 @@ class Collector:
             yield watched.statistics.half
 
     def _see(self, views: Sequence[MatrixView], given: Tensor, output: Tensor) -> None:
-        if not self._counting:
+        if not self._counting or _unseen.get():
             return
         x = given.detach()
         batches = 1  # that this one stands for

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_prehab.errors import StatisticsError
 from lightning_prehab.kinds import MatrixView
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.statistics.batches import call_model, to_device
@@ -22,7 +23,7 @@ MOST_BATCHES = 16
 SURE = 4.0
 
 #: ``losses_at(batches, step)``: the losses of some batches, told by their numbers, with the weights moved by ``step``
-#: times the change. On several processes all get the same ones.
+#: times the change; NaN for batches that have none. On several processes all get the same ones.
 LossesAt = Callable[[range, float], Sequence[float]]
 
 
@@ -90,6 +91,9 @@ def measure_increase(losses_at: LossesAt, batches: int) -> float:
     Args:
         losses_at: Measures.
         batches: How many there are, at least 1.
+
+    Raises:
+        StatisticsError: If none of them has a loss.
     """
     before: list[float] = []
     after: list[float] = []
@@ -97,11 +101,21 @@ def measure_increase(losses_at: LossesAt, batches: int) -> float:
         some = range(start, min(start + BATCHES_AT_ONCE, batches))
         before += losses_at(some, 0.0)
         after += losses_at(some, 1.0)
-        change, error = mean_and_error([new - old for new, old in zip(after, before, strict=True)])
-        if change > 0.0 and change > SURE * error and len(before) >= min(BATCHES_AT_ONCE, batches):
-            return change
-    odd, even = odd_and_even(before, after, losses_at(range(batches), -1.0))
+        changes = [new - old for old, new in _with_losses(before, after)]
+        if len(changes) >= min(BATCHES_AT_ONCE, batches):
+            change, error = mean_and_error(changes)
+            if change > 0.0 and change > SURE * error:
+                return change
+    triples = _with_losses(before, after, losses_at(range(batches), -1.0))
+    if not triples:
+        raise StatisticsError("No batch has a loss.")
+    odd, even = odd_and_even(*zip(*triples, strict=True))
     return max(odd + even if odd + even > 0.0 else even, 0.0)
+
+
+def _with_losses(*passes: Sequence[float]) -> list[tuple[float, ...]]:
+    """The losses of each batch that has them."""
+    return [losses for losses in zip(*passes, strict=True) if not any(map(math.isnan, losses))]
 
 
 def odd_and_even(before: Sequence[float], after: Sequence[float], opposite: Sequence[float]) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lightning_prehab as lp
-from lightning_prehab.errors import NumericalError
+from lightning_prehab.errors import NumericalError, StatisticsError
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.statistics.effect import (
@@ -46,16 +46,34 @@ def test_a_change_that_is_clear_of_its_noise_is_measured_on_few_batches():
 
 
 def test_noise_that_is_odd_in_the_change_is_taken_out():
-    """The curvature is 1e-3, the slopes are noise a hundred times as large."""
+    """The curvature is 1e-3; the slopes are noise a hundred times as large, and what is sure of them is little."""
     noise = torch.Generator().manual_seed(0)
-    for _ in range(20):
+    ours, plain = [], []
+    for _ in range(200):
         slopes = (0.1 * torch.randn(16, generator=noise)).tolist()
-        found = measure_increase(parabola(slopes, 1e-3), 16)
-        error = 0.1 / math.sqrt(16)
-        assert abs(found - 1e-3) <= abs(sum(slopes) / 16) / 1.5 + 1e-9 or abs(sum(slopes) / 16) > 1.5 * error
-    odd, even = odd_and_even([1.0, 1.0], [1.0 + 0.11, 1.0 - 0.09], [1.0 - 0.09, 1.0 + 0.11])
+        ours.append(abs(measure_increase(parabola(slopes, 1e-3), 16) - 1e-3))
+        plain.append(abs(sum(slopes) / 16))
+    assert sum(ours) < 0.6 * sum(plain)
+    assert sorted(ours)[100] < 0.4 * sorted(plain)[100]
+
+
+def test_odd_and_even_are_parted():
+    odd, even = odd_and_even([1.0, 1.0], [1.11, 0.91], [0.91, 1.11])
     assert even == pytest.approx(0.01)
-    assert abs(odd) < 1e-9  # no slope at all in the mean
+    assert odd == pytest.approx(0.0, abs=1e-9)  # no slope at all in the mean
+    odd, even = odd_and_even([1.0, 1.0], [1.11, 1.11], [0.91, 0.91])
+    assert (odd, even) == (pytest.approx(0.1), pytest.approx(0.01))
+    sure = 0.2**2 / (0.2**2 + 0.1**2)  # the slopes 0.1 and 0.3: mean 0.2, standard error 0.1
+    assert odd_and_even([0.0, 0.0], [0.1, 0.3], [-0.1, -0.3]) == (pytest.approx(sure * 0.2), pytest.approx(0.0))
+
+
+def test_batches_without_a_loss_are_left_out():
+    def losses_at(some, step):
+        return [math.nan if number % 2 else 1.0 + 0.5 * step**2 for number in some]
+
+    assert measure_increase(losses_at, 16) == pytest.approx(0.5)
+    with pytest.raises(StatisticsError, match="No batch has a loss"):
+        measure_increase(lambda some, step: [math.nan for _ in some], 5)
 
 
 def test_a_slope_that_all_batches_share_counts():

@@ -1,0 +1,149 @@
+"""The cut is tried on a copy of the module, and nothing of it is seen by anybody."""
+
+import copy
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import lightning_prehab as lp
+from lightning_prehab.callbacks import _trial
+from lightning_prehab.callbacks._forecast import BATCHES, Forecast
+from lightning_prehab.callbacks._trial import KEPT_BYTES, KeptBatches
+from lightning_prehab.statistics.effect import MOST_BATCHES
+
+
+def run(make_trainer, lit, data, epochs=4, **settings):
+    """Prehab and a cut; what calibration has seen for the cut, and the callbacks."""
+    seen = []
+
+    class Spy(lp.KroneckerSVD):
+        def decompose(self, items):
+            seen.append([(int(layer.tokens), layer.input_gram.clone()) for _, layer in items])
+            return super().decompose(items)
+
+    prehab = lp.PrehabCallback(forecast_every_n_steps=2)
+    compression = lp.CompressionCallback(epochs - 1, 0.5, factorization=Spy(), calibration_batches=4)
+    trainer = make_trainer(max_epochs=epochs, callbacks=[prehab, compression], **settings)
+    trainer.fit(lit, DataLoader(data, 16))
+    return seen[-1], prehab, compression
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_a_trial_is_not_counted_and_changes_no_weight(attention, lit, data, make_trainer, monkeypatch):
+    if attention:
+
+        class Attending(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.attention, self.out = nn.MultiheadAttention(12, 2, batch_first=True), nn.Linear(12, 6)
+
+            def forward(self, x):
+                return self.out(self.attention(x[:, None], x[:, None], x[:, None])[0][:, 0])
+
+        lit.net = Attending()
+    results = []
+    for tried in (True, False):
+        if not tried:
+            monkeypatch.setattr(Forecast, "follow", lambda *args, **kwargs: None)
+            monkeypatch.setattr(_trial, "effect_in_training", lambda *args: 1.0)
+        module = copy.deepcopy(lit)
+        torch.manual_seed(1)
+        seen, prehab, compression = run(make_trainer, module, data)
+        assert (prehab.forecast is not None) == tried
+        results.append((seen, module.state_dict(), torch.get_rng_state(), compression.report.ranks))
+    (seen, state, randomness, ranks), (others, other_state, other_randomness, other_ranks) = results
+    assert ranks == other_ranks
+    assert torch.equal(randomness, other_randomness)
+    for (tokens, gram), (other_tokens, other_gram) in zip(seen, others, strict=True):
+        assert tokens == other_tokens
+        assert torch.equal(gram, other_gram)
+    assert all(torch.equal(value, other_state[name]) for name, value in state.items())
+
+
+class Fussy(pl.LightningModule):
+    """Takes its batch to pieces, skips some, and needs gradients for its loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 6))
+        self.steps = 0
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        x, y = batch.pop(0), batch.pop(0)
+        if batch_idx % 3 == 2:
+            return None
+        x = x.clone().requires_grad_()
+        loss = nn.functional.mse_loss(self.net(x), y)
+        (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+        self.log("loss", loss)
+        return loss + slope.square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step. returned .None")
+def test_any_training_step_can_be_tried(data, make_trainer):
+    lit = Fussy()
+    _, prehab, compression = run(make_trainer, lit, data)
+    assert prehab.forecast is not None
+    assert lit.steps == 4 * 6  # as many as without
+    assert compression.report.plan.loss_increase < 1e-2
+
+
+def test_a_module_that_cannot_be_copied_trains_without_a_forecast(lit, data, make_trainer):
+    class Single(type(lit)):
+        def __deepcopy__(self, memo):
+            raise TypeError("there can be only one")
+
+    lit.__class__ = Single
+    _, prehab, compression = run(make_trainer, lit, data)
+    assert prehab.forecast is None
+    assert compression.done
+
+
+def test_a_loss_that_cannot_be_computed_warns_and_goes_on(lit, data, make_trainer):
+    class Picky(type(lit)):
+        def training_step(self, batch, batch_idx):
+            if not self.training:
+                raise RuntimeError("only in training")
+            return super().training_step(batch, batch_idx)
+
+    lit.__class__ = Picky
+    with pytest.warns(UserWarning, match="could not be measured .RuntimeError: only in training"):
+        _, prehab, compression = run(make_trainer, lit, data)
+    assert prehab.forecast is None
+    assert compression.done
+
+
+def test_batches_are_copied_and_few_are_kept():
+    kept, batch = KeptBatches(), [torch.ones(4)]
+    for number in range(MOST_BATCHES + 3):
+        kept.keep(batch, number)
+    batch[0].zero_()
+    assert [number for _, number in kept] == list(range(MOST_BATCHES))
+    assert all(torch.equal(copied[0], torch.ones(4)) for copied, _ in kept)
+    large, kept = torch.empty(KEPT_BYTES // 4 // 2, device="meta"), KeptBatches()
+    for number in range(5):
+        kept.keep(large, number)
+    assert len(kept) == 2
+    huge, kept = torch.empty(KEPT_BYTES, device="meta"), KeptBatches()
+    for number in range(5):
+        kept.keep(huge, number)
+    assert len(kept) == 1
+
+
+def test_what_was_tried_is_followed_by_the_energy_and_stored():
+    forecast = Forecast()
+    assert forecast.predict(1.0) is None
+    forecast.begin()
+    forecast._tried = [(0.5, 2.0), (0.5, 4.0), (0.5, 3.0)]
+    assert forecast.predict(0.04) == pytest.approx(0.5 * 0.2 + 3.0 * 0.04)
+    again = Forecast()
+    again.load_state_dict(forecast.state_dict())
+    assert vars(again) == vars(forecast)
+    assert forecast._left == BATCHES
