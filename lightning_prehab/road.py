@@ -153,12 +153,11 @@ def _decide(recipe: Recipe, site: Site, found: Survey) -> CompressionPlan:
 
 
 def _in_the_unit_of_the_loss(plan: CompressionPlan, site: Site, factors: Mapping[str, Factors]) -> CompressionPlan:
-    """The plan with a prediction in the user's own unit.
+    """The plan with a prediction in the user's own unit, or without one where it cannot be tried.
 
     Gradients alone do not know that unit: a loss may be a sum or a mean, over samples or over their tokens.
     """
-    increase = site.effect(plan, factors) if plan.loss_increase else None
-    return plan if increase is None else plan.with_loss_increase(increase)
+    return plan.with_loss_increase(site.effect(plan, factors)) if plan.loss_increase else plan
 
 
 def _carry_out(

@@ -39,8 +39,8 @@ def collect_in_own_pass(
         UnsupportedError: With manual optimization, whose ``training_step`` would step the optimizers.
         StatisticsError: If the training data has no batches.
     """
-    check_automatic(pl_module, "Use CompressionCallback(epoch=1, ...) or later, or factorization=SVD().")
-    clone = quiet_copy(trainer, pl_module)
+    instead = "Use CompressionCallback(epoch=1, ...) or later, or factorization=SVD(), which needs no data."
+    clone = quiet_copy(trainer, pl_module, instead)
     copied = same_targets(clone, targets)
     collector = Collector(copied, wanted, drop_overflow=uses_loss_scaling(trainer), own_pass=True)
     seen, batches = 0, int(min(batches, trainer.num_training_batches))
@@ -76,8 +76,7 @@ def probe_in_own_pass(
     Raises:
         UnsupportedError: With manual optimization.
     """
-    check_automatic(pl_module, "Use another rank policy.")
-    clone = quiet_copy(trainer, pl_module)
+    clone = quiet_copy(trainer, pl_module, "Use another rank policy.")
     with isolate_rng():
         prepared = list(first_batches(trainer, clone, batches))
 
@@ -94,7 +93,7 @@ def probe_in_own_pass(
         )
 
 
-def check_automatic(pl_module: "pl.LightningModule", instead: str) -> None:
+def _check_automatic(pl_module: "pl.LightningModule", instead: str) -> None:
     """Raises :class:`UnsupportedError` if ``training_step`` does more than to compute the loss of a batch."""
     if not pl_module.automatic_optimization:
         raise UnsupportedError(
@@ -105,9 +104,14 @@ def check_automatic(pl_module: "pl.LightningModule", instead: str) -> None:
         raise UnsupportedError(f"training_step(dataloader_iter) fetches its own batches. {instead}")
 
 
-def quiet_copy(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> "pl.LightningModule":
-    """A copy in eval mode that logs nothing."""
-    clone = _copy(pl_module).eval()
+def quiet_copy(trainer: "pl.Trainer", pl_module: "pl.LightningModule", instead: str) -> "pl.LightningModule":
+    """A copy in eval mode that logs nothing, to run ``training_step`` on.
+
+    Raises:
+        UnsupportedError: If that is not possible; ``instead`` says what to do.
+    """
+    _check_automatic(pl_module, instead)
+    clone = _copy(pl_module, instead).eval()
     clone.trainer = trainer
     clone.log = clone.log_dict = _ignore  # type: ignore[method-assign]
     return clone
@@ -139,13 +143,13 @@ def _ignore(*_args: Any, **_kwargs: Any) -> None:
     """Stands in for ``log`` on the copy."""
 
 
-def _copy(pl_module: "pl.LightningModule") -> "pl.LightningModule":
+def _copy(pl_module: "pl.LightningModule", instead: str) -> "pl.LightningModule":
     try:
         return copy.deepcopy(pl_module)
     except Exception as error:
         raise UnsupportedError(
-            f"A surgery at epoch 0 calibrates on a copy of the module, which cannot be copied ({error}). Use "
-            "CompressionCallback(epoch=1, ...) or later, or factorization=SVD(), which needs no data."
+            f"training_step is run on a copy of the module, and {type(pl_module).__name__} cannot be copied ({error}). "
+            f"{instead}"
         ) from error
 
 

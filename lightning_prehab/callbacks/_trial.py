@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_prehab.callbacks._distributed import gather, together
-from lightning_prehab.callbacks._own_pass import check_automatic, first_batches, loss_of, quiet_copy, run_training_step
+from lightning_prehab.callbacks._own_pass import first_batches, loss_of, quiet_copy, run_training_step
 from lightning_prehab.errors import StatisticsError, UnsupportedError
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
@@ -44,9 +44,8 @@ class Trial:
     """
 
     def __init__(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        check_automatic(pl_module, "What the cut does to the loss cannot be measured then.")
         self._trainer = trainer
-        self.module = quiet_copy(trainer, pl_module)
+        self.module = quiet_copy(trainer, pl_module, "So what the cut does to the loss is not known beforehand.")
 
     def first_batches(self) -> list[tuple[Any, int]]:
         """Those that an epoch begins with, from an iterator of our own."""
@@ -73,7 +72,7 @@ def where_possible(work: Callable[[], float]) -> float | None:
     try:
         return work()
     except UnsupportedError as error:
-        rank_zero_info(f"Predictions of the loss are not in its unit: {error}")
+        rank_zero_info(str(error))
     except Exception as error:  # training_step is anybody's code
         rank_zero_warn(f"What the cut does to the loss could not be measured ({type(error).__name__}: {error}).")
     return None

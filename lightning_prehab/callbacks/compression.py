@@ -1,7 +1,7 @@
 """The surgery, at an epoch boundary of an ordinary training run."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -50,7 +50,7 @@ from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.road import operate
 from lightning_prehab.statistics.collector import Collector
 from lightning_prehab.statistics.sums import LayerStatistics
-from lightning_prehab.surgery.holders import names_holders
+from lightning_prehab.surgery.holders import holders_named_later, names_holders
 from lightning_prehab.surgery.optimizers import check_optimizer
 from lightning_prehab.surgery.pretrained import check_pretrained
 from lightning_prehab.targets.find import Targets
@@ -181,6 +181,7 @@ class CompressionCallback(pl.Callback):
         self._kept = KeptBatches()
         self._restored: dict[str, Any] = {}
         self._frozen: list[str] | None = None  # names, from a checkpoint
+        self._name_holders: Callable[[], None] | None = None  # of what a resumed run has replaced
         self._shell: DenseShell | None = None
         self._following: RemovableHandle | None = None
         self._world_size = 1
@@ -224,7 +225,7 @@ class CompressionCallback(pl.Callback):
             self.report, cuts = None, []  # another module, or one that has followed a dense checkpoint since
         self._stop_collecting()
         self._restored, self._world_size, self._older, self._frozen = {}, trainer.world_size, None, None
-        self._kept = KeptBatches()
+        self._kept, self._name_holders = KeptBatches(), None
         self._shell = DenseShell(pl_module, cuts)
         move_to_front(trainer, self)  # others then see the compressed model from its first epoch on
 
@@ -237,7 +238,8 @@ class CompressionCallback(pl.Callback):
             self.report = None
         if factors:
             refuse_finders(trainer)
-            self._replay(trainer, pl_module, factors)
+            with holders_named_later() as self._name_holders:
+                self._replay(trainer, pl_module, factors)
         unfreeze_(trainer, pl_module, self._frozen)
         self._frozen = None
         targets = None if self.done else self.recipe.find_targets(pl_module)
@@ -274,6 +276,9 @@ class CompressionCallback(pl.Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Starts counting what this step sends through the targets, shortly before the surgery."""
+        if self._name_holders is not None:
+            self._name_holders()
+            self._name_holders = None
         when = self.forecast_below, batch_idx, self.calibration_batches
         if self._auto and not self.done and is_forecast_below(trainer, *when):
             self.epoch = min(self.epoch, trainer.current_epoch + 1)
@@ -360,7 +365,6 @@ class CompressionCallback(pl.Callback):
             and state["wanted"] == list(self.recipe.wanted)
         )
 
-    @names_holders
     def _replay(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", factors: Mapping[str, Factors]) -> None:
         """The same edits of modules and optimizers, with stored factors; nobody is told, since it is no new surgery."""
         method = self.recipe.factorization_or_default

@@ -80,8 +80,8 @@ class CompressionPlan:
     def loss_increase(self) -> float | None:
         """Predicted increase of the loss by all cuts, or None if it is unknown for one of them.
 
-        In the unit of the loss where it was measured (``compress_``, the callback, the command line); a plan out of
-        statistics alone predicts the loss of a sample to second order.
+        In the unit of the loss, where it was tried (``compress_``, the callback, the command line). A plan out of
+        statistics alone (``make_plan``) predicts the loss of one sample, to second order.
         """
         cuts = [layer.loss_increase for layer in self.layers if layer.rank is not None]
         known = [increase for increase in cuts if increase is not None]
@@ -106,13 +106,16 @@ class CompressionPlan:
         changed = {name: layers[name].with_rank(rank) for name, rank in chosen.items()}
         return replace(self, layers=tuple({**layers, **changed}.values()))
 
-    def with_loss_increase(self, increase: float) -> "CompressionPlan":
+    def with_loss_increase(self, increase: float | None) -> "CompressionPlan":
         """The plan with another prediction for all cuts together; the layers keep their shares of it.
 
         Args:
-            increase: Of the loss, at least 0. Without effect where nothing is predicted, or no increase at all.
+            increase: Of the loss, at least 0, or None: it is not known. Without effect where nothing is predicted, or
+                no increase at all.
         """
         predicted = self.loss_increase
+        if increase is None:
+            return replace(self, layers=tuple(replace(layer, loss_increase=None) for layer in self.layers))
         if not predicted:
             return self
         scale = increase / predicted

@@ -50,12 +50,12 @@ def call_model(model: nn.Module, batch: Any) -> Any:
             return model(batch)
     except TypeError as error:
         raise ArgumentError(
-            f"The model cannot be called on a batch of type {type(batch).__name__} ({error}); pass forward= or loss=, "
-            "a function of (model, batch)."
+            f"The model cannot be called on a batch of type {type(batch).__name__} ({error}); pass loss=, a function "
+            "(model, batch) -> scalar, or to collect_statistics forward=."
         ) from error
     raise ArgumentError(
-        f"A batch must be a mapping, a tuple, a list or a tensor, got {type(batch).__name__}; pass forward= or "
-        "loss= to call the model yourself."
+        f"A batch must be a mapping, a tuple, a list or a tensor, got {type(batch).__name__}; pass loss=, a "
+        "function (model, batch) -> scalar, or to collect_statistics forward=, to call the model yourself."
     )
 
 

@@ -108,6 +108,17 @@ def names_holders(call: Callable[P, T]) -> Callable[P, T]:
 
 
 @contextmanager
+def holders_named_later() -> Iterator[Callable[[], None]]:
+    """Notes what is replaced inside; the call that it gives warns, when whoever is told has had time to let go."""
+    notes = _Notes()
+    token = _NOTES.set(notes)
+    try:
+        yield functools.partial(_warn, notes)
+    finally:
+        _NOTES.reset(token)
+
+
+@contextmanager
 def _naming_holders() -> Iterator[None]:
     if _NOTES.get() is not None:  # a call inside of another one, which is going to tell
         yield
@@ -135,8 +146,8 @@ def _warn(notes: _Notes) -> None:
         more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
         warnings.warn(
             f"Layers or weights that have been replaced are still held by {', '.join(found[:NAMED])}{more}; these do "
-            "not follow. Make them anew from the model, for example in on_surgery(trainer, pl_module, report), or ask "
-            "the model each time.",
+            "not follow. Make them anew from the model after the cut (in a Trainer: in on_surgery, and for runs that "
+            "are resumed in on_train_start too), or ask the model each time.",
             stacklevel=2,
         )
     if notes.lost:

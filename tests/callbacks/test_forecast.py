@@ -104,6 +104,11 @@ def test_a_module_that_cannot_be_copied_trains_without_a_forecast(lit, data, mak
     _, prehab, compression = run(make_trainer, lit, data)
     assert prehab.forecast is None
     assert compression.done
+    compression = lp.CompressionCallback(1, 0.5)
+    fresh = Single(nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 6)))
+    make_trainer(max_epochs=2, callbacks=[compression]).fit(fresh, DataLoader(data, 16))
+    assert compression.report.plan.loss_increase is None  # rather than a number in another unit
+    assert "predicted loss increase" not in str(compression.report)
 
 
 def test_a_loss_that_cannot_be_computed_warns_and_goes_on(lit, data, make_trainer):

@@ -96,7 +96,7 @@ def test_kinds_of_batches():
     for batch, factor in ((x, 1), ((x, 2.0), 4), ([x], 1), ({"x": x, "scale": 3.0}, 9)):
         gram = lp.collect_statistics(model, targets, [batch])["layer"].input_gram
         torch.testing.assert_close(gram, factor * x.mT @ x)
-    with pytest.raises(ArgumentError, match="got str; pass forward="):
+    with pytest.raises(ArgumentError, match="got str; pass loss="):
         lp.collect_statistics(model, targets, ["text"])
     with pytest.raises(StatisticsError, match="batches is empty"):
         lp.collect_statistics(model, targets, [])
@@ -276,7 +276,7 @@ def test_batches_keep_their_type():
     batch = Batch(torch.randn(6, 4), torch.randn(6, 3))
     targets = lp.find_targets(model)
     lp.collect_statistics(model, targets, [batch], forward=lambda m, b: (m(b.x) - b.y).square().mean(), gradients=True)
-    with pytest.raises(ArgumentError, match="cannot be called on a batch of type Batch.*pass forward= or loss="):
+    with pytest.raises(ArgumentError, match="cannot be called on a batch of type Batch.*pass loss="):
         lp.collect_statistics(model, targets, [batch])
     with pytest.raises(ArgumentError, match="batches is one tensor"):
         lp.collect_statistics(model, targets, batch.x)

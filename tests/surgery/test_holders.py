@@ -253,7 +253,7 @@ def test_loading_names_them_too(way, tmp_path):
         (lp.to_dense_ if way == "to_dense_" else partial(WAYS[way], case=case, folder=tmp_path))(model)
 
 
-def test_a_list_of_the_module_in_a_trainer(mlp, loader, make_trainer, lit_class):
+def test_a_list_of_the_module_in_a_trainer(mlp, loader, make_trainer, lit_class, tmp_path):
     """The case that happens: gradients are clipped over a list that was made in __init__."""
 
     class Lit(lit_class):
@@ -265,6 +265,9 @@ def test_a_list_of_the_module_in_a_trainer(mlp, loader, make_trainer, lit_class)
         def on_surgery(self, trainer, pl_module, report):
             self.params = list(self.net.parameters())
 
+        def on_train_start(self):
+            self.params = list(self.net.parameters())
+
     dense = copy.deepcopy(mlp)
     compression = lp.CompressionCallback(epoch=1, keep=0.5, factorization=lp.SVD())
     with pytest.warns(UserWarning, match=r"still held by Lit\.params \(list\);"):
@@ -272,7 +275,19 @@ def test_a_list_of_the_module_in_a_trainer(mlp, loader, make_trainer, lit_class)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*still held")
         compression = lp.CompressionCallback(epoch=1, keep=0.5, factorization=lp.SVD())
-        make_trainer(max_epochs=2, callbacks=[compression]).fit(Anew(copy.deepcopy(dense)), loader)
+        trainer = make_trainer(max_epochs=2, callbacks=[compression])
+        trainer.fit(Anew(copy.deepcopy(dense)), loader)
+    trainer.save_checkpoint(tmp_path / "cut.ckpt")
+
+    def resume(kind):  # the dense module is cut when the fit starts, and nobody is told of a surgery
+        resumed = make_trainer(max_epochs=3, callbacks=[lp.CompressionCallback(1, 0.5, factorization=lp.SVD())])
+        resumed.fit(kind(copy.deepcopy(dense)), loader, ckpt_path=tmp_path / "cut.ckpt")
+
+    with pytest.warns(UserWarning, match=r"still held by Lit\.params \(list\);"):
+        resume(Lit)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*still held")
+        resume(Anew)
 
 
 def test_who_is_not_named(mlp, loader, make_trainer, lit_class, data):
