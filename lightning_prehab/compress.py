@@ -1,6 +1,6 @@
 """Compression without a Trainer: the whole way in one call, and its two halves, a plan and its application."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -91,6 +91,8 @@ def compress_(
         rank_multiple_of=rank_multiple_of,
         split_fused=split_fused,
     )
+    if isinstance(batches, Iterator) and recipe.policy_or_default.needs_probes:
+        batches = list(batches)  # another pass is needed
     return operate(recipe, ProcessSite(model, batches, loss, optimizers, layers_at_once=layers_at_once))
 
 

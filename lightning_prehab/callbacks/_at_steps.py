@@ -1,8 +1,11 @@
 """A callback that acts around the steps of optimizers, those that Lightning does not announce as well."""
 
+from collections.abc import Sequence
 from functools import partial
+from itertools import zip_longest
 
 import lightning.pytorch as pl
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_prehab.callbacks._steps import WeightSteps
@@ -26,6 +29,16 @@ class ActsAtSteps(pl.Callback):
     def _watch_steps(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         manual, before = not pl_module.automatic_optimization, partial(self._before_step, trainer, pl_module)
         self._weight_steps = WeightSteps(trainer.optimizers, manual, before, self._after_step)
+
+    def _begin_batch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", weights: Sequence[Tensor]) -> None:
+        """Looks at the weights before a batch, and watches the optimizers of now if somebody has made them anew."""
+        if self._weight_steps is None:
+            return
+        watched = [watch.optimizer for watch in self._weight_steps.watches]
+        if any(old is not new for old, new in zip_longest(watched, trainer.optimizers)):
+            self._stop_watching()
+            self._watch_steps(trainer, pl_module)
+        self._weight_steps.begin_batch(weights)
 
     def _stop_watching(self) -> None:
         if self._weight_steps is not None:

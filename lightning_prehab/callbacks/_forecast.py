@@ -18,6 +18,8 @@ from lightning_prehab.targets.locate import same_targets
 BATCHES = 3
 #: Share of the energy at the first trial below which the cut counts as free: it is not tried any more.
 FREE = 1e-6
+#: Steps, each smaller than the one before, by which the change is tried at most.
+HALVINGS = 5
 #: Share of the loss by which a trial may raise it at most: beyond, the effect of a small cut could not be told from it.
 SMALL = 0.03
 _STORED = ("tried", "old", "step", "left", "first", "last", "impossible")
@@ -96,13 +98,13 @@ class Forecast:
                 return mean_and_error(gather(trainer, own))[0]
 
             before = loss_at(0.0)
-            while not math.isnan(before):  # else a batch that is skipped
+            for _ in range(HALVINGS) if not math.isnan(before) else ():  # else it is a batch that is skipped
                 odd, even = odd_and_even([before], [loss_at(self._step)], [loss_at(-self._step)])
                 if not even > SMALL * abs(before) > 0.0:
                     break
                 self._step *= math.sqrt(0.5 * SMALL * abs(before) / even)
             else:
-                return before
+                return math.nan
             self._tried, self._old = [] if self._old else self._tried, False
             self._tried.append((odd / (self._step * math.sqrt(energy)), even / (self._step**2 * energy)))
             return even

@@ -210,10 +210,12 @@ class WeightSteps:
 
 
 def check_seen(watches: Sequence[StepWatch], who: pl.Callback) -> None:
-    """Raises :class:`UnsupportedError` if parameters have moved while no step of their optimizer was seen."""
-    stepped = {id(parameter) for watch in watches if watch.steps for parameter in watch.parameters()}
-    for watch in watches:
-        if any(id(parameter) not in stepped for parameter in watch.moved_unseen()):
+    """Raises :class:`UnsupportedError` if parameters have moved while no step of any optimizer was seen.
+
+    Where one steps, another one may begin later, and its weights be clipped until then.
+    """
+    for watch in () if any(watch.steps for watch in watches) else watches:
+        if watch.moved_unseen():
             name = type(who).__name__
             raise UnsupportedError(
                 f"{name} acts at the steps of {type(watch.optimizer).__name__}, but has seen none in a whole epoch, "

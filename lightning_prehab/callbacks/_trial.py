@@ -3,11 +3,13 @@
 import copy
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
@@ -17,27 +19,17 @@ from lightning_prehab.errors import StatisticsError, UnsupportedError
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.plan.compression_plan import CompressionPlan
-from lightning_prehab.statistics.batches import tensors
 from lightning_prehab.statistics.collector import unseen
-from lightning_prehab.statistics.effect import MOST_BATCHES, Change, measure_increase, moved
+from lightning_prehab.statistics.effect import Change, measure_increase, moved
+from lightning_prehab.statistics.kept import MOST_BATCHES
 from lightning_prehab.surgery.factors import planned_targets
-
-#: Bytes of batches that are kept for a trial, at most; one batch in any case.
-KEPT_BYTES = 256 * 2**20
-
-
-class KeptBatches(list[tuple[Any, int]]):
-    """Copies of some training batches with their numbers, taken before ``training_step`` can change them."""
-
-    def keep(self, batch: Any, batch_idx: int) -> None:
-        """Keeps it, if there is room."""
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors(batch))
-        if len(self) < MOST_BATCHES and (not self or (len(self) + 1) * size <= KEPT_BYTES):
-            self.append((copy.deepcopy(batch), batch_idx))
 
 
 class Trial:
     """A copy of the module in eval mode, that logs nothing, and runs ``training_step`` with moved weights.
+
+    Every run starts with the same numbers in the attributes of the copy. What ``training_step`` reaches through the
+    Trainer is as it was afterwards: settings of the parameter groups; loggers are others meanwhile.
 
     Raises:
         UnsupportedError: With manual optimization, or if the module cannot be copied.
@@ -46,6 +38,7 @@ class Trial:
     def __init__(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._trainer = trainer
         self.module = quiet_copy(trainer, pl_module, "So what the cut does to the loss is not known beforehand.")
+        self._plain = {key: value for key, value in vars(self.module).items() if isinstance(value, int | float | str)}
 
     def first_batches(self) -> list[tuple[Any, int]]:
         """Those that an epoch begins with, from an iterator of our own."""
@@ -58,13 +51,29 @@ class Trial:
         NaN if ``training_step`` skips the batch.
         """
         # Gradients are not wanted, but a training_step may compute some of its own for its loss.
-        with isolate_rng(), unseen(), moved(changes, step), torch.enable_grad():
+        vars(self.module).update(self._plain)
+        with isolate_rng(), unseen(), _trainer_as_it_is(self._trainer), moved(changes, step), torch.enable_grad():
             loss = loss_of(run_training_step(self._trainer, self.module, copy.deepcopy(batch), batch_idx))
         if loss is None:
             return math.nan
         if not bool(torch.isfinite(loss)):
             raise StatisticsError("training_step returned a loss that is not finite.")
         return float(loss.detach())
+
+
+@contextmanager
+def _trainer_as_it_is(trainer: "pl.Trainer") -> Iterator[None]:
+    """Loggers that log nothing inside; settings of the optimizers as they are now outside."""
+    loggers = list(trainer.loggers)
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    try:
+        trainer.loggers = [DummyLogger() for _ in loggers]
+        yield
+    finally:
+        trainer.loggers = loggers
+        for group, before in zip(groups, settings, strict=True):
+            group.update(before)
 
 
 def where_possible(work: Callable[[], float]) -> float | None:

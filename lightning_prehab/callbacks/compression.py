@@ -34,7 +34,6 @@ from lightning_prehab.callbacks._trainer import (
     reset_scores_,
     uses_loss_scaling,
 )
-from lightning_prehab.callbacks._trial import KeptBatches
 from lightning_prehab.compress import make_plan
 from lightning_prehab.errors import ArgumentError, UnsupportedError
 from lightning_prehab.factorizations import Factorization
@@ -49,6 +48,7 @@ from lightning_prehab.rank_policies import RankPolicy
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.road import operate
 from lightning_prehab.statistics.collector import Collector
+from lightning_prehab.statistics.kept import KeptBatches
 from lightning_prehab.statistics.sums import LayerStatistics
 from lightning_prehab.surgery.holders import holders_named_later, names_holders
 from lightning_prehab.surgery.optimizers import check_optimizer
@@ -376,6 +376,7 @@ class CompressionCallback(pl.Callback):
         self.report = report if stored is None else CompressionReport.from_dict(stored, method)
 
     def _close(self) -> None:
+        self._kept = KeptBatches()
         if self._shell is not None:
             self._shell.close()
         if self._following is not None:

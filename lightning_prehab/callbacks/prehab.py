@@ -246,8 +246,7 @@ class PrehabCallback(ActsAtSteps):
                     self._take_over(trainer, batch_idx - 1)
             if self._preparation is not None:
                 self._preparation.begin_batch(batch)
-        if self._weight_steps is not None:
-            self._weight_steps.begin_batch(self._weights())
+        self._begin_batch(trainer, pl_module, self._weights())
 
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
         """Adds the penalty to the loss, in the scale that the loss has here."""

@@ -2,11 +2,10 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import Decomposition
@@ -21,7 +20,8 @@ from lightning_prehab.rank_policies import Probe
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.sites.base import Site
 from lightning_prehab.statistics.calibration import Forward, collect_statistics
-from lightning_prehab.statistics.effect import MOST_BATCHES, effect_of_cuts
+from lightning_prehab.statistics.effect import effect_of_cuts
+from lightning_prehab.statistics.kept import KeptBatches
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 from lightning_prehab.surgery.factors import compute_factors, planned_targets
 from lightning_prehab.surgery.held import held_by_none
@@ -60,10 +60,13 @@ class ProcessSite(Site):
     ) -> None:
         if layers_at_once is not None and (not isinstance(layers_at_once, int) or layers_at_once < 1):
             raise ArgumentError(f"layers_at_once must be at least 1, got {layers_at_once!r}.")
+        if isinstance(batches, Iterator) and layers_at_once is not None:
+            batches = list(batches)  # several passes are needed
         self.model = model
         self._batches, self._forward, self._optimizers = batches, forward, list(optimizers)
         self._layers_at_once = layers_at_once
         self._decompositions: dict[str, Decomposition] = {}
+        self._kept = KeptBatches()
 
     @property
     def calibrates(self) -> bool:
@@ -90,9 +93,10 @@ class ProcessSite(Site):
         """Runs the model over the batches, if there are any and something is wanted."""
         if self._batches is None or not any(wanted):
             return None
-        if isinstance(self._batches, Iterator):
-            self._batches = list(self._batches)  # more passes are going to be made
-        return collect_statistics(self.model, targets, self._batches, forward=self._forward, wanted=wanted)
+        batches = self._batches
+        if wanted.gradients and not self._kept and not isinstance(batches, Tensor):
+            batches = self._kept.passing(batches)
+        return collect_statistics(self.model, targets, batches, forward=self._forward, wanted=wanted)
 
     def decompose(self, solver: Solver) -> dict[str, Spectrum]:
         """All of them, here."""
@@ -124,13 +128,18 @@ class ProcessSite(Site):
         self._decompositions.clear()
 
     def effect(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> float | None:
-        """On the first batches."""
-        if self._batches is None:
+        """On the first batches of the calibration; None, with a warning, where that fails."""
+        if not self._kept:
             return None
         targets = planned_targets(self.model, plan)
-        some = list(islice(self._batches, MOST_BATCHES))
         views = {name: view_of(targets[name]) for name in factors}
-        return effect_of_cuts(self.model, views, factors, some, self._forward)
+        try:
+            return effect_of_cuts(self.model, views, factors, [batch for batch, _ in self._kept], self._forward)
+        except Exception as error:  # a loss is anybody's code, and the cut does not need to know
+            warnings.warn(
+                f"What the cut does to the loss could not be measured ({type(error).__name__}: {error}).", stacklevel=2
+            )
+            return None
 
     def swap(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> CompressionReport:
         """In the model and the optimizers."""

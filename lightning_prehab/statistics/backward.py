@@ -22,7 +22,7 @@ def no_weight_gradients(model: nn.Module, targets: Mapping[str, Target]) -> Iter
     matrices of unknown modules, and what is multiplied inside of functions of torch that look whether it is trainable.
     The outputs of targets are differentiable wherever autograd is on, also those of frozen parts of the model. All
     flags are as before in the end. A parameter with hooks of its own (of an optimizer that steps inside backward, say)
-    has no gradient, and the hooks are not called. Hooks that are put on the layers inside see differentiable outputs.
+    has no gradient, and the hooks are not called. Hooks of the layers see differentiable outputs.
 
     Args:
         model: The module that holds the targets.
@@ -47,7 +47,7 @@ def no_weight_gradients(model: nn.Module, targets: Mapping[str, Target]) -> Iter
                 elif id(parameter) in weights:
                     parameter.requires_grad_(True)
             if known:
-                handles.append(module.register_forward_hook(begin))
+                handles.append(module.register_forward_hook(begin, prepend=True))
         yield
     finally:
         for handle in handles:

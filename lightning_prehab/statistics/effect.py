@@ -1,6 +1,9 @@
 """What a change of the weights does to the loss, measured: by running the model with them and without."""
 
+import copy
 import math
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,8 +20,6 @@ from lightning_prehab.statistics.outputs import divergence, logits_in, loss_in, 
 
 #: Batches that are gone through before it is asked whether they were enough.
 BATCHES_AT_ONCE = 4
-#: And at most so many.
-MOST_BATCHES = 16
 #: Standard errors by which a change must differ from zero to count as it is.
 SURE = 4.0
 
@@ -28,7 +29,7 @@ LossesAt = Callable[[range, float], Sequence[float]]
 
 
 class Change(NamedTuple):
-    """What is added to a matrix of the model, or written there, and the same for the bias beside it.
+    """What is added to a matrix of the model, and to the bias beside it.
 
     Attributes:
         view: The matrix.
@@ -53,31 +54,51 @@ class Change(NamedTuple):
 
 @contextmanager
 def moved(changes: Sequence[Change], step: float) -> Iterator[None]:
-    """Inside, the weights are moved by ``step`` times the changes; outside they are what they were, bit by bit."""
+    """Inside, the weights are moved by ``step`` times the changes; outside they are what they were, bit by bit.
+
+    The parameters show other memory meanwhile, so that a graph that somebody has made of them stays valid. Biases are
+    changed in place, where there is a change for them.
+    """
     if step == 0.0:
         yield
         return
-    kept = [Change(view, view.weight.detach().clone(), _copy(view.bias)) for view, _, _ in changes]
+    weights = {id(view.parameter): view.parameter for view, _, _ in changes}
+    theirs = [(parameter, parameter.data) for parameter in weights.values()]
+    ours = {key: parameter.detach().clone() for key, parameter in weights.items()}
+    shifted = [(bias, shift) for view, _, shift in changes if (bias := view.bias) is not None and shift is not None]
+    biases = [(bias, bias.detach().clone()) for bias, _ in shifted]
+    for view, weight, _ in changes:
+        view.write_(view.weight.detach() + step * weight, into=ours[id(view.parameter)])
     try:
-        for view, weight, bias in changes:
-            old = view.bias
-            new = None if bias is None or old is None else old.detach() + step * bias
-            _write_(Change(view, view.weight.detach() + step * weight, new))
+        for parameter in weights.values():
+            parameter.data = ours[id(parameter)]
+        for bias, shift in shifted:
+            _put_(bias, bias.detach() + step * shift)
         yield
     finally:
-        for change in kept:
-            _write_(change)
+        for parameter, data in theirs:
+            parameter.data = data
+        for bias, old in biases:
+            _put_(bias, old)
 
 
-def _copy(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().clone()
+@contextmanager
+def same_randomness(device: torch.device) -> Iterator[None]:
+    """Inside, the random numbers of torch, Python and numpy go on from where they are, and outside too."""
+    numpy = sys.modules.get("numpy")
+    python, arrays = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(arrays)
 
 
 @torch.no_grad()
-def _write_(change: Change) -> None:
-    change.view.write_(change.weight)
-    if change.bias is not None and change.view.bias is not None:
-        change.view.bias.copy_(change.bias)
+def _put_(bias: Tensor, value: Tensor) -> None:
+    bias.copy_(value)
 
 
 def measure_increase(losses_at: LossesAt, batches: int) -> float:
@@ -159,34 +180,38 @@ def effect_of_cuts(
     The loss is that which the model or ``forward`` returns. Where they return logits alone, it is that of the next
     tokens for a model that predicts them, else the mean of the Kullback-Leibler divergence from the dense model's
     predictions: what the cross-entropy of labels would rise by that are drawn from the dense model. The model runs in
-    eval mode without autograd; each pass over a batch starts from the same random state.
+    eval mode, without autograd unless a ``forward`` may need it; each pass over a batch starts from the same random
+    state, with a copy of the batch.
 
     Args:
         model: The module, on one device.
         views: The matrices by name.
         factors: Of those that are cut.
-        batches: At least one; at most ``MOST_BATCHES`` are looked at.
+        batches: At least one.
         forward: ``(model, batch) -> output or loss``; as for :func:`~lightning_prehab.collect_statistics`.
 
     Raises:
         NumericalError: If an output is not finite.
+        StatisticsError: If there is no loss and there are no logits.
     """
     changes = [Change.by_cut(views[name], found) for name, found in factors.items()]
     device = next(model.parameters()).device
 
     def output_of(batch: Any, step: float) -> Any:
-        with moved(changes, step), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            return call_model(model, batch) if forward is None else forward(model, batch)
+        given = to_device(copy.deepcopy(batch), device)
+        with moved(changes, step), same_randomness(device), torch.set_grad_enabled(forward is not None):
+            return call_model(model, given) if forward is None else forward(model, given)
 
     def loss_at(number: int, step: float) -> float:
-        batch = to_device(batches[number], device)
+        batch = batches[number]
         output = output_of(batch, step)
         found, logits = loss_in(output), logits_in(output)
         if found is not None:
-            require_finite_output(found, "The loss")
-            return float(found)
+            require_finite_output(found.detach(), "The loss")
+            return float(found.detach())
         if logits is None:
-            return 0.0
+            raise StatisticsError(f"The output ({type(output).__name__}) has neither a loss nor logits.")
+        logits, batch = logits.detach(), to_device(batch, device)
         require_finite_output(logits, "The output of the model")
         text = next_token_loss(logits, batch)
         if number not in speaks:
@@ -197,10 +222,9 @@ def effect_of_cuts(
             return 0.0
         dense = logits_in(output_of(batch, 0.0))
         assert dense is not None
-        total, count = divergence(dense, logits, batch)
+        total, count = divergence(dense.detach(), logits, batch)
         return total / max(count, 1)
 
     speaks: dict[int, bool] = {}  # whether the dense model predicts the next tokens of a batch
     with as_found(model):
-        count = min(len(batches), MOST_BATCHES)
-        return measure_increase(lambda some, step: [loss_at(number, step) for number in some], count)
+        return measure_increase(lambda some, step: [loss_at(number, step) for number in some], len(batches))

@@ -14,11 +14,11 @@ ROWS = 1024
 
 
 def loss_in(output: Any) -> Tensor | None:
-    """The loss: a scalar output, or the output's ``.loss``; None if there is none."""
+    """The loss: a scalar output, or the output's ``.loss``, which may have one entry; None if there is none."""
     if isinstance(output, Tensor):
         return output if output.dim() == 0 else None
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    return loss if isinstance(loss, Tensor) and loss.dim() == 0 else None
+    return loss.reshape(()) if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
 def logits_in(output: Any) -> Tensor | None:

@@ -5,14 +5,13 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_prehab as lp
 from lightning_prehab.callbacks import _trial
 from lightning_prehab.callbacks._forecast import BATCHES, Forecast
-from lightning_prehab.callbacks._trial import KEPT_BYTES, KeptBatches
-from lightning_prehab.statistics.effect import MOST_BATCHES
 
 
 def run(make_trainer, lit, data, epochs=4, **settings):
@@ -125,21 +124,33 @@ def test_a_loss_that_cannot_be_computed_warns_and_goes_on(lit, data, make_traine
     assert compression.done
 
 
-def test_batches_are_copied_and_few_are_kept():
-    kept, batch = KeptBatches(), [torch.ones(4)]
-    for number in range(MOST_BATCHES + 3):
-        kept.keep(batch, number)
-    batch[0].zero_()
-    assert [number for _, number in kept] == list(range(MOST_BATCHES))
-    assert all(torch.equal(copied[0], torch.ones(4)) for copied, _ in kept)
-    large, kept = torch.empty(KEPT_BYTES // 4 // 2, device="meta"), KeptBatches()
-    for number in range(5):
-        kept.keep(large, number)
-    assert len(kept) == 2
-    huge, kept = torch.empty(KEPT_BYTES, device="meta"), KeptBatches()
-    for number in range(5):
-        kept.keep(huge, number)
-    assert len(kept) == 1
+class Busy(pl.LightningModule):
+    """Its training_step reaches for the optimizer, the logger and a counter."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 6))
+        self.calls = 0
+
+    def training_step(self, batch, batch_idx):
+        self.calls += 1
+        self.optimizers().param_groups[0]["lr"] *= 0.99
+        self.logger.log_metrics({"calls": self.calls}, self.calls)
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1]) * min(1.0, self.calls / 200)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-2)
+
+
+def test_what_a_training_step_reaches_is_as_it_was(data, make_trainer, tmp_path):
+    logger, lit = CSVLogger(tmp_path), Busy()
+    logged = []
+    logger.log_metrics = lambda metrics, step=None: logged.extend(key for key in metrics if key == "calls")
+    _, prehab, _ = run(make_trainer, lit, data, logger=logger)
+    assert prehab.forecast is not None
+    assert lit.calls == len(logged) == 4 * 6
+    assert lit.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2 * 0.99 ** (4 * 6))
+    assert lit.logger is logger
 
 
 def test_what_was_tried_is_followed_by_the_energy_and_stored():
