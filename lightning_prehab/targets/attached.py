@@ -20,6 +20,9 @@ def why_not_attached(module: nn.Module, views: Iterable[MatrixView]) -> str | No
     forward = vars(module).get("forward")
     if forward is not None and not hasattr(forward, "watchers"):  # those are our own, while calibration watches
         return "its forward pass was replaced on the instance; undo that first"
+    more = sorted(_more_than_a_layer(module))
+    if more:
+        return f"it holds more than its weight and bias ({', '.join(more)}), which nothing would take over"
     if any(has_hooks(view.parameter) for view in views):
         return (
             "its weight has hooks of its own (Tensor.register_hook, an optimizer that steps inside backward), which "
@@ -28,6 +31,14 @@ def why_not_attached(module: nn.Module, views: Iterable[MatrixView]) -> str | No
     if any(parameter.is_inference() for parameter in module.parameters()):
         return "its parameters were made inside torch.inference_mode(), and cannot be trained; build the model outside"
     return None
+
+
+def _more_than_a_layer(module: nn.Module) -> set[str]:
+    """Parameters, buffers and children that somebody has put on a plain layer."""
+    if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+        return set()
+    parameters = {name for name, parameter in module._parameters.items() if parameter is not None}
+    return (parameters - {"weight", "bias"}) | module._buffers.keys() | module._modules.keys()
 
 
 def has_hooks(parameter: Tensor) -> bool:

@@ -358,3 +358,49 @@ class TestWatch:
         watch.remove()
         optimizer.step()
         assert watch.steps == 1
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_optimizers_that_are_made_anew_are_watched(epoch, lit, loader, make_trainer):
+    prehab, errors = lp.PrehabCallback(), []
+
+    class Anew(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == epoch:
+                trainer.strategy.setup_optimizers(trainer)
+
+        def on_surgery(self, trainer, pl_module, report):
+            errors.append((prehab._steps, max(report.weight_errors.values())))
+
+    callbacks = [prehab, lp.CompressionCallback(SURGERY, 0.4, calibration_batches=4), Anew()]
+    make_trainer(max_epochs=SURGERY + 1, callbacks=callbacks).fit(lit, loader)
+    ((steps, error),) = errors
+    assert steps >= (SURGERY - 1) * BATCHES - 4
+    assert error < 1e-5
+
+
+def test_an_optimizer_that_begins_later_is_no_error(loader, make_trainer):
+    """A critic whose weights are clipped from the start, and trained from epoch 1 on."""
+
+    class Two(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.G, self.D = nn.Sequential(nn.Linear(12, 6)), nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 1))
+
+        def training_step(self, batch, batch_idx):
+            g, d = self.optimizers()
+            with torch.no_grad():
+                for weight in self.D.parameters():
+                    weight.clamp_(-0.05, 0.05)
+            for optimizer in (g, d)[: 1 + (self.current_epoch > 0)]:
+                optimizer.zero_grad()
+                self.manual_backward(self.D(self.G(batch[0])).mean())
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.G.parameters(), 0.1), torch.optim.RMSprop(self.D.parameters(), 1e-3)
+
+    compression = lp.CompressionCallback(2, 0.5, exclude_modules="D.*")
+    make_trainer(max_epochs=3, callbacks=[compression, lp.RehabSchedule(3)]).fit(Two(), loader)
+    assert compression.done

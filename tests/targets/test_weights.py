@@ -256,3 +256,20 @@ def test_training_goes_by_odd_layers(lit, data, make_trainer):
     callbacks = [WithOddLayers(), lp.PrehabCallback(), compression]
     make_trainer(max_epochs=2, callbacks=callbacks).fit(lit, DataLoader(TensorDataset(*data.tensors), 16))
     assert {name.split(".")[0] for name in compression.report.ranks} == {"net"}
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 8), lambda: nn.Conv2d(8, 8, 3), lambda: nn.Conv1d(8, 8, 3)])
+@pytest.mark.parametrize(
+    ("name", "put"),
+    [
+        ("gain", lambda layer: setattr(layer, "gain", nn.Parameter(torch.ones(1)))),
+        ("mask", lambda layer: layer.register_buffer("mask", torch.ones(1))),
+        ("extra", lambda layer: layer.add_module("extra", nn.Linear(8, 8))),
+    ],
+)
+def test_a_layer_with_more_than_a_weight_and_a_bias_is_left(make, name, put):
+    layer = make()
+    put(layer)
+    targets = lp.find_targets(nn.ModuleList([layer, nn.Linear(8, 8)]))
+    assert "0" not in targets
+    assert targets.skipped["0"] == f"it holds more than its weight and bias ({name}), which nothing would take over"
