@@ -14,29 +14,28 @@ from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.forms import in_all_forms
 from lightning_prehab.targets.locate import same_targets
 
-#: Batches, one at a step, on which the cut is tried each time.
-BATCHES = 3
+#: Batches, one at a step, on which the cut is tried in a new metric; later one takes the place of the oldest.
+BATCHES = 2
 #: Share of the energy at the first trial below which the cut counts as free: it is not tried any more.
 FREE = 1e-6
 #: Steps, each smaller than the one before, by which the change is tried at most.
 HALVINGS = 5
 #: Share of the loss by which a trial may raise it at most: beyond, the effect of a small cut could not be told from it.
 SMALL = 0.03
-_STORED = ("tried", "old", "step", "left", "first", "last", "impossible")
+_STORED = ("tried", "step", "left", "first", "last", "impossible")
 
 
 class Forecast:
     """Follows what a cut would do to the loss by the energy of the tails that it would drop.
 
-    Gradients alone do not know the unit of the loss. So the cut is tried, on a copy of the module, on some batches
-    after its metric has become known, and again whenever the energy has halved: with the tails taken off and added once
+    Gradients alone do not know the unit of the loss. So the cut is tried, on a copy of the module, on two batches when
+    its metric has become known, and on one more whenever the energy has halved: with the tails taken off and added once
     more, in part if the whole is too much. What is odd in that goes with the root of the energy, what is even with the
     energy itself. The odd part is what a network that is being shrunk holds against it, and grows as it is.
     """
 
     def __init__(self) -> None:
         self._tried: list[tuple[float, float]] = []  # per batch: the odd part per root of energy, the even per energy
-        self._old = True  # what was tried is of another time
         self._step = 1.0
         self._left = 0
         self._first = self._last = 0.0  # energies, when the cut was tried for the first time in this metric, and last
@@ -81,11 +80,11 @@ class Forecast:
             return
         _, energy = tails_of(layers)
         if self._left == 0 and FREE * self._first < energy < 0.5 * self._last:
-            self._left = BATCHES
+            self._left, self._last = 1, energy
         if self._left == 0 or not 0.0 < energy < math.inf:
             return
-        if self._left == BATCHES:
-            self._first, self._last, self._old = self._first or energy, energy, True
+        if self._first == 0.0:
+            self._first = self._last = energy
         self._left -= 1
 
         def even_part() -> float:
@@ -105,8 +104,8 @@ class Forecast:
                 self._step *= math.sqrt(0.5 * SMALL * abs(before) / even)
             else:
                 return math.nan
-            self._tried, self._old = [] if self._old else self._tried, False
-            self._tried.append((odd / (self._step * math.sqrt(energy)), even / (self._step**2 * energy)))
+            tried = odd / (self._step * math.sqrt(energy)), even / (self._step**2 * energy)
+            self._tried = [*self._tried, tried][-BATCHES:]
             return even
 
         if where_possible(even_part) is None:
