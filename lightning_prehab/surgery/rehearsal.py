@@ -117,6 +117,6 @@ def _copies(parameters: Sequence[Tensor]) -> list[nn.Parameter]:
     copies = []
     for parameter in parameters:
         own = nn.Parameter(parameter.detach().clone())
-        own.grad = torch.randn(own.shape, generator=generator).to(own)
+        own.grad = torch.randn(own.shape, generator=generator, device="cpu").to(own)
         copies.append(own)
     return copies
