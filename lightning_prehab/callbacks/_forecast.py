@@ -14,7 +14,7 @@ from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.forms import in_all_forms
 from lightning_prehab.targets.locate import same_targets
 
-#: Batches, one at a step, on which the cut is tried in a new metric; later one takes the place of the oldest.
+#: Batches, one at a step, on which the cut is tried in a new metric; later on it is one.
 BATCHES = 2
 #: Share of the energy at the first trial below which the cut counts as free: it is not tried any more.
 FREE = 1e-6
@@ -22,7 +22,7 @@ FREE = 1e-6
 HALVINGS = 5
 #: Share of the loss by which a trial may raise it at most: beyond, the effect of a small cut could not be told from it.
 SMALL = 0.03
-_STORED = ("tried", "step", "left", "first", "last", "impossible")
+_STORED = ("tried", "old", "step", "left", "first", "last", "impossible")
 
 
 class Forecast:
@@ -36,6 +36,7 @@ class Forecast:
 
     def __init__(self) -> None:
         self._tried: list[tuple[float, float]] = []  # per batch: the odd part per root of energy, the even per energy
+        self._old = False  # what was tried is of another time
         self._step = 1.0
         self._left = 0
         self._first = self._last = 0.0  # energies, when the cut was tried for the first time in this metric, and last
@@ -80,7 +81,7 @@ class Forecast:
             return
         _, energy = tails_of(layers)
         if self._left == 0 and FREE * self._first < energy < 0.5 * self._last:
-            self._left, self._last = 1, energy
+            self._left, self._last, self._old = 1, energy, True
         if self._left == 0 or not 0.0 < energy < math.inf:
             return
         if self._first == 0.0:
@@ -103,9 +104,11 @@ class Forecast:
                     break
                 self._step *= math.sqrt(0.5 * SMALL * abs(before) / even)
             else:
+                self._left += math.isnan(before)  # another batch, then
                 return math.nan
             tried = odd / (self._step * math.sqrt(energy)), even / (self._step**2 * energy)
-            self._tried = [*self._tried, tried][-BATCHES:]
+            self._tried = [tried] if self._old else [*self._tried, tried]
+            self._old = False
             return even
 
         if where_possible(even_part) is None:

@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -21,7 +21,7 @@ from lightning_prehab.plan.probes import measure_probes
 from lightning_prehab.progress import counted
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.sites.process import factors_in_forms
-from lightning_prehab.statistics.backward import no_weight_gradients
+from lightning_prehab.statistics.backward import cheaply_if_possible, gradients_for
 from lightning_prehab.statistics.collector import Collector
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 from lightning_prehab.targets.find import Targets
@@ -39,12 +39,18 @@ def collect_in_own_pass(
         UnsupportedError: With manual optimization, whose ``training_step`` would step the optimizers.
         StatisticsError: If the training data has no batches.
     """
+    return cheaply_if_possible(lambda cheap: _collect(trainer, pl_module, targets, wanted, batches, cheap))
+
+
+def _collect(
+    trainer: "pl.Trainer", pl_module: "pl.LightningModule", targets: Targets, wanted: Wanted, batches: int, cheap: bool
+) -> dict[str, LayerStatistics]:
     instead = "Use CompressionCallback(epoch=1, ...) or later, or factorization=SVD(), which needs no data."
     clone = quiet_copy(trainer, pl_module, instead)
     copied = same_targets(clone, targets)
     collector = Collector(copied, wanted, drop_overflow=uses_loss_scaling(trainer), own_pass=True)
     seen, batches = 0, int(min(batches, trainer.num_training_batches))
-    backward = no_weight_gradients(clone, copied) if wanted.backward else nullcontext()
+    backward = gradients_for(clone, copied, wanted.backward, cheap)
     with isolate_rng(), torch.set_grad_enabled(wanted.backward), backward:
         collector.attach()
         for index, batch in enumerate(counted(first_batches(trainer, clone, batches), "calibrate", batches)):

@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
@@ -28,8 +27,9 @@ from lightning_prehab.surgery.factors import planned_targets
 class Trial:
     """A copy of the module in eval mode, that logs nothing, and runs ``training_step`` with moved weights.
 
-    Every run starts with the same numbers in the attributes of the copy. What ``training_step`` reaches through the
-    Trainer is as it was afterwards: settings of the parameter groups; loggers are others meanwhile.
+    Every run starts with the same buffers, and the same numbers in the attributes of the copy. What ``training_step``
+    reaches through the Trainer is as it was afterwards: settings of the parameter groups; ``log_metrics`` of its
+    loggers does nothing meanwhile.
 
     Raises:
         UnsupportedError: With manual optimization, or if the module cannot be copied.
@@ -38,6 +38,7 @@ class Trial:
     def __init__(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._trainer = trainer
         self.module = quiet_copy(trainer, pl_module, "So what the cut does to the loss is not known beforehand.")
+        self._buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         self._plain = {key: value for key, value in vars(self.module).items() if isinstance(value, int | float | str)}
 
     def first_batches(self) -> list[tuple[Any, int]]:
@@ -52,6 +53,8 @@ class Trial:
         """
         # Gradients are not wanted, but a training_step may compute some of its own for its loss.
         vars(self.module).update(self._plain)
+        for buffer, value in self._buffers:
+            buffer.copy_(value)
         with isolate_rng(), unseen(), _trainer_as_it_is(self._trainer), moved(changes, step), torch.enable_grad():
             loss = loss_of(run_training_step(self._trainer, self.module, copy.deepcopy(batch), batch_idx))
         if loss is None:
@@ -61,17 +64,25 @@ class Trial:
         return float(loss.detach())
 
 
+def _log_nothing(*_args: Any, **_settings: Any) -> None:
+    """Stands in for ``log_metrics`` of a logger."""
+
+
 @contextmanager
 def _trainer_as_it_is(trainer: "pl.Trainer") -> Iterator[None]:
     """Loggers that log nothing inside; settings of the optimizers as they are now outside."""
-    loggers = list(trainer.loggers)
+    loggers = [(logger, vars(logger).get("log_metrics")) for logger in trainer.loggers]
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     try:
-        trainer.loggers = [DummyLogger() for _ in loggers]
+        for logger, _ in loggers:
+            vars(logger)["log_metrics"] = _log_nothing
         yield
     finally:
-        trainer.loggers = loggers
+        for logger, own in loggers:
+            del vars(logger)["log_metrics"]
+            if own is not None:
+                vars(logger)["log_metrics"] = own
         for group, before in zip(groups, settings, strict=True):
             group.update(before)
 

@@ -47,7 +47,7 @@ from lightning_prehab.plan.recipe import Layout, RankOverride, Recipe
 from lightning_prehab.rank_policies import RankPolicy
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.road import operate
-from lightning_prehab.statistics.collector import Collector
+from lightning_prehab.statistics.collector import MANY_BATCHES, Collector
 from lightning_prehab.statistics.kept import KeptBatches
 from lightning_prehab.statistics.sums import LayerStatistics
 from lightning_prehab.surgery.holders import holders_named_later, names_holders
@@ -291,7 +291,8 @@ class CompressionCallback(pl.Callback):
             self._older = self._stop_collecting()  # unknown length: the last full window and the running one
         if self._collector is None:
             self._collector = self._new_collector(trainer, pl_module)
-        self._collector.begin_batch(batch, batch_idx)
+        first = 0 if length is None else max(length - self.calibration_batches, 0)
+        self._collector.begin_batch(batch, batch_idx - first)
         if self.recipe.factorization_or_default.comparable:
             self._kept.keep(batch, batch_idx)
 
@@ -389,7 +390,7 @@ class CompressionCallback(pl.Callback):
             targets,
             self.recipe.wanted,
             drop_overflow=uses_loss_scaling(trainer),
-            batches=min(self.calibration_batches, batches_per_epoch(trainer) or self.calibration_batches),
+            batches=min(self.calibration_batches, batches_per_epoch(trainer) or MANY_BATCHES - 1),  # none is left out
         )
         if attach:
             collector.attach()

@@ -158,7 +158,7 @@ class RehabSchedule(pl.Callback):
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Hands the user's own rates back, for checkpoints; no step of an optimizer may have gone unseen."""
         self.restore()
-        check_seen([scaled.watch for scaled in self._scaled], self)
+        check_seen([scaled.watch for scaled in self._scaled if scaled.optimizer in trainer.optimizers], self)
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Takes the hooks off the optimizers."""

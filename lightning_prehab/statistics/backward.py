@@ -1,8 +1,8 @@
 """A backward pass that computes the gradients of what layers return, and none of their matrices."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,27 @@ from lightning_prehab.kinds import Kind, kind_of, view_of
 from lightning_prehab.statistics.collector import run_eagerly
 from lightning_prehab.targets.attached import has_hooks
 from lightning_prehab.targets.locate import Target
+
+T = TypeVar("T")
+
+
+def cheaply_if_possible(run: Callable[[bool], T]) -> T:
+    """``run(True)``, without weight gradients; ``run(False)`` where a loss asks for the gradient in a weight itself."""
+    try:
+        return run(True)
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+    return run(False)
+
+
+def gradients_for(
+    model: nn.Module, targets: Mapping[str, Target], wanted: bool, cheap: bool
+) -> AbstractContextManager[None]:
+    """What a backward pass for statistics is made in: nothing if none is wanted, else one of the two below."""
+    if not wanted:
+        return nullcontext()
+    return no_weight_gradients(model, targets) if cheap else all_weight_gradients(targets)
 
 
 @contextmanager
@@ -53,6 +74,19 @@ def no_weight_gradients(model: nn.Module, targets: Mapping[str, Target]) -> Iter
         for handle in handles:
             handle.remove()
         for parameter, requires_grad in reversed(flags):  # a tied one has been noted more than once
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def all_weight_gradients(targets: Mapping[str, Target]) -> Iterator[None]:
+    """Inside, the weights of all targets are trainable, and so their outputs differentiable."""
+    flags = [(parameter := view_of(target).parameter, parameter.requires_grad) for target in targets.values()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, requires_grad in reversed(flags):
             parameter.requires_grad_(requires_grad)
 
 

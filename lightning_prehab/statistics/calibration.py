@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.matrices import require_finite
 from lightning_prehab.linalg.modes import in_full_precision, outside_inference_mode
 from lightning_prehab.progress import counted
-from lightning_prehab.statistics.backward import no_weight_gradients
+from lightning_prehab.statistics.backward import cheaply_if_possible, gradients_for
 from lightning_prehab.statistics.batches import batch_size, call_model, to_device
 from lightning_prehab.statistics.collector import Collector
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
@@ -66,14 +66,27 @@ def collect_statistics(
         wanted = Wanted(inputs=True, gradients=gradients, weight_gradients=gradients, magnitudes=True)
     for name, layer in targets.items():
         require_finite(view_of(layer).weight.detach(), f"Layer {name!r}: the weight")
+    if isinstance(batches, Iterator) or not wanted.backward:
+        return _pass(model, targets, batches, forward, wanted, cheap=True)
+    return cheaply_if_possible(lambda cheap: _pass(model, targets, batches, forward, wanted, cheap))
+
+
+def _pass(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    batches: Iterable[Any],
+    forward: Forward | None,
+    wanted: Wanted,
+    cheap: bool,
+) -> dict[str, LayerStatistics]:
+    """One run over the batches; if it is to be cheap, without weight gradients."""
     collector = Collector(targets, wanted, own_pass=True)
     _log.info("Calibration of %d layers: at most %.1f MB of sums.", len(targets), collector.memory() / 1e6)
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
     seen = 0
     random = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    backward = no_weight_gradients(model, targets) if wanted.backward else nullcontext()
-    with as_found(model), random, backward:
+    with as_found(model), random, gradients_for(model, targets, wanted.backward, cheap):
         collector.attach()
         try:
             for batch in (to_device(found, device) for found in counted(batches, "calibrate")):

@@ -128,6 +128,7 @@ class Collector:
         self._own_pass = own_pass
         many = batches is not None and batches >= MANY_BATCHES and not wanted.weight_gradients and not own_pass
         self._every = EVERY if many else 1
+        self._whole = (batches or 0) // (2 * EVERY) * 2 * EVERY  # later ones, of no whole cycle, stand for themselves
         self._handles: list[RemovableHandle] = []
         self._mask: Tensor | None = None
         self._batch_size = 1
@@ -188,8 +189,8 @@ class Collector:
 
         Args:
             batch: The batch.
-            index: Its number, without gaps; those of odd batches are kept apart too where halves are wanted. It decides
-                which batches and tokens are looked at.
+            index: Its number, from 0 and without gaps. Those of odd batches are kept apart too where halves are wanted;
+                it decides which batches and tokens are looked at.
         """
         self._mask, self._batch_size = padding_mask(batch), batch_size(batch)
         self.loss_scale = 1.0
@@ -221,7 +222,7 @@ class Collector:
             return
         x = given.detach()
         batches = 1  # that this one stands for
-        if self._every > 1 and x.numel() > MIN_TOKENS * views[0].in_features:
+        if self._every > 1 and self._turn < self._whole and x.numel() > MIN_TOKENS * views[0].in_features:
             if self._turn // 2 % self._every != 0:
                 return
             batches = self._every

@@ -42,6 +42,7 @@ class Passing:
         self._kept, self._batches = kept, batches
 
     def __iter__(self) -> Iterator[Any]:
+        self._kept.clear()
         for number, batch in enumerate(self._batches):
             self._kept.keep(batch, number)
             yield batch

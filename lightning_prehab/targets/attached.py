@@ -34,11 +34,15 @@ def why_not_attached(module: nn.Module, views: Iterable[MatrixView]) -> str | No
 
 
 def _more_than_a_layer(module: nn.Module) -> set[str]:
-    """Parameters, buffers and children that somebody has put on a plain layer."""
+    """Parameters and children that somebody has put on a plain layer, and buffers that its hooks may use.
+
+    Profilers leave buffers behind on every layer; those may go with it.
+    """
     if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
         return set()
     parameters = {name for name, parameter in module._parameters.items() if parameter is not None}
-    return (parameters - {"weight", "bias"}) | module._buffers.keys() | module._modules.keys()
+    buffers = module._buffers.keys() if module._forward_hooks or module._forward_pre_hooks else set()
+    return (parameters - {"weight", "bias"}) | buffers | module._modules.keys()
 
 
 def has_hooks(parameter: Tensor) -> bool:

@@ -208,3 +208,42 @@ def test_an_optimizer_that_steps_inside_backward_does_not_step():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(float(layer.gradient_gram.trace()) > 0 for layer in statistics.values())
+
+
+@pytest.mark.parametrize("excluded", [None, "2"])
+def test_a_loss_that_asks_for_the_gradient_in_a_weight_itself(excluded):
+    """As adaptive weights of several losses do: the statistics are those of a full backward pass.
+
+    But for layers whose outputs such gradients pass: those count as gradients of the loss.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6))
+    batches = [torch.randn(8, 6) for _ in range(3)]
+
+    def parts(net, x):
+        h = net(x)
+        return (h - x).square().mean(), h.abs().mean()
+
+    def ratio(net, losses):
+        slopes = [torch.autograd.grad(loss, net[-1].weight, retain_graph=True)[0].norm() for loss in losses]
+        return (slopes[0] / slopes[1]).detach()
+
+    def adaptive(net, x):
+        losses = parts(net, x)
+        return losses[0] + ratio(net, losses) * losses[1]
+
+    ratios = [ratio(model, parts(model, x)) for x in batches]
+
+    def plain(net, x):
+        losses = parts(net, x)
+        return losses[0] + ratios.pop(0) * losses[1]
+
+    targets = lp.find_targets(model, exclude_modules=excluded)
+    found = lp.collect_statistics(model, targets, batches, forward=adaptive, gradients=True)
+    expected = lp.collect_statistics(model, targets, batches, forward=plain, gradients=True)
+    for name, layer in expected.items():
+        if excluded:
+            torch.testing.assert_close(found[name].gradient_gram, layer.gradient_gram, rtol=1e-4, atol=1e-8)
+        assert int(found[name].samples) == int(layer.samples) == 24
+    report = lp.compress_(model, 0.5, batches, adaptive, exclude_modules=excluded)
+    assert report.plan.loss_increase is not None

@@ -82,17 +82,16 @@ def test_a_pass_of_its_own_takes_what_costs_no_more_than_the_layer(monkeypatch):
 
 
 @pytest.mark.parametrize("tokens", [MIN_TOKENS, MIN_TOKENS + 1, 8 * MIN_TOKENS])
-@pytest.mark.parametrize("batches", [MANY_BATCHES - 1, MANY_BATCHES, 64])
-@pytest.mark.parametrize("first", [0, 4])
-def test_some_batches_stand_for_the_others_where_there_are_many(tokens, batches, first):
+@pytest.mark.parametrize("batches", [MANY_BATCHES - 2, MANY_BATCHES, MANY_BATCHES + 2, 42, 64])
+def test_some_batches_stand_for_the_others_where_there_are_many(tokens, batches):
     """Counts, traces and means are as if every batch had been looked at, in both halves."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(4, 3)
     collector = Collector({"layer": layer}, Wanted(True, True, False, True), batches=batches)
     collector.attach()
     x = torch.randn(tokens, 4) + 1.0
-    looked_at, count = [], batches // (2 * EVERY) * 2 * EVERY
-    for index in range(first, first + count):
+    looked_at, count, cycles = [], batches, batches // (2 * EVERY) * 2 * EVERY
+    for index in range(count):
         before = collector.statistics["layer"].input_gram.clone()
         collector.begin_batch(x, index)
         layer(x).square().sum().backward()
@@ -105,7 +104,7 @@ def test_some_batches_stand_for_the_others_where_there_are_many(tokens, batches,
     layer(x).square().sum().backward()
     expected.end_batch()
     skips = tokens > MIN_TOKENS and batches >= MANY_BATCHES
-    assert sum(looked_at) == (count // EVERY if skips else count)
+    assert sum(looked_at) == (cycles // EVERY + count - cycles if skips else count)
     one = expected.statistics["layer"]
     for found, times in ((collector.statistics["layer"], count), (collector.statistics["layer"].half, count // 2)):
         assert int(found.tokens) == times * tokens

@@ -263,7 +263,7 @@ def test_training_goes_by_odd_layers(lit, data, make_trainer):
     ("name", "put"),
     [
         ("gain", lambda layer: setattr(layer, "gain", nn.Parameter(torch.ones(1)))),
-        ("mask", lambda layer: layer.register_buffer("mask", torch.ones(1))),
+        ("mask", lambda layer: (layer.register_buffer("mask", torch.ones(1)), layer.register_forward_hook(print))),
         ("extra", lambda layer: layer.add_module("extra", nn.Linear(8, 8))),
     ],
 )
@@ -273,3 +273,9 @@ def test_a_layer_with_more_than_a_weight_and_a_bias_is_left(make, name, put):
     targets = lp.find_targets(nn.ModuleList([layer, nn.Linear(8, 8)]))
     assert "0" not in targets
     assert targets.skipped["0"] == f"it holds more than its weight and bias ({name}), which nothing would take over"
+
+
+def test_buffers_that_nobody_uses_do_not_keep_a_layer():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].register_buffer("total_ops", torch.zeros(1))
+    assert list(lp.find_targets(model)) == ["0", "1"]
