@@ -5,7 +5,7 @@ from torch import nn
 
 import lightning_prehab as lp
 from lightning_prehab.layers import LowRankLayer
-from lightning_prehab.surgery.holdings import family
+from lightning_prehab.surgery.wrapped import family
 
 
 class Training:

@@ -1,5 +1,7 @@
 """When a surgery comes that waits for a forecast (``epoch="auto"``)."""
 
+from typing import Any
+
 import lightning.pytorch as pl
 
 from lightning_prehab.callbacks._trainer import batches_per_epoch, callbacks_of
@@ -28,10 +30,27 @@ def last_possible_epoch(trainer: "pl.Trainer", compression: pl.Callback) -> int:
     return trainer.max_epochs - 1
 
 
-def is_forecast_below(trainer: "pl.Trainer", limit: float, batch_idx: int, calibration_batches: int) -> bool:
-    """Whether the cut counts as free, asked right before its statistics have to be collected."""
+def is_due(trainer: "pl.Trainer", batch_idx: int, calibration_batches: int) -> bool:
+    """Whether this is the batch to decide at: the first whose statistics would be collected."""
     length = batches_per_epoch(trainer)
-    if length is None or batch_idx != max(length - calibration_batches, 0):
-        return False
-    forecasts = [getattr(other, "forecast", None) for other in callbacks_of(trainer)]
-    return any(forecast is not None and forecast < limit for forecast in forecasts)
+    return length is not None and batch_idx == max(length - calibration_batches, 0)
+
+
+def counts_as_free(
+    trainer: "pl.Trainer", pl_module: "pl.LightningModule", limit: float, batch: Any, batch_idx: int
+) -> bool:
+    """Whether a forecast is below a limit, and still is when the cut has been tried with the weights of now."""
+    for other in callbacks_of(trainer):
+        if not _is_below(other, limit):
+            continue
+        renew = getattr(other, "renew_forecast", None)
+        if callable(renew):
+            renew(trainer, pl_module, batch, batch_idx)
+        if _is_below(other, limit):
+            return True
+    return False
+
+
+def _is_below(callback: pl.Callback, limit: float) -> bool:
+    forecast = getattr(callback, "forecast", None)
+    return forecast is not None and forecast < limit

@@ -47,6 +47,10 @@ class Forecast:
         self._tried, self._step, self._first, self._last = [], 1.0, 0.0, 0.0
         self._left = 0 if self._impossible else BATCHES
 
+    def renew(self) -> None:
+        """What was tried is of another time: the next batch counts alone."""
+        self._left, self._old = (0, self._old) if self._impossible else (1, True)
+
     def predict(self, energy: float) -> float | None:
         """The increase of the loss by a cut that drops so much energy; None if nothing could be tried."""
         if not self._tried:
@@ -81,7 +85,8 @@ class Forecast:
             return
         _, energy = tails_of(layers)
         if self._left == 0 and FREE * self._first < energy < 0.5 * self._last:
-            self._left, self._last, self._old = 1, energy, True
+            self._last = energy
+            self.renew()
         if self._left == 0 or not 0.0 < energy < math.inf:
             return
         if self._first == 0.0:

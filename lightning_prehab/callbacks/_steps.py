@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.errors import UnsupportedError
-from lightning_prehab.surgery.holdings import family
+from lightning_prehab.surgery.wrapped import family
 
 #: Entries of each parameter that tell whether it has moved.
 _SAMPLE = 8

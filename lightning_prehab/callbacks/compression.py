@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prehab.callbacks._auto_epoch import is_forecast_below, last_possible_epoch
+from lightning_prehab.callbacks._auto_epoch import counts_as_free, is_due, last_possible_epoch
 from lightning_prehab.callbacks._checkpoint import (
     DenseShell,
     check_version,
@@ -20,7 +20,6 @@ from lightning_prehab.callbacks._checkpoint import (
     restore_statistics_,
 )
 from lightning_prehab.callbacks._finetuning import FROZEN, StoredGroups, note_frozen, rename_groups_, unfreeze_
-from lightning_prehab.callbacks._held import warn_of_unheld
 from lightning_prehab.callbacks._neighbours import refuse_averaging, refuse_finders, refuse_pruning
 from lightning_prehab.callbacks._report_logging import log_report
 from lightning_prehab.callbacks._site import TrainerSite
@@ -34,6 +33,7 @@ from lightning_prehab.callbacks._trainer import (
     reset_scores_,
     uses_loss_scaling,
 )
+from lightning_prehab.callbacks._untrained import warn_of_unheld
 from lightning_prehab.compress import make_plan
 from lightning_prehab.errors import ArgumentError, UnsupportedError
 from lightning_prehab.factorizations import Factorization
@@ -279,8 +279,8 @@ class CompressionCallback(pl.Callback):
         if self._name_holders is not None:
             self._name_holders()
             self._name_holders = None
-        when = self.forecast_below, batch_idx, self.calibration_batches
-        if self._auto and not self.done and is_forecast_below(trainer, *when):
+        undecided = self._auto and not self.done and is_due(trainer, batch_idx, self.calibration_batches)
+        if undecided and counts_as_free(trainer, pl_module, self.forecast_below, batch, batch_idx):
             self.epoch = min(self.epoch, trainer.current_epoch + 1)
         if self.done or trainer.current_epoch != self.epoch - 1 or not any(self.recipe.wanted):
             return

@@ -192,6 +192,15 @@ class PrehabCallback(ActsAtSteps):
         regularizer = default_regularizer(planned=True) if self._open else self.regularizer
         return choose_space(self._asked_space, regularizer, compression) == "loss" and self.forecast_every_n_steps > 0
 
+    def renew_forecast(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Tries the cut on a batch, with the weights of now: for whoever decides by ``forecast``."""
+        if self._targets is not None and self._ready:
+            self._outlook.renew()
+            self._outlook.follow(trainer, pl_module, self._targets, self._layers, batch, batch_idx, look=False)
+            self.forecast = self._outlook.predict(tails_of(self._layers)[1])
+
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Refuses what cannot work, before anything has been trained."""
         if stage != "fit":
@@ -260,7 +269,7 @@ class PrehabCallback(ActsAtSteps):
             penalty = self._penalty(pl_module, mine, self._world_size)
             if penalty is None:
                 return
-            strength = self.strength * self._ramp()
+            strength = self.strength * ramp(self._steps, self.ramp_steps)
             pl_module.log("prehab/strength", strength, batch_size=1)
             add_to_loss_(loss, penalty, strength * loss_scale(trainer))
 
@@ -299,10 +308,8 @@ class PrehabCallback(ActsAtSteps):
         self._release()
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Takes the hooks off."""
-        if self._preparation is not None and not self._ready:
-            self._preparation.warn_of_lost_time()
-        self._release()
+        """Takes the hooks off, as the surgery does."""
+        self.on_surgery(trainer, pl_module, None)
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Takes the hooks off; what was collected stays for a checkpoint that is written now."""
@@ -353,9 +360,6 @@ class PrehabCallback(ActsAtSteps):
         due = self._ready and self._in_season(trainer) and self._steps % self.every_n_steps == 0
         return due and isinstance(self.regularizer, Penalty)
 
-    def _ramp(self) -> float:
-        return ramp(self._steps, self.ramp_steps)
-
     def _weights(self) -> list[Tensor]:
         return [layer.parameter for layer in self._layers]
 
@@ -369,7 +373,7 @@ class PrehabCallback(ActsAtSteps):
         scale = gradient_scale(trainer) if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
         full = self.strength if self._ratio is None else self._ratio
         penalty = partial(self._penalty, pl_module)
-        strength = add_to_gradients_(optimizer, self._layers, penalty, full, self._ramp(), scale)
+        strength = add_to_gradients_(optimizer, self._layers, penalty, full, ramp(self._steps, self.ramp_steps), scale)
         if strength is not None:
             pl_module.log("prehab/strength", strength, batch_size=1)
 
@@ -389,19 +393,15 @@ class PrehabCallback(ActsAtSteps):
         """Applies a shrinkage to the trainable weights that an optimizer has stepped."""
         if not isinstance(self.regularizer, Shrinkage) or self._weight_steps is None:
             return
-        progress = self._progress(trainer, batch_idx)
+        remaining = self._remaining(trainer, batch_idx)
+        assert remaining is not None  # checked when the regularizer became ready
+        assert self._span is not None
+        progress = 1.0 - remaining / max(self._span, 1)  # exactly 1 at the last batch
         pl_module.log("prehab/progress", progress, batch_size=1)
         shrink_together_(trainer, self._layers, self.regularizer, progress, self._weight_steps.rates)
 
     def _remaining(self, trainer: "pl.Trainer", batch_idx: int) -> int | None:
         return remaining_batches(trainer, self.stop_epoch, batch_idx)
-
-    def _progress(self, trainer: "pl.Trainer", batch_idx: int) -> float:
-        """Done share of the time from when the regularizer was ready, exactly 1 at the last batch."""
-        remaining = self._remaining(trainer, batch_idx)
-        assert remaining is not None  # checked when the regularizer became ready
-        assert self._span is not None
-        return 1.0 - remaining / max(self._span, 1)
 
     def _log_forecast(self, pl_module: "pl.LightningModule") -> None:
         share, energy = tails_of(self._layers)

@@ -24,9 +24,9 @@ from lightning_prehab.statistics.effect import effect_of_cuts
 from lightning_prehab.statistics.kept import KeptBatches
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 from lightning_prehab.surgery.factors import compute_factors, planned_targets
-from lightning_prehab.surgery.held import held_by_none
 from lightning_prehab.surgery.pretrained import check_pretrained
 from lightning_prehab.surgery.swap import swap_
+from lightning_prehab.surgery.untrained import held_by_none
 from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.forms import form_name
 from lightning_prehab.targets.locate import Target

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_prehab.errors import UnsupportedError
-from lightning_prehab.surgery.holdings import caches, family, second_holder
 from lightning_prehab.surgery.meanings import ITERATES, counts_in_group, flags, readable_state
 from lightning_prehab.surgery.rehearsal import fresh_states
 from lightning_prehab.surgery.replacement import Replacement
+from lightning_prehab.surgery.wrapped import caches, family, second_holder
 
 
 def check_optimizer(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.errors import UnsupportedError
-from lightning_prehab.surgery.holdings import family
 from lightning_prehab.surgery.meanings import flags
+from lightning_prehab.surgery.wrapped import family
 
 _SEED = 0
 

@@ -14,24 +14,26 @@ from lightning_prehab.callbacks import _trial
 from lightning_prehab.callbacks._forecast import BATCHES, Forecast
 
 
-def run(make_trainer, lit, data, epochs=4, **settings):
+def run(make_trainer, lit, data, epochs=4, kind=lp.KroneckerSVD, **settings):
     """Prehab and a cut; what calibration has seen for the cut, and the callbacks."""
     seen = []
 
-    class Spy(lp.KroneckerSVD):
+    class Spy(kind):
         def decompose(self, items):
             seen.append([(int(layer.tokens), layer.input_gram.clone()) for _, layer in items])
             return super().decompose(items)
 
-    prehab = lp.PrehabCallback(forecast_every_n_steps=2)
+    prehab = lp.PrehabCallback(lp.TailShrinkage(), space="loss", forecast_every_n_steps=2)
     compression = lp.CompressionCallback(epochs - 1, 0.5, factorization=Spy(), calibration_batches=4)
     trainer = make_trainer(max_epochs=epochs, callbacks=[prehab, compression], **settings)
     trainer.fit(lit, DataLoader(data, 16))
     return seen[-1], prehab, compression
 
 
+@pytest.mark.parametrize("factorization", [lp.KroneckerSVD, lp.WhitenedSVD])
 @pytest.mark.parametrize("attention", [False, True])
-def test_a_trial_is_not_counted_and_changes_no_weight(attention, lit, data, make_trainer, monkeypatch):
+def test_a_trial_is_not_counted_and_changes_no_weight(attention, factorization, lit, data, make_trainer, monkeypatch):
+    """Also where forward passes alone are counted."""
     if attention:
 
         class Attending(nn.Module):
@@ -50,7 +52,7 @@ def test_a_trial_is_not_counted_and_changes_no_weight(attention, lit, data, make
             monkeypatch.setattr(_trial, "effect_in_training", lambda *args: 1.0)
         module = copy.deepcopy(lit)
         torch.manual_seed(1)
-        seen, prehab, compression = run(make_trainer, module, data)
+        seen, prehab, compression = run(make_trainer, module, data, kind=factorization)
         assert (prehab.forecast is not None) == tried
         results.append((seen, module.state_dict(), torch.get_rng_state(), compression.report.ranks))
     (seen, state, randomness, ranks), (others, other_state, other_randomness, other_ranks) = results
@@ -60,6 +62,24 @@ def test_a_trial_is_not_counted_and_changes_no_weight(attention, lit, data, make
         assert tokens == other_tokens
         assert torch.equal(gram, other_gram)
     assert all(torch.equal(value, other_state[name]) for name, value in state.items())
+
+
+class Busy(pl.LightningModule):
+    """Its training_step reaches for the optimizer, the logger and a counter."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 6))
+        self.calls = 0
+
+    def training_step(self, batch, batch_idx):
+        self.calls += 1
+        self.optimizers().param_groups[0]["lr"] *= 0.99
+        self.logger.log_metrics({"calls": self.calls}, self.calls)
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1]) * min(1.0, self.calls / 200)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-2)
 
 
 class Fussy(pl.LightningModule):
@@ -94,6 +114,31 @@ def test_any_training_step_can_be_tried(data, make_trainer):
     assert compression.report.plan.loss_increase < 1e-2
 
 
+def test_every_run_of_a_trial_starts_from_the_same(data, make_trainer):
+    """A loss that is weighed by what the module counts, in a number and in a buffer."""
+
+    class Counting(Busy):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def training_step(self, batch, batch_idx):
+            self.calls += 1
+            self.seen += 1
+            return nn.functional.mse_loss(self.net(batch[0]), batch[1]) + 0.1 * self.calls + 0.1 * self.seen
+
+    losses = []
+
+    class Try(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            trial = _trial.Trial(trainer, pl_module)
+            losses.append([trial.loss(batch, batch_idx, [], 0.0) for _ in range(3)])
+
+    make_trainer(callbacks=[Try()]).fit(Counting(), DataLoader(data, 16))
+    assert len(losses) == 6
+    assert all(len(set(found)) == 1 for found in losses)
+
+
 def test_a_module_that_cannot_be_copied_trains_without_a_forecast(lit, data, make_trainer):
     class Single(type(lit)):
         def __deepcopy__(self, memo):
@@ -124,24 +169,6 @@ def test_a_loss_that_cannot_be_computed_warns_and_goes_on(lit, data, make_traine
     assert compression.done
 
 
-class Busy(pl.LightningModule):
-    """Its training_step reaches for the optimizer, the logger and a counter."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 6))
-        self.calls = 0
-
-    def training_step(self, batch, batch_idx):
-        self.calls += 1
-        self.optimizers().param_groups[0]["lr"] *= 0.99
-        self.logger.log_metrics({"calls": self.calls}, self.calls)
-        return nn.functional.mse_loss(self.net(batch[0]), batch[1]) * min(1.0, self.calls / 200)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 1e-2)
-
-
 def test_what_a_training_step_reaches_is_as_it_was(data, make_trainer, tmp_path):
     logger, lit = CSVLogger(tmp_path), Busy()
     logged = []
@@ -163,3 +190,50 @@ def test_what_was_tried_is_followed_by_the_energy_and_stored():
     again.load_state_dict(forecast.state_dict())
     assert vars(again) == vars(forecast)
     assert forecast._left == BATCHES
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(20, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 3e-3)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_auto_decides_by_the_weights_of_now(seed, make_trainer, monkeypatch):
+    """While a model learns fast an older trial is far too low: what seems free is tried again before it counts."""
+    noise = torch.Generator().manual_seed(4)
+    x, mixing = torch.randn(512, 20, generator=noise), torch.randn(20, 10, generator=noise)
+    y = (x @ mixing + torch.randn(512, 10, generator=noise)).argmax(1)
+    real, found = lp.PrehabCallback.renew_forecast, []
+
+    def renew(self, trainer, pl_module, batch, batch_idx):
+        seemed = self.forecast
+        real(self, trainer, pl_module, batch, batch_idx)
+        net, kept = pl_module.net, copy.deepcopy(pl_module.state_dict())
+        with torch.no_grad():
+            before = nn.functional.cross_entropy(net(x), y)
+            for layer in self._layers:
+                if layer.rank is not None:
+                    layer.view.write_(layer.view.weight + layer.cut())
+            after = nn.functional.cross_entropy(net(x), y)
+        pl_module.load_state_dict(kept)
+        found.append((seemed, self.forecast, float(after - before)))
+
+    monkeypatch.setattr(lp.PrehabCallback, "renew_forecast", renew)
+    limit, shuffling = 0.01, torch.manual_seed(seed)
+    compression = lp.CompressionCallback("auto", 0.4, calibration_batches=4, forecast_below=limit)
+    callbacks = [lp.PrehabCallback(forecast_every_n_steps=4), compression]
+    loader = DataLoader(torch.utils.data.TensorDataset(x, y), 64, shuffle=True, generator=shuffling)
+    make_trainer(max_epochs=14, callbacks=callbacks).fit(Classifier(), loader)
+    assert compression.done
+    assert found
+    assert all(seemed < limit for seemed, _, _ in found)
+    assert [ours < limit for _, ours, _ in found][:-1] == [False] * (len(found) - 1)  # until it is free indeed
+    assert all(0.5 < ours / exact < 2.0 for _, ours, exact in found if exact > 1e-3)
+    assert found[-1][2] < 2 * limit

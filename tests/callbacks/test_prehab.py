@@ -5,6 +5,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_prehab as lp
+from lightning_prehab.callbacks._schedules import ramp
 from lightning_prehab.errors import ArgumentError, TargetError, UnsupportedError
 
 STRENGTH = 0.3
@@ -419,7 +420,11 @@ class Strengths(pl.Callback):
         self.prehab, self.seen = prehab, []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.seen.append(self.prehab.strength * self.prehab._ramp() if self.prehab._acts(trainer) else None)
+        self.seen.append(
+            self.prehab.strength * ramp(self.prehab._steps, self.prehab.ramp_steps)
+            if self.prehab._acts(trainer)
+            else None
+        )
 
 
 @pytest.mark.parametrize("manual", [True, False])

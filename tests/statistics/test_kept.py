@@ -37,4 +37,5 @@ def test_batches_pass_and_are_kept():
     assert len(passing) == 2
     assert [float(batch.sum()) for batch in passing] == [2.0, 0.0]
     assert [number for _, number in kept] == [0, 1]
+    assert len(list(passing)) == len(kept) == 2  # gone through again, they are not kept twice
     assert [float(batch) for batch in KeptBatches().passing(iter([torch.ones(())]))] == [1.0]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import lightning_prehab as lp
-from lightning_prehab.surgery.holdings import family
 from lightning_prehab.surgery.meanings import ITERATES
 from lightning_prehab.surgery.rehearsal import rehearse
+from lightning_prehab.surgery.wrapped import family
 from tests.taught import Training
 
 try:

@@ -1,4 +1,4 @@
-"""What an optimizer holds besides its groups and their state: other optimizers, and weights a second time."""
+"""Optimizers inside of optimizers, and what else one holds besides its groups and their state."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any

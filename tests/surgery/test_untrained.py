@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, Callback
 from torch import nn
 
 import lightning_prehab as lp
-from lightning_prehab.surgery.held import held_by_none
+from lightning_prehab.surgery.untrained import held_by_none
 
 
 def net():

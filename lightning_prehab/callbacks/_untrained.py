@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prehab.callbacks._trainer import find_callback
-from lightning_prehab.surgery.held import held_by_none
+from lightning_prehab.surgery.untrained import held_by_none
 from lightning_prehab.targets.locate import Target
 
 
