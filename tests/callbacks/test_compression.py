@@ -707,3 +707,27 @@ def test_a_checkpoint_that_is_written_at_an_exception_has_the_sums(lit, loader, 
     assert int(states["CompressionCallback"]["statistics"]["net.0"]["tokens"]) == 80
     assert len(states["PrehabCallback"]["layers"]) == 3
     assert not any(module._forward_hooks for module in lit.modules())
+
+
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_few_batches_of_unknown_length_are_all_counted_once(count, make_trainer, lit_class):
+    """None stands for others, since nobody knows whether those are going to come."""
+    seen = []
+
+    class Spy(lp.KroneckerSVD):
+        def decompose(self, items):
+            seen.extend((int(layer.tokens), float(layer.input_gram.trace())) for _, layer in items)
+            return super().decompose(items)
+
+    class Long(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            source = torch.Generator().manual_seed(0)
+            for _ in range(2 * count):
+                yield torch.randn(300, 12, generator=source), torch.randn(300, 6, generator=source)
+
+    lit = lit_class(nn.Sequential(nn.Linear(12, 6)))
+    compression = lp.CompressionCallback(1, 0.5, factorization=Spy())
+    make_trainer(max_epochs=2, callbacks=[compression]).fit(lit, DataLoader(Long(), 2))
+    ((tokens, trace),) = seen
+    assert tokens == count * 600
+    assert trace == pytest.approx(sum(float(x.square().sum()) for x, _ in Long()), rel=1e-3)

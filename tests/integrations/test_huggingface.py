@@ -11,26 +11,12 @@ from torch import nn
 import lightning_prehab as lp
 from lightning_prehab.integrations.huggingface import LowRankConfig, prepare_for_saving
 from tests.same_model import assert_same_weights
+from tests.tiny_llama import llama
 
 WORKER = Path(__file__).with_name("hf_worker.py")
 # from_pretrained leaves the weights where they lie in the file, at any address
 pytestmark = pytest.mark.usefixtures("rounded_by_address")
 IDS = torch.arange(10).view(2, 5)
-
-
-def llama(**settings):
-    config = transformers.LlamaConfig(
-        vocab_size=48,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        eos_token_id=None,
-        **settings,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
 
 
 def bert():

@@ -13,24 +13,11 @@ import lightning_prehab as lp
 from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.integrations.huggingface import prepare_for_saving
 from tests.same_model import assert_same_weights
+from tests.tiny_llama import llama
 
 pytestmark = pytest.mark.usefixtures("rounded_by_address")
 IDS = torch.arange(10).view(2, 5)
 METHODS = sorted(set(AUTO_QUANTIZER_MAPPING) - {"lightning_prehab"})
-
-
-def llama():
-    config = transformers.LlamaConfig(
-        vocab_size=48,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
 
 
 def marked(method, where=("model", "config")):
