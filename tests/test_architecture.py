@@ -4,6 +4,7 @@ An import points to the same floor or to a lower one. Rooms are folders, or file
 """
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -205,6 +206,16 @@ def test_files_are_short_and_few_stand_in_the_hall():
 
 def test_every_file_says_what_it_is():
     assert [name_of(path) for path, tree in FILES.items() if not ast.get_docstring(tree)] == []
+
+
+def test_every_private_function_is_mentioned_somewhere():
+    """One that nobody calls is dead, or overrides what the class above it no longer has."""
+    nodes = [node for tree in FILES.values() for node in ast.walk(tree)]
+    mentioned = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    mentioned |= {node.id for node in nodes if isinstance(node, ast.Name)}
+    private = {node.name for node in nodes if isinstance(node, ast.FunctionDef) and re.match("_[^_].*", node.name)}
+    called_by_transformers = {"_process_model_before_weight_loading"}
+    assert private - mentioned == called_by_transformers
 
 
 def test_no_names_in_a_room_differ_by_an_ending_only():

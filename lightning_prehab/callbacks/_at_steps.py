@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import zip_longest
 
 import lightning.pytorch as pl
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_prehab.callbacks._steps import WeightSteps
+from lightning_prehab.callbacks._steps import WeightSteps, are_of_now
 
 
 class ActsAtSteps(pl.Callback):
@@ -34,8 +33,7 @@ class ActsAtSteps(pl.Callback):
         """Looks at the weights before a batch, and watches the optimizers of now if somebody has made them anew."""
         if self._weight_steps is None:
             return
-        watched = [watch.optimizer for watch in self._weight_steps.watches]
-        if any(old is not new for old, new in zip_longest(watched, trainer.optimizers)):
+        if not are_of_now(self._weight_steps.watches, trainer.optimizers):
             self._stop_watching()
             self._watch_steps(trainer, pl_module)
         self._weight_steps.begin_batch(weights)

@@ -51,6 +51,20 @@ class Forecast:
         """What was tried is of another time: the next batch counts alone."""
         self._left, self._old = (0, self._old) if self._impossible else (1, True)
 
+    def try_now(
+        self,
+        trainer: "pl.Trainer",
+        pl_module: "pl.LightningModule",
+        targets: Targets,
+        layers: Sequence[RegularizedLayer],
+        batch: Any,
+        batch_idx: int,
+    ) -> float | None:
+        """What :meth:`predict` says after the cut has been tried on this batch, whatever the time."""
+        self.renew()
+        self.follow(trainer, pl_module, targets, layers, batch, batch_idx, look=False)
+        return self.predict(tails_of(layers)[1])
+
     def predict(self, energy: float) -> float | None:
         """The increase of the loss by a cut that drops so much energy; None if nothing could be tried."""
         if not self._tried:

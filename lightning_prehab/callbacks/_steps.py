@@ -7,6 +7,7 @@ Lightning announces the steps that it makes itself (``on_before_optimizer_step``
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import zip_longest
 from typing import Any
 
 import lightning.pytorch as pl
@@ -207,6 +208,12 @@ class WeightSteps:
             rate = group.get("lr", 0.0)
             rate = rate.clone() if isinstance(rate, Tensor) else rate  # it is read only where it is needed
             self.rates.update((id(parameter), rate) for parameter in group["params"])
+
+
+def are_of_now(watches: Sequence[StepWatch], optimizers: Sequence[Optimizer]) -> bool:
+    """Whether these optimizers are watched, and not others that they have taken the place of."""
+    pairs = zip_longest((watch.optimizer for watch in watches), optimizers)
+    return all(watched is optimizer for watched, optimizer in pairs)
 
 
 def check_seen(watches: Sequence[StepWatch], who: pl.Callback) -> None:

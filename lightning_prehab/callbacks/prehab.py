@@ -197,9 +197,8 @@ class PrehabCallback(ActsAtSteps):
     ) -> None:
         """Tries the cut on a batch, with the weights of now: for whoever decides by ``forecast``."""
         if self._targets is not None and self._ready:
-            self._outlook.renew()
-            self._outlook.follow(trainer, pl_module, self._targets, self._layers, batch, batch_idx, look=False)
-            self.forecast = self._outlook.predict(tails_of(self._layers)[1])
+            cut = self._targets, self._layers
+            self.forecast = self._outlook.try_now(trainer, pl_module, *cut, batch, batch_idx)
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Refuses what cannot work, before anything has been trained."""
@@ -269,7 +268,7 @@ class PrehabCallback(ActsAtSteps):
             penalty = self._penalty(pl_module, mine, self._world_size)
             if penalty is None:
                 return
-            strength = self.strength * ramp(self._steps, self.ramp_steps)
+            strength = self.strength * self._ramp()
             pl_module.log("prehab/strength", strength, batch_size=1)
             add_to_loss_(loss, penalty, strength * loss_scale(trainer))
 
@@ -360,6 +359,9 @@ class PrehabCallback(ActsAtSteps):
         due = self._ready and self._in_season(trainer) and self._steps % self.every_n_steps == 0
         return due and isinstance(self.regularizer, Penalty)
 
+    def _ramp(self) -> float:
+        return ramp(self._steps, self.ramp_steps)
+
     def _weights(self) -> list[Tensor]:
         return [layer.parameter for layer in self._layers]
 
@@ -373,7 +375,7 @@ class PrehabCallback(ActsAtSteps):
         scale = gradient_scale(trainer) if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
         full = self.strength if self._ratio is None else self._ratio
         penalty = partial(self._penalty, pl_module)
-        strength = add_to_gradients_(optimizer, self._layers, penalty, full, ramp(self._steps, self.ramp_steps), scale)
+        strength = add_to_gradients_(optimizer, self._layers, penalty, full, self._ramp(), scale)
         if strength is not None:
             pl_module.log("prehab/strength", strength, batch_size=1)
 
@@ -395,8 +397,7 @@ class PrehabCallback(ActsAtSteps):
             return
         remaining = self._remaining(trainer, batch_idx)
         assert remaining is not None  # checked when the regularizer became ready
-        assert self._span is not None
-        progress = 1.0 - remaining / max(self._span, 1)  # exactly 1 at the last batch
+        progress = 1.0 - remaining / max(self._span or 0, 1)  # exactly 1 at the last batch
         pl_module.log("prehab/progress", progress, batch_size=1)
         shrink_together_(trainer, self._layers, self.regularizer, progress, self._weight_steps.rates)
 

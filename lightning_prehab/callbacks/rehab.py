@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_prehab.callbacks._checkpoint import check_version
 from lightning_prehab.callbacks._schedules import Shape, warmup_factor
-from lightning_prehab.callbacks._steps import StepWatch, check_seen
+from lightning_prehab.callbacks._steps import StepWatch, are_of_now, check_seen
 from lightning_prehab.callbacks._timeline import steps_of_epochs
 from lightning_prehab.callbacks._trainer import (
     batches_per_epoch,
@@ -105,6 +105,11 @@ class RehabSchedule(pl.Callback):
         """Puts the step hooks on the optimizers; they are idle until the surgery."""
         if self.warmup_epochs is not None and batches_per_epoch(trainer) is None:
             raise UnsupportedError("The length of an epoch is not known here; give RehabSchedule(warmup_steps=...).")
+        self._follow(trainer)
+
+    def _follow(self, trainer: "pl.Trainer") -> None:
+        """Scales the rates of the optimizers of now, which somebody may have made anew."""
+        self._remove()
         if len(self._done) != len(trainer.optimizers):
             self._done = [0] * len(trainer.optimizers)
         self._scaled = [_ScaledRate(self, index, optimizer) for index, optimizer in enumerate(trainer.optimizers)]
@@ -133,6 +138,8 @@ class RehabSchedule(pl.Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Shows LearningRateMonitor the rate of the step to come."""
+        if not are_of_now([scaled.watch for scaled in self._scaled], trainer.optimizers):
+            self._follow(trainer)
         for scaled in self._scaled:
             scaled.watch.forget()
         self._apply()
@@ -158,7 +165,9 @@ class RehabSchedule(pl.Callback):
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Hands the user's own rates back, for checkpoints; no step of an optimizer may have gone unseen."""
         self.restore()
-        check_seen([scaled.watch for scaled in self._scaled if scaled.optimizer in trainer.optimizers], self)
+        watches = [scaled.watch for scaled in self._scaled]
+        if are_of_now(watches, trainer.optimizers):
+            check_seen(watches, self)
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Takes the hooks off the optimizers."""

@@ -404,3 +404,39 @@ def test_an_optimizer_that_begins_later_is_no_error(loader, make_trainer):
     compression = lp.CompressionCallback(2, 0.5, exclude_modules="D.*")
     make_trainer(max_epochs=3, callbacks=[compression, lp.RehabSchedule(3)]).fit(Two(), loader)
     assert compression.done
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_train_epoch_end", "on_surgery"])
+def test_the_rates_of_optimizers_that_are_made_anew_are_warmed_up(hook, lit, loader, make_trainer):
+    """Whenever that happens around the surgery."""
+    rates, rehab = [], lp.RehabSchedule(BATCHES, start_factor=0.0)
+
+    class Anew(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            optimizer.register_step_pre_hook(lambda *args: None)  # one of somebody else's
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.current_epoch == SURGERY:
+                rates.append(rehab.factor())
+
+    def again(self, trainer, *args):
+        if trainer.current_epoch == SURGERY - (hook == "on_train_epoch_end"):
+            trainer.strategy.optimizers = [torch.optim.SGD(trainer.lightning_module.parameters(), lr=0.05)]
+
+    setattr(Anew, hook, again)
+    moved = []
+
+    class Moved(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.before = [parameter.detach().clone() for parameter in pl_module.parameters()]
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.current_epoch == SURGERY:
+                pairs = zip(pl_module.parameters(), self.before, strict=True)
+                moved.append(max(float((new - old).abs().max()) for new, old in pairs))
+
+    callbacks = [lp.CompressionCallback(SURGERY, 0.5, factorization=lp.SVD()), rehab, Anew(), Moved()]
+    make_trainer(max_epochs=SURGERY + 1, callbacks=callbacks).fit(lit, loader)
+    assert rates == pytest.approx([(step + 1) / BATCHES for step in range(BATCHES)])
+    assert moved[0] == 0.0  # at a factor of 0
+    assert moved[-1] > moved[1] > 0.0
