@@ -43,6 +43,7 @@ def compress_(
     split_fused: bool = False,
     layers_at_once: int | None = None,
     layout: Layout = "factors",
+    evaluate: float | Iterable[Any] | None = None,
 ) -> CompressionReport:
     """Compresses a model in place: targets, statistics, plan, surgery.
 
@@ -68,6 +69,10 @@ def compress_(
             each such block: for models whose Gram matrices do not fit. Of a layer that is done its factors up to the
             break-even rank stay, at most as large as the weight. None keeps all, in one pass.
         layout: How a matrix is stored; ``"factors"``, two factors, is the only one.
+        evaluate: Say in the report what the model is worth before and after: its loss, for language models the
+            perplexity, and the accuracy where there are labels. Batches to measure on; or a share of ``batches``, in
+            ``(0, 1)``, which is then held back from the calibration (``batches`` are kept in memory for that). None
+            measures nothing. See :class:`~lightning_prehab.report.evaluation.Evaluation`.
 
     Returns:
         The report; print it.
@@ -93,7 +98,9 @@ def compress_(
     )
     if isinstance(batches, Iterator) and recipe.policy_or_default.needs_probes:
         batches = list(batches)  # another pass is needed
-    return operate(recipe, ProcessSite(model, batches, loss, optimizers, layers_at_once=layers_at_once))
+    return operate(
+        recipe, ProcessSite(model, batches, loss, optimizers, layers_at_once=layers_at_once, evaluate=evaluate)
+    )
 
 
 @outside_inference_mode

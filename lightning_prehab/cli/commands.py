@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lightning_prehab.cli.arguments import build_parser, read_recipe
+from lightning_prehab.cli.evaluation import REPORT, compare_scores, read_evaluation, scores_in
 from lightning_prehab.cli.inputs import Batches, copy_settings, example_batch, load_model, read_batches
 from lightning_prehab.errors import ArgumentError, PrehabError
 from lightning_prehab.files.folders import STRUCTURE, load_compressed, save_compressed
@@ -28,9 +29,6 @@ from lightning_prehab.road import operate, plan_budgets
 from lightning_prehab.sites import ProcessSite
 from lightning_prehab.statistics.batches import call_model, to_device
 from lightning_prehab.statistics.calibration import as_found
-
-#: Of a folder that ``compress`` has written.
-REPORT = "report.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,8 +72,10 @@ def compress(settings: Any) -> None:
     _check_output(output, settings.force)
     recipe = read_recipe(settings, settings.keep)
     model, batches = _inputs(settings)
+    batches, evaluation = read_evaluation(settings, batches)
+    site = ProcessSite(model, batches, layers_at_once=settings.layers_at_once, evaluate=evaluation)
     with _working("compressing"):
-        report = operate(recipe, ProcessSite(model, batches, layers_at_once=settings.layers_at_once))
+        report = operate(recipe, site)
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     try:
@@ -103,6 +103,7 @@ def report(settings: Any) -> None:
         raise ArgumentError("--metrics is for the page; give --html too.")
     if settings.bench is not None:
         found = found.with_latency(ModelLatency.load_json(settings.bench))
+        found = found if found.scores is not None else found.with_scores(scores_in(settings.bench))
     wishes = [wish.partition("=") for wish in settings.png or []]
     for name, _, file in wishes:
         if name not in FIGURES or not file:
@@ -126,7 +127,9 @@ def bench(settings: Any) -> None:
     with _working("measuring"):
         sized = (example_batch(dense, batches, size, settings.max_length) for size in settings.batch_sizes)
         latency = compare_latencies(dense, low, sized)
-    _show(settings, latency.to_dict(), latency)
+        scores = compare_scores(settings, dense, low, batches)
+    data = {**latency.to_dict(), "scores": None if scores is None else scores.to_dict()}
+    _show(settings, data, latency, *([] if scores is None else [scores.summary()]))
 
 
 _COMMANDS: dict[str, Callable[[Any], None]] = {"plan": plan, "compress": compress, "report": report, "bench": bench}
