@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from lightning_prehab.cli.arguments import build_parser, read_recipe
-from lightning_prehab.cli.evaluation import REPORT, compare_scores, read_evaluation, scores_in
+from lightning_prehab.cli.evaluation import compare_scores, read_evaluation, scores_in
 from lightning_prehab.cli.inputs import Batches, copy_settings, example_batch, load_model, read_batches
+from lightning_prehab.cli.warned import plainly
 from lightning_prehab.errors import ArgumentError, PrehabError
 from lightning_prehab.files.folders import STRUCTURE, load_compressed, save_compressed
 from lightning_prehab.report.compression_report import CompressionReport
@@ -29,6 +30,9 @@ from lightning_prehab.road import operate, plan_budgets
 from lightning_prehab.sites import ProcessSite
 from lightning_prehab.statistics.batches import call_model, to_device
 from lightning_prehab.statistics.calibration import as_found
+
+#: Of a folder that ``compress`` has written.
+REPORT = "report.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = build_parser().parse_args(arguments)
         command = settings.command
-        _COMMANDS[command](settings[command])
+        with plainly():
+            _COMMANDS[command](settings[command])
     except PrehabError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -127,7 +132,7 @@ def bench(settings: Any) -> None:
     with _working("measuring"):
         sized = (example_batch(dense, batches, size, settings.max_length) for size in settings.batch_sizes)
         latency = compare_latencies(dense, low, sized)
-        scores = compare_scores(settings, dense, low, batches)
+        scores = compare_scores(settings, dense, low, batches, Path(settings.compressed) / REPORT)
     data = {**latency.to_dict(), "scores": None if scores is None else scores.to_dict()}
     _show(settings, data, latency, *([] if scores is None else [scores.summary()]))
 

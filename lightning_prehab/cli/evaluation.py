@@ -15,16 +15,10 @@ from lightning_prehab.report.scores import Scores
 from lightning_prehab.statistics.batches import batch_size
 from lightning_prehab.statistics.held_back import hold_back
 
-#: Of a folder that ``compress`` has written.
-REPORT = "report.json"
 #: Of the rows of the data, held back where nobody says otherwise.
 SHARE = 0.1
 #: With fewer rows than this nothing is held back unless asked for: less than three would be left to measure on.
 FEWEST_ROWS = 30
-HELP = (
-    "say what the model is worth before and after: a share of the rows of --data, which is held back from the "
-    f"calibration (default: {SHARE}, if there are {FEWEST_ROWS} rows), a file as for --data, or 0 for nothing"
-)
 
 
 def read_evaluation(settings: Any, batches: Batches | None) -> tuple[Batches | None, Evaluation | None]:
@@ -50,15 +44,18 @@ def read_evaluation(settings: Any, batches: Batches | None) -> tuple[Batches | N
     return rest, Evaluation(held, held_back=True, source=Path(settings.data).name)
 
 
-def compare_scores(settings: Any, dense: nn.Module, low: nn.Module, batches: Batches | None) -> Scores | None:
+def compare_scores(
+    settings: Any, dense: nn.Module, low: nn.Module, batches: Batches | None, report: Path
+) -> Scores | None:
     """What both models are worth on the data, if there is any and something can be told.
 
-    Data of the name that the compressed model was calibrated with is called so, as far as its report says that.
+    Data of the name that the compressed model was calibrated with is called so, as far as its report, a file that may
+    be missing, says that.
     """
     if batches is None:
         return None
     name = Path(settings.data).name
-    known = _calibrated_with(name, Path(settings.compressed) / REPORT)
+    known = _calibrated_with(name, report)
     evaluation = Evaluation(batches, source=f"{name} (the name of the calibration data)" if known else name)
     before = evaluation.score(dense)
     after = None if before is None else evaluation.score(low)
