@@ -12,6 +12,7 @@ from lightning_prehab.linalg.modes import outside_inference_mode
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.recipe import Layout, RankOverride, Recipe
 from lightning_prehab.plan.spectra import Solver
+from lightning_prehab.progress import shown
 from lightning_prehab.rank_policies import Probe, RankPolicy
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.road import apply, operate, survey
@@ -43,6 +44,7 @@ def compress_(
     split_fused: bool = False,
     layers_at_once: int | None = None,
     layout: Layout = "factors",
+    progress: bool = True,
 ) -> CompressionReport:
     """Compresses a model in place: targets, statistics, plan, surgery.
 
@@ -68,6 +70,8 @@ def compress_(
             each such block: for models whose Gram matrices do not fit. Of a layer that is done its factors up to the
             break-even rank stay, at most as large as the weight. None keeps all, in one pass.
         layout: How a matrix is stored; ``"factors"``, two factors, is the only one.
+        progress: Show on standard error what is being done, if it takes more than a second or two: bars on a terminal,
+            lines elsewhere; see :func:`~lightning_prehab.progress.shown`.
 
     Returns:
         The report; print it.
@@ -93,7 +97,8 @@ def compress_(
     )
     if isinstance(batches, Iterator) and recipe.policy_or_default.needs_probes:
         batches = list(batches)  # another pass is needed
-    return operate(recipe, ProcessSite(model, batches, loss, optimizers, layers_at_once=layers_at_once))
+    with shown(progress):
+        return operate(recipe, ProcessSite(model, batches, loss, optimizers, layers_at_once=layers_at_once))
 
 
 @outside_inference_mode

@@ -1,0 +1,27 @@
+"""What long work says of itself, to whoever listens, and the display of it."""
+
+from lightning_prehab.progress.events import (
+    Listener,
+    Progress,
+    counted,
+    doing,
+    length_of,
+    listening,
+    naming_items,
+    quiet,
+    tell,
+)
+from lightning_prehab.progress.shown import shown
+
+__all__ = [
+    "Listener",
+    "Progress",
+    "counted",
+    "doing",
+    "length_of",
+    "listening",
+    "naming_items",
+    "quiet",
+    "shown",
+    "tell",
+]
