@@ -41,7 +41,7 @@ def shown(enabled: bool = True, *, write: Callable[[str], object] | None = None)
 
     >>> import torch
     >>> import lightning_prehab as lp
-    >>> model = torch.nn.Linear(32, 32)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32))
     >>> with lp.progress.shown():
     ...     plan = lp.make_plan(lp.find_targets(model), 0.5, lp.SVD())
     """
