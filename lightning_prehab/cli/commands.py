@@ -126,7 +126,7 @@ def bench(settings: Any) -> None:
     with shown():
         with doing("read"):
             low = load_compressed(settings.compressed, load_model(settings.source, settings.model)).to(settings.device)
-        sized = (example_batch(dense, batches, size, settings.max_length) for size in settings.batch_sizes)
+        sized = [example_batch(dense, batches, size, settings.max_length) for size in settings.batch_sizes]
         latency = compare_latencies(dense, low, sized)
     _show(settings, latency.to_dict(), latency)
 

@@ -16,7 +16,7 @@ class Progress(NamedTuple):
 
     Attributes:
         phase: What is being done: ``"read"``, ``"block"``, ``"calibrate"``, ``"decompose"``, ``"alternate"``,
-            ``"probe"``, ``"factorize"``, ``"try"``, ``"evaluate"``, ``"measure"`` or ``"write"``.
+            ``"probe"``, ``"time"``, ``"factorize"``, ``"try"``, ``"evaluate"``, ``"measure"`` or ``"write"``.
         done: How many are done, from 0.
         total: Of how many, or None if that is not known. 1 for what cannot be counted.
         what: The one that comes next, such as the name of a layer; empty if it has none.
@@ -87,8 +87,21 @@ def tell(phase: str, done: int, total: int | None = None, what: str = "") -> Non
     names = _names.get().get(phase, ())
     if not what and done < len(names):
         what = names[done]
-    for listener in listeners:
-        listener(Progress(phase, done, total, what))
+    try:
+        for listener in listeners:
+            listener(Progress(phase, done, total, what))
+    except Exception as error:
+        error._lightning_prehab_heard = True  # type: ignore[attr-defined]
+        raise
+
+
+def ends_the_work(error: Exception) -> bool:
+    """Whether a listener has raised this: who goes on after errors, since it can do without, must not after this one.
+
+    >>> ends_the_work(ValueError("of the user's loss"))
+    False
+    """
+    return getattr(error, "_lightning_prehab_heard", False)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ _PHASES = {
     "decompose": ("decomposing", "layer", "layers"),
     "alternate": ("choosing entries", "round", "rounds"),
     "probe": ("probing", "layer", "layers"),
+    "time": ("timing", "layer", "layers"),
     "factorize": ("factorizing", "layer", "layers"),
     "try": ("trying the cut", "pass", "passes"),
     "evaluate": ("evaluating", "batch", "batches"),

@@ -16,6 +16,7 @@ from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.probes import measure_probes
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.plan.spectra import Solver, Spectrum
+from lightning_prehab.progress import ends_the_work, tell
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.sites.base import Site
@@ -82,12 +83,14 @@ class ProcessSite(Site):
             warnings.warn(warning, stacklevel=2)
         return targets
 
-    def blocks(self, targets: Targets) -> Iterator[Targets]:
+    def blocks(self, targets: Targets) -> list[Targets]:
         """So many at once as the site was made for."""
         names = list(targets)
         size = self._layers_at_once or max(len(names), 1)
-        for start in range(0, len(names), size):
-            yield Targets({name: targets[name] for name in names[start : start + size]}, {}, None)
+        return [
+            Targets({name: targets[name] for name in names[start : start + size]}, {}, None)
+            for start in range(0, len(names), size)
+        ]
 
     def observe(self, targets: Targets, wanted: Wanted) -> Mapping[str, LayerStatistics] | None:
         """Runs the model over the batches, if there are any and something is wanted."""
@@ -136,6 +139,9 @@ class ProcessSite(Site):
         try:
             return effect_of_cuts(self.model, views, factors, [batch for batch, _ in self._kept], self._forward)
         except Exception as error:  # a loss is anybody's code, and the cut does not need to know
+            if ends_the_work(error):
+                raise
+            tell("try", 0, 0)
             warnings.warn(
                 f"What the cut does to the loss could not be measured ({type(error).__name__}: {error}).", stacklevel=2
             )
