@@ -10,6 +10,7 @@ _PHASES = {
     "read": ("reading the model", "", ""),
     "block": ("in parts", "part", "parts"),
     "calibrate": ("calibrating", "batch", "batches"),
+    "prepare": ("preparing the regularizer", "layer", "layers"),
     "decompose": ("decomposing", "layer", "layers"),
     "alternate": ("choosing entries", "round", "rounds"),
     "probe": ("probing", "layer", "layers"),
