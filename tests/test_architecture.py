@@ -72,7 +72,7 @@ EXTRAS = {
     ("layers/blocks.py", "transformers"),
     ("plan/compression_plan.py", "rich"),
     ("progress/faces.py", "rich"),
-    ("progress/shown.py", "rich"),
+    ("progress/display.py", "rich"),
     ("report/compression_report.py", "matplotlib"),
     ("report/compression_report.py", "rich"),
     ("report/figures.py", "matplotlib"),

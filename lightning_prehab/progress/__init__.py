@@ -1,5 +1,6 @@
 """What long work says of itself, to whoever listens, and the display of it."""
 
+from lightning_prehab.progress.display import shown
 from lightning_prehab.progress.events import (
     Listener,
     Progress,
@@ -12,7 +13,6 @@ from lightning_prehab.progress.events import (
     quiet,
     tell,
 )
-from lightning_prehab.progress.shown import shown
 
 __all__ = [
     "Listener",

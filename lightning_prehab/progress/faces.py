@@ -54,7 +54,7 @@ class Lines(Face):
             self._said = now
         newest = {(phase.name, phase.began) for phase in running[-1:] if phase.seconds(now) >= LEAST}
         if newest - self._announced or now - self._said >= EVERY:
-            self._announced |= newest
+            self._announced |= {(phase.name, phase.began) for phase in running}
             self._write(self._status(running, now))
             self._said = now
 

@@ -106,8 +106,8 @@ class Display:
 
     def close(self) -> None:
         """Shows how it has ended, if anything was shown."""
+        self.draw()
         if self._face is not None:
-            self.draw()
             self._carefully(self._face.close)
 
     def _put(self, over: Sequence[Phase], running: Sequence[Phase], now: float) -> None:
