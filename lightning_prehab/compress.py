@@ -12,6 +12,7 @@ from lightning_prehab.linalg.modes import outside_inference_mode
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.recipe import Layout, RankOverride, Recipe
 from lightning_prehab.plan.spectra import Solver
+from lightning_prehab.progress import shown
 from lightning_prehab.rank_policies import Probe, RankPolicy
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.road import apply, operate, survey
@@ -44,6 +45,7 @@ def compress_(
     layers_at_once: int | None = None,
     layout: Layout = "factors",
     evaluate: float | Iterable[Any] | None = None,
+    progress: bool = True,
 ) -> CompressionReport:
     """Compresses a model in place: targets, statistics, plan, surgery.
 
@@ -73,6 +75,8 @@ def compress_(
             perplexity, and the accuracy where there are labels. Batches to measure on; or a share of ``batches``, in
             ``(0, 1)``, which is then held back from the calibration (``batches`` are kept in memory for that). None
             measures nothing. See :class:`~lightning_prehab.report.evaluation.Evaluation`.
+        progress: Show on standard error what is being done, if it takes more than a second or two: bars on a terminal,
+            lines elsewhere; see :func:`~lightning_prehab.progress.shown`.
 
     Returns:
         The report; print it.
@@ -98,9 +102,9 @@ def compress_(
     )
     if isinstance(batches, Iterator) and recipe.policy_or_default.needs_probes:
         batches = list(batches)  # another pass is needed
-    return operate(
-        recipe, ProcessSite(model, batches, loss, optimizers, layers_at_once=layers_at_once, evaluate=evaluate)
-    )
+    site = ProcessSite(model, batches, loss, optimizers, layers_at_once=layers_at_once, evaluate=evaluate)
+    with shown(progress):
+        return operate(recipe, site)
 
 
 @outside_inference_mode

@@ -17,6 +17,7 @@ from lightning_prehab.plan.ranks import check_recipe, plan_ranks
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.plan.spectra import Solver, Spectrum
 from lightning_prehab.plan.usable import require_targets, usable_targets
+from lightning_prehab.progress import counted, length_of
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.report.scores import Score, Scores
@@ -106,7 +107,8 @@ def _examine(targets: Targets, recipe: Recipe, site: Site) -> Survey:
         spectra.update(site.decompose(solver))
         forms.add(usable)
 
-    for block in site.blocks(targets):
+    blocks = site.blocks(targets)
+    for block in blocks if length_of(blocks) == 1 else counted(blocks, "block"):
         look_at(block)
     require_targets(forms)
     return Survey(targets, forms, spectra)

@@ -14,7 +14,7 @@ PACKAGE = Path(lightning_prehab.__file__).parent
 FLOORS = [
     {
         "errors": "the errors that are raised on purpose",
-        "progress": "what long work says of itself, to whoever listens",
+        "progress": "what long work says of itself, to whoever listens, and how it is shown",
         "linalg": "matrices in, matrices out",
         "documents": "settings as data, and tables",
         "__about__": "the version",
@@ -71,6 +71,8 @@ EXTRAS = {
     ("integrations/huggingface.py", "transformers"),
     ("layers/blocks.py", "transformers"),
     ("plan/compression_plan.py", "rich"),
+    ("progress/faces.py", "rich"),
+    ("progress/display.py", "rich"),
     ("report/compression_report.py", "matplotlib"),
     ("report/compression_report.py", "rich"),
     ("report/figures.py", "matplotlib"),

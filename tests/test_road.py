@@ -240,31 +240,49 @@ def test_whatever_breaks_the_model_is_as_it_was(question):
     assert not any(layer._forward_hooks or layer._backward_hooks for layer in module.modules())
 
 
-def test_progress_of_all_phases_and_a_listener_that_gives_up():
+PROBED = lp.Recipe(policy=lp.ProbeBudget(0.5))
+PHASES = ["calibrate", "decompose", "probe", "factorize", "try"]
+
+
+def test_progress_of_all_phases():
     heard = []
     with listening(heard.append):
-        lp.compress_(build("conv"), lp.Recipe(policy=lp.ProbeBudget(0.5)), batches("conv"), loss_of)
-    phases = list(dict.fromkeys(one.phase for one in heard))
-    assert phases == ["calibrate", "decompose", "probe", "factorize"]
-    for phase in phases:
+        lp.compress_(build("conv"), PROBED, batches("conv"), loss_of)
+    assert list(dict.fromkeys(one.phase for one in heard)) == PHASES
+    for phase in PHASES:
         steps = [one for one in heard if one.phase == phase]
         assert [one.done for one in steps] == sorted(one.done for one in steps)
         assert (steps[0].done, steps[-1].done) == (0, steps[-1].total), phase
-        assert len({one.total for one in steps}) == 1
+        assert len({one.total for one in steps[:-1]}) == 1  # the cut may be tried less often than was thought
+        named = [one.what for one in steps if one.done < one.total]
+        assert all(named) == any(named) == (phase in ("decompose", "probe", "factorize")), phase
 
-    for phase in phases:
 
-        def give_up(progress, phase=phase):
-            if progress.phase == phase:
-                raise KeyboardInterrupt
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, PrehabError])
+def test_a_listener_that_gives_up_ends_the_work_and_the_model_is_as_it_was(phase, error):
+    def give_up(progress):
+        if progress.phase == phase:
+            raise error("enough")
 
-        module = build("conv")
-        before = copy.deepcopy(module)
-        with pytest.raises(KeyboardInterrupt), listening(give_up):
-            lp.compress_(module, lp.Recipe(policy=lp.ProbeBudget(0.5)), batches("conv"), loss_of)
-        assert str(module) == str(before)
-        assert_same(state_of(module), state_of(before))
-        assert not any(layer._forward_hooks for layer in module.modules())
+    module = build("conv")
+    before = copy.deepcopy(module)
+    with pytest.raises(error, match="enough"), listening(give_up):
+        lp.compress_(module, PROBED, batches("conv"), loss_of)
+    assert str(module) == str(before)
+    assert_same(state_of(module), state_of(before))
+    assert not any(layer._forward_hooks for layer in module.modules())
+
+
+def test_blocks_are_told_of_with_what_is_done_in_them():
+    heard = []
+    with listening(heard.append):
+        lp.compress_(build("mlp"), 0.5, batches("mlp"), loss_of, layers_at_once=1)
+    parts = [one for one in heard if one.phase == "block"]
+    assert [one.done for one in parts] == list(range(parts[0].total + 1))
+    assert parts[0].total > 1
+    between = heard[heard.index(parts[0]) : heard.index(parts[-1])]
+    assert {one.phase for one in between} == {"block", "calibrate", "decompose"}
 
 
 def test_a_survey_makes_plans_and_changes_nothing():

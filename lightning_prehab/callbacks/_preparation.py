@@ -9,9 +9,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_prehab.callbacks._checkpoint import dump_statistics, restore_statistics_
 from lightning_prehab.callbacks._distributed import decide_on_rank_zero, sum_statistics_
 from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, is_reached, matrices, wanted_in
+from lightning_prehab.callbacks._showing import showing
 from lightning_prehab.callbacks._trainer import loss_scale, uses_loss_scaling
 from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.plan.layer_plan import LayerPlan
+from lightning_prehab.progress import counted
 from lightning_prehab.statistics.collector import Collector
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 from lightning_prehab.targets.find import Targets
@@ -96,6 +98,10 @@ class Preparation:
 
     def finish(self, trainer: "pl.Trainer") -> list[RegularizedLayer]:
         """The layers to regularize: those that the plan cuts and the statistics have reached."""
+        with showing(trainer):
+            return self._layers(trainer)
+
+    def _layers(self, trainer: "pl.Trainer") -> list[RegularizedLayer]:
         statistics, source = self.close(), self._source
         if statistics is not None:
             sum_statistics_(trainer, statistics)
@@ -104,7 +110,7 @@ class Preparation:
             plan = decide_on_rank_zero(trainer, lambda: source.make_plan(self._planned, statistics))
             cuts = {layer.name: layer for layer in plan.layers if layer.rank is not None}
         layers = []
-        for name, target in self._targets.items():
+        for name, target in counted(self._targets.items(), "prepare"):
             cut = cuts.get(name)
             if cut is None and self._only_cut:
                 continue

@@ -1,7 +1,8 @@
 """What the callbacks need to know of a Trainer, in one place."""
 
 import math
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -13,6 +14,8 @@ from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.progress import length_of
 
 CallbackT = TypeVar("CallbackT", bound=pl.Callback)
+#: For ``log`` of what is equal on all processes: nothing is sent between them, and Lightning does not ask for it.
+EQUAL: Mapping[str, Any] = {"sync_dist": True, "rank_zero_only": True}
 
 
 def check_strategy(trainer: "pl.Trainer", who: pl.Callback) -> None:

@@ -18,6 +18,7 @@ from lightning_prehab.errors import StatisticsError, UnsupportedError
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.plan.compression_plan import CompressionPlan
+from lightning_prehab.progress import ends_the_work, tell
 from lightning_prehab.statistics.collector import unseen
 from lightning_prehab.statistics.effect import Change, measure_increase, moved
 from lightning_prehab.statistics.kept import MOST_BATCHES
@@ -91,9 +92,13 @@ def where_possible(work: Callable[[], float]) -> float | None:
     """What ``work`` measures, or None, with a warning, where it cannot: a run does not end for that."""
     try:
         return work()
-    except UnsupportedError as error:
-        rank_zero_info(str(error))
     except Exception as error:  # training_step is anybody's code
+        if ends_the_work(error):
+            raise
+        tell("try", 0, 0)
+        if isinstance(error, UnsupportedError):
+            rank_zero_info(str(error))
+            return None
         rank_zero_warn(f"What the cut does to the loss could not be measured ({type(error).__name__}: {error}).")
     return None
 
@@ -126,8 +131,7 @@ def effect_in_training(
 
     trial, changes, batches = together(trainer, prepare)
 
-    def losses_at(some: range, step: float) -> list[float]:
-        own = together(trainer, lambda: [trial.loss(*batches[number], changes, step) for number in some])
-        return [loss for part in gather(trainer, own) for loss in part]
+    def losses_at(number: int, step: float) -> list[float]:
+        return gather(trainer, together(trainer, lambda: trial.loss(*batches[number], changes, step)))
 
     return measure_increase(losses_at, min(gather(trainer, len(batches))))

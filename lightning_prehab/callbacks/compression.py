@@ -22,8 +22,10 @@ from lightning_prehab.callbacks._checkpoint import (
 from lightning_prehab.callbacks._finetuning import FROZEN, StoredGroups, note_frozen, rename_groups_, unfreeze_
 from lightning_prehab.callbacks._neighbours import refuse_averaging, refuse_finders, refuse_pruning
 from lightning_prehab.callbacks._report_logging import log_report
+from lightning_prehab.callbacks._showing import showing
 from lightning_prehab.callbacks._site import TrainerSite
 from lightning_prehab.callbacks._trainer import (
+    EQUAL,
     batches_per_epoch,
     callbacks_of,
     check_launcher,
@@ -406,12 +408,14 @@ class CompressionCallback(pl.Callback):
     def _operate(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         kept, self._kept = self._kept, KeptBatches()
         site = TrainerSite(trainer, pl_module, self.calibration_batches, self._take_statistics(), kept)
-        report = self.report = operate(self.recipe, site)
+        with showing(trainer):
+            report = self.report = operate(self.recipe, site)
         rename_groups_(trainer, pl_module)
         if self.reset_scores:
             reset_scores_(trainer)
         pl_module.print(f"\n{report}")
-        pl_module.log_dict({"compression/keep": report.keep, "compression/model_keep": report.model_keep}, batch_size=1)
+        shares = {"compression/keep": report.keep, "compression/model_keep": report.model_keep}
+        pl_module.log_dict(shares, batch_size=1, **EQUAL)
         log_report(trainer, report)
         for listener in (*callbacks_of(trainer), pl_module):
             on_surgery = getattr(listener, "on_surgery", None)

@@ -33,7 +33,7 @@ from lightning_prehab.callbacks._injection import add_to_gradients_, add_to_loss
 from lightning_prehab.callbacks._preparation import Preparation
 from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, matrices, restore_layers, tails_of
 from lightning_prehab.callbacks._schedules import ramp
-from lightning_prehab.callbacks._shared_work import complete_memories_, own_part, shrink_together_
+from lightning_prehab.callbacks._shared_work import complete_memories_, log_spectral_ranks, own_part, shrink_together_
 from lightning_prehab.callbacks._timeline import batches_to_watch, remaining_batches
 from lightning_prehab.callbacks._trainer import (
     check_strategy,
@@ -296,9 +296,7 @@ class PrehabCallback(ActsAtSteps):
             self._weight_steps.check_seen(self)
         if not self._ready or not self._in_season(trainer):
             return
-        ranks = [layer.spectral_ranks() for layer in self._layers]
-        stable, effective = (torch.stack(values).mean().float() for values in zip(*ranks, strict=True))
-        pl_module.log_dict({"prehab/stable_rank": stable, "prehab/effective_rank": effective}, batch_size=1)
+        log_spectral_ranks(pl_module, self._layers)
 
     def on_surgery(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", report: Any) -> None:
         """The work is done; lets go of the dense layers."""

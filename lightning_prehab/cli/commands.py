@@ -10,7 +10,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from lightning_prehab.cli.inputs import Batches, copy_settings, example_batch, l
 from lightning_prehab.cli.warned import plainly
 from lightning_prehab.errors import ArgumentError, PrehabError
 from lightning_prehab.files.folders import STRUCTURE, load_compressed, save_compressed
+from lightning_prehab.progress import doing, shown
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.report.figures import FIGURES, to_png
 from lightning_prehab.report.latency import ModelLatency, compare_latencies
@@ -65,7 +65,7 @@ def plan(settings: Any) -> None:
     """What each budget would do; nothing is changed or written."""
     recipes = [read_recipe(settings, keep) for keep in settings.keep or [None]]
     model, batches = _inputs(settings)
-    with _working("calibrating and decomposing"):
+    with shown():
         plans = plan_budgets(recipes, ProcessSite(model, batches, layers_at_once=settings.layers_at_once))
     data = [{"keep": found.keep, "model_keep": found.model_keep, **found.to_dict()} for found in plans]
     _show(settings, {"plans": data}, *plans)
@@ -79,14 +79,15 @@ def compress(settings: Any) -> None:
     model, batches = _inputs(settings)
     batches, evaluation = read_evaluation(settings, batches)
     site = ProcessSite(model, batches, layers_at_once=settings.layers_at_once, evaluate=evaluation)
-    with _working("compressing"):
+    with shown():
         report = operate(recipe, site)
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     try:
-        made = save_compressed(model, work / "new", report)
-        report.save_json(made / REPORT)
-        copy_settings(Path(settings.source), made)
+        with shown(), doing("write"):
+            made = save_compressed(model, work / "new", report)
+            report.save_json(made / REPORT)
+            copy_settings(Path(settings.source), made)
         if output.exists():
             os.replace(output, work / "old")
         try:
@@ -128,9 +129,10 @@ def bench(settings: Any) -> None:
     if any(size < 1 for size in settings.batch_sizes):
         raise ArgumentError(f"--batch-sizes must be at least 1, got {settings.batch_sizes}.")
     dense, batches = _inputs(settings)
-    low = load_compressed(settings.compressed, load_model(settings.source, settings.model)).to(settings.device)
-    with _working("measuring"):
-        sized = (example_batch(dense, batches, size, settings.max_length) for size in settings.batch_sizes)
+    with shown():
+        with doing("read"):
+            low = load_compressed(settings.compressed, load_model(settings.source, settings.model)).to(settings.device)
+        sized = [example_batch(dense, batches, size, settings.max_length) for size in settings.batch_sizes]
         latency = compare_latencies(dense, low, sized)
         scores = compare_scores(settings, dense, low, batches, Path(settings.compressed) / REPORT)
     data = {**latency.to_dict(), "scores": None if scores is None else scores.to_dict()}
@@ -149,7 +151,7 @@ def _inputs(settings: Any) -> tuple[nn.Module, Batches | None]:
         )
     if settings.device == "meta":
         raise ArgumentError("--device 'meta' cannot be used: it holds no values.")
-    with _working("reading the model"):
+    with shown(), doing("read"):
         try:
             model = load_model(settings.source, settings.model).to(settings.device)
         except (RuntimeError, AssertionError) as error:
@@ -205,9 +207,3 @@ def _show(settings: Any, data: object, *shown: object) -> None:
             print(item)  # in files and pipes: whole lines, whatever the width
         else:
             console.print(item)
-
-
-def _working(what: str) -> AbstractContextManager[object]:
-    import rich.console
-
-    return rich.console.Console(stderr=True).status(f"{what} ...")

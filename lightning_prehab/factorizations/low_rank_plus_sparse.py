@@ -109,10 +109,9 @@ class LowRankPlusSparse(Factorization):
     def decompose(self, items: Sequence[tuple[Tensor, LayerStatistics | None]]) -> list[Decomposition]:
         """The alternation at half the break-even rank for all weights together; the one at a rank starts from there."""
         items = [(weight.detach(), statistics) for weight, statistics in items]
-        with quiet():
-            found = self.base.decompose(items)
+        found = self.base.decompose(items)
         scales = [_Metric(self.base, weight, statistics).scales for weight, statistics in items]
-        for _ in counted(range(self.steps), "decompose"):
+        for _ in counted(range(self.steps), "alternate"):
             sparse = [
                 self._largest(weight, decomposition.factors(_start_rank(*weight.shape)), scale)
                 for (weight, _), decomposition, scale in zip(items, found, scales, strict=True)
@@ -131,7 +130,8 @@ class LowRankPlusSparse(Factorization):
         metric = _Metric(self.base, weight, statistics)
 
         def refit() -> Factors:
-            return self._without([(weight, statistics)], [sparse])[0].factors(rank)
+            with quiet():
+                return self._without([(weight, statistics)], [sparse])[0].factors(rank)
 
         for _ in range(self.steps):
             sparse = self._largest(weight, refit(), metric.scales)
@@ -160,8 +160,7 @@ class LowRankPlusSparse(Factorization):
             (_wide(weight) - part.matrix(*weight.shape), statistics)
             for (weight, statistics), part in zip(items, sparse, strict=True)
         ]
-        with quiet():
-            return self.base.decompose(rest)
+        return self.base.decompose(rest)
 
 
 class _Metric:

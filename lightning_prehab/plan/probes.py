@@ -13,7 +13,7 @@ from lightning_prehab.factorizations import Factors
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.matrices import break_even_rank
 from lightning_prehab.linalg.modes import outside_inference_mode
-from lightning_prehab.progress import counted
+from lightning_prehab.progress import counted, naming_items, tell
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.rank_policies.base import check_probe_keep
 from lightning_prehab.statistics.batches import batch_size, call_model, to_device
@@ -75,7 +75,9 @@ def measure_probes(
             yield _logits_or_loss(output)
 
     probes = {}
-    with torch.no_grad(), as_found(model), closing(_Cutter(model, targets)) as cutter:
+    named = naming_items("probe", list(targets))
+    with torch.no_grad(), as_found(model), closing(_Cutter(model, targets)) as cutter, named:
+        tell("probe", 0, len(targets))  # the pass of the dense model belongs to it
         dense = list(outputs())
         for output in dense:
             require_finite_output(output, "The output of the dense model")

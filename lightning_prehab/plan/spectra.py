@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_prehab.errors import PrehabError
 from lightning_prehab.factorizations import Decomposition, Factorization, Factors
 from lightning_prehab.kinds import view_of
+from lightning_prehab.progress import naming_items
 from lightning_prehab.statistics.sums import LayerStatistics
 from lightning_prehab.targets.locate import Target, group_names
 
@@ -53,10 +54,12 @@ def decompose_targets(
         groups = zip(group_names(name, targets[name]), view_of(targets[name]).groups(), strict=True)
         items[name] = [(view.weight.detach(), (statistics or {}).get(group)) for group, view in groups]
     flat = [item for groups in items.values() for item in groups]
+    numbered = [name for name, groups in items.items() for _ in groups]
     devices = {weight.device.type for weight, _ in flat}
     with torch.no_grad(), torch.autocast(next(iter(devices), "cpu"), enabled=False):
         try:
-            solved = iter(factorization.decompose(flat))
+            with naming_items("decompose", numbered):
+                solved = iter(factorization.decompose(flat))
         except PrehabError:
             for name in wanted:
                 with naming(name, targets[name]):

@@ -12,6 +12,7 @@ from lightning_prehab.errors import ArgumentError
 from lightning_prehab.kinds import MatrixView, view_of
 from lightning_prehab.layers.linear import LowRankLinear
 from lightning_prehab.linalg.matrices import break_even_rank
+from lightning_prehab.progress import counted
 from lightning_prehab.targets.locate import Target
 
 #: Ranks that are measured of each shape, spread evenly.
@@ -46,7 +47,7 @@ def measure_latencies(
         raise ArgumentError(f"tokens must be at least 1, got {tokens!r}.")
     measured: dict[object, dict[int | None, float]] = {}
     latencies = {}
-    for name, layer in targets.items():
+    for name, layer in counted(targets.items(), "time"):
         view = view_of(layer)
         m, n = view.shape
         grid = spread(range(1, break_even_rank(m, n) + 1) if ranks is None else ranks[name])

@@ -16,6 +16,7 @@ from lightning_prehab.documents import settings
 from lightning_prehab.documents.tables import Table
 from lightning_prehab.errors import ArgumentError, CheckpointError, PrehabError
 from lightning_prehab.plan.timing import time_calls
+from lightning_prehab.progress import counted, tell
 from lightning_prehab.statistics.batches import batch_size, call_model, to_device
 from lightning_prehab.statistics.calibration import Forward, as_found
 from lightning_prehab.targets.find import count_parameters
@@ -204,7 +205,7 @@ def compare_latencies(
     run = call_model if forward is None else forward
     measured = []
     with as_found(dense), as_found(compressed), torch.no_grad():
-        for batch in (to_device(found, device) for found in batches):
+        for batch in (to_device(found, device) for found in counted(batches, "measure")):
             layers = _layers(dense, compressed, lambda batch=batch: run(dense, batch), device)  # type: ignore[misc]
             before, after = _in_turn(
                 lambda batch=batch: run(dense, batch),  # type: ignore[misc]
@@ -240,6 +241,7 @@ def _layers(
 
     def measure(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         handles.pop(name).remove()  # nothing but the layer itself is measured
+        tell("time", len(found), len(replaced), name)
         old, new = replaced[name]
         found[name] = _in_turn(lambda: old(*args, **kwargs), lambda: new(*args, **kwargs), device)
 
@@ -247,6 +249,7 @@ def _layers(
         for name, (old, _) in replaced.items():
             handles[name] = old.register_forward_pre_hook(partial(measure, name), with_kwargs=True)
         run()
+        tell("time", len(replaced), len(replaced))
     finally:
         for handle in handles.values():
             handle.remove()

@@ -46,7 +46,7 @@ class Site(ABC):
 
     def blocks(self, targets: Targets) -> Iterable[Targets]:
         """The targets in parts that are observed and decomposed one after the other; by default in one."""
-        yield targets
+        return [targets]
 
     @abstractmethod
     def observe(self, targets: Targets, wanted: Wanted) -> Mapping[str, LayerStatistics] | None:

@@ -17,6 +17,7 @@ from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.probes import measure_probes
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.plan.spectra import Solver, Spectrum
+from lightning_prehab.progress import ends_the_work, tell
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.report.evaluation import Evaluation, for_calibration
@@ -98,15 +99,14 @@ class ProcessSite(Site):
         """On the batches of the evaluation, if there is one."""
         return None if self._evaluation is None else self._evaluation.score(self.model)
 
-    def blocks(self, targets: Targets) -> Iterator[Targets]:
-        """So many at once as the site was made for; when all have been observed, a warning if that was little."""
+    def blocks(self, targets: Targets) -> list[Targets]:
+        """So many at once as the site was made for."""
         names = list(targets)
         size = self._layers_at_once or max(len(names), 1)
-        for start in range(0, len(names), size):
-            yield Targets({name: targets[name] for name in names[start : start + size]}, {}, None)
-        warning = warning_of_few_tokens(self._starved, _REMEDY)
-        if warning is not None:
-            warnings.warn(warning, stacklevel=2)
+        return [
+            Targets({name: targets[name] for name in names[start : start + size]}, {}, None)
+            for start in range(0, len(names), size)
+        ]
 
     def observe(self, targets: Targets, wanted: Wanted) -> Mapping[str, LayerStatistics] | None:
         """Runs the model over the batches, if there are any and something is wanted."""
@@ -137,7 +137,11 @@ class ProcessSite(Site):
         return measure_probes(self.model, targets, factors_of, self._batches, probe_keep, forward=self._forward)
 
     def decide(self, answer: Callable[[], T]) -> T:
-        """This process decides."""
+        """This process decides; it warns if it has seen too little to decide by."""
+        warning = warning_of_few_tokens(self._starved, _REMEDY)
+        if warning is not None:
+            warnings.warn(warning, stacklevel=2)
+        self._starved = {}
         return answer()
 
     def factors(self, plan: CompressionPlan) -> dict[str, Factors]:
@@ -157,6 +161,9 @@ class ProcessSite(Site):
         try:
             return effect_of_cuts(self.model, views, factors, [batch for batch, _ in self._kept], self._forward)
         except Exception as error:  # a loss is anybody's code, and the cut does not need to know
+            if ends_the_work(error):
+                raise
+            tell("try", 0, 0)
             warnings.warn(
                 f"What the cut does to the loss could not be measured ({type(error).__name__}: {error}).", stacklevel=2
             )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_prehab.errors import StatisticsError
 from lightning_prehab.kinds import MatrixView
 from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.progress import tell
 from lightning_prehab.statistics.batches import call_model, to_device
 from lightning_prehab.statistics.calibration import Forward, as_found
 from lightning_prehab.statistics.outputs import divergence, logits_in, loss_in, next_token_loss, require_finite_output
@@ -23,9 +24,9 @@ BATCHES_AT_ONCE = 4
 #: Standard errors by which a change must differ from zero to count as it is.
 SURE = 4.0
 
-#: ``losses_at(batches, step)``: the losses of some batches, told by their numbers, with the weights moved by ``step``
-#: times the change; NaN for batches that have none. On several processes all get the same ones.
-LossesAt = Callable[[range, float], Sequence[float]]
+#: ``losses_at(number, step)``: the loss of a batch with the weights moved by ``step`` times the change, NaN if it has
+#: none. On several processes those of the batches of all that have this number, the same ones everywhere.
+LossesAt = Callable[[int, float], Sequence[float]]
 
 
 class Change(NamedTuple):
@@ -116,18 +117,31 @@ def measure_increase(losses_at: LossesAt, batches: int) -> float:
     Raises:
         StatisticsError: If none of them has a loss.
     """
+    told = 0
+    tell("try", told, 3 * batches)
+
+    def losses(some: range, step: float) -> list[float]:
+        nonlocal told
+        found: list[float] = []
+        for number in some:
+            found += losses_at(number, step)
+            told += 1
+            tell("try", told, 3 * batches)
+        return found
+
     before: list[float] = []
     after: list[float] = []
     for start in range(0, batches, BATCHES_AT_ONCE):
         some = range(start, min(start + BATCHES_AT_ONCE, batches))
-        before += losses_at(some, 0.0)
-        after += losses_at(some, 1.0)
+        before += losses(some, 0.0)
+        after += losses(some, 1.0)
         changes = [new - old for old, new in _with_losses(before, after)]
         if len(changes) >= min(BATCHES_AT_ONCE, batches):
             change, error = mean_and_error(changes)
             if change > 0.0 and change > SURE * error:
+                tell("try", told, told)
                 return change
-    triples = _with_losses(before, after, losses_at(range(batches), -1.0))
+    triples = _with_losses(before, after, losses(range(batches), -1.0))
     if not triples:
         raise StatisticsError("No batch has a loss.")
     odd, even = odd_and_even(*zip(*triples, strict=True))
@@ -227,4 +241,4 @@ def effect_of_cuts(
 
     speaks: dict[int, bool] = {}  # whether the dense model predicts the next tokens of a batch
     with as_found(model):
-        return measure_increase(lambda some, step: [loss_at(number, step) for number in some], len(batches))
+        return measure_increase(lambda number, step: [loss_at(number, step)], len(batches))

@@ -15,7 +15,7 @@ from lightning_prehab.linalg.sparse import Sparse
 from lightning_prehab.plan.choices import added_parameters
 from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
 from lightning_prehab.plan.spectra import naming
-from lightning_prehab.progress import counted
+from lightning_prehab.progress import counted, naming_items
 from lightning_prehab.targets.forms import form_name
 from lightning_prehab.targets.locate import Target, locate
 from lightning_prehab.targets.names import clean_name, join
@@ -59,10 +59,11 @@ def compute_factors(
     """
     cuts = [cut for cut in plan.layers if cut.rank is not None]
     here = [item for item in zip(cuts, cut_targets(model, plan).items(), strict=True) if item[1][0] in decompositions]
-    return {
-        cut.name: _checked_factors(cut, target, plan, decompositions[form])
-        for cut, (form, target) in counted(here, "factorize")
-    }
+    with naming_items("factorize", [cut.name for cut, _ in here]):
+        return {
+            cut.name: _checked_factors(cut, target, plan, decompositions[form])
+            for cut, (form, target) in counted(here, "factorize")
+        }
 
 
 def planned_targets(model: nn.Module, plan: CompressionPlan) -> dict[str, Target]:

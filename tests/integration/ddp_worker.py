@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.connectors.logger_connector.result import warning_cache as asked_for
 from torch import distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -464,7 +465,40 @@ def check_policies_that_measure():
         assert_ranks_identical(lit)
 
 
+def check_logs_ask_for_nothing():
+    """What our callbacks log is equal on all processes: Lightning does not ask to send it, and does not send it."""
+
+    class Watch(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            pl_module.log("mine", 1.0)  # what Lightning complains of
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            metas = [result.meta for result in trainer._results.values()]
+            sent.update(meta.name for meta in metas if meta.sync.should and not meta.sync.rank_zero_only)
+
+    settings = {"keep": 0.5, "calibration_batches": 3}
+    for prehab, sums in (
+        (lp.PrehabCallback(update_steps=4, forecast_every_n_steps=2), set()),
+        (lp.PrehabCallback(lp.StableRank(), injection="gradient"), set()),
+        (lp.PrehabCallback(lp.StableRank(), injection="loss"), {"prehab/penalty"}),  # each has a part of the layers
+        (lp.PaperPrehab(), None),
+    ):
+        asked_for.clear()
+        sent, lit = set(), Lit(make_net(), torch.optim.Adam)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            callbacks = [prehab, lp.CompressionCallback(2, **settings), lp.RehabSchedule(warmup_steps=3), Watch()]
+            trainer = fit(lit, callbacks, 4)
+        about = [str(warning.message) for warning in caught if "sync_dist" in str(warning.message)]
+        if distributed.get_rank() == 0:
+            assert len(about) == 1, about
+            assert "'mine'" in about[0]
+        assert {"compression/keep", "prehab/stable_rank"} <= set(trainer.callback_metrics)
+        assert sums is None or sent == sums, sent
+
+
 CHECKS = {
+    "logs ask for nothing": check_logs_ask_for_nothing,
     "spectral work is shared": check_spectral_work_is_shared,
     "shrinkage": check_shrinkage,
     "strength share": check_strength_share,

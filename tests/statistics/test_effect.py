@@ -31,10 +31,10 @@ def state(model):
 def parabola(slopes, curvature, asked=None):
     """Losses of batches that differ in their slopes."""
 
-    def losses_at(some, step):
+    def losses_at(number, step):
         if asked is not None:
-            asked.append((len(some), step))
-        return [1.0 + slopes[number] * step + curvature * step**2 for number in some]
+            asked.append((number, step))
+        return [1.0 + slopes[number] * step + curvature * step**2]
 
     return losses_at
 
@@ -43,7 +43,7 @@ def test_a_change_that_is_clear_of_its_noise_is_measured_on_few_batches():
     asked = []
     slopes = [0.01, 0.02, 0.03, 0.02] * 4
     assert measure_increase(parabola(slopes, 0.5, asked), 16) == pytest.approx(0.52)
-    assert asked == [(BATCHES_AT_ONCE, 0.0), (BATCHES_AT_ONCE, 1.0)]
+    assert asked == [(number, step) for step in (0.0, 1.0) for number in range(BATCHES_AT_ONCE)]
 
 
 def test_noise_that_is_odd_in_the_change_is_taken_out():
@@ -69,12 +69,12 @@ def test_odd_and_even_are_parted():
 
 
 def test_batches_without_a_loss_are_left_out():
-    def losses_at(some, step):
-        return [math.nan if number % 2 else 1.0 + 0.5 * step**2 for number in some]
+    def losses_at(number, step):
+        return [math.nan if number % 2 else 1.0 + 0.5 * step**2]
 
     assert measure_increase(losses_at, 16) == pytest.approx(0.5)
     with pytest.raises(StatisticsError, match="No batch has a loss"):
-        measure_increase(lambda some, step: [math.nan for _ in some], 5)
+        measure_increase(lambda number, step: [math.nan], 5)
 
 
 def test_a_slope_that_all_batches_share_counts():
