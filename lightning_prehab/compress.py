@@ -151,6 +151,8 @@ def apply_plan_(
     plan: CompressionPlan,
     statistics: Mapping[str, LayerStatistics] | None = None,
     optimizers: Iterable[torch.optim.Optimizer] = (),
+    *,
+    layers_at_once: int | None = None,
 ) -> CompressionReport:
     """Replaces the planned layers by :class:`~lightning_prehab.LowRankLinear`, in place.
 
@@ -163,6 +165,7 @@ def apply_plan_(
         optimizers: Optimizers that hold the weights. Each weight is replaced by its factors at the same place of its
             group, first moments are carried over exactly, learning-rate schedulers go on undisturbed. Both moments of
             the values of a sparse part are carried over exactly.
+        layers_at_once: Work on so many layers at a time, as in :func:`compress_`; None takes all at once.
 
     Returns:
         The report. Biases stay the same parameter objects.
@@ -176,4 +179,4 @@ def apply_plan_(
     targets = cut_targets(model, plan)
     check_pretrained(model, (view_of(target).module for target in targets.values()))
     solver = Solver(targets, plan.factorization, statistics)
-    return apply(plan, ProcessSite(model, optimizers=optimizers), solver)
+    return apply(plan, ProcessSite(model, optimizers=optimizers, layers_at_once=layers_at_once), solver)

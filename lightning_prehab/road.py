@@ -135,7 +135,9 @@ def apply(plan: CompressionPlan, site: Site, solver: Solver) -> CompressionRepor
     Raises:
         PrehabError: If something is wrong; the model is then as it was.
     """
-    spectra = site.decompose(solver)
+    spectra: dict[str, Spectrum] = {}
+    for block in site.blocks(Targets(solver.targets, {}, None)):
+        spectra.update(site.decompose(replace(solver, targets=block)))
     cut = [layer.name for layer in plan.layers if layer.rank is not None]
     factors = site.factors(plan)
     site.release()

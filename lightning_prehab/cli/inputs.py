@@ -2,7 +2,7 @@
 
 import pickle
 import pkgutil
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,30 +13,67 @@ from torch import Tensor, nn
 
 from lightning_prehab.errors import ArgumentError, PrehabError
 from lightning_prehab.files.checkpoints import load_from_checkpoint
-from lightning_prehab.statistics.batches import batch_size
+from lightning_prehab.files.folders import STRUCTURE
+from lightning_prehab.layers.linear import LowRankLayer
+from lightning_prehab.statistics.batches import batch_size, padding_mask
 
 Batches = list[Any]
-#: Small files that make a Hugging Face folder usable again.
-_SETTINGS = ("config.json", "generation_config.json", "preprocessor_config.json", "special_tokens_map.json")
-_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "sentencepiece*")
+#: Endings of files: no name of a model.
+_FILES = (".ckpt", ".pt", ".pth", ".safetensors", ".gguf", ".json")
 
 
 def load_model(source: str, class_path: str | None) -> nn.Module:
-    """The model of a Hugging Face folder, or of a Lightning checkpoint and its class; on the CPU, in eval mode.
+    """The dense model of a Hugging Face folder, or of a Lightning checkpoint and its class; on the CPU, in eval mode.
 
     Raises:
-        ArgumentError: If there is no such model.
+        ArgumentError: If there is no such model, or it is compressed already.
         PrehabError: If a package is missing.
     """
     path = Path(source)
     if path.is_dir():
         if class_path is not None:
             raise ArgumentError(f"--model is for a checkpoint file; {path} is a folder, leave it out.")
-        return _hugging_face_model(path).eval()
-    if not path.is_file():
-        raise ArgumentError(f"{path} does not exist; give a Hugging Face folder or a Lightning checkpoint.")
-    if class_path is None:
+        if (path / STRUCTURE).is_file():
+            raise _compressed_already(source)
+        model = _hugging_face_model(path)
+    elif not path.is_file():
+        raise ArgumentError(_nowhere(source))
+    elif class_path is None:
         raise ArgumentError(f"{path} is a file; for a Lightning checkpoint give --model some.module.ClassName.")
+    else:
+        model = _lightning_model(path, class_path)
+    if any(isinstance(module, LowRankLayer) for module in model.modules()):
+        raise _compressed_already(source)
+    return model.eval()
+
+
+def check_compressed(folder: Path) -> None:
+    """Raises :class:`ArgumentError` unless the folder is one that ``compress`` has written."""
+    if not folder.is_dir():
+        raise ArgumentError(f"--compressed {folder} {'is no folder' if folder.exists() else 'does not exist'}.")
+    if not (folder / STRUCTURE).is_file():
+        raise ArgumentError(f"--compressed {folder} holds no {STRUCTURE}; give a folder that compress has written.")
+
+
+def _compressed_already(source: str) -> ArgumentError:
+    return ArgumentError(
+        f"{source} is compressed already: give the dense model that it was made of, with another --keep. "
+        "(What is still dense in it can be cut in Python, with compress_.)"
+    )
+
+
+def _nowhere(source: str) -> str:
+    """What to do about a source that does not exist: it may be the name of a model on the hub."""
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or Path(source).suffix in _FILES or source.startswith("."):
+        return f"{source} does not exist; give a Hugging Face folder or a Lightning checkpoint."
+    name = source.rpartition("/")[2]
+    return (
+        f"There is no folder {source}. If it is a model on the hub, get it first: hf download {source} --local-dir "
+        f'{name}, or in Python save_pretrained("{name}") of the model and of the tokenizer; then give {name}.'
+    )
+
+
+def _lightning_model(path: Path, class_path: str) -> nn.Module:
     try:
         found = pkgutil.resolve_name(class_path)
     except Exception as error:  # whatever the import of a module leads to
@@ -44,7 +81,7 @@ def load_model(source: str, class_path: str | None) -> nn.Module:
     if not (isinstance(found, type) and issubclass(found, pl.LightningModule)):
         raise ArgumentError(f"--model {class_path!r} is not a LightningModule class.")
     try:
-        return load_from_checkpoint(found, path, map_location="cpu").eval()
+        return load_from_checkpoint(found, path, map_location="cpu")
     except PrehabError:
         raise
     except Exception as error:  # whatever a damaged file or the user's class leads to
@@ -84,6 +121,15 @@ def read_batches(data: str, source: str, rows: int, max_length: int) -> Batches:
     return batches
 
 
+def describe(batches: Batches, *, text: bool) -> str:
+    """How much there is: ``"200 lines, 6,342 tokens in 25 batches"``."""
+    rows = sum(batch_size(batch) for batch in batches)
+    masks = [padding_mask(batch) for batch in batches]
+    tokens = sum(int(mask.sum()) for mask in masks if mask is not None)
+    counted = f", {tokens:,} tokens" if tokens else ""
+    return f"{rows:,} {'lines' if text else 'rows'}{counted} in {len(batches):,} batches"
+
+
 def example_batch(model: nn.Module, batches: Batches | None, rows: int, max_length: int) -> Any:
     """A batch of so many rows: the first rows of the data, repeated where they are too few, or random tokens.
 
@@ -98,15 +144,6 @@ def example_batch(model: nn.Module, batches: Batches | None, rows: int, max_leng
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     length = min(max_length, longest) if isinstance(longest, int) and longest > 0 else max_length
     return torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
-
-
-def copy_settings(source: Path, folder: Path) -> None:
-    """Copies configuration and tokenizer of a Hugging Face folder; of a checkpoint there is nothing to copy."""
-    if source.is_dir():
-        for pattern in (*_SETTINGS, *_TOKENIZER):
-            for file in source.glob(pattern):
-                if file.is_file():
-                    shutil.copyfile(file, folder / file.name)
 
 
 def _hugging_face_model(path: Path) -> nn.Module:
