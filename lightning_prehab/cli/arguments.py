@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning_prehab.__about__ import __version__
@@ -13,7 +14,8 @@ PROGRAM = "lightning-prehab"
 #: Short names; what they stand for is in :mod:`lightning_prehab.cli.recipes`.
 METHODS = ("svd", "activation", "fisher", "whitened", "kronecker")
 POLICIES = ("budget", "ratio", "probe", "zero-sum")
-_FIGURES = ("ranks", "errors", "parameters", "spectra", "latency")
+#: Those of :mod:`lightning_prehab.report.figures`.
+FIGURES = ("ranks", "errors", "parameters", "spectra", "latency")
 
 _EPILOG = """the usual way:
   %(prog)s plan my-model --data lines.txt --keep 0.4 0.6 --output plan.yaml
@@ -53,7 +55,8 @@ class Parser(argparse.ArgumentParser):
             if word == "--":
                 return
             if re.match("--?[a-zA-Z]", word) and option not in known:
-                near = get_close_matches(option, known, 1, 0.5)
+                short = [name for name in known if name.startswith(f"-{option}")]  # -o for --output
+                near = short or get_close_matches(option, [name for name in known if len(name) > 2], 1, 0.5)
                 self.error(f"there is no option {option}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
@@ -115,7 +118,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     planning.add_argument("--force", action="store_true", help="replace a plan that is there")
     compressing.add_argument("--output", metavar="FOLDER", required=True, help="the folder to write")
     compressing.add_argument("--keep", type=share, metavar="SHARE", help="of the targets' parameters (0.5)")
-    compressing.add_argument("--plan", metavar="FILE", help="carry out what plan --output has written, edited or not")
+    compressing.add_argument(
+        "--plan", type=file, metavar="FILE", help="carry out what plan --output has written, edited or not"
+    )
     compressing.add_argument("--force", action="store_true", help="replace a compressed model that is there")
     measuring.add_argument("--compressed", metavar="FOLDER", required=True, help="the folder that compress has written")
     measuring.add_argument(
@@ -123,7 +128,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     for made in (planning, compressing, measuring):
         made.add_argument("--model", metavar="CLASS", help="class of the checkpoint: some.module.ClassName (imported)")
-        made.add_argument("--data", metavar="FILE", help="lines of text, or batches as .pt or .safetensors")
+        made.add_argument("--data", type=file, metavar="FILE", help="lines of text, or batches as .pt or .safetensors")
         made.add_argument("--batch-size", type=count, metavar="N", default=8, help="rows of a batch of the data (8)")
         made.add_argument("--max-length", type=count, metavar="N", default=128, help="tokens of a line of text (128)")
         made.add_argument("--device", type=device, default="cpu", help="where to compute (cpu)")
@@ -145,12 +150,16 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         group.add_argument(
             "--layers-at-once", type=count, metavar="N", help="calibrate so many at a time, in less memory"
         )
-        group.add_argument("--recipe", metavar="FILE", help="YAML of all this; options given beside it win")
+        group.add_argument("--recipe", type=file, metavar="FILE", help="YAML of all this; options given beside it win")
     reporting.add_argument("path", metavar="FOLDER", help="what compress has written, or a report.json")
     reporting.add_argument("--html", metavar="FILE", help="write a page with figures too (extra plot)")
-    reporting.add_argument("--png", metavar="NAME=FILE", nargs="+", help=f"write figures: {', '.join(_FIGURES)}")
-    reporting.add_argument("--bench", metavar="FILE", help="what bench --json has printed, for latencies")
-    reporting.add_argument("--metrics", metavar="FILE", help="metrics.csv of a CSVLogger, for a timeline in the page")
+    reporting.add_argument(
+        "--png", type=figure, metavar="NAME=FILE", nargs="+", help=f"write figures: {', '.join(FIGURES)}"
+    )
+    reporting.add_argument("--bench", type=file, metavar="FILE", help="what bench --json has printed, for latencies")
+    reporting.add_argument(
+        "--metrics", type=file, metavar="FILE", help="metrics.csv of the run: a timeline in the page"
+    )
     for made in commands.values():
         made.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser, commands
@@ -165,7 +174,7 @@ def share(word: str) -> float:
     try:
         value = float(word)
     except ValueError:
-        value = float("nan")
+        raise argparse.ArgumentTypeError(f"must be a number in (0, 1], such as 0.5, got {word}") from None
     if not 0.0 < value <= 1.0:
         hint = f"; {value:g} % is {value / 100:g}" if 1.0 < value <= 100.0 else ""
         raise argparse.ArgumentTypeError(f"must be in (0, 1], got {word}{hint}")
@@ -177,6 +186,24 @@ def count(word: str) -> int:
     if not re.fullmatch("[0-9]+", word) or int(word) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {word}")
     return int(word)
+
+
+def file(word: str) -> str:
+    """A file that is there."""
+    path = Path(word)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(
+            f"{word} is a folder, give a file" if path.is_dir() else f"{word} does not exist"
+        )
+    return word
+
+
+def figure(word: str) -> tuple[str, str]:
+    """``NAME=FILE``."""
+    name, _, path = word.partition("=")
+    if name not in FIGURES or not path:
+        raise argparse.ArgumentTypeError(f"takes NAME=FILE with a NAME of {', '.join(FIGURES)}, got {word!r}")
+    return name, path
 
 
 def device(word: str) -> str:

@@ -8,16 +8,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prehab.cli.inputs import Batches, check_compressed, describe, example_batch, load_model, read_batches
-from lightning_prehab.cli.outputs import REPORT, check_output, how_to_load, note, show, write_model
+from lightning_prehab.cli.inputs import (
+    Batches,
+    check_compressed,
+    describe,
+    example_batch,
+    is_compressed,
+    load_model,
+    read_batches,
+    reason,
+)
+from lightning_prehab.cli.outputs import REPORT, check_output, how_to_load, megabytes, note, show, write_model
 from lightning_prehab.cli.plans import PlanFiles, RecordingSite, read_plan, stored_statistics
 from lightning_prehab.cli.recipes import read_recipe
 from lightning_prehab.compress import apply_plan_
 from lightning_prehab.errors import ArgumentError, PrehabError
 from lightning_prehab.files.folders import load_compressed
 from lightning_prehab.plan.compression_plan import CompressionPlan
+from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.report.compression_report import CompressionReport
-from lightning_prehab.report.figures import FIGURES, to_png
+from lightning_prehab.report.figures import to_png
 from lightning_prehab.report.latency import ModelLatency, compare_latencies
 from lightning_prehab.road import operate, plan_budgets
 from lightning_prehab.sites import ProcessSite
@@ -31,6 +41,7 @@ def plan(settings: Any) -> None:
     """What each budget would do; the model is not changed."""
     keeps = settings.keep or [None]
     recipes = [read_recipe(settings, keep) for keep in keeps]
+    _check_data(recipes[0], settings)
     files = None if settings.output is None else PlanFiles(settings.output, keeps, settings.force)
     model, batches = _inputs(settings)
     at_once = settings.layers_at_once
@@ -53,15 +64,19 @@ def compress(settings: Any) -> None:
     source, output = Path(settings.source), Path(settings.output)
     check_output(output, settings.force)
     wish = read_recipe(settings, settings.keep) if settings.plan is None else read_plan(settings)
+    if isinstance(wish, Recipe):
+        _check_data(wish, settings)
     model, batches = _inputs(settings)
+    before = megabytes(model)
     with _working("compressing"):
         if isinstance(wish, CompressionPlan):
             report = _carry_out(wish, settings, model, batches)
         else:
             report = operate(wish, ProcessSite(model, batches, layers_at_once=settings.layers_at_once))
     write_model(model, report, source, output)
+    written = f"written to {output}: {before:,.1f} -> {megabytes(model):,.1f} MB of weights"
     loading = how_to_load(model, source, output, settings.model)
-    show(settings, {"folder": str(output), "report": report.to_dict()}, report, f"written to {output}", loading)
+    show(settings, {"folder": str(output), "report": report.to_dict()}, report, written, loading)
 
 
 def report(settings: Any) -> None:
@@ -71,13 +86,7 @@ def report(settings: Any) -> None:
         raise ArgumentError("--metrics is for the page; give --html too.")
     if settings.bench is not None:
         found = found.with_latency(ModelLatency.load_json(settings.bench))
-    wishes = [wish.partition("=") for wish in settings.png or []]
-    for name, _, file in wishes:
-        if name not in FIGURES or not file:
-            raise ArgumentError(
-                f"--png takes NAME=FILE with a NAME of {', '.join(FIGURES)}, got {name!r} for {file!r}."
-            )
-    pictures = [(file, to_png(found.figure(name))) for name, _, file in wishes]  # all of them, before the first is kept
+    pictures = [(file, to_png(found.figure(name))) for name, file in settings.png or []]  # all, before one is kept
     for file, picture in pictures:
         Path(file).write_bytes(picture)
     if settings.html is not None:
@@ -111,6 +120,16 @@ def _carry_out(plan: CompressionPlan, settings: Any, model: nn.Module, batches: 
     return apply_plan_(model, plan, ProcessSite(model, batches).observe(targets, plan.factorization.wanted))
 
 
+def _check_data(recipe: Recipe, settings: Any) -> None:
+    """Before any work: what is asked for by name may need data."""
+    if settings.data is not None:
+        return
+    if recipe.factorization is not None and recipe.factorization.needs_statistics:
+        raise ArgumentError(f"{recipe.factorization} needs --data, text or batches; --method svd needs none.")
+    if recipe.policy is not None and (recipe.policy.needs_probes or recipe.policy.needs_weight_gradients):
+        raise ArgumentError(f"{recipe.policy} needs --data, text or batches; --policy ratio needs none.")
+
+
 def _inputs(settings: Any) -> tuple[nn.Module, Batches | None]:
     with _working("reading the model"):
         try:
@@ -118,7 +137,7 @@ def _inputs(settings: Any) -> tuple[nn.Module, Batches | None]:
         except (RuntimeError, AssertionError) as error:
             if isinstance(error, PrehabError):
                 raise
-            raise ArgumentError(f"--device {settings.device!r} cannot be used: {error}") from error
+            raise ArgumentError(f"--device {settings.device!r} cannot be used: {reason(error)}.") from error
         batches = None
         if settings.data is not None:
             batches = read_batches(settings.data, settings.source, settings.batch_size, settings.max_length)
@@ -137,8 +156,8 @@ def _check_fit(model: nn.Module, batch: Any, settings: Any) -> None:
         raise
     except Exception as error:  # whatever the user's model leads to
         raise ArgumentError(
-            f"--data {settings.data}: the model cannot be called on its first batch ({type(error).__name__}: {error}); "
-            "give other data, or for lines that are too long a smaller --max-length."
+            f"--data {settings.data}: the model cannot be called on its first batch ({reason(error)}); give "
+            "other data, or for lines that are too long a smaller --max-length."
         ) from error
 
 
@@ -148,14 +167,18 @@ def _report_of(path: Path) -> Path:
         if not path.exists():
             raise ArgumentError(f"{path} does not exist; give a folder that compress has written, or its {REPORT}.")
         return path
-    if not (path / REPORT).is_file():
-        if (path / "config.json").is_file():
-            raise ArgumentError(
-                f"{path} is a dense model, there is no report of it; lightning-prehab compress {path} --output FOLDER "
-                "writes a compressed one with its report."
-            )
-        raise ArgumentError(f"{path} holds no {REPORT}; give a folder that compress has written.")
-    return path / REPORT
+    if (path / REPORT).is_file():
+        return path / REPORT
+    if is_compressed(path):
+        raise ArgumentError(
+            f"{path} is a compressed model without its report; compress_ gives it, and report.save_json writes it."
+        )
+    if (path / "config.json").is_file():
+        raise ArgumentError(
+            f"{path} is a dense model, there is no report of it; lightning-prehab compress {path} --output FOLDER "
+            "writes a compressed one with its report."
+        )
+    raise ArgumentError(f"{path} holds no {REPORT}; give a folder that compress has written.")
 
 
 def _working(what: str) -> AbstractContextManager[object]:

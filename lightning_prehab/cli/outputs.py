@@ -31,7 +31,7 @@ _BESIDE = (
     "*.model",
     "*.spm",
     "*.tiktoken",
-    "chat_template*",
+    "*chat_template*",
     "*.py",
     "modules.json",
     "[0-9]_*",
@@ -98,7 +98,7 @@ def _make_pretrained(model: nn.Module, source: Path, folder: Path) -> None:
     structure = json.loads((folder / STRUCTURE).read_bytes())
     weights = structure["weights"]["file"]
     index = {
-        "metadata": {"total_size": sum(p.numel() * p.element_size() for p in model.parameters())},
+        "metadata": {"total_size": round(megabytes(model) * 1e6)},
         "weight_map": dict.fromkeys(structure["tensors"], weights),
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
@@ -111,6 +111,11 @@ def _make_pretrained(model: nn.Module, source: Path, folder: Path) -> None:
                 shutil.copy(file, folder / file.name)  # with its permissions
             elif file.is_dir():
                 shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
+
+
+def megabytes(model: nn.Module) -> float:
+    """Of the parameters of a model."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 1e6
 
 
 def how_to_load(model: nn.Module, source: Path, output: Path, class_path: str | None) -> str:

@@ -99,11 +99,6 @@ def test_options_beside_a_file_win(tmp_path):
         recipe_of("--recipe", path, keep=0.6)
 
 
-def test_a_recipe_that_is_not_there():
-    with pytest.raises(ArgumentError, match=r"nowhere.yaml.* cannot be read"):
-        recipe_of("--recipe", "nowhere.yaml")
-
-
 def test_a_recipe_gives_what_compress_gives(words, tmp_path, capsys):
     recipe = lp.Recipe(
         0.6,
