@@ -14,6 +14,7 @@ from lightning_prehab.plan.recipe import Layout, RankOverride, Recipe
 from lightning_prehab.plan.spectra import Solver
 from lightning_prehab.rank_policies import Probe, RankPolicy
 from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.report.evaluation import Evaluation
 from lightning_prehab.road import apply, operate, survey
 from lightning_prehab.sites.process import KnownSite, ProcessSite
 from lightning_prehab.statistics.sums import LayerStatistics
@@ -43,6 +44,7 @@ def compress_(
     split_fused: bool = False,
     layers_at_once: int | None = None,
     layout: Layout = "factors",
+    evaluate: float | Iterable[Any] | None = None,
 ) -> CompressionReport:
     """Compresses a model in place: targets, statistics, plan, surgery.
 
@@ -68,6 +70,10 @@ def compress_(
             each such block: for models whose Gram matrices do not fit. Of a layer that is done its factors up to the
             break-even rank stay, at most as large as the weight. None keeps all, in one pass.
         layout: How a matrix is stored; ``"factors"``, two factors, is the only one.
+        evaluate: Say in the report what the model is worth before and after: its loss, for language models the
+            perplexity, and the accuracy where there are labels. Batches to measure on; or a share of ``batches``, in
+            ``(0, 1)``, which is then held back from the calibration (``batches`` are kept in memory for that). None
+            measures nothing. See :class:`~lightning_prehab.report.evaluation.Evaluation`.
 
     Returns:
         The report; print it.
@@ -93,7 +99,9 @@ def compress_(
     )
     if isinstance(batches, Iterator) and recipe.policy_or_default.needs_probes:
         batches = list(batches)  # another pass is needed
-    return operate(recipe, ProcessSite(model, batches, loss, optimizers, layers_at_once=layers_at_once))
+    return operate(
+        recipe, ProcessSite(model, batches, loss, optimizers, layers_at_once=layers_at_once, evaluate=evaluate)
+    )
 
 
 @outside_inference_mode
@@ -153,6 +161,7 @@ def apply_plan_(
     optimizers: Iterable[torch.optim.Optimizer] = (),
     *,
     layers_at_once: int | None = None,
+    evaluate: Iterable[Any] | Evaluation | None = None,
 ) -> CompressionReport:
     """Replaces the planned layers by :class:`~lightning_prehab.LowRankLinear`, in place.
 
@@ -166,6 +175,7 @@ def apply_plan_(
             group, first moments are carried over exactly, learning-rate schedulers go on undisturbed. Both moments of
             the values of a sparse part are carried over exactly.
         layers_at_once: Work on so many layers at a time, as in :func:`compress_`; None takes all at once.
+        evaluate: Batches to say on what the model is worth before and after, as in :func:`compress_`.
 
     Returns:
         The report. Biases stay the same parameter objects.
@@ -179,4 +189,5 @@ def apply_plan_(
     targets = cut_targets(model, plan)
     check_pretrained(model, (view_of(target).module for target in targets.values()))
     solver = Solver(targets, plan.factorization, statistics)
-    return apply(plan, ProcessSite(model, optimizers=optimizers, layers_at_once=layers_at_once), solver)
+    site = ProcessSite(model, optimizers=optimizers, layers_at_once=layers_at_once, evaluate=evaluate)
+    return apply(plan, site, solver)

@@ -4,6 +4,7 @@ Who walks it says where the model lives (:class:`~lightning_prehab.sites.Site`):
 Trainer (``CompressionCallback``), or on the way to plans alone (``make_plan`` and the command line).
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +19,7 @@ from lightning_prehab.plan.spectra import Solver, Spectrum
 from lightning_prehab.plan.usable import require_targets, usable_targets
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.report.scores import Score, Scores
 from lightning_prehab.sites.base import Site
 from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.forms import in_chosen_forms, name_in_form
@@ -58,13 +60,15 @@ def operate(recipe: Recipe, site: Site) -> CompressionReport:
         PrehabError: If something is wrong; the model is then as it was.
     """
     recipe = recipe.where_calibrated(site.calibrates)
-    found = survey(recipe, site)
+    targets = _find([recipe], site)
+    before = site.score()
+    found = _examine(targets, recipe, site)
     plan = _decide(recipe, site, found)
     factors = site.factors(plan)
     site.release()
     plan = _in_the_unit_of_the_loss(plan, site, factors)
     forms = {layer.name: name_in_form(layer.name, layer.form) for layer in plan.layers}
-    return _carry_out(plan, site, factors, {name: found.spectra[form] for name, form in forms.items()})
+    return _carry_out(plan, site, factors, {name: found.spectra[form] for name, form in forms.items()}, before)
 
 
 def survey(recipe: Recipe, site: Site, others: Sequence[Recipe] = ()) -> Survey:
@@ -75,9 +79,18 @@ def survey(recipe: Recipe, site: Site, others: Sequence[Recipe] = ()) -> Survey:
         site: Where the model lives.
         others: Recipes that are going to be planned too, checked before the work begins.
     """
-    targets = site.find(recipe)
-    for one in (recipe, *others):
+    return _examine(_find([recipe, *others], site), recipe, site)
+
+
+def _find(recipes: Sequence[Recipe], site: Site) -> Targets:
+    """What there is to cut; recipes that cannot be met with it are refused before the work begins."""
+    targets = site.find(recipes[0])
+    for one in recipes:
         check_recipe(one, targets)
+    return targets
+
+
+def _examine(targets: Targets, recipe: Recipe, site: Site) -> Survey:
     forms = Targets({}, dict(targets.skipped), targets.model_parameters)
     spectra: dict[str, Spectrum] = {}
 
@@ -135,6 +148,7 @@ def apply(plan: CompressionPlan, site: Site, solver: Solver) -> CompressionRepor
     Raises:
         PrehabError: If something is wrong; the model is then as it was.
     """
+    before = site.score()
     spectra: dict[str, Spectrum] = {}
     for block in site.blocks(Targets(solver.targets, {}, None)):
         spectra.update(site.decompose(replace(solver, targets=block)))
@@ -142,7 +156,7 @@ def apply(plan: CompressionPlan, site: Site, solver: Solver) -> CompressionRepor
     factors = site.factors(plan)
     site.release()
     seen = {name: spectra[form] for name, form in zip(cut, solver.targets, strict=True)}
-    return _carry_out(plan, site, factors, seen)
+    return _carry_out(plan, site, factors, seen, before)
 
 
 def _decide(recipe: Recipe, site: Site, found: Survey) -> CompressionPlan:
@@ -163,8 +177,26 @@ def _in_the_unit_of_the_loss(plan: CompressionPlan, site: Site, factors: Mapping
 
 
 def _carry_out(
-    plan: CompressionPlan, site: Site, factors: Mapping[str, Factors], spectra: Mapping[str, Spectrum]
+    plan: CompressionPlan,
+    site: Site,
+    factors: Mapping[str, Factors],
+    spectra: Mapping[str, Spectrum],
+    before: Score | None,
 ) -> CompressionReport:
-    """The last part of the road: the swap. The spectra, by the name of the layer, are for the report."""
+    """The last part of the road: the swap, and what it did. Spectra, by the name of the layer, are for the report."""
     report = site.swap(plan, factors)
-    return report.with_spectra({name: one.singular_values for name, one in spectra.items()})
+    report = report.with_spectra({name: one.singular_values for name, one in spectra.items()})
+    return report if before is None else report.with_scores(_scores(site, before))
+
+
+def _scores(site: Site, before: Score) -> Scores | None:
+    try:
+        after = site.score()
+    except Exception as error:  # a loss is anybody's code, and the model is cut already
+        warnings.warn(
+            "The model is compressed, but what it is worth now could not be measured "
+            f"({type(error).__name__}: {error}).",
+            stacklevel=2,
+        )
+        return None
+    return None if after is None else Scores(before, after)

@@ -134,7 +134,7 @@ def test_block_by_block_keeps_few_gram_matrices(monkeypatch):
     most = []
     monkeypatch.setattr(lp.LayerStatistics, "__init__", watch)
     model = nn.Sequential(*[nn.Linear(10, 10) for _ in range(8)])
-    lp.compress_(model, 0.5, [torch.randn(30, 10)], layers_at_once=2)
+    lp.compress_(model, 0.5, [torch.randn(40, 10)], layers_at_once=2)
     assert max(most) == 2
 
 
@@ -150,7 +150,7 @@ def test_flops_count_the_tokens_that_a_layer_sees():
             return self.head(self.tokens(x).tanh().mean(1))
 
     torch.manual_seed(0)
-    model, batches = Pooled(), [torch.randn(32, 8, 16)]
+    model, batches = Pooled(), [torch.randn(64, 8, 16)]
     parameters = lp.compress_(copy.deepcopy(model), batches=batches, policy=lp.ParameterBudget(0.6)).ranks
     flops = lp.compress_(copy.deepcopy(model), batches=batches, policy=lp.ParameterBudget(0.6, cost="flops")).ranks
 
@@ -197,7 +197,7 @@ def test_the_plan_tells_the_exact_number_of_parameters(shapes, policy, keep, cen
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         generator = torch.Generator().manual_seed(0)
-        yield from (torch.randn(12, generator=generator) for _ in range(32))
+        yield from (torch.randn(12, generator=generator) for _ in range(64))
 
 
 @pytest.mark.parametrize("policy", [None, lp.ProbeBudget(0.5)])

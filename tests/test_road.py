@@ -30,7 +30,7 @@ from tests.before_the_house.make import (
     undisturbed,
 )
 
-QUESTIONS = ["find", "observe", "decompose", "probe", "decide", "factors", "release", "effect", "swap"]
+QUESTIONS = ["find", "score", "observe", "decompose", "probe", "decide", "factors", "release", "effect", "swap"]
 #: What is asked where something is cut: with a prediction of the loss, and without.
 CUT = ["factors", "release", "effect", "swap"]
 CUT_UNPREDICTED = ["factors", "release", "swap"]
@@ -88,7 +88,7 @@ def assert_same(state, other):
 def test_compress_walks_it(model, method, tmp_path):
     asked, plan, state = by_the_road(model, method)
     predicts = lp.Recipe(**METHODS[method].arguments()).factorization_or_default.comparable
-    assert asked == ["find", "observe", "decompose", "decide", *(CUT if predicts else CUT_UNPREDICTED)]
+    assert asked == ["find", "score", "observe", "decompose", "decide", *(CUT if predicts else CUT_UNPREDICTED)]
     found = by_compress(model, method, tmp_path)
     assert found["plan"] == plan
     assert_same(found["states"]["surgery"], state)
@@ -200,14 +200,14 @@ def test_recipes_that_need_a_calibration_of_their_own_are_refused(other):
 def test_probes_are_asked_for_between_decomposing_and_deciding():
     site = RecordingProcessSite(build("conv"), batches("conv"), loss_of)
     operate(lp.Recipe(policy=lp.ProbeBudget(0.5)), site)
-    assert site.asked == ["find", "observe", "decompose", "decide", "probe", "decide", *CUT]
+    assert site.asked == ["find", "score", "observe", "decompose", "decide", "probe", "decide", *CUT]
 
 
 def test_in_blocks_everything_is_seen_once():
     site = RecordingProcessSite(build("mlp"), batches("mlp"), loss_of, layers_at_once=3)
     operate(lp.Recipe(0.5), site)
     blocks = ["observe", "decompose"] * 2  # four layers
-    assert site.asked == ["find", *blocks, "decide", *CUT]
+    assert site.asked == ["find", "score", *blocks, "decide", *CUT]
 
 
 def broken_at(question, kind=ProcessSite):

@@ -25,6 +25,7 @@ from lightning_prehab.plan.spectra import Solver, Spectrum
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.sites import Site
+from lightning_prehab.statistics.scarce import starved, warning_of_few_tokens
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 from lightning_prehab.surgery.factors import compute_factors, planned_targets
 from lightning_prehab.surgery.swap import prepare_swap
@@ -34,6 +35,7 @@ from lightning_prehab.targets.forms import form_name
 T = TypeVar("T")
 #: Training batches that a policy with probes is shown, for each layer.
 PROBE_BATCHES = 8
+_REMEDY = "Raise calibration_batches, or the shrinkage of the factorization."
 
 
 class TrainerSite(Site):
@@ -79,7 +81,9 @@ class TrainerSite(Site):
             arguments = self._trainer, self._pl_module, targets, wanted, self._batches
             statistics = together(self._trainer, lambda: collect_in_own_pass(*arguments))
         sum_statistics_(self._trainer, statistics)
-        _warn_if_few_tokens(statistics)
+        warning = warning_of_few_tokens(starved(statistics), _REMEDY)
+        if warning is not None:
+            rank_zero_warn(warning)
         return statistics
 
     def decompose(self, solver: Solver) -> dict[str, Spectrum]:
@@ -123,14 +127,3 @@ class TrainerSite(Site):
         report = together(self._trainer, lambda: prepare_swap(*arguments)).commit()
         rewrap(self._trainer, self._pl_module)
         return report
-
-
-def _warn_if_few_tokens(statistics: Mapping[str, LayerStatistics]) -> None:
-    layers = dict.fromkeys(name.partition(":")[0] for name in statistics)  # without form and group
-    seen_little = (name for name, layer in statistics.items() if 0 < int(layer.tokens) < 4 * layer.in_features)
-    few = list(dict.fromkeys(name.partition(":")[0] for name in seen_little))
-    if few:
-        rank_zero_warn(
-            f"{len(few)} of {len(layers)} layers saw fewer calibration tokens than four times their input size "
-            f"(first: {few[0]!r}). Raise calibration_batches, or the shrinkage of the factorization."
-        )

@@ -129,6 +129,13 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     for made in (planning, compressing, measuring):
         made.add_argument("--model", metavar="CLASS", help="class of the checkpoint: some.module.ClassName (imported)")
         made.add_argument("--data", type=file, metavar="FILE", help="lines of text, or batches as .pt or .safetensors")
+        if made is not measuring:
+            made.add_argument(
+                "--evaluate",
+                type=evaluation,
+                metavar="SHARE",
+                help="of the data, held back to say what the model is worth; or a file, or 0 (0.1 of 30 rows and more)",
+            )
         made.add_argument("--batch-size", type=count, metavar="N", default=8, help="rows of a batch of the data (8)")
         made.add_argument("--max-length", type=count, metavar="N", default=128, help="tokens of a line of text (128)")
         made.add_argument("--device", type=device, default="cpu", help="where to compute (cpu)")
@@ -196,6 +203,17 @@ def file(word: str) -> str:
             f"{word} is a folder, give a file" if path.is_dir() else f"{word} does not exist"
         )
     return word
+
+
+def evaluation(word: str) -> float | str:
+    """A share below 1, or a file that is there."""
+    try:
+        value = float(word)
+    except ValueError:
+        return file(word)
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(f"must be a share in [0, 1) or a file, got {word}")
+    return value
 
 
 def figure(word: str) -> tuple[str, str]:

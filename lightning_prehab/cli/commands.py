@@ -1,6 +1,6 @@
 """The commands: plan, compress, report and bench for Hugging Face folders and Lightning checkpoints."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_prehab.cli.evaluation import Measured, compare_scores, read_evaluation, scores_in
 from lightning_prehab.cli.inputs import (
     Batches,
     check_compressed,
@@ -19,7 +20,7 @@ from lightning_prehab.cli.inputs import (
     reason,
 )
 from lightning_prehab.cli.outputs import REPORT, check_output, how_to_load, megabytes, note, show, write_model
-from lightning_prehab.cli.plans import PlanFiles, RecordingSite, read_plan, stored_statistics
+from lightning_prehab.cli.plans import PlanFiles, RecordingSite, beside_plan, read_plan
 from lightning_prehab.cli.recipes import read_recipe
 from lightning_prehab.compress import apply_plan_
 from lightning_prehab.errors import ArgumentError, PrehabError
@@ -33,6 +34,7 @@ from lightning_prehab.road import operate, plan_budgets
 from lightning_prehab.sites import ProcessSite
 from lightning_prehab.statistics.batches import call_model, to_device
 from lightning_prehab.statistics.calibration import as_found
+from lightning_prehab.statistics.sums import LayerStatistics
 from lightning_prehab.surgery.factors import planned_targets
 from lightning_prehab.targets.find import Targets
 
@@ -44,6 +46,7 @@ def plan(settings: Any) -> None:
     _check_data(recipes[0], settings)
     files = None if settings.output is None else PlanFiles(settings.output, keeps, settings.force)
     model, batches = _inputs(settings)
+    batches, measured = read_evaluation(settings, batches)  # the calibration sees what that of compress would
     at_once = settings.layers_at_once
     said = []
     if files is None:
@@ -53,7 +56,7 @@ def plan(settings: Any) -> None:
         with files.writer() as writer:
             with _working("calibrating and decomposing"):
                 plans = plan_budgets(recipes, RecordingSite(model, batches, writer, layers_at_once=at_once))
-            said = files.write(plans, writer, model)
+            said = files.write(plans, writer, model, measured)
         said.append(f"Next: lightning-prehab compress {settings.source} {files.next_step} --output FOLDER")
     data = [{"keep": found.keep, "model_keep": found.model_keep, **found.to_dict()} for found in plans]
     show(settings, {"plans": data}, *plans, *said)
@@ -67,12 +70,15 @@ def compress(settings: Any) -> None:
     if isinstance(wish, Recipe):
         _check_data(wish, settings)
     model, batches = _inputs(settings)
+    batches, measured = read_evaluation(settings, batches)
     before = megabytes(model)
     with _working("compressing"):
         if isinstance(wish, CompressionPlan):
-            report = _carry_out(wish, settings, model, batches)
+            report = _carry_out(wish, settings, model, batches, measured)
         else:
-            report = operate(wish, ProcessSite(model, batches, layers_at_once=settings.layers_at_once))
+            evaluation = None if measured is None else measured.evaluation()
+            site = ProcessSite(model, batches, layers_at_once=settings.layers_at_once, evaluate=evaluation)
+            report = operate(wish, site)
     write_model(model, report, source, output)
     written = f"written to {output}: {before:,.1f} -> {megabytes(model):,.1f} MB of weights"
     loading = how_to_load(model, source, output, settings.model)
@@ -86,6 +92,7 @@ def report(settings: Any) -> None:
         raise ArgumentError("--metrics is for the page; give --html too.")
     if settings.bench is not None:
         found = found.with_latency(ModelLatency.load_json(settings.bench))
+        found = found if found.scores is not None else found.with_scores(scores_in(settings.bench))
     pictures = [(file, to_png(found.figure(name))) for name, file in settings.png or []]  # all, before one is kept
     for file, picture in pictures:
         Path(file).write_bytes(picture)
@@ -102,22 +109,30 @@ def bench(settings: Any) -> None:
     with _working("measuring"):
         sized = (example_batch(dense, batches, size, settings.max_length) for size in settings.batch_sizes)
         latency = compare_latencies(dense, low, sized)
-    show(settings, latency.to_dict(), latency)
+        scores = compare_scores(settings, dense, low, batches)
+    data = {**latency.to_dict(), "scores": None if scores is None else scores.to_dict()}
+    show(settings, data, latency, *([] if scores is None else [scores.summary()]))
 
 
 COMMANDS: dict[str, Callable[[Any], None]] = {"plan": plan, "compress": compress, "report": report, "bench": bench}
 
 
-def _carry_out(plan: CompressionPlan, settings: Any, model: nn.Module, batches: Batches | None) -> CompressionReport:
+def _carry_out(
+    plan: CompressionPlan, settings: Any, model: nn.Module, batches: Batches | None, measured: Measured | None
+) -> CompressionReport:
     """A plan out of a file, with what lies beside it, or with data for another calibration."""
     at_once = settings.layers_at_once
+    statistics: Mapping[str, LayerStatistics] | None
     if batches is None:
-        statistics = stored_statistics(Path(settings.plan), plan, model)
-        return apply_plan_(model, plan, statistics, layers_at_once=at_once)
-    if at_once is not None:
+        statistics, kept = beside_plan(Path(settings.plan), plan, model)
+        measured = kept if settings.evaluate is None else measured
+    elif at_once is not None:
         raise ArgumentError("--layers-at-once has no effect on --plan with --data; plan anew with --output instead.")
-    targets = Targets(planned_targets(model, plan), {}, None)
-    return apply_plan_(model, plan, ProcessSite(model, batches).observe(targets, plan.factorization.wanted))
+    else:
+        targets = Targets(planned_targets(model, plan), {}, None)
+        statistics = ProcessSite(model, batches).observe(targets, plan.factorization.wanted)
+    evaluation = None if measured is None else measured.evaluation()
+    return apply_plan_(model, plan, statistics, layers_at_once=at_once, evaluate=evaluation)
 
 
 def _check_data(recipe: Recipe, settings: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_prehab.cli.evaluation import Measured, kept_evaluation
 from lightning_prehab.cli.outputs import beside, check_writable
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.files.statistics import INDEX, StatisticsWriter, StoredStatistics, fingerprint
@@ -92,10 +93,14 @@ class PlanFiles:
         with beside(self._path) as work:
             yield StatisticsWriter(work / "statistics")
 
-    def write(self, plans: Sequence[CompressionPlan], writer: StatisticsWriter, model: nn.Module) -> list[str]:
+    def write(
+        self, plans: Sequence[CompressionPlan], writer: StatisticsWriter, model: nn.Module, measured: Measured | None
+    ) -> list[str]:
         """Writes all files, inside of :meth:`writer`; says which, how large, and what can be done with them."""
         said = []
         if len(writer):
+            if measured is not None:
+                measured.save(writer.folder)
             size = writer.finish(fingerprint(model))
             if self._statistics.exists():
                 shutil.rmtree(self._statistics)
@@ -126,15 +131,15 @@ def read_plan(settings: Any) -> CompressionPlan:
     return CompressionPlan.from_yaml(Path(settings.plan))
 
 
-def stored_statistics(path: Path, plan: CompressionPlan, model: nn.Module) -> StoredStatistics | None:
-    """What lies beside a plan, or None if its method reads no statistics.
+def beside_plan(path: Path, plan: CompressionPlan, model: nn.Module) -> tuple[StoredStatistics | None, Measured | None]:
+    """The statistics that lie beside a plan, if its method reads some, and what was held back of their data.
 
     Raises:
-        ArgumentError: If it is not there, or the model has other weights than the one that was planned.
-        StatisticsError: If it cannot be read.
+        ArgumentError: If they are not there, or the model has other weights than the one that was planned.
+        StatisticsError: If they cannot be read.
     """
     if not plan.factorization.needs_statistics:
-        return None
+        return None, None
     stems = dict.fromkeys((path.stem, re.sub(r"-[0-9.e-]+$", "", path.stem)))
     places = [path.with_name(f"{stem}.statistics") for stem in stems]
     found = next((place for place in places if place.is_dir()), None)
@@ -149,4 +154,4 @@ def stored_statistics(path: Path, plan: CompressionPlan, model: nn.Module) -> St
             f"{found} was seen on a model with other weights than this one; plan anew, or give --data to calibrate "
             "anew for the ranks of the plan."
         )
-    return statistics
+    return statistics, kept_evaluation(found)

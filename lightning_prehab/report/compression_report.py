@@ -17,6 +17,7 @@ from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
 from lightning_prehab.report import figures
 from lightning_prehab.report.html import build_page
 from lightning_prehab.report.latency import ModelLatency
+from lightning_prehab.report.scores import Scores
 from lightning_prehab.report.thinned_spectrum import LayerSpectrum
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class CompressionReport:
         parameters_after: Parameters of the whole model after, counted.
         spectra: ``{name: spectrum before the cut}`` of the layers that were decomposed.
         latency: Of the model before and after, or None: nothing is measured unless somebody asks.
+        scores: What the model is worth before and after, or None, where nobody has asked or it cannot be measured.
     """
 
     plan: CompressionPlan
@@ -49,6 +51,7 @@ class CompressionReport:
     parameters_after: int
     spectra: Mapping[str, LayerSpectrum] = field(default_factory=dict)
     latency: ModelLatency | None = None
+    scores: Scores | None = None
 
     @property
     def keep(self) -> float:
@@ -101,6 +104,10 @@ class CompressionReport:
             )
         return replace(self, latency=latency)
 
+    def with_scores(self, scores: Scores | None) -> "CompressionReport":
+        """The same report with what the model is worth before and after."""
+        return replace(self, scores=scores)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, ready for JSON."""
         return {
@@ -132,6 +139,7 @@ class CompressionReport:
             ],
             "skipped": dict(self.plan.skipped),
             "latency": None if self.latency is None else self.latency.to_dict(),
+            "scores": None if self.scores is None else self.scores.to_dict(),
         }
 
     @classmethod
@@ -154,7 +162,7 @@ class CompressionReport:
             for layer in data["layers"]
             if layer.get("spectrum") is not None
         }
-        latency = data.get("latency")
+        latency, scores = data.get("latency"), data.get("scores")
         return cls(
             plan,
             errors,
@@ -162,6 +170,7 @@ class CompressionReport:
             data["parameters_after"],
             spectra,
             None if latency is None else ModelLatency.from_dict(latency),
+            None if scores is None else Scores.from_dict(scores),
         )
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
@@ -172,7 +181,7 @@ class CompressionReport:
 
         - ``version`` (int): of this form, 1; other versions are refused when read. Within a version keys are added
           only, and such keys may be missing: ``new_bias``, ``nonzeros``, ``groups``, ``form``, both
-          ``loss_increase``, ``spectrum`` and ``latency`` were. Pass over keys that you do not know.
+          ``loss_increase``, ``spectrum``, ``latency`` and ``scores`` were. Pass over keys that you do not know.
         - ``factorization`` (str): for people. ``method`` (object): the same for :meth:`load_json`.
         - ``keep``, ``model_keep`` (float): share of the parameters kept, of the targets' weights, of the whole model.
         - ``parameters_before``, ``parameters_after`` (int): of the whole model.
@@ -183,6 +192,11 @@ class CompressionReport:
           ``latency`` (list of objects, one for each batch: ``batch_size`` (int), ``dense_seconds`` and
           ``compressed_seconds`` (float), ``verdict`` (str), ``layers`` (list of objects, one for each replaced layer
           alone: ``name``, ``dense_seconds``, ``compressed_seconds``)).
+        - ``scores`` (object or null): what the model is worth: ``data`` (str): where it was measured; ``before`` and
+          ``after`` (objects), each with ``loss`` (float or null), a mean over ``count`` (int) of ``unit`` (str;
+          ``"tokens"``: a language model's cross-entropy in nats), ``accuracy`` (float in [0, 1] or null),
+          ``output_error`` (float or null): relative difference of the outputs to those of the dense model, and
+          ``perplexity`` (float or null), the exponential of such a loss.
         - ``layers`` (list of objects, in model order), each with:
 
           - ``name`` (str), ``shape`` (``[out_features, in_features]``), ``rank`` (int; null: stayed dense),
@@ -328,6 +342,8 @@ class CompressionReport:
         )
         if self.latency is not None:
             caption += f"; {self.latency.summary()}"
+        if self.scores is not None:
+            caption += f"; {self.scores.summary()}"
         columns += ["error (weight)", *(["ms"] if seconds else []), "why"]
         return Table("Compression report", columns, rows, footer, caption)
 

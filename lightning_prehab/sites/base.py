@@ -10,6 +10,7 @@ from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.plan.spectra import Solver, Spectrum
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.report.scores import Score
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 from lightning_prehab.targets.find import Targets
 
@@ -34,6 +35,14 @@ class Site(ABC):
     @abstractmethod
     def find(self, recipe: Recipe) -> Targets:
         """What there is to cut, and why the rest is left alone: in most places ``recipe.find_targets(model)``."""
+
+    def score(self) -> Score | None:
+        """What the model is worth as it is: asked once before anything is done, and once after the swap.
+
+        None if nobody wants to know or it cannot be told; it is then not asked again. What it raises before the swap
+        ends the work; after the swap it becomes a warning, and the report has no scores.
+        """
+        return None
 
     def blocks(self, targets: Targets) -> Iterable[Targets]:
         """The targets in parts that are observed and decomposed one after the other; by default in one."""

@@ -1,5 +1,6 @@
 """A model in the memory of this process."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -18,10 +19,13 @@ from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.plan.spectra import Solver, Spectrum
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.report.evaluation import Evaluation, for_calibration
+from lightning_prehab.report.scores import Score
 from lightning_prehab.sites.base import Site
 from lightning_prehab.statistics.calibration import Forward, collect_statistics
 from lightning_prehab.statistics.effect import effect_of_cuts
 from lightning_prehab.statistics.kept import KeptBatches
+from lightning_prehab.statistics.scarce import starved, warning_of_few_tokens, warning_of_no_data
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 from lightning_prehab.surgery.factors import compute_factors, planned_targets
 from lightning_prehab.surgery.pretrained import check_pretrained
@@ -32,6 +36,7 @@ from lightning_prehab.targets.forms import form_name
 from lightning_prehab.targets.locate import Target
 
 T = TypeVar("T")
+_REMEDY = "Give more batches (--data on the command line), or raise the shrinkage of the factorization."
 
 
 class ProcessSite(Site):
@@ -44,9 +49,11 @@ class ProcessSite(Site):
         optimizers: Those that hold the weights.
         layers_at_once: So many targets are observed and decomposed at a time, and of their decompositions only what
             ranks up to break-even need is kept; None takes all at once.
+        evaluate: What the model is scored on before and after: batches, a share of ``batches`` to hold back, in
+            ``(0, 1)``, or an evaluation of its own; None scores nothing.
 
     Raises:
-        ArgumentError: If ``layers_at_once`` is not at least 1.
+        ArgumentError: If ``layers_at_once`` is not at least 1, or ``evaluate`` cannot be used.
     """
 
     def __init__(
@@ -57,9 +64,11 @@ class ProcessSite(Site):
         optimizers: Iterable[torch.optim.Optimizer] = (),
         *,
         layers_at_once: int | None = None,
+        evaluate: float | Iterable[Any] | Evaluation | None = None,
     ) -> None:
         if layers_at_once is not None and (not isinstance(layers_at_once, int) or layers_at_once < 1):
             raise ArgumentError(f"layers_at_once must be at least 1, got {layers_at_once!r}.")
+        batches, self._evaluation = for_calibration(batches, evaluate, forward)
         if isinstance(batches, Iterator) and layers_at_once is not None:
             batches = list(batches)  # several passes are needed
         self.model = model
@@ -67,6 +76,7 @@ class ProcessSite(Site):
         self._layers_at_once = layers_at_once
         self._decompositions: dict[str, Decomposition] = {}
         self._kept = KeptBatches()
+        self._starved: dict[str, bool] = {}  # layers that have been observed: whether they saw few tokens
 
     @property
     def calibrates(self) -> bool:
@@ -77,17 +87,26 @@ class ProcessSite(Site):
         """What the recipe finds in the model, if the model can be saved after a cut of it."""
         targets = recipe.find_targets(self.model)
         check_pretrained(self.model, (view_of(target).module for target in targets.values()))
-        warning = held_by_none(targets, self._optimizers)
-        if warning is not None:
+        found = [held_by_none(targets, self._optimizers)]
+        if not self.calibrates and not any(recipe.wanted):
+            found.append(warning_of_no_data(sum(math.prod(view_of(target).shape) for target in targets.values())))
+        for warning in filter(None, found):
             warnings.warn(warning, stacklevel=2)
         return targets
 
+    def score(self) -> Score | None:
+        """On the batches of the evaluation, if there is one."""
+        return None if self._evaluation is None else self._evaluation.score(self.model)
+
     def blocks(self, targets: Targets) -> Iterator[Targets]:
-        """So many at once as the site was made for."""
+        """So many at once as the site was made for; when all have been observed, a warning if that was little."""
         names = list(targets)
         size = self._layers_at_once or max(len(names), 1)
         for start in range(0, len(names), size):
             yield Targets({name: targets[name] for name in names[start : start + size]}, {}, None)
+        warning = warning_of_few_tokens(self._starved, _REMEDY)
+        if warning is not None:
+            warnings.warn(warning, stacklevel=2)
 
     def observe(self, targets: Targets, wanted: Wanted) -> Mapping[str, LayerStatistics] | None:
         """Runs the model over the batches, if there are any and something is wanted."""
@@ -96,7 +115,9 @@ class ProcessSite(Site):
         batches = self._batches
         if wanted.gradients and not self._kept and not isinstance(batches, Tensor):
             batches = self._kept.passing(batches)
-        return collect_statistics(self.model, targets, batches, forward=self._forward, wanted=wanted)
+        found = collect_statistics(self.model, targets, batches, forward=self._forward, wanted=wanted)
+        self._starved |= starved(found)
+        return found
 
     def decompose(self, solver: Solver) -> dict[str, Spectrum]:
         """All of them, here."""

@@ -1,5 +1,6 @@
 """What calibration knows of a batch: how to call a model on it, its size, its padding, its device."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -38,6 +39,8 @@ def padding_mask(batch: Any) -> Tensor | None:
 def call_model(model: nn.Module, batch: Any) -> Any:
     """A mapping is called as ``model(**batch)``, a tuple or list as ``model(*batch)``, a tensor as ``model(batch)``.
 
+    Of a pair of inputs and labels a model that takes one argument is given the inputs alone; see :func:`is_labelled`.
+
     Raises:
         ArgumentError: If the model does not take it.
     """
@@ -45,7 +48,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
         if isinstance(batch, Mapping):
             return model(**batch)
         if isinstance(batch, tuple | list):
-            return model(*batch)
+            return model(*batch[:1] if is_labelled(model, batch) else batch)
         if isinstance(batch, Tensor):
             return model(batch)
     except TypeError as error:
@@ -57,6 +60,36 @@ def call_model(model: nn.Module, batch: Any) -> Any:
         f"A batch must be a mapping, a tuple, a list or a tensor, got {type(batch).__name__}; pass loss=, a "
         "function (model, batch) -> scalar, or to collect_statistics forward=, to call the model yourself."
     )
+
+
+def is_labelled(model: nn.Module, batch: Any) -> bool:
+    """Whether a batch is a pair of inputs and labels, and nothing else it could be.
+
+    The second part is an integer for each row of the first, and the model's ``forward`` can be called with one argument
+    and not with two.
+
+    >>> is_labelled(nn.Sequential(nn.Linear(3, 2)), [torch.zeros(4, 3), torch.tensor([0, 1, 1, 0])])
+    True
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        return False
+    labels = batch[1]
+    whole = not labels.is_floating_point() and not labels.is_complex() and labels.dtype != torch.bool
+    if not whole or labels.dim() != 1 or len(labels) != batch_size(batch[0]):
+        return False
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return False
+    return _takes(signature, 1) and not _takes(signature, 2)
+
+
+def _takes(signature: inspect.Signature, count: int) -> bool:
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -1,6 +1,7 @@
 """What a model returns: a loss, logits, and how far two sets of logits are apart."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from lightning_prehab.statistics.batches import padding_mask, tensors
 
 #: Rows of logits that are compared at a time, in float64.
 ROWS = 1024
+#: A label that does not count, as for ``torch.nn.functional.cross_entropy``.
+IGNORED = -100
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def loss_in(output: Any) -> Tensor | None:
@@ -45,6 +49,40 @@ def divergence(before: Tensor, after: Tensor, batch: Any) -> tuple[float, int]:
     return sum(_divergence(one, other) for one, other in pairs), before[..., 0].numel()
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How well some labels are predicted: sums over them.
+
+    Attributes:
+        loss: Cross-entropy in nats.
+        entropy: Of the predictions: the cross-entropy that the model itself expects.
+        hits: How many labels are the most likely class.
+        count: How many there are.
+    """
+
+    loss: float = 0.0
+    entropy: float = 0.0
+    hits: int = 0
+    count: int = 0
+
+    def __add__(self, other: "Fit") -> "Fit":
+        """Of the labels of both."""
+        sums = self.loss + other.loss, self.entropy + other.entropy
+        return Fit(*sums, self.hits + other.hits, self.count + other.count)
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor) -> "Fit":
+        """Of logits of shape ``(count, classes)`` to labels of shape ``(count,)``."""
+        loss = entropy = 0.0
+        hits = 0
+        for rows, right in zip(torch.split(logits, ROWS), torch.split(labels, ROWS), strict=True):
+            logs = rows.double().log_softmax(-1) if rows.device.type != "mps" else rows.float().log_softmax(-1)
+            loss -= float(logs.gather(1, right[:, None]).sum())
+            entropy -= float((logs.exp() * logs).sum())
+            hits += int((logs.argmax(-1) == right).sum())
+        return cls(loss, entropy, hits, len(labels))
+
+
 def next_token_loss(logits: Tensor, batch: Any) -> tuple[float, bool] | None:
     """How well each token of a text is predicted from those before it, where this is what a model does.
 
@@ -57,21 +95,59 @@ def next_token_loss(logits: Tensor, batch: Any) -> tuple[float, bool] | None:
         predictions): what says that it has learned to do this, and not to classify tokens or to fill gaps. None if the
         batch holds no such tokens.
     """
+    found = fit_to_next_tokens(logits, batch)
+    if found is None or found.count == 0:
+        return None
+    return found.loss / found.count, are_expected(found)
+
+
+def fit_to_next_tokens(logits: Tensor, batch: Any) -> Fit | None:
+    """As for :func:`next_token_loss`; None if the batch holds no tokens."""
     tokens = next((found for found in tensors(batch) if _are_tokens(found, logits)), None)
     if tokens is None:
         return None
     mask = padding_mask(batch)
     seen = torch.ones_like(tokens, dtype=torch.bool) if mask is None or mask.shape != tokens.shape else mask
     seen = seen[:, 1:] & seen[:, :-1]
-    labels, flat = tokens[:, 1:][seen].long(), logits[:, :-1][seen]
-    if len(labels) == 0:
+    return Fit.of(logits[:, :-1][seen], tokens[:, 1:][seen].long())
+
+
+def are_expected(found: Fit) -> bool:
+    """Whether a loss is about what the model itself expects: it has learned to predict such labels."""
+    return found.loss <= 2.0 * found.entropy + 0.5 * found.count
+
+
+def fit_to_labels(logits: Tensor, batch: Any, shift: bool = False) -> Fit | None:
+    """How well the labels of a batch are predicted; those that are -100 are left out.
+
+    Args:
+        logits: Shape ``(..., classes)``.
+        batch: A mapping with ``labels`` (or ``label``), or a pair whose second part they are: integers of the shape
+            ``(...)``.
+        shift: Each label stands one position after the logits that predict it, as for a language model.
+
+    Returns:
+        None if there are no such labels.
+    """
+    labels = _labels_in(batch)
+    if labels is None or labels.shape != logits.shape[:-1] or (shift and labels.dim() != 2):
         return None
-    loss = entropy = 0.0
-    for rows, right in zip(torch.split(flat, ROWS), torch.split(labels, ROWS), strict=True):
-        logs = rows.double().log_softmax(-1) if rows.device.type != "mps" else rows.float().log_softmax(-1)
-        loss -= float(logs.gather(1, right[:, None]).sum())
-        entropy -= float((logs.exp() * logs).sum())
-    return loss / len(labels), loss <= 2.0 * entropy + 0.5 * len(labels)
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    asked = labels != IGNORED
+    labels, logits = labels[asked].long(), logits[asked]
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[-1]:
+        return None
+    return Fit.of(logits, labels)
+
+
+def _labels_in(batch: Any) -> Tensor | None:
+    if isinstance(batch, Mapping):
+        found = next((batch[name] for name in ("labels", "label") if name in batch), None)
+    else:
+        found = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
+    whole = isinstance(found, Tensor) and found.dtype in _WHOLE
+    return found if whole else None
 
 
 def _are_tokens(found: Tensor, logits: Tensor) -> bool:

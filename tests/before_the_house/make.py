@@ -308,7 +308,7 @@ def by_command_line(model: str, method: str, folder: Path) -> Result:
     words = [folder / "dense.ckpt", "--model", f"{Lit.__module__}.{Lit.__qualname__}", "--keep", chosen.keep]
     words += [*chosen.words, *(("--data", folder / "batches.pt") if chosen.data else ()), "--json"]
     (plan,) = _command("plan", *words)["plans"]
-    _command("compress", *words, "--output", folder / "small")
+    _command("compress", *words, "--output", folder / "small", "--evaluate", 0)
     return {"plan": plan, "states": {"surgery": state_of(lp.load_compressed(folder / "small", Lit(model)))}}
 
 

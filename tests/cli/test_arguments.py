@@ -114,13 +114,18 @@ def test_a_recipe_gives_what_compress_gives(words, tmp_path, capsys):
     assert {"net.qkv.q", "net.qkv.k", "net.mlp.0"} <= report.ranks.keys()
 
     by_file = ["--recipe", str(tmp_path / "recipe.yaml")]
-    assert main(["compress", *words, *by_file, "--output", str(tmp_path / "a"), "--layers-at-once", "3"]) == 0
+    assert (
+        main(
+            ["compress", *words, "--evaluate", "0", *by_file, "--output", str(tmp_path / "a"), "--layers-at-once", "3"]
+        )
+        == 0
+    )
     assert same(lp.load_compressed(tmp_path / "a", Lit(MODEL)), reference)
 
     flat = ["--keep", "0.6", "--exclude-modules", "head", "--rank-override", "mlp.0=4", "--rank-multiple-of", "2"]
     lp.Recipe(policy=lp.ParameterBudget(0.9, min_rank=2)).to_yaml(tmp_path / "policy.yaml")
     flat += ["--split-fused", "--recipe", str(tmp_path / "policy.yaml")]
-    assert main(["compress", *words, *flat, "--output", str(tmp_path / "b")]) == 0
+    assert main(["compress", *words, "--evaluate", "0", *flat, "--output", str(tmp_path / "b")]) == 0
     assert same(lp.load_compressed(tmp_path / "b", Lit(MODEL)), reference)
 
     capsys.readouterr()
@@ -136,7 +141,23 @@ def test_policies_that_ask_for_more(words, tmp_path, policy, capsys):
     """They need probes or weight gradients; the road sees to it."""
     reference = Lit(MODEL)
     report = lp.compress_(reference, 0.5, [x for x, _ in batches(MODEL)], policy=POLICIES[policy](0.5))
-    assert main(["compress", *words, "--keep", "0.5", "--policy", policy, "--output", str(tmp_path / "a")]) == 0
+    assert (
+        main(
+            [
+                "compress",
+                *words,
+                "--evaluate",
+                "0",
+                "--keep",
+                "0.5",
+                "--policy",
+                policy,
+                "--output",
+                str(tmp_path / "a"),
+            ]
+        )
+        == 0
+    )
     assert same(lp.load_compressed(tmp_path / "a", Lit(MODEL)), reference)
     capsys.readouterr()
     assert main(["plan", *words, "--keep", "0.5", "--policy", policy, "--json"]) == 0

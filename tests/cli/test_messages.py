@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import lightning_prehab as lp
-from lightning_prehab.cli import arguments, main
+from lightning_prehab.cli import arguments, evaluation, main
 from lightning_prehab.report import figures
 from tests.cli.test_commands import Lit, bert, refused, run  # noqa: F401  # bert is a fixture
 from tests.tiny_llama import llama
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*fewer calibration tokens")
 PARSER, COMMANDS = arguments.build_parser()
 #: Enough to be understood, whatever else is wrong.
 LEAST = {
@@ -116,9 +117,11 @@ def test_every_option_without_its_value_is_named(command, action, capsys):
 def test_every_option_says_what_it_is():
     for command, action in OPTIONS:
         assert action.help, (command, action.dest)
-        assert len(action.help) < 80
+        assert len(action.help) < 110
         assert action.nargs == 0 or not isinstance(action, argparse._StoreAction) or action.metavar or action.type
     assert arguments.FIGURES == figures.FIGURES
+    told = next(action.help for _, action in OPTIONS if action.dest == "evaluate")
+    assert f"({evaluation.SHARE} of {evaluation.FEWEST_ROWS} rows and more)" in told
 
 
 def test_sources_that_cannot_be_read(bert, tmp_path, capsys, monkeypatch):  # noqa: F811

@@ -33,6 +33,7 @@ class LitSeveral(Lit):
         return self.head(self.attention(x, x, x, need_weights=False)[0])
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*fewer calibration tokens")
 LINEAR = {Lit: ["net.*"], LitConv: [], LitSeveral: ["head"]}
 
 
@@ -60,6 +61,7 @@ def no_calibration(monkeypatch):
     return forbid
 
 
+@pytest.mark.parametrize("evaluate", ["0", "0.2"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -76,13 +78,14 @@ def no_calibration(monkeypatch):
     ],
     ids=" ".join,
 )
-def test_a_plan_gives_the_very_weights_of_compress(words, options, capsys, no_calibration):
+def test_a_plan_gives_the_very_weights_of_compress(words, options, evaluate, capsys, no_calibration):
     model, data, kind = words
     auto = lp.KroneckerSVD(gradient_shrinkage="auto", input_shrinkage="auto")
     lp.Recipe(factorization=auto).to_yaml("auto.yaml")
     lp.Recipe(factorization=lp.LowRankPlusSparse(0.05), target_modules=LINEAR[kind]).to_yaml("sparse.yaml")
     if "sparse.yaml" in options and kind is LitConv:
         pytest.skip("has no linear layers")
+    data = [*data, "--evaluate", evaluate]
     run(capsys, "compress", *model, *data, *options, "--keep", 0.6, "--output", "at-once")
     said = run(capsys, "plan", *model, *data, *options, "--keep", 0.6, "--output", "plan.yaml")
     (command,) = re.findall("^Next: lightning-prehab (.*)$", said, flags=re.MULTILINE)
@@ -97,7 +100,9 @@ def test_a_plan_gives_the_very_weights_of_compress(words, options, capsys, no_ca
         if layer["rank"] is None:  # what stays dense was not decomposed a second time
             del layer["spectrum"]
     assert reports[0]["layers"] == reports[1]["layers"]
-    assert reports[0]["skipped"] == reports[1]["skipped"]
+    for name in ("skipped", "scores"):
+        assert reports[0][name] == reports[1][name]
+    assert (reports[0]["scores"] is None) == (evaluate == "0")
 
 
 def test_several_budgets_share_what_was_seen(bert, tmp_path, capsys, monkeypatch, no_calibration):  # noqa: F811
