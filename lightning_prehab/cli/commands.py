@@ -1,7 +1,7 @@
 """The commands: plan, compress, report and bench for Hugging Face folders and Lightning checkpoints."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,8 @@ def _report_of(path: Path) -> Path:
 
 
 def _working(what: str) -> AbstractContextManager[object]:
-    import rich.console
-
+    try:
+        import rich.console
+    except ImportError:
+        return nullcontext()
     return rich.console.Console(stderr=True).status(f"{what} ...")

@@ -160,7 +160,7 @@ def test_policies_that_ask_for_more(words, tmp_path, policy, capsys):
     )
     assert same(lp.load_compressed(tmp_path / "a", Lit(MODEL)), reference)
     capsys.readouterr()
-    assert main(["plan", *words, "--keep", "0.5", "--policy", policy, "--json"]) == 0
+    assert main(["plan", *words, "--evaluate", "0", "--keep", "0.5", "--policy", policy, "--json"]) == 0
     (plan,) = json.loads(capsys.readouterr().out)["plans"]
     assert plan["keep"] == report.keep
 
