@@ -17,7 +17,7 @@ LOADED = re.compile(r"<(?:link|script|img|iframe|source|video|audio|embed|object
 
 def public_names() -> list[str]:
     """``lightning_prehab.__all__``, read without importing it: torch is not needed to build the pages."""
-    for node in ast.parse((ROOT / "lightning_prehab" / "__init__.py").read_text()).body:
+    for node in ast.parse((ROOT / "lightning_prehab" / "public_names.py").read_text()).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return list(ast.literal_eval(node.value))
     raise AssertionError("there is no __all__")

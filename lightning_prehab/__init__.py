@@ -1,82 +1,35 @@
-"""SVD compression of neural networks in three acts, as PyTorch Lightning callbacks: prehab, surgery, rehab."""
+"""SVD compression of neural networks in three acts, as PyTorch Lightning callbacks: prehab, surgery, rehab.
 
-from lightning_prehab.callbacks import CompressionCallback, PaperPrehab, PrehabCallback, RehabSchedule
-from lightning_prehab.compress import apply_plan_, compress_, make_plan
-from lightning_prehab.errors import PrehabError
-from lightning_prehab.factorizations import SVD, ActivationSVD, FisherSVD, KroneckerSVD, LowRankPlusSparse, WhitenedSVD
-from lightning_prehab.files.checkpoints import LowRankCheckpointMixin, load_from_checkpoint
-from lightning_prehab.files.folders import load_compressed, save_compressed
+The names are those of :mod:`lightning_prehab.public_names`. They are imported, all of them at once, when the first of
+them is asked for: ``lightning-prehab --help`` need not wait for torch.
+"""
+
+from typing import TYPE_CHECKING
+
 from lightning_prehab.integrations._registration import register_when_imported
-from lightning_prehab.integrations.metrics import EffectiveRankMetric, StableRankMetric
-from lightning_prehab.layers.attention import LowRankMultiheadAttention
-from lightning_prehab.layers.blocks import LowRankBlocks
-from lightning_prehab.layers.conv import LowRankConv1d, LowRankConv2d
-from lightning_prehab.layers.linear import LowRankLinear, LowRankPlusSparseLinear
-from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
-from lightning_prehab.plan.recipe import Recipe
-from lightning_prehab.rank_policies import EnergyThreshold, ParameterBudget, ProbeBudget, RankRatio, ZeroSum
-from lightning_prehab.regularizers import (
-    EffectiveRank,
-    NuclearNorm,
-    SpectralWeightDecay,
-    StableRank,
-    TailEnergy,
-    TailShrinkage,
-)
-from lightning_prehab.report.compression_report import CompressionReport
-from lightning_prehab.report.extent import print_compression
-from lightning_prehab.statistics.calibration import collect_statistics
-from lightning_prehab.statistics.sums import LayerStatistics
-from lightning_prehab.surgery.structure import to_dense_
-from lightning_prehab.targets.find import find_targets
 
-__all__ = [
-    "SVD",
-    "ActivationSVD",
-    "CompressionCallback",
-    "CompressionPlan",
-    "CompressionReport",
-    "EffectiveRank",
-    "EffectiveRankMetric",
-    "EnergyThreshold",
-    "FisherSVD",
-    "KroneckerSVD",
-    "LayerPlan",
-    "LayerStatistics",
-    "LowRankBlocks",
-    "LowRankCheckpointMixin",
-    "LowRankConv1d",
-    "LowRankConv2d",
-    "LowRankLinear",
-    "LowRankMultiheadAttention",
-    "LowRankPlusSparse",
-    "LowRankPlusSparseLinear",
-    "NuclearNorm",
-    "PaperPrehab",
-    "ParameterBudget",
-    "PrehabCallback",
-    "PrehabError",
-    "ProbeBudget",
-    "RankRatio",
-    "Recipe",
-    "RehabSchedule",
-    "SpectralWeightDecay",
-    "StableRank",
-    "StableRankMetric",
-    "TailEnergy",
-    "TailShrinkage",
-    "WhitenedSVD",
-    "ZeroSum",
-    "apply_plan_",
-    "collect_statistics",
-    "compress_",
-    "find_targets",
-    "load_compressed",
-    "load_from_checkpoint",
-    "make_plan",
-    "print_compression",
-    "save_compressed",
-    "to_dense_",
-]
+if TYPE_CHECKING:
+    from lightning_prehab.public_names import *  # noqa: F403
+    from lightning_prehab.public_names import __all__ as __all__
+else:
+
+    def _import_all() -> None:
+        from importlib import import_module
+
+        names = import_module("lightning_prehab.public_names")
+        globals().update({name: getattr(names, name) for name in ("__all__", *names.__all__)})
+
+    def __getattr__(name: str) -> object:
+        if name == "__all__" or not name.startswith("__"):  # others are asked for by whoever looks at any module
+            _import_all()
+        try:
+            return globals()[name]
+        except KeyError:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+    def __dir__() -> list[str]:
+        _import_all()
+        return list(globals())
+
 
 register_when_imported()

@@ -15,6 +15,7 @@ from lightning_prehab.plan.spectra import Solver
 from lightning_prehab.progress import shown
 from lightning_prehab.rank_policies import Probe, RankPolicy
 from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.report.evaluation import Evaluation
 from lightning_prehab.road import apply, operate, survey
 from lightning_prehab.sites.process import KnownSite, ProcessSite
 from lightning_prehab.statistics.sums import LayerStatistics
@@ -162,6 +163,9 @@ def apply_plan_(
     plan: CompressionPlan,
     statistics: Mapping[str, LayerStatistics] | None = None,
     optimizers: Iterable[torch.optim.Optimizer] = (),
+    *,
+    layers_at_once: int | None = None,
+    evaluate: Iterable[Any] | Evaluation | None = None,
 ) -> CompressionReport:
     """Replaces the planned layers by :class:`~lightning_prehab.LowRankLinear`, in place.
 
@@ -174,6 +178,8 @@ def apply_plan_(
         optimizers: Optimizers that hold the weights. Each weight is replaced by its factors at the same place of its
             group, first moments are carried over exactly, learning-rate schedulers go on undisturbed. Both moments of
             the values of a sparse part are carried over exactly.
+        layers_at_once: Work on so many layers at a time, as in :func:`compress_`; None takes all at once.
+        evaluate: Batches to say on what the model is worth before and after, as in :func:`compress_`.
 
     Returns:
         The report. Biases stay the same parameter objects.
@@ -187,4 +193,5 @@ def apply_plan_(
     targets = cut_targets(model, plan)
     check_pretrained(model, (view_of(target).module for target in targets.values()))
     solver = Solver(targets, plan.factorization, statistics)
-    return apply(plan, ProcessSite(model, optimizers=optimizers), solver)
+    site = ProcessSite(model, optimizers=optimizers, layers_at_once=layers_at_once, evaluate=evaluate)
+    return apply(plan, site, solver)

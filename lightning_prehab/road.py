@@ -151,7 +151,9 @@ def apply(plan: CompressionPlan, site: Site, solver: Solver) -> CompressionRepor
         PrehabError: If something is wrong; the model is then as it was.
     """
     before = site.score()
-    spectra = site.decompose(solver)
+    spectra: dict[str, Spectrum] = {}
+    for block in site.blocks(Targets(solver.targets, {}, None)):
+        spectra.update(site.decompose(replace(solver, targets=block)))
     cut = [layer.name for layer in plan.layers if layer.rank is not None]
     factors = site.factors(plan)
     site.release()

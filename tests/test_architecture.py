@@ -50,7 +50,8 @@ FLOORS = [
     },
     {
         "cli": "the command line",
-        "__init__": "the public names",
+        "public_names": "what a user of the package imports",
+        "__init__": "the same names, imported when the first is asked for",
         "__main__": "python -m lightning_prehab",
     },
 ]
@@ -60,14 +61,15 @@ KNOW_LIGHTNING = {"callbacks", "cli"}
 #: Other packages than torch, lightning, torchmetrics, each where it is used, with an error that names the extra. rich
 #: and yaml need none: lightning brings yaml, and whoever prints with rich has it.
 EXTRAS = {
-    ("cli/arguments.py", "jsonargparse"),
-    ("cli/arguments.py", "rich"),
     ("cli/commands.py", "rich"),
     ("cli/inputs.py", "safetensors"),
     ("cli/inputs.py", "transformers"),
+    ("cli/outputs.py", "rich"),
+    ("cli/outputs.py", "transformers"),
     ("documents/settings.py", "yaml"),
     ("documents/tables.py", "rich"),
     ("files/folders.py", "safetensors"),
+    ("files/statistics.py", "safetensors"),
     ("integrations/huggingface.py", "transformers"),
     ("layers/blocks.py", "transformers"),
     ("plan/compression_plan.py", "rich"),

@@ -56,6 +56,7 @@ NAMES = {
 
 def test_public_names():
     assert set(lp.__all__) == NAMES
+    assert set(dir(lp)) > NAMES
     assert all(inspect.getdoc(getattr(lp, name)) for name in NAMES)
 
 

@@ -1,5 +1,5 @@
 """The command line: commands, what they understand, what they read."""
 
-from lightning_prehab.cli.commands import main
+from lightning_prehab.cli.entry import main
 
 __all__ = ["main"]

@@ -1,140 +1,262 @@
-"""What the command line understands, and the recipe that it means."""
+"""What the command line understands. Nothing large is imported here: ``--help`` answers at once."""
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
 
-from lightning_prehab.errors import ArgumentError, PrehabError
-from lightning_prehab.factorizations import SVD, ActivationSVD, Factorization, FisherSVD, KroneckerSVD, WhitenedSVD
-from lightning_prehab.plan.recipe import RankOverride, Recipe
-from lightning_prehab.rank_policies import BudgetPolicy, ParameterBudget, ProbeBudget, RankRatio, ZeroSum
-from lightning_prehab.report.figures import FIGURES
+from lightning_prehab.__about__ import __version__
 
-METHODS: dict[str, Callable[[], Factorization]] = {
-    "svd": SVD,
-    "activation": ActivationSVD,
-    "fisher": FisherSVD,
-    "whitened": WhitenedSVD,
-    "kronecker": KroneckerSVD,
-}
-#: Policies of a share to keep; others are named in a recipe.
-POLICIES: dict[str, Callable[[float], BudgetPolicy]] = {
-    "budget": ParameterBudget,
-    "ratio": RankRatio,
-    "probe": ProbeBudget,
-    "zero-sum": ZeroSum,
-}
-_EVALUATE = (
-    "say what the model is worth before and after: a share of the rows of --data, which is held back from the "
-    "calibration (default: 0.1, if there are 30 rows), a file as for --data, or 0 for nothing"
-)
+PROGRAM = "lightning-prehab"
+#: Short names; what they stand for is in :mod:`lightning_prehab.cli.recipes`.
+METHODS = ("svd", "activation", "fisher", "whitened", "kronecker")
+POLICIES = ("budget", "ratio", "probe", "zero-sum")
+#: Those of :mod:`lightning_prehab.report.figures`.
+FIGURES = ("ranks", "errors", "parameters", "spectra", "latency")
+
+_EPILOG = """the usual way:
+  %(prog)s plan my-model --data lines.txt --keep 0.4 0.6 --output plan.yaml
+  %(prog)s compress my-model --plan plan-0.6.yaml --output small
+  %(prog)s report small
+  %(prog)s bench my-model --compressed small
+
+"%(prog)s COMMAND --help" lists the options of a command."""
 
 
-def read_recipe(settings: Any, keep: float | None) -> Recipe:
-    """The recipe of the options that were given: those of a file, those of the command line in their place.
+class Parser(argparse.ArgumentParser):
+    """A parser that says in one sentence what is wrong, without listing everything that there is."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with exit code 2."""
+        message = re.sub(r"^argument ([^:]+): ", r"\1 ", message)
+        missing = message.partition("the following arguments are required: ")[2]
+        if missing:
+            message = "missing: " + "; ".join(self._described(name) for name in missing.split(", "))
+        end = "" if message.endswith(("?", ".")) else "."
+        self.exit(2, f'error: {message}{end}\n"{self.prog} --help" says what can be given.\n')
+
+    def _described(self, name: str) -> str:
+        for action in self._actions:
+            if name in (*action.option_strings, action.metavar):
+                return f"{name} ({action.help})"
+        return name
+
+    def check_options(self, words: Sequence[str]) -> None:
+        """Ends the program if there is an unknown option; the nearest known one is named."""
+        known = [option for action in self._actions for option in action.option_strings]
+        for word in words:
+            option = word.partition("=")[0]
+            if word == "--":
+                return
+            if re.match("--?[a-zA-Z]", word) and option not in known:
+                short = [name for name in known if name.startswith(f"-{option}")]  # -o for --output
+                near = short or get_close_matches(option, [name for name in known if len(name) > 2], 1, 0.5)
+                self.error(f"there is no option {option}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options that were given; ``command`` among them.
 
     Args:
-        settings: Parsed options of ``plan`` or ``compress``.
-        keep: One of the shares to keep, or None if none was given.
+        words: Of the command line; None takes those of the process.
 
     Raises:
-        ArgumentError: If a value cannot be used.
+        SystemExit: If something is wrong (2), or help or the version were asked for (0).
     """
-    recipe = Recipe() if settings.recipe is None else Recipe.from_yaml(settings.recipe)
-    options = {
-        "keep": keep,
-        "factorization": None if settings.method is None else METHODS[settings.method](),
-        "target_modules": settings.target_modules,
-        "exclude_modules": settings.exclude_modules,
-        "rank_overrides": None if settings.rank_override is None else _overrides(settings.rank_override),
-        "rank_multiple_of": settings.rank_multiple_of,
-        "split_fused": settings.split_fused or None,
-    }
-    recipe = replace(recipe, **{name: value for name, value in options.items() if value is not None})
-    if settings.policy is not None:
-        stored = recipe.policy.keep if isinstance(recipe.policy, BudgetPolicy) else recipe.keep
-        return replace(recipe, policy=POLICIES[settings.policy](stored if keep is None else keep))
-    if keep is None or recipe.policy is None:
-        return recipe
-    if not isinstance(recipe.policy, BudgetPolicy):
-        raise ArgumentError(f"--keep has no effect on {recipe.policy}, the policy of {settings.recipe}; leave it out.")
-    return replace(recipe, policy=replace(recipe.policy, keep=keep))
+    words = sys.argv[1:] if words is None else list(words)
+    parser, commands = build_parser()
+    first = words[0] if words else ""
+    if first in commands:
+        commands[first].check_options(words[1:])
+    elif not first:
+        parser.error(f"give a command: {', '.join(commands)}")
+    elif not first.startswith("-"):
+        near = get_close_matches(first, commands, 1, 0.5)
+        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
+        parser.error(f"there is no command {first!r}; {meant}")
+    elif first not in ("-h", "--help", "--version"):
+        parser.error(f"give the command before its options: {', '.join(commands)}")
+    settings, more = parser.parse_known_args(words)
+    if more:
+        commands[first].error(f"{more[0]!r} is one word too many")
+    return settings
 
 
-def _overrides(wishes: list[str]) -> dict[str, RankOverride]:
-    """``PATTERN=RANK`` each."""
-    found: dict[str, RankOverride] = {}
-    for wish in wishes:
-        pattern, _, rank = wish.rpartition("=")
-        if not pattern:
-            raise ArgumentError(f"--rank-override takes PATTERN=RANK, got {wish!r}.")
-        try:
-            found[pattern] = rank if rank == "dense" else int(rank) if rank.lstrip("+-").isdigit() else float(rank)
-        except ValueError as error:
-            raise ArgumentError(
-                f"--rank-override {wish!r}: give a rank, a share of the parameters such as 0.3, or dense."
-            ) from error
-    return found
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of all commands, and that of each."""
+    parser = Parser(
+        prog=PROGRAM,
+        description="SVD compression of neural networks: Hugging Face folders and Lightning checkpoints.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    adding = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    commands: dict[str, Parser] = {}
+
+    def command(name: str, usage: str, text: str) -> Parser:
+        usage = f"{PROGRAM} {name} {usage} [options]"
+        commands[name] = adding.add_parser(name, usage=usage, help=text, description=text)
+        return commands[name]
+
+    planning = command("plan", "SOURCE", "Show what a budget would do to each layer; the model is not changed.")
+    compressing = command("compress", "SOURCE --output FOLDER", "Write a compressed model and its report.")
+    reporting = command("report", "FOLDER", "Show a report that compress has written.")
+    measuring = command("bench", "SOURCE --compressed FOLDER", "Measure the dense against the compressed model here.")
+    for made in (planning, compressing, measuring):
+        made.add_argument("source", metavar="SOURCE", help="Hugging Face folder, or a Lightning checkpoint (.ckpt)")
+    planning.add_argument(
+        "--keep", type=share, nargs="+", metavar="SHARE", help="of the targets' parameters; one or several (0.5)"
+    )
+    planning.add_argument("--output", metavar="FILE", help="write the plan as YAML, what calibration saw beside it")
+    planning.add_argument("--force", action="store_true", help="replace a plan that is there")
+    compressing.add_argument("--output", metavar="FOLDER", required=True, help="the folder to write")
+    compressing.add_argument("--keep", type=share, metavar="SHARE", help="of the targets' parameters (0.5)")
+    compressing.add_argument(
+        "--plan", type=file, metavar="FILE", help="carry out what plan --output has written, edited or not"
+    )
+    compressing.add_argument("--force", action="store_true", help="replace a compressed model that is there")
+    measuring.add_argument("--compressed", metavar="FOLDER", required=True, help="the folder that compress has written")
+    measuring.add_argument(
+        "--batch-sizes", type=count, nargs="+", metavar="N", default=[1, 8], help="rows of the measured batches (1 8)"
+    )
+    for made in (planning, compressing, measuring):
+        made.add_argument("--model", metavar="CLASS", help="class of the checkpoint: some.module.ClassName (imported)")
+        made.add_argument("--data", type=file, metavar="FILE", help="lines of text, or batches as .pt or .safetensors")
+        if made is not measuring:
+            made.add_argument(
+                "--evaluate",
+                type=evaluation,
+                metavar="SHARE",
+                help="of the data, held back to say what the model is worth; or a file, or 0 (0.1 of 30 rows and more)",
+            )
+        made.add_argument("--batch-size", type=count, metavar="N", default=8, help="rows of a batch of the data (8)")
+        made.add_argument("--max-length", type=count, metavar="N", default=128, help="tokens of a line of text (128)")
+        made.add_argument("--device", type=device, default="cpu", help="where to compute (cpu)")
+    for made in (planning, compressing):
+        group = made.add_argument_group("how to cut")
+        group.add_argument("--method", **_one_of(METHODS), help="default: kronecker with data, svd without")
+        group.add_argument("--policy", **_one_of(POLICIES), help="default: budget for kronecker, ratio for others")
+        group.add_argument("--target-modules", metavar="NAME", nargs="+", help="names or patterns to take")
+        group.add_argument("--exclude-modules", metavar="NAME", nargs="+", help="names or patterns to leave")
+        group.add_argument(
+            "--rank-override",
+            metavar="PATTERN=RANK",
+            type=override,
+            nargs="+",
+            help="a rank, a share of the layer's parameters below 1, or dense",
+        )
+        group.add_argument("--rank-multiple-of", type=count, metavar="N", help="ranks are multiples of this (1)")
+        group.add_argument("--split-fused", action="store_true", help="cut queries, keys and values each for itself")
+        group.add_argument(
+            "--layers-at-once", type=count, metavar="N", help="calibrate so many at a time, in less memory"
+        )
+        group.add_argument("--recipe", type=file, metavar="FILE", help="YAML of all this; options given beside it win")
+    reporting.add_argument("path", metavar="FOLDER", help="what compress has written, or a report.json")
+    reporting.add_argument("--html", metavar="FILE", help="write a page with figures too (extra plot)")
+    reporting.add_argument(
+        "--png", type=figure, metavar="NAME=FILE", nargs="+", help=f"write figures: {', '.join(FIGURES)}"
+    )
+    reporting.add_argument("--bench", type=file, metavar="FILE", help="what bench --json has printed, for latencies")
+    reporting.add_argument(
+        "--metrics", type=file, metavar="FILE", help="metrics.csv of the run: a timeline in the page"
+    )
+    for made in commands.values():
+        made.add_argument("--json", action="store_true", help="print JSON instead of text")
+    return parser, commands
 
 
-def build_parser() -> Any:
-    """The parser of all commands.
+def share(word: str) -> float:
+    """A share to keep, in ``(0, 1]``.
 
-    Raises:
-        PrehabError: If a package is missing; the extra is named.
+    >>> share("0.5")
+    0.5
     """
     try:
-        import rich  # noqa: F401
-        from jsonargparse import ArgumentParser
-    except ImportError as error:
-        raise PrehabError(
-            f"The command line needs the {error.name} package: pip install 'lightning-prehab[cli]'."
-        ) from error
-    from jsonargparse.typing import ClosedUnitInterval as Share
+        value = float(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number in (0, 1], such as 0.5, got {word}") from None
+    if not 0.0 < value <= 1.0:
+        hint = f"; {value:g} % is {value / 100:g}" if 1.0 < value <= 100.0 else ""
+        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {word}{hint}")
+    return value
 
-    def command(name: str, text: str) -> Any:
-        made = ArgumentParser(description=text)
-        made.add_argument("--json", action="store_true", help="print JSON instead of text")
-        parsers[name] = made, text
-        return made
 
-    parsers: dict[str, tuple[Any, str]] = {}
-    planning = command("plan", "Show what a budget would do to each layer; nothing is changed.")
-    compressing = command("compress", "Write a compressed model and its report into a new folder.")
-    reporting = command("report", "Show a report that compress has written.")
-    measuring = command("bench", "Measure the dense against the compressed model on this machine.")
-    for made in (planning, compressing, measuring):
-        made.add_argument("source", type=str, help="Hugging Face folder (config.json, safetensors), or a .ckpt file")
-        made.add_argument("--model", type=str, help="class of the .ckpt: some.module.ClassName (is imported)")
-        made.add_argument("--data", type=str, help="text file (Hugging Face), or .pt or .safetensors of batches")
-        made.add_argument("--batch-size", type=int, default=8, help="rows of a calibration batch")
-        made.add_argument("--max-length", type=int, default=128, help="tokens of a line of text")
-        made.add_argument("--device", type=str, default="cpu", help="where to compute")
-    for made in (planning, compressing):
-        made.add_argument("--recipe", type=str, help="YAML file of all that follows; options given beside it win")
-        made.add_argument("--method", choices=list(METHODS), help="default: kronecker with --data, svd without")
-        made.add_argument("--policy", choices=list(POLICIES), help="default: budget for kronecker, ratio for others")
-        made.add_argument("--target-modules", type=str, nargs="+", help="names or patterns to take")
-        made.add_argument("--exclude-modules", type=str, nargs="+", help="names or patterns to leave")
-        made.add_argument("--rank-override", type=str, nargs="+", help="PATTERN=RANK: a rank, a share below 1 or dense")
-        made.add_argument("--rank-multiple-of", type=int, help="ranks are multiples of this (default: 1)")
-        made.add_argument("--split-fused", action="store_true", help="cut queries, keys and values each for itself")
-        made.add_argument("--layers-at-once", type=int, help="calibrate so many layers at a time, to save memory")
-    planning.add_argument("--keep", type=Share, nargs="+", help="shares of the parameters to keep (default: 0.5)")
-    compressing.add_argument("--keep", type=Share, help="share of the targets' parameters to keep (default: 0.5)")
-    compressing.add_argument("--evaluate", type=str, help=_EVALUATE)
-    compressing.add_argument("--output", type=str, required=True, help="the folder to write")
-    compressing.add_argument("--force", action="store_true", help="replace a compressed model that is there")
-    reporting.add_argument("path", type=str, help="report.json, or the folder that holds it")
-    reporting.add_argument("--html", type=str, help="write a page with figures too (extra plot)")
-    reporting.add_argument("--png", type=str, nargs="+", help=f"NAME=FILE: write a figure; {', '.join(FIGURES)}")
-    reporting.add_argument("--bench", type=str, help="what bench --json has printed, for latencies before and after")
-    reporting.add_argument("--metrics", type=str, help="metrics.csv of the run's CSVLogger, for a timeline in the page")
-    measuring.add_argument("--compressed", type=str, required=True, help="the folder that compress has written")
-    measuring.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], help="rows of the measured batches")
+def count(word: str) -> int:
+    """A whole number from 1."""
+    if not re.fullmatch("[0-9]+", word) or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {word}")
+    return int(word)
 
-    parser = ArgumentParser(prog="lightning_prehab", description="SVD compression of neural networks.")
-    commands = parser.add_subcommands(dest="command", required=True)
-    for name, (made, text) in parsers.items():
-        commands.add_subcommand(name, made, help=text)
-    return parser
+
+def file(word: str) -> str:
+    """A file that is there."""
+    path = Path(word)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(
+            f"{word} is a folder, give a file" if path.is_dir() else f"{word} does not exist"
+        )
+    return word
+
+
+def evaluation(word: str) -> float | str:
+    """A share below 1, or a file that is there."""
+    try:
+        value = float(word)
+    except ValueError:
+        return file(word)
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(f"must be a share in [0, 1) or a file, got {word}")
+    return value
+
+
+def figure(word: str) -> tuple[str, str]:
+    """``NAME=FILE``."""
+    name, _, path = word.partition("=")
+    if name not in FIGURES or not path:
+        raise argparse.ArgumentTypeError(f"takes NAME=FILE with a NAME of {', '.join(FIGURES)}, got {word!r}")
+    return name, path
+
+
+def device(word: str) -> str:
+    """A device whose tensors have values."""
+    if word.partition(":")[0] == "meta":
+        raise argparse.ArgumentTypeError("cannot be meta: it holds no values")
+    return word
+
+
+def override(word: str) -> tuple[str, int | float | str]:
+    """``PATTERN=RANK``.
+
+    >>> override("a.*=4"), override("b=0.3"), override("c=d=dense")
+    (('a.*', 4), ('b', 0.3), ('c=d', 'dense'))
+    """
+    pattern, _, rank = word.rpartition("=")
+    if not pattern:
+        raise argparse.ArgumentTypeError(f"takes PATTERN=RANK, got {word!r}")
+    if rank == "dense":
+        return pattern, rank
+    try:
+        return pattern, int(rank) if rank.lstrip("+-").isdigit() else float(rank)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{word!r}: give a rank, a share of the parameters such as 0.3, or dense"
+        ) from None
+
+
+def _one_of(names: Sequence[str]) -> dict[str, Any]:
+    def known(word: str) -> str:
+        if word not in names:
+            near = get_close_matches(word, names, 1, 0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise argparse.ArgumentTypeError(f"must be one of {', '.join(names)}, got {word!r}{hint}")
+        return word
+
+    chosen: Callable[[str], str] = known
+    return {"type": chosen, "metavar": "{" + ",".join(names) + "}"}

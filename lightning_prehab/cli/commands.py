@@ -1,167 +1,166 @@
-"""The command line: plan, compress, report and bench for Hugging Face folders and Lightning checkpoints.
+"""The commands: plan, compress, report and bench for Hugging Face folders and Lightning checkpoints."""
 
-Results go to standard output, progress and errors to standard error. Exit codes: 0 done, 1 refused (the reason is one
-sentence), 2 wrong arguments, 130 interrupted.
-"""
-
-import json
-import os
-import shutil
-import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_prehab.cli.arguments import build_parser, read_recipe
-from lightning_prehab.cli.evaluation import compare_scores, read_evaluation, scores_in
-from lightning_prehab.cli.inputs import Batches, copy_settings, example_batch, load_model, read_batches
-from lightning_prehab.cli.warned import plainly
+from lightning_prehab.cli.evaluation import Measured, compare_scores, read_evaluation, scores_in
+from lightning_prehab.cli.inputs import (
+    Batches,
+    check_compressed,
+    describe,
+    example_batch,
+    is_compressed,
+    load_model,
+    read_batches,
+    reason,
+)
+from lightning_prehab.cli.outputs import REPORT, check_output, how_to_load, megabytes, note, show, write_model
+from lightning_prehab.cli.plans import PlanFiles, RecordingSite, beside_plan, read_plan
+from lightning_prehab.cli.recipes import read_recipe
+from lightning_prehab.compress import apply_plan_
 from lightning_prehab.errors import ArgumentError, PrehabError
-from lightning_prehab.files.folders import STRUCTURE, load_compressed, save_compressed
+from lightning_prehab.files.folders import load_compressed
+from lightning_prehab.plan.compression_plan import CompressionPlan
+from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.progress import doing, shown
 from lightning_prehab.report.compression_report import CompressionReport
-from lightning_prehab.report.figures import FIGURES, to_png
+from lightning_prehab.report.figures import to_png
 from lightning_prehab.report.latency import ModelLatency, compare_latencies
 from lightning_prehab.road import operate, plan_budgets
 from lightning_prehab.sites import ProcessSite
 from lightning_prehab.statistics.batches import call_model, to_device
 from lightning_prehab.statistics.calibration import as_found
-
-#: Of a folder that ``compress`` has written.
-REPORT = "report.json"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command.
-
-    Args:
-        arguments: Words of the command line; None takes those of the process.
-
-    Returns:
-        The exit code.
-    """
-    try:
-        settings = build_parser().parse_args(arguments)
-        command = settings.command
-        with plainly():
-            _COMMANDS[command](settings[command])
-    except PrehabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+from lightning_prehab.statistics.sums import LayerStatistics
+from lightning_prehab.surgery.factors import planned_targets
+from lightning_prehab.targets.find import Targets
 
 
 def plan(settings: Any) -> None:
-    """What each budget would do; nothing is changed or written."""
-    recipes = [read_recipe(settings, keep) for keep in settings.keep or [None]]
+    """What each budget would do; the model is not changed."""
+    keeps = settings.keep or [None]
+    recipes = [read_recipe(settings, keep) for keep in keeps]
+    _check_data(recipes[0], settings)
+    files = None if settings.output is None else PlanFiles(settings.output, keeps, settings.force)
     model, batches = _inputs(settings)
-    with shown():
-        plans = plan_budgets(recipes, ProcessSite(model, batches, layers_at_once=settings.layers_at_once))
+    batches, measured = read_evaluation(settings, batches)  # the calibration sees what that of compress would
+    at_once = settings.layers_at_once
+    said = []
+    if files is None:
+        with shown():
+            plans = plan_budgets(recipes, ProcessSite(model, batches, layers_at_once=at_once))
+    else:
+        with files.writer() as writer:
+            with shown():
+                plans = plan_budgets(recipes, RecordingSite(model, batches, writer, layers_at_once=at_once))
+            said = files.write(plans, writer, model, measured)
+        said.append(f"Next: lightning-prehab compress {settings.source} {files.next_step} --output FOLDER")
     data = [{"keep": found.keep, "model_keep": found.model_keep, **found.to_dict()} for found in plans]
-    _show(settings, {"plans": data}, *plans)
+    show(settings, {"plans": data}, *plans, *said)
 
 
 def compress(settings: Any) -> None:
     """Writes a compressed model and the report of it into a folder, whole or not at all."""
-    output = Path(settings.output)
-    _check_output(output, settings.force)
-    recipe = read_recipe(settings, settings.keep)
+    source, output = Path(settings.source), Path(settings.output)
+    check_output(output, settings.force)
+    wish = read_recipe(settings, settings.keep) if settings.plan is None else read_plan(settings)
+    if isinstance(wish, Recipe):
+        _check_data(wish, settings)
     model, batches = _inputs(settings)
-    batches, evaluation = read_evaluation(settings, batches)
-    site = ProcessSite(model, batches, layers_at_once=settings.layers_at_once, evaluate=evaluation)
+    batches, measured = read_evaluation(settings, batches)
+    before = megabytes(model)
     with shown():
-        report = operate(recipe, site)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-    try:
-        with shown(), doing("write"):
-            made = save_compressed(model, work / "new", report)
-            report.save_json(made / REPORT)
-            copy_settings(Path(settings.source), made)
-        if output.exists():
-            os.replace(output, work / "old")
-        try:
-            os.replace(made, output)
-        except BaseException:
-            if (work / "old").exists():
-                os.replace(work / "old", output)
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    _show(settings, {"folder": str(output), "report": report.to_dict()}, report, f"written to {output}")
+        if isinstance(wish, CompressionPlan):
+            report = _carry_out(wish, settings, model, batches, measured)
+        else:
+            evaluation = None if measured is None else measured.evaluation()
+            site = ProcessSite(model, batches, layers_at_once=settings.layers_at_once, evaluate=evaluation)
+            report = operate(wish, site)
+    with shown(), doing("write"):
+        write_model(model, report, source, output)
+    written = f"written to {output}: {before:,.1f} -> {megabytes(model):,.1f} MB of weights"
+    loading = how_to_load(model, source, output, settings.model)
+    show(settings, {"folder": str(output), "report": report.to_dict()}, report, written, loading)
 
 
 def report(settings: Any) -> None:
     """Shows a report that ``compress`` or ``CompressionReport.save_json`` has written."""
-    path = Path(settings.path)
-    found = CompressionReport.load_json(path / REPORT if path.is_dir() else path)
+    found = CompressionReport.load_json(_report_of(Path(settings.path)))
     if settings.metrics is not None and settings.html is None:
         raise ArgumentError("--metrics is for the page; give --html too.")
     if settings.bench is not None:
         found = found.with_latency(ModelLatency.load_json(settings.bench))
         found = found if found.scores is not None else found.with_scores(scores_in(settings.bench))
-    wishes = [wish.partition("=") for wish in settings.png or []]
-    for name, _, file in wishes:
-        if name not in FIGURES or not file:
-            raise ArgumentError(
-                f"--png takes NAME=FILE with a NAME of {', '.join(FIGURES)}, got {name!r} for {file!r}."
-            )
-    pictures = [(file, to_png(found.figure(name))) for name, _, file in wishes]  # all of them, before the first is kept
+    pictures = [(file, to_png(found.figure(name))) for name, file in settings.png or []]  # all, before one is kept
     for file, picture in pictures:
         Path(file).write_bytes(picture)
     if settings.html is not None:
         found.save_html(settings.html, settings.metrics)
-    _show(settings, found.to_dict(), found)
+    show(settings, found.to_dict(), found)
 
 
 def bench(settings: Any) -> None:
     """Measures the dense and the compressed model in turn."""
-    if any(size < 1 for size in settings.batch_sizes):
-        raise ArgumentError(f"--batch-sizes must be at least 1, got {settings.batch_sizes}.")
+    check_compressed(Path(settings.compressed))
     dense, batches = _inputs(settings)
     with shown():
         with doing("read"):
             low = load_compressed(settings.compressed, load_model(settings.source, settings.model)).to(settings.device)
         sized = [example_batch(dense, batches, size, settings.max_length) for size in settings.batch_sizes]
         latency = compare_latencies(dense, low, sized)
-        scores = compare_scores(settings, dense, low, batches, Path(settings.compressed) / REPORT)
+        scores = compare_scores(settings, dense, low, batches)
     data = {**latency.to_dict(), "scores": None if scores is None else scores.to_dict()}
-    _show(settings, data, latency, *([] if scores is None else [scores.summary()]))
+    show(settings, data, latency, *([] if scores is None else [scores.summary()]))
 
 
-_COMMANDS: dict[str, Callable[[Any], None]] = {"plan": plan, "compress": compress, "report": report, "bench": bench}
+COMMANDS: dict[str, Callable[[Any], None]] = {"plan": plan, "compress": compress, "report": report, "bench": bench}
+
+
+def _carry_out(
+    plan: CompressionPlan, settings: Any, model: nn.Module, batches: Batches | None, measured: Measured | None
+) -> CompressionReport:
+    """A plan out of a file, with what lies beside it, or with data for another calibration."""
+    at_once = settings.layers_at_once
+    statistics: Mapping[str, LayerStatistics] | None
+    if batches is None:
+        statistics, kept = beside_plan(Path(settings.plan), plan, model)
+        measured = kept if settings.evaluate is None else measured
+    elif at_once is not None:
+        raise ArgumentError("--layers-at-once has no effect on --plan with --data; plan anew with --output instead.")
+    else:
+        targets = Targets(planned_targets(model, plan), {}, None)
+        statistics = ProcessSite(model, batches).observe(targets, plan.factorization.wanted)
+    evaluation = None if measured is None else measured.evaluation()
+    return apply_plan_(model, plan, statistics, layers_at_once=at_once, evaluate=evaluation)
+
+
+def _check_data(recipe: Recipe, settings: Any) -> None:
+    """Before any work: what is asked for by name may need data."""
+    if settings.data is not None:
+        return
+    if recipe.factorization is not None and recipe.factorization.needs_statistics:
+        raise ArgumentError(f"{recipe.factorization} needs --data, text or batches; --method svd needs none.")
+    if recipe.policy is not None and (recipe.policy.needs_probes or recipe.policy.needs_weight_gradients):
+        raise ArgumentError(f"{recipe.policy} needs --data, text or batches; --policy ratio needs none.")
 
 
 def _inputs(settings: Any) -> tuple[nn.Module, Batches | None]:
-    if getattr(settings, "layers_at_once", None) is not None and settings.layers_at_once < 1:
-        raise ArgumentError(f"--layers-at-once must be at least 1, got {settings.layers_at_once}.")
-    if settings.batch_size < 1 or settings.max_length < 1:
-        raise ArgumentError(
-            f"--batch-size and --max-length must be at least 1, got {settings.batch_size} and {settings.max_length}."
-        )
-    if settings.device == "meta":
-        raise ArgumentError("--device 'meta' cannot be used: it holds no values.")
     with shown(), doing("read"):
         try:
             model = load_model(settings.source, settings.model).to(settings.device)
         except (RuntimeError, AssertionError) as error:
             if isinstance(error, PrehabError):
                 raise
-            raise ArgumentError(f"--device {settings.device!r} cannot be used: {error}") from error
+            raise ArgumentError(f"--device {settings.device!r} cannot be used: {reason(error)}.") from error
         batches = None
         if settings.data is not None:
             batches = read_batches(settings.data, settings.source, settings.batch_size, settings.max_length)
             _check_fit(model, batches[0], settings)
+            text = Path(settings.data).suffix not in (".pt", ".safetensors")
+            note(f"{settings.data}: {describe(batches, text=text)}")
     return model, batches
 
 
@@ -174,36 +173,26 @@ def _check_fit(model: nn.Module, batch: Any, settings: Any) -> None:
         raise
     except Exception as error:  # whatever the user's model leads to
         raise ArgumentError(
-            f"--data {settings.data}: the model cannot be called on its first batch ({type(error).__name__}: {error}); "
-            "give other data, or for lines that are too long a smaller --max-length."
+            f"--data {settings.data}: the model cannot be called on its first batch ({reason(error)}); give "
+            "other data, or for lines that are too long a smaller --max-length."
         ) from error
 
 
-def _check_output(output: Path, force: bool) -> None:
-    """Before any work: an existing folder is replaced only when asked, and only if it is one of ours."""
-    inside = next((folder for folder in output.absolute().parents if (folder / STRUCTURE).is_file()), None)
-    if inside is not None:
-        raise ArgumentError(f"{output} lies inside {inside}, a compressed model; give another --output.")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        near = next(folder for folder in output.absolute().parents if folder.exists())
-        if not near.is_dir() or not os.access(near, os.W_OK | os.X_OK):
-            raise ArgumentError(f"{output} cannot be written: {near} is not a folder to write in.")
-        return
-    if not force:
-        raise ArgumentError(f"{output} exists; give --force to replace it, or another --output.")
-    if not (output / STRUCTURE).is_file():
-        raise ArgumentError(f"{output} does not hold a compressed model, so --force leaves it; give another --output.")
-
-
-def _show(settings: Any, data: object, *shown: object) -> None:
-    if settings.json:
-        print(json.dumps(data, indent=1))
-        return
-    import rich.console
-
-    console = rich.console.Console()
-    for item in shown:
-        if isinstance(item, str) or not console.is_terminal:
-            print(item)  # in files and pipes: whole lines, whatever the width
-        else:
-            console.print(item)
+def _report_of(path: Path) -> Path:
+    """The report in a folder, or the file itself."""
+    if not path.is_dir():
+        if not path.exists():
+            raise ArgumentError(f"{path} does not exist; give a folder that compress has written, or its {REPORT}.")
+        return path
+    if (path / REPORT).is_file():
+        return path / REPORT
+    if is_compressed(path):
+        raise ArgumentError(
+            f"{path} is a compressed model without its report; compress_ gives it, and report.save_json writes it."
+        )
+    if (path / "config.json").is_file():
+        raise ArgumentError(
+            f"{path} is a dense model, there is no report of it; lightning-prehab compress {path} --output FOLDER "
+            "writes a compressed one with its report."
+        )
+    raise ArgumentError(f"{path} holds no {REPORT}; give a folder that compress has written.")

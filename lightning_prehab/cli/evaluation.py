@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
-from lightning_prehab.cli.inputs import Batches, read_batches
+from lightning_prehab.cli.inputs import Batches, read_batches, reason
+from lightning_prehab.cli.outputs import REPORT
 from lightning_prehab.documents.settings import read_file
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.report.compression_report import CompressionReport
@@ -19,43 +21,75 @@ from lightning_prehab.statistics.held_back import hold_back
 SHARE = 0.1
 #: With fewer rows than this nothing is held back unless asked for: less than three would be left to measure on.
 FEWEST_ROWS = 30
+#: Of the folder that ``plan --output`` writes beside a plan.
+_KEPT = "evaluation.pt"
 
 
-def read_evaluation(settings: Any, batches: Batches | None) -> tuple[Batches | None, Evaluation | None]:
+class Measured(NamedTuple):
+    """What a model is measured on.
+
+    Attributes:
+        batches: Some batches.
+        source: The name of the file that they are from.
+        held_back: Whether they are the part of it that is left out of the calibration.
+    """
+
+    batches: Batches
+    source: str
+    held_back: bool = False
+
+    def evaluation(self) -> Evaluation:
+        """One that has measured nothing yet."""
+        return Evaluation(self.batches, held_back=self.held_back, source=self.source)
+
+    def save(self, folder: Path) -> None:
+        """Puts it beside the statistics of a plan."""
+        torch.save(self._asdict(), folder / _KEPT)
+
+
+def read_evaluation(settings: Any, batches: Batches | None) -> tuple[Batches | None, Measured | None]:
     """The batches to calibrate with, and what ``--evaluate`` says: a share of them, other data, or nothing.
 
     Raises:
-        ArgumentError: If the file cannot be read, or the number is no share.
+        ArgumentError: If the file cannot be read, or there is nothing to hold back.
     """
     wish = settings.evaluate
     if wish is None:
-        wish = SHARE if batches is not None and _rows(batches) >= FEWEST_ROWS else 0
-    try:
-        share = float(wish)
-    except ValueError:
-        return batches, Evaluation(_read(wish, settings), source=Path(wish).name)
-    if not 0.0 <= share < 1.0:
-        raise ArgumentError(f"--evaluate must be a share in [0, 1) or a file, got {wish}.")
-    if share == 0.0:
+        wish = SHARE if batches is not None and _rows(batches) >= FEWEST_ROWS else 0.0
+    if isinstance(wish, str):
+        return batches, Measured(_read(wish, settings), Path(wish).name)
+    if wish == 0.0:
         return batches, None
     if batches is None:
         raise ArgumentError(f"--evaluate {wish} holds rows of --data back; give --data, or --evaluate a file.")
-    rest, held = hold_back(batches, share)
-    return rest, Evaluation(held, held_back=True, source=Path(settings.data).name)
+    rest, held = hold_back(batches, wish)
+    return rest, Measured(held, Path(settings.data).name, held_back=True)
 
 
-def compare_scores(
-    settings: Any, dense: nn.Module, low: nn.Module, batches: Batches | None, report: Path
-) -> Scores | None:
+def kept_evaluation(folder: Path) -> Measured | None:
+    """What lies beside the statistics of a plan, if something does.
+
+    Raises:
+        ArgumentError: If it cannot be read.
+    """
+    path = folder / _KEPT
+    if not path.is_file():
+        return None
+    try:
+        return Measured(**torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # whatever a damaged file leads to
+        raise ArgumentError(f"{path} cannot be read ({reason(error)}); give --evaluate 0, or a file.") from error
+
+
+def compare_scores(settings: Any, dense: nn.Module, low: nn.Module, batches: Batches | None) -> Scores | None:
     """What both models are worth on the data, if there is any and something can be told.
 
-    Data of the name that the compressed model was calibrated with is called so, as far as its report, a file that may
-    be missing, says that.
+    Data of the name that the compressed model was calibrated with is called so, as far as its report says that.
     """
     if batches is None:
         return None
     name = Path(settings.data).name
-    known = _calibrated_with(name, report)
+    known = _calibrated_with(name, Path(settings.compressed) / REPORT)
     evaluation = Evaluation(batches, source=f"{name} (the name of the calibration data)" if known else name)
     before = evaluation.score(dense)
     after = None if before is None else evaluation.score(low)

@@ -1,8 +1,10 @@
 """What the command line reads: models and calibration batches from files. Nothing is taken from a network."""
 
+import json
 import pickle
 import pkgutil
-import shutil
+import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,42 +15,104 @@ from torch import Tensor, nn
 
 from lightning_prehab.errors import ArgumentError, PrehabError
 from lightning_prehab.files.checkpoints import load_from_checkpoint
-from lightning_prehab.statistics.batches import batch_size
+from lightning_prehab.files.folders import STRUCTURE
+from lightning_prehab.layers.linear import LowRankLayer
+from lightning_prehab.statistics.batches import batch_size, padding_mask
+from lightning_prehab.surgery.pretrained import METHOD
 
 Batches = list[Any]
-#: Small files that make a Hugging Face folder usable again.
-_SETTINGS = ("config.json", "generation_config.json", "preprocessor_config.json", "special_tokens_map.json")
-_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "sentencepiece*")
+#: Endings of files: no name of a model.
+_FILES = (".ckpt", ".pt", ".pth", ".safetensors", ".gguf", ".json")
 
 
 def load_model(source: str, class_path: str | None) -> nn.Module:
-    """The model of a Hugging Face folder, or of a Lightning checkpoint and its class; on the CPU, in eval mode.
+    """The dense model of a Hugging Face folder, or of a Lightning checkpoint and its class; on the CPU, in eval mode.
 
     Raises:
-        ArgumentError: If there is no such model.
+        ArgumentError: If there is no such model, or it is compressed already.
         PrehabError: If a package is missing.
     """
     path = Path(source)
     if path.is_dir():
         if class_path is not None:
             raise ArgumentError(f"--model is for a checkpoint file; {path} is a folder, leave it out.")
-        return _hugging_face_model(path).eval()
-    if not path.is_file():
-        raise ArgumentError(f"{path} does not exist; give a Hugging Face folder or a Lightning checkpoint.")
-    if class_path is None:
+        if is_compressed(path):
+            raise _compressed_already(source)
+        model = _hugging_face_model(path)
+    elif not path.is_file():
+        raise ArgumentError(_nowhere(source))
+    elif path.suffix in (".gguf", ".safetensors", ".bin", ".json"):
+        way_out = (
+            "load it with transformers (gguf_file=) and save_pretrained a folder"
+            if path.suffix == ".gguf"
+            else ("give the folder that holds it, with its config.json")
+        )
+        raise ArgumentError(f"{path} is no Lightning checkpoint; {way_out}.")
+    elif class_path is None:
         raise ArgumentError(f"{path} is a file; for a Lightning checkpoint give --model some.module.ClassName.")
+    else:
+        model = _lightning_model(path, class_path)
+    if any(isinstance(module, LowRankLayer) for module in model.modules()):
+        raise _compressed_already(source)
+    return model.eval()
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether a folder holds a compressed model, written by this package or by ``save_pretrained``."""
+    if (folder / STRUCTURE).is_file():
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        return bool(config["quantization_config"]["quant_method"] == METHOD)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def reason(error: Exception) -> str:
+    """What another library says, in one line."""
+    words = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {textwrap.shorten(words, 200)}"
+
+
+def check_compressed(folder: Path) -> None:
+    """Raises :class:`ArgumentError` unless the folder is one that ``compress`` has written."""
+    if not folder.is_dir():
+        raise ArgumentError(f"--compressed {folder} {'is no folder' if folder.exists() else 'does not exist'}.")
+    if not (folder / STRUCTURE).is_file():
+        raise ArgumentError(f"--compressed {folder} holds no {STRUCTURE}; give a folder that compress has written.")
+
+
+def _compressed_already(source: str) -> ArgumentError:
+    return ArgumentError(
+        f"{source} is compressed already: give the dense model that it was made of, with another --keep. "
+        "(What is still dense in it can be cut in Python, with compress_.)"
+    )
+
+
+def _nowhere(source: str) -> str:
+    """What to do about a source that does not exist: it may be the name of a model on the hub."""
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or Path(source).suffix in _FILES or source.startswith("."):
+        return f"{source} does not exist; give a Hugging Face folder or a Lightning checkpoint."
+    name = source.rpartition("/")[2]
+    return (
+        f"There is no folder {source}. If it is a model on the hub, get it first: hf download {source} --local-dir "
+        f'{name}, or in Python save_pretrained("{name}") of the model and of the tokenizer; then give {name}.'
+    )
+
+
+def _lightning_model(path: Path, class_path: str) -> nn.Module:
     try:
         found = pkgutil.resolve_name(class_path)
     except Exception as error:  # whatever the import of a module leads to
-        raise ArgumentError(f"--model {class_path!r} cannot be imported ({type(error).__name__}: {error}).") from error
+        raise ArgumentError(f"--model {class_path!r} cannot be imported ({reason(error)}).") from error
     if not (isinstance(found, type) and issubclass(found, pl.LightningModule)):
         raise ArgumentError(f"--model {class_path!r} is not a LightningModule class.")
     try:
-        return load_from_checkpoint(found, path, map_location="cpu").eval()
+        return load_from_checkpoint(found, path, map_location="cpu")
     except PrehabError:
         raise
     except Exception as error:  # whatever a damaged file or the user's class leads to
-        raise ArgumentError(f"{path} cannot be loaded as {class_path} ({type(error).__name__}: {error}).") from error
+        raise ArgumentError(f"{path} cannot be loaded as {class_path} ({reason(error)}).") from error
 
 
 def read_batches(data: str, source: str, rows: int, max_length: int) -> Batches:
@@ -76,12 +140,23 @@ def read_batches(data: str, source: str, rows: int, max_length: int) -> Batches:
             found = _tokens(path, Path(source), max_length)
     except PrehabError:
         raise
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"--data {path} is no text in UTF-8, nor .pt or .safetensors.") from error
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ArgumentError(f"--data {path} cannot be read ({type(error).__name__}).") from error
     batches = found if isinstance(found, list) else _split(found, rows, path)
     if not batches:
         raise ArgumentError(f"--data {path} holds no batches.")
     return batches
+
+
+def describe(batches: Batches, *, text: bool) -> str:
+    """How much there is: ``"200 lines, 6,342 tokens in 25 batches"``."""
+    rows = sum(batch_size(batch) for batch in batches)
+    masks = [padding_mask(batch) for batch in batches]
+    tokens = sum(int(mask.sum()) for mask in masks if mask is not None)
+    counted = f", {tokens:,} tokens" if tokens else ""
+    return f"{rows:,} {'lines' if text else 'rows'}{counted} in {len(batches):,} batches"
 
 
 def example_batch(model: nn.Module, batches: Batches | None, rows: int, max_length: int) -> Any:
@@ -100,19 +175,14 @@ def example_batch(model: nn.Module, batches: Batches | None, rows: int, max_leng
     return torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
-def copy_settings(source: Path, folder: Path) -> None:
-    """Copies configuration and tokenizer of a Hugging Face folder; of a checkpoint there is nothing to copy."""
-    if source.is_dir():
-        for pattern in (*_SETTINGS, *_TOKENIZER):
-            for file in source.glob(pattern):
-                if file.is_file():
-                    shutil.copyfile(file, folder / file.name)
-
-
 def _hugging_face_model(path: Path) -> nn.Module:
     transformers = _transformers()
     if not (path / "config.json").is_file():
         raise ArgumentError(f"{path} holds no config.json; give a Hugging Face folder or a Lightning checkpoint.")
+    if not any(path.glob("*.safetensors")):
+        raise ArgumentError(
+            f'{path} holds no weights in safetensors; save them anew in Python: model.save_pretrained("{path}").'
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
         names = config.architectures or []
@@ -123,7 +193,7 @@ def _hugging_face_model(path: Path) -> nn.Module:
     except PrehabError:
         raise
     except Exception as error:  # whatever a damaged folder leads to
-        raise ArgumentError(f"{path} cannot be loaded ({type(error).__name__}: {error}).") from error
+        raise ArgumentError(f"{path} cannot be loaded ({reason(error)}).") from error
     return model
 
 
@@ -134,12 +204,17 @@ def _tokens(path: Path, source: Path, max_length: int) -> dict[str, Tensor]:
     if not lines:
         raise ArgumentError(f"--data {path} holds no text.")
     transformers = _transformers()
+    if not any(file for pattern in ("*token*", "vocab*", "*.model", "*.spm") for file in source.glob(pattern)):
+        raise ArgumentError(
+            f'{source} holds no tokenizer to read --data {path}; save it there, tokenizer.save_pretrained("{source}"), '
+            "or give .pt batches."
+        )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         encoded = tokenizer(lines, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
     except Exception as error:  # whatever a damaged tokenizer leads to
-        raise ArgumentError(f"{source}: its tokenizer cannot be used ({type(error).__name__}: {error}).") from error
+        raise ArgumentError(f"{source}: its tokenizer cannot be used ({reason(error)}).") from error
     return dict(encoded)
 
 

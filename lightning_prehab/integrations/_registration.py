@@ -1,8 +1,8 @@
-"""Tells transformers about this package as soon as somebody imports transformers, and not before.
+"""What has to wait until somebody imports another library: this package imports none of them by itself.
 
-transformers has no entry points: a method is known once ``register_quantizer`` has been called. Import sorters put
-``import lightning_prehab`` before ``import transformers``, so that call has to wait for the second import. A finder
-waits for one module, ``transformers.quantizers.auto``, registers when it has run, and is gone.
+transformers has no entry points: a method is known once ``register_quantizer`` has been called. LightningCLI knows
+classes without their module once they are there. Import sorters put ``import lightning_prehab`` before both, so that
+has to wait for the second import. A finder waits for it, and imports what is needed when it has run.
 """
 
 import importlib
@@ -12,25 +12,32 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-WAIT_FOR = "transformers.quantizers.auto"
-INTEGRATION = "lightning_prehab.integrations.huggingface"
+#: What is imported, after what.
+AFTER = {
+    "transformers.quantizers.auto": "lightning_prehab.integrations.huggingface",
+    "lightning.pytorch.cli": "lightning_prehab.public_names",
+}
 
 
 def register_when_imported() -> None:
-    """Registers now if transformers is there already, else when it is imported."""
-    if WAIT_FOR in sys.modules:
-        importlib.import_module(INTEGRATION)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Imports now what belongs to a module that is there already, and the rest when its module is imported."""
+    for module, ours in AFTER.items():
+        if module in sys.modules:
+            importlib.import_module(ours)
+        elif not any(isinstance(finder, _Finder) and finder.module == module for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Finder(module))
 
 
 class _Finder(MetaPathFinder):
     """Finds one module, by the ordinary path finder, and wraps its loader."""
 
+    def __init__(self, module: str) -> None:
+        self.module = module
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != WAIT_FOR:
+        if fullname != self.module:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
@@ -39,7 +46,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Runs the module with its own loader, and registers after that."""
+    """Runs the module with its own loader, and then imports ours."""
 
     def __init__(self, loader: Loader, finder: _Finder) -> None:
         self.loader = loader
@@ -54,4 +61,4 @@ class _Loader(Loader):
         self.loader.exec_module(module)
         if self.finder in sys.meta_path:
             sys.meta_path.remove(self.finder)
-        importlib.import_module(INTEGRATION)
+        importlib.import_module(AFTER[self.finder.module])

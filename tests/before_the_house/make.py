@@ -306,9 +306,9 @@ def by_command_line(model: str, method: str, folder: Path) -> Result:
     torch.save([x for x, _ in batches(model)], folder / "batches.pt")
     chosen = METHODS[method]
     words = [folder / "dense.ckpt", "--model", f"{Lit.__module__}.{Lit.__qualname__}", "--keep", chosen.keep]
-    words += [*chosen.words, *(("--data", folder / "batches.pt") if chosen.data else ()), "--json"]
+    words += [*chosen.words, *(("--data", folder / "batches.pt") if chosen.data else ()), "--evaluate", 0, "--json"]
     (plan,) = _command("plan", *words)["plans"]
-    _command("compress", *words, "--output", folder / "small", "--evaluate", 0)
+    _command("compress", *words, "--output", folder / "small")
     return {"plan": plan, "states": {"surgery": state_of(lp.load_compressed(folder / "small", Lit(model)))}}
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import lightning_prehab as lp
-from lightning_prehab.cli.commands import main
+from lightning_prehab.cli import main
 from lightning_prehab.cli.inputs import read_batches
 from lightning_prehab.plan import timing
 from lightning_prehab.report.latency import verdict
@@ -96,9 +96,9 @@ def refused(capsys, *words: object) -> str:
     assert main([str(word) for word in words]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("error: ")
     assert "Traceback" not in err
-    return err
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]  # beside what is said of the work
+    return error
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -266,7 +266,6 @@ def test_bench_in_the_report(bert, tmp_path, capsys, monkeypatch):
     assert "not measured" not in (tmp_path / "page.html").read_text()
     run(capsys, "compress", bert, "--keep", 0.2, "--output", tmp_path / "other")
     assert "measure the models of this report" in refused(capsys, "report", tmp_path / "other", "--bench", bench)
-    assert "nowhere.json' cannot be read" in refused(capsys, "report", out, "--bench", tmp_path / "nowhere.json")
 
 
 def test_wrong_inputs(bert, ckpt, tmp_path, capsys):
@@ -275,9 +274,8 @@ def test_wrong_inputs(bert, ckpt, tmp_path, capsys):
     assert "cannot be imported" in refused(capsys, "plan", ckpt, "--model", "no.such.Class")
     assert "not a LightningModule class" in refused(capsys, "plan", ckpt, "--model", "json.JSONDecoder")
     assert "holds no config.json" in refused(capsys, "plan", tmp_path)
-    assert "needs calibration statistics" in refused(capsys, "plan", bert, "--method", "whitened")
+    assert "needs --data" in refused(capsys, "plan", bert, "--method", "whitened")
     assert "--device 'warp' cannot be used" in refused(capsys, "plan", bert, "--device", "warp")
-    assert "holds no values" in refused(capsys, "plan", bert, "--device", "meta")
     (tmp_path / "bad.ckpt").write_bytes(b"nothing")
     assert "cannot be loaded as" in refused(capsys, "plan", tmp_path / "bad.ckpt", "--model", "lit_of_a_user.Lit")
     for name in ("bad.pt", "bad.safetensors"):
@@ -290,8 +288,6 @@ def test_wrong_inputs(bert, ckpt, tmp_path, capsys):
     run(capsys, "plan", bert, "--data", tmp_path / "long.txt", "--max-length", 16)
     torch.save({"input_ids": torch.full((2, 3), 9999)}, tmp_path / "other.pt")
     assert "cannot be called on its first batch" in refused(capsys, "plan", bert, "--data", tmp_path / "other.pt")
-    for words in (["--batch-size", 0], ["--max-length", -1]):
-        assert "must be at least 1" in refused(capsys, "plan", bert, *words)
     assert "text needs a Hugging Face folder" in refused(
         capsys, "plan", ckpt, "--model", "lit_of_a_user.Lit", "--data", bert / "text.txt"
     )
@@ -331,7 +327,7 @@ def test_run_as_a_module(tmp_path, capsys, monkeypatch):
     assert stopped.value.code == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("error: missing.json: 'missing.json' cannot be read")
+    assert err.startswith("error: missing.json does not exist; give a folder")
 
 
 def test_the_commands_of_the_readme(bert, tmp_path, capsys, monkeypatch):
@@ -347,19 +343,9 @@ def test_the_commands_of_the_readme(bert, tmp_path, capsys, monkeypatch):
     assert lp.CompressionReport.load_json("small/report.json").keep <= 0.4
 
 
-@pytest.mark.parametrize("words", [[], ["plan"], ["compress", "x"], ["plan", "x", "--keep", "2"], ["fly"]])
-def test_wrong_words(words, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(words)
-    assert stopped.value.code == 2
-    assert "error" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("package", "extra", "words"),
     [
-        ("rich", "cli", ["report", "report.json"]),
-        ("jsonargparse", "cli", ["report", "report.json"]),
         ("transformers", "hf", ["plan", "bert"]),
         ("safetensors.torch", "hf", ["plan", "lit.ckpt", "--model", "lit_of_a_user.Lit", "--data", "x.safetensors"]),
     ],

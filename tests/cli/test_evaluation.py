@@ -12,6 +12,7 @@ import lightning_prehab as lp
 from lightning_prehab.cli import main
 from lightning_prehab.plan import timing
 from lightning_prehab.statistics.held_back import hold_back
+from tests.cli.test_messages import wrong
 from tests.tiny_llama import llama
 
 transformers = pytest.importorskip("transformers")
@@ -127,9 +128,12 @@ def test_wrong_values(folder, tmp_path, capsys):
     words = ["compress", folder, "--output", tmp_path / "small", "--evaluate"]
     data = ["--data", folder / "text.txt"]
     assert "--evaluate 0.1 holds rows of --data back; give --data" in refused(capsys, *words, 0.1)
-    assert "--evaluate must be a share in [0, 1) or a file, got 1." in refused(capsys, *words, 1, *data)
-    assert "--evaluate must be a share in [0, 1) or a file, got -0.1." in refused(capsys, *words, "-0.1", *data)
-    assert f"--evaluate {tmp_path / 'nowhere.txt'} does not exist" in refused(capsys, *words, tmp_path / "nowhere.txt")
+    for value, message in (
+        (1, "--evaluate must be a share in [0, 1) or a file, got 1."),
+        ("-0.1", "--evaluate must be a share in [0, 1) or a file, got -0.1."),
+        (tmp_path / "nowhere.txt", f"--evaluate {tmp_path / 'nowhere.txt'} does not exist."),
+    ):
+        assert wrong(capsys, *words, value, *data) == message
     (tmp_path / "bad.pt").write_bytes(b"nothing")
     assert "--evaluate" in refused(capsys, *words, tmp_path / "bad.pt")
     assert not (tmp_path / "small").exists()

@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 import lightning_prehab as lp
-from lightning_prehab.cli.commands import main
+from lightning_prehab.cli import main
 from lightning_prehab.factorizations import Factorization
 from lightning_prehab.rank_policies import RankPolicy
 from lightning_prehab.regularizers import Penalty, Shrinkage

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 import lightning_prehab as lp
-from lightning_prehab.cli.commands import main
+from lightning_prehab.cli import main
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.plan import timing
 from lightning_prehab.report.figures import FIGURES, read_metrics, spectra_figure, timeline_figure, to_png

@@ -1,0 +1,40 @@
+"""Where the command line begins. What a command works with is imported once its words have been understood."""
+
+import sys
+from collections.abc import Sequence
+
+from lightning_prehab.cli.arguments import parse
+from lightning_prehab.cli.warned import plainly
+from lightning_prehab.errors import PrehabError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Results go to standard output, progress and errors to standard error.
+
+    Args:
+        arguments: Words of the command line; None takes those of the process.
+
+    Returns:
+        The exit code: 0 done, 1 refused (the reason is one sentence), 130 interrupted.
+
+    Raises:
+        SystemExit: With 2 if the arguments are wrong (one sentence says how), with 0 after help or the version.
+    """
+    settings = parse(arguments)
+    try:
+        from lightning_prehab.cli.commands import COMMANDS
+
+        with plainly():
+            COMMANDS[settings.command](settings)
+    except PrehabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

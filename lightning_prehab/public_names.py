@@ -1,0 +1,79 @@
+"""The public names: importing this module imports all of the package, and torch and lightning with it."""
+
+from lightning_prehab.callbacks import CompressionCallback, PaperPrehab, PrehabCallback, RehabSchedule
+from lightning_prehab.compress import apply_plan_, compress_, make_plan
+from lightning_prehab.errors import PrehabError
+from lightning_prehab.factorizations import SVD, ActivationSVD, FisherSVD, KroneckerSVD, LowRankPlusSparse, WhitenedSVD
+from lightning_prehab.files.checkpoints import LowRankCheckpointMixin, load_from_checkpoint
+from lightning_prehab.files.folders import load_compressed, save_compressed
+from lightning_prehab.integrations.metrics import EffectiveRankMetric, StableRankMetric
+from lightning_prehab.layers.attention import LowRankMultiheadAttention
+from lightning_prehab.layers.blocks import LowRankBlocks
+from lightning_prehab.layers.conv import LowRankConv1d, LowRankConv2d
+from lightning_prehab.layers.linear import LowRankLinear, LowRankPlusSparseLinear
+from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
+from lightning_prehab.plan.recipe import Recipe
+from lightning_prehab.rank_policies import EnergyThreshold, ParameterBudget, ProbeBudget, RankRatio, ZeroSum
+from lightning_prehab.regularizers import (
+    EffectiveRank,
+    NuclearNorm,
+    SpectralWeightDecay,
+    StableRank,
+    TailEnergy,
+    TailShrinkage,
+)
+from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.report.extent import print_compression
+from lightning_prehab.statistics.calibration import collect_statistics
+from lightning_prehab.statistics.sums import LayerStatistics
+from lightning_prehab.surgery.structure import to_dense_
+from lightning_prehab.targets.find import find_targets
+
+__all__ = [
+    "SVD",
+    "ActivationSVD",
+    "CompressionCallback",
+    "CompressionPlan",
+    "CompressionReport",
+    "EffectiveRank",
+    "EffectiveRankMetric",
+    "EnergyThreshold",
+    "FisherSVD",
+    "KroneckerSVD",
+    "LayerPlan",
+    "LayerStatistics",
+    "LowRankBlocks",
+    "LowRankCheckpointMixin",
+    "LowRankConv1d",
+    "LowRankConv2d",
+    "LowRankLinear",
+    "LowRankMultiheadAttention",
+    "LowRankPlusSparse",
+    "LowRankPlusSparseLinear",
+    "NuclearNorm",
+    "PaperPrehab",
+    "ParameterBudget",
+    "PrehabCallback",
+    "PrehabError",
+    "ProbeBudget",
+    "RankRatio",
+    "Recipe",
+    "RehabSchedule",
+    "SpectralWeightDecay",
+    "StableRank",
+    "StableRankMetric",
+    "TailEnergy",
+    "TailShrinkage",
+    "WhitenedSVD",
+    "ZeroSum",
+    "apply_plan_",
+    "collect_statistics",
+    "compress_",
+    "find_targets",
+    "load_compressed",
+    "load_from_checkpoint",
+    "make_plan",
+    "print_compression",
+    "save_compressed",
+    "to_dense_",
+]
