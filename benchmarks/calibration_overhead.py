@@ -31,6 +31,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import lightning_prehab as lp
+from lightning_prehab import progress
 from lightning_prehab.factorizations import Factorization
 from lightning_prehab.statistics.collector import EVERY
 
@@ -207,8 +208,10 @@ def main() -> None:
         for model, make in MODELS.items():
             if arguments.only in model:
                 rows = list(METHODS) if "ViT-B" in model else list(METHODS)[:2]
-                ratios = {row: on_steps(make, row, arguments.repeats) for row in rows}
-                ratios[OWN_PASS] = own_pass(make, arguments.repeats)
+                with progress.shown(), progress.naming_items("run", rows):
+                    counted = progress.counted(rows, "run")
+                    ratios = {row: on_steps(make, row, arguments.repeats) for row in counted}
+                    ratios[OWN_PASS] = own_pass(make, arguments.repeats)
                 results[model] = {
                     "command": " ".join(["python", "benchmarks/calibration_overhead.py", *sys.argv[1:]]),
                     "machine": f"{platform.machine()}, {arguments.threads} threads, torch {torch.__version__}",

@@ -24,6 +24,7 @@ from calibration_overhead import Language, llama
 from torch import Tensor
 
 import lightning_prehab as lp
+from lightning_prehab.progress import counted, shown
 from lightning_prehab.statistics import collector
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 
@@ -106,7 +107,7 @@ def run(path: str, steps: int, done: set[tuple[str, int]]) -> Iterator[dict[str,
     if ("dense", 0) not in done:
         yield {"way": "dense", "draw": 0, "keep": 1.0, "loss": loss(model, measured)}
     for draw in DRAWS:
-        for way, (count, sequences, _) in ((way, how) for way, how in WAYS.items() if (way, draw) not in done):
+        for way, (count, sequences, _) in counted([one for one in WAYS.items() if (one[0], draw) not in done], "run"):
             source = torch.Generator().manual_seed(100 + draw)
             sums = calibrated(model, [text.batch(sequences, source) for _ in range(count)], way)
             for keep in KEEPS:
@@ -147,7 +148,7 @@ def main() -> None:
             sys.exit("Give the path of input.txt, or --table.")
         torch.set_num_threads(1)
         wholes = {(row["way"], row["draw"]) for row in stored() if row["keep"] in (KEEPS[-1], 1.0)}
-        with RESULTS.open("a") as file:
+        with shown(), RESULTS.open("a") as file:
             for row in run(given.text, given.steps, wholes):
                 print(row, flush=True)
                 file.write(json.dumps({**row, "steps": given.steps, "torch": torch.__version__}) + "\n")

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 import lightning_prehab as lp
+from lightning_prehab.progress import counted, shown
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from vit_digits import Digits, DigitsViT
@@ -148,8 +149,8 @@ def main() -> None:
         done = {(r["recipe"], r["keep"], r["seed"]) for r in results["runs"]}
         jobs = [(recipe, keep, seed) for keep in KEEPS for seed in SEEDS for recipe in RECIPES]
         output = RESULTS if parts == 1 else RESULTS.with_suffix(f".part{part}.json")
-        for job in jobs[part::parts]:
-            if job not in done:
+        with shown():
+            for job in counted([job for job in jobs[part::parts] if job not in done], "run"):
                 results["runs"].append(run(*job))
                 output.write_text(json.dumps(results, indent=1) + "\n")
                 print(json.dumps(results["runs"][-1]), flush=True)

@@ -15,7 +15,6 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 import lightning_prehab as lp
+from lightning_prehab.progress import counted, naming_items, shown
 from lightning_prehab.statistics.sums import Wanted, statistics_bytes
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -174,11 +174,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=BLOCKS, default=list(BLOCKS))
     arguments = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in [] if arguments.table else arguments.models:
-        print(name, file=sys.stderr)
-        results[name] = measure(name, arguments.repeats)
-        results[name]["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    models = [] if arguments.table else arguments.models
+    with shown(), naming_items("run", models):
+        for name in counted(models, "run"):
+            results[name] = measure(name, arguments.repeats)
+            about = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+            results[name]["machine"] = about
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
 
 

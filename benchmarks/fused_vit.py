@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import lightning_prehab as lp
+from lightning_prehab.progress import counted, shown
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from vit_digits import Digits, DigitsViT
@@ -103,8 +104,9 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     stored = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     if not parser.parse_args().table:
-        for seed in SEEDS:
-            if all(row["seed"] != seed for row in stored):
+        done = {row["seed"] for row in stored}
+        with shown():
+            for seed in counted([seed for seed in SEEDS if seed not in done], "run"):
                 new = run(seed)
                 stored += new
                 with RESULTS.open("a") as file:

@@ -31,6 +31,7 @@ from sst2 import DEFAULT_CACHE, SST2, TARGETS, SentenceClassifier, dense_model, 
 import lightning_prehab as lp
 import lightning_prehab.statistics.sums
 from lightning_prehab.__about__ import __version__
+from lightning_prehab.progress import counted, shown
 
 RESULTS = Path(__file__).with_suffix(".json")
 SEEDS = (0, 1, 2)
@@ -239,7 +240,7 @@ def run_missing(args: argparse.Namespace) -> None:
         trial = Trial(seed, data, dense_model(seed, data, args.cache, args.model))
         if not measured:
             add("dense", {"seed": seed, **measure(trial.model, data)})
-        for row, keep in jobs:
+        for row, keep in counted(jobs, "run"):
             add("runs", {"row": row.name, "keep": keep, "seed": seed, **trial.run(row, keep)})
 
 
@@ -259,7 +260,8 @@ def main() -> None:
             parser.error("DATA_FOLDER is missing; sst2.py says where to get the data")
         torch.set_num_threads(args.threads)
         warnings.filterwarnings("ignore")
-        run_missing(args)
+        with shown():
+            run_missing(args)
     print_tables()
 
 

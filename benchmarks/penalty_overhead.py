@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import lightning_prehab as lp
 from lightning_prehab.callbacks._regularized import RegularizedLayer
 from lightning_prehab.kinds import view_of
+from lightning_prehab.progress import counted, shown
 from lightning_prehab.regularizers import Metric, Penalty
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -158,7 +159,7 @@ def measure(size: str, repeats: int, wanted: Callable[[str], bool]) -> dict[str,
     step()
     ratios: dict[str, list[float]] = {name: [] for name in works}
     steps = []
-    for _ in range(repeats):
+    for _ in counted(range(repeats), "run"):
         for name, (count, work) in works.items():
             if len(steps) < 2 or name.startswith(("TailShrinkage", "the authors")):
                 steps.append(timed(step))
@@ -194,7 +195,8 @@ def main() -> None:
             def wanted(key: str, done: dict[str, float] = done) -> bool:
                 return key not in done and re.search(args.only, key) is not None
 
-            done.update(measure(size, args.repeats, wanted))
+            with shown():
+                done.update(measure(size, args.repeats, wanted))
             RESULTS.write_text(json.dumps({**about, **stored}, indent=1) + "\n")
     print_table(stored["ratios"])
 

@@ -36,6 +36,7 @@ from torch.utils.data import DataLoader
 
 import lightning_prehab as lp
 from lightning_prehab.__about__ import __version__
+from lightning_prehab.progress import counted, shown
 
 Setting = dict[str, Any]
 Record = dict[str, Any]
@@ -230,7 +231,7 @@ def tune(task: Task, row: str) -> Setting:
 def run_missing(task: Task, rows: Sequence[str], seeds: Sequence[int]) -> None:
     """Runs what is not among the results yet."""
     for seed in seeds:
-        for row in rows:
+        for row in counted(rows, "run"):
             done = {(r["setting"]["row"], r["keep"], r["seed"]) for r in load(task) if r["kind"] == "run"}
             keeps = [keep for keep in task.keeps if (row, keep, seed) not in done]
             if not keeps:
@@ -316,12 +317,12 @@ def main(task: Task, args: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     rows = [row for row in ROWS if re.search(args.only, row)]
-    if args.tune:
-        for row in rows:
-            if row in TUNED:
+    with shown():
+        if args.tune:
+            for row in counted([row for row in rows if row in TUNED], "run"):
                 tune(task, row)
-    else:
-        run_missing(task, rows, args.seeds)
+        else:
+            run_missing(task, rows, args.seeds)
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import lightning_prehab as lp
 from lightning_prehab.__about__ import __version__
 from lightning_prehab.kinds import ConvKind, register_kind
+from lightning_prehab.progress import counted, shown
 
 RESULTS = Path(__file__).with_suffix(".json")
 SEEDS = (0, 1, 2)
@@ -158,8 +159,9 @@ def main() -> None:
     results = load()
     if not args.table:
         torch.set_num_threads(1)
-        for seed in SEEDS:
-            if all(r["seed"] != seed for r in results["runs"]):
+        done = {r["seed"] for r in results["runs"]}
+        with shown():
+            for seed in counted([seed for seed in SEEDS if seed not in done], "run"):
                 results["runs"] += run(seed)
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))

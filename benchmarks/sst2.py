@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from lightning_prehab.progress import counted
+
 MAX_LENGTH = 64
 VALIDATION = 692  # sentences of the training file held out to choose things on
 EPOCHS, BATCH_SIZE, LEARNING_RATE, WARMUP = 2, 32, 5e-5, 0.1
@@ -175,13 +177,13 @@ def fine_tune(model: SentenceClassifier, train: Sentences, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # dropout
         model.train()
-        for _ in range(EPOCHS):
-            for batch in train.shuffled_batches(generator):
-                model(**batch).loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
+        batches = (batch for _ in range(EPOCHS) for batch in train.shuffled_batches(generator))
+        for batch in counted(batches, "train", steps):
+            model(**batch).loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
 
 
 @torch.inference_mode()

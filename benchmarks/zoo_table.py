@@ -19,6 +19,7 @@ from architectures import ARCHITECTURES
 
 import lightning_prehab as lp
 from lightning_prehab.kinds import view_of
+from lightning_prehab.progress import counted, shown
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 COLUMNS = ["architecture", "from", "published size", "parameters", "can be cut", "matrices", "left alone, and why"]
@@ -79,7 +80,9 @@ def page() -> str:
     text = INTRODUCTION.format(count=len(ARCHITECTURES), versions=installed())
     for family in dict.fromkeys(architecture.family for architecture in ARCHITECTURES):
         text += f"\n## {family.capitalize()}\n\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
-        text += "".join(f"{row(one)}\n" for one in ARCHITECTURES if one.family == family)
+        members = [one for one in ARCHITECTURES if one.family == family]
+        with shown():
+            text += "".join(f"{row(one)}\n" for one in counted(members, "run"))
     return text
 
 

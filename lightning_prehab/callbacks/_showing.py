@@ -21,7 +21,7 @@ def showing(trainer: "pl.Trainer") -> AbstractContextManager[None]:
 
 
 def _writer(bar: ProgressBar | None) -> Callable[[str], object]:
-    if bar is None or getattr(bar, "is_disabled", False):
+    if bar is None or not getattr(bar, "is_enabled", True):
         return rank_zero_info
     if isinstance(bar, TQDMProgressBar):  # its own print is silent before its first bar
         return lambda line: Tqdm.write(line, file=sys.stderr)

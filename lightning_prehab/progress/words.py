@@ -18,6 +18,8 @@ _PHASES = {
     "factorize": ("factorizing", "layer", "layers"),
     "try": ("trying the cut", "pass", "passes"),
     "evaluate": ("evaluating", "batch", "batches"),
+    "train": ("training", "step", "steps"),
+    "run": ("running", "run", "runs"),
     "measure": ("measuring", "batch", "batches"),
     "write": ("writing", "", ""),
 }
