@@ -23,6 +23,7 @@ from lightning_prehab.regularizers import (
     TailShrinkage,
 )
 from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.report.extent import print_compression
 from lightning_prehab.statistics.calibration import collect_statistics
 from lightning_prehab.statistics.sums import LayerStatistics
 from lightning_prehab.surgery.structure import to_dense_
@@ -72,6 +73,7 @@ __all__ = [
     "load_compressed",
     "load_from_checkpoint",
     "make_plan",
+    "print_compression",
     "save_compressed",
     "to_dense_",
 ]

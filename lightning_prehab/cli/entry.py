@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from lightning_prehab.cli.arguments import parse
+from lightning_prehab.cli.warned import plainly
 from lightning_prehab.errors import PrehabError
 
 
@@ -25,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from lightning_prehab.cli.commands import COMMANDS
 
-        COMMANDS[settings.command](settings)
+        with plainly():
+            COMMANDS[settings.command](settings)
     except PrehabError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

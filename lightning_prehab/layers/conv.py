@@ -1,5 +1,6 @@
 """Drop-in low-rank convolutions."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, no_type_check
 
@@ -224,6 +225,11 @@ class LowRankConv(LowRankLayer, nn.Sequential):
         if self.bias is not None:
             dense.bias = parameter_like(self.bias, self.bias)
         return dense.train(self.training)
+
+    def count_dense(self) -> int:
+        """Parameters of the dense layer."""
+        kernel = self.out_channels * (self.in_channels // self.groups) * math.prod(self.kernel_size)
+        return kernel + (0 if self.bias is None else self.out_channels)
 
 
 class LowRankConv1d(LowRankConv):

@@ -25,6 +25,10 @@ class LowRankLayer(nn.Module, ABC):
     def to_dense(self) -> nn.Module:
         """The dense layer with the same function, as it was before the surgery; its parameters are copies."""
 
+    def count_dense(self) -> int:
+        """Parameters of the dense layer; a layer that knows its sizes need not make one to say that."""
+        return sum(parameter.numel() for parameter in self.to_dense().parameters())
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses to set what is shown of the parts."""
         self._check_own(name, "assignment")
@@ -177,6 +181,10 @@ class LowRankLinear(LowRankLayer, nn.Sequential):
     def to_dense(self) -> nn.Module:
         """The same as :meth:`to_linear`."""
         return self.to_linear()
+
+    def count_dense(self) -> int:
+        """Parameters of the dense layer."""
+        return self.out_features * self.in_features + (0 if self.bias is None else self.out_features)
 
 
 class LowRankPlusSparseLinear(LowRankLinear):

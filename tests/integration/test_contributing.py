@@ -122,7 +122,7 @@ def test_the_site_counts_and_changes_nothing_else(session):
     kind, batches = session["CountingSite"], [torch.randn(64, 16) for _ in range(2)]
     counted = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 12))
     plain = copy.deepcopy(counted)
-    site = kind(ProcessSite(counted, batches))
+    site = kind(ProcessSite(counted, batches, evaluate=batches[:1]))
     torch.manual_seed(2)
     report = operate(lp.Recipe(policy=lp.ProbeBudget(0.5)), site)
     torch.manual_seed(2)
@@ -132,9 +132,22 @@ def test_the_site_counts_and_changes_nothing_else(session):
     states = counted.state_dict(), plain.state_dict()
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    order = ["find", "blocks", "observe", "decompose", "decide", "probe", "factors", "release", "effect", "swap"]
+    assert report.scores is not None
+    order = [
+        "find",
+        "score",
+        "blocks",
+        "observe",
+        "decompose",
+        "decide",
+        "probe",
+        "factors",
+        "release",
+        "effect",
+        "swap",
+    ]
     assert list(site.calls) == order
-    assert site.calls == {**dict.fromkeys(order, 1), "decide": 2}
+    assert site.calls == {**dict.fromkeys(order, 1), "decide": 2, "score": 2}
 
 
 def test_commands_are_there():
