@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from lightning_prehab.cli.inputs import Batches, read_batches, reason
-from lightning_prehab.cli.outputs import REPORT
 from lightning_prehab.documents.settings import read_file
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.report.compression_report import CompressionReport
