@@ -1,0 +1,58 @@
+"""The commands of the README for a Hugging Face folder, and the Python after them, as a newcomer types them."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+TEXT = "the cat sat on the mat\na dog ran\nthe dog sat on a cat and ran and ran\n" * 20
+
+
+@pytest.fixture
+def model_folder(tmp_path, monkeypatch) -> Path:
+    """A language model with its tokenizer, and text, in the current folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from tests.tiny_llama import llama
+
+    monkeypatch.chdir(tmp_path)
+    words = ["[PAD]", "[UNK]", *sorted(set(TEXT.split()))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        chat_template="{{ messages[0]['content'] }}",
+        model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained("my-model")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        llama().save_pretrained("my-model")
+    Path("lines.txt").write_text(TEXT)
+    return tmp_path
+
+
+def test_the_commands_and_the_python_after_them(model_folder):
+    commands = re.findall(r"^lightning-prehab (.*)$", README, flags=re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["plan", "compress", "report", "bench"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    for command in commands:
+        words = [sys.executable, "-m", "lightning_prehab", *shlex.split(command)]
+        run = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+        assert run.returncode == 0, run.stderr[-3000:]
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (after,) = (block for block in blocks if 'from_pretrained("small")' in block)
+    run = subprocess.run([sys.executable, "-c", after], capture_output=True, text=True, check=False, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.strip()
+    assert transformers.AutoTokenizer.from_pretrained("small").chat_template
