@@ -28,7 +28,7 @@ def test_pictures_are_small(path):
     picture = path.read_bytes()
     width, height = size(picture)
     assert len(picture) <= 60_000
-    assert 600 <= width <= 1000
+    assert 500 <= width <= 1000
     assert 250 <= height <= 500
 
 
