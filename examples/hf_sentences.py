@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import lightning_prehab as lp
+
 THINGS = ["plot", "ending", "film", "cast", "music", "camera", "script", "hero", "joke", "scene"]
 GOOD = ["good", "lovely", "clever", "warm", "bright", "funny", "moving", "fresh"]
 BAD = ["bad", "dull", "silly", "cold", "dark", "flat", "stale", "slow"]
@@ -137,11 +139,14 @@ def encode(
     ]
 
 
-def show(rows: dict[str, tuple[float, float]], count: int) -> None:
-    """Prints accuracy and loss at each moment."""
+def show(rows: dict[str, tuple[float, float]], count: int, report: lp.CompressionReport) -> None:
+    """Prints accuracy and loss at each moment, and what was gained."""
     print(f"\n{'':24}  accuracy  loss     ({count} sentences to validate)")
     for moment, (accuracy, loss) in rows.items():
         print(f"{moment:24}  {accuracy:<8.4f}  {loss:<.4f}")
+    before, *_, end = (100 * accuracy for accuracy, _ in rows.values())
+    fewer = report.parameters_before / report.parameters_after
+    print(f"\n{fewer:.1f} times fewer parameters: accuracy {before:.1f} % before the cut, {end:.1f} % at the end.")
 
 
 def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:

@@ -6,6 +6,7 @@ small BERT and generated sentences, and less than a minute on one CPU core.
 """
 
 import argparse
+import logging
 import tempfile
 import warnings
 from pathlib import Path
@@ -98,7 +99,8 @@ def main() -> None:
     check_arguments(parser, args)
     if args.fast:
         args.prehab_epochs = args.rehab_epochs = 1
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no hints
+    warnings.filterwarnings("ignore", module=r"lightning\.")
 
     L.seed_everything(args.seed, verbose=False)
     train, validation, labels = load_sentences(args)
@@ -114,7 +116,7 @@ def main() -> None:
         for pairs in (train, validation)
     )
 
-    watch = Watch(sentences)
+    watch, surgery = Watch(sentences), lp.CompressionCallback(args.prehab_epochs, args.keep)
     trainer = L.Trainer(
         max_epochs=args.prehab_epochs + args.rehab_epochs,
         accelerator=args.accelerator,
@@ -125,7 +127,7 @@ def main() -> None:
         num_sanity_val_steps=0,
         callbacks=[
             lp.PrehabCallback(),
-            lp.CompressionCallback(args.prehab_epochs, args.keep),
+            surgery,
             lp.RehabSchedule(warmup_steps=len(batches) // 2),
             watch,
         ],
@@ -141,7 +143,7 @@ def main() -> None:
         "after rehab": watch.per_epoch[-1],
         "saved and loaded again": validate(again, sentences),
     }
-    show(rows, len(validation))
+    show(rows, len(validation), surgery.report)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 import transformers
 from hf_sentences import (
     Example,
@@ -70,6 +71,7 @@ def main() -> None:
             per_device_eval_batch_size=args.batch_size,
             seed=args.seed,
             use_cpu=args.cpu,
+            dataloader_pin_memory=torch.cuda.is_available() and not args.cpu,
             save_strategy="no",
             report_to="none",
         )
@@ -90,7 +92,8 @@ def main() -> None:
 
     loader: DataLoader[Example] = DataLoader(examples, args.batch_size, collate_fn=collator(tokenizer))
     batches = [batch for batch, _ in zip(loader, range(args.calibration_batches), strict=False)]
-    print(lp.compress_(model, args.keep, batches))
+    report = lp.compress_(model, args.keep, batches)
+    print(report)
 
     second = trainer(args.recovery_epochs)
     rows["right after"] = validate(second)
@@ -101,7 +104,7 @@ def main() -> None:
     tokenizer.save_pretrained(args.output)
     model = AutoModelForSequenceClassification.from_pretrained(args.output)
     rows["saved and loaded again"] = validate(trainer(1))
-    show(rows, len(validation))
+    show(rows, len(validation), report)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """examples/cli: on two processes, killed after the surgery, resumed; and what it says of mistakes."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,9 @@ def test_two_processes_killed_after_the_surgery_resume_bit_by_bit(tmp_path):
     arguments = ["--config", str(tmp_path / "config.yaml"), *TWO, *SHORT]
     code, log = finish(tmp_path / "whole", *arguments)
     assert code == 0, log
+    assert (
+        len(re.findall(r"times fewer parameters: validation accuracy \S+% before the cut, \S+% at the end", log)) == 1
+    )
 
     killed = start(tmp_path / "killed", *arguments)
     saved = tmp_path / "killed" / "saved" / "epoch=3.ckpt"  # the end of the epoch that begins with the surgery
@@ -75,7 +79,7 @@ def test_the_printed_config_is_the_same_when_it_is_read_again(tmp_path):
     ("change", "message"),
     [
         (("keep: 0.2", "keep: 2.0"), "must lie in (0, 1], got 2.0"),
-        (("calibration_batches: 16", "calibration_batchs: 16"), "calibration_batchs"),
+        (("calibration_batches: 24", "calibration_batchs: 16"), "calibration_batchs"),
         (("regularizer: TailShrinkage", "regularizer: TailShrinkag"), "TailShrinkag"),
     ],
 )

@@ -36,6 +36,7 @@ def run(monkeypatch, capsys, tmp_path):
         printed = capsys.readouterr().out
         rows = re.findall(r"^(.*?)  +(0\.\d{4}|1\.0000)  +(\d+\.\d{4})$", printed, flags=re.MULTILINE)
         assert "keep 0.3" in printed
+        assert re.search(r"times fewer parameters: accuracy \S+ % before the cut, \S+ % at the end\.$", printed.strip())
         return saved[-1], {moment: (float(accuracy), float(loss)) for moment, accuracy, loss in rows}
 
     yield start

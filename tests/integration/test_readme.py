@@ -45,8 +45,12 @@ def test_the_example_in_a_fast_run():
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert "accuracy before" in run.stdout
     assert run.stdout.count("keep 0.") >= 3
+    told = run.stdout[run.stdout.index("\nrun ") :]
+    assert re.search(r"[0-9.]+ times fewer parameters: accuracy [0-9.]+ % before the cut, [0-9.]+ % at the end", told)
+    assert max(map(len, told.splitlines())) <= 100
+    for noise in ("Warning", "Tip", "GPU available", "stopped"):
+        assert noise not in run.stdout + run.stderr, noise
 
 
 TABLES = sorted(set(re.findall(r"python (benchmarks/\w+\.py)((?: --\w+)* --table)", README)))
