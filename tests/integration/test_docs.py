@@ -5,6 +5,7 @@ that a later command uses. Other YAML blocks are configurations, which are insta
 """
 
 import dataclasses
+import difflib
 import inspect
 import pkgutil
 import re
@@ -88,6 +89,12 @@ def test_most_pages_have_blocks():
     assert fences == 2 * sum(map(len, PAGES.values()))  # no block has escaped
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_code_fits_a_screen(page):
+    lines = [line for *_, code in PAGES[page] for line in code.splitlines()]
+    assert [line for line in lines if len(line) > 80] == []
+
+
 def test_the_reference_has_every_public_name():
     text = "\n".join(path.read_text() for path in (DOCS / "reference").glob("*.md"))
     listed = re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE)
@@ -96,6 +103,19 @@ def test_the_reference_has_every_public_name():
     assert public <= set(listed), public - set(listed)
     for path in set(listed) - public:
         assert inspect.getdoc(pkgutil.resolve_name(path)), path
+
+
+def test_all_options_are_on_one_page():
+    sheet = runpy.run_path(str(DOCS / "cheat_sheet.py"))
+    written, made = ((DOCS / "cheat-sheet.md").read_text(), sheet["page"]())
+    lines = difflib.unified_diff(written.splitlines(), made.splitlines(), "docs/cheat-sheet.md", "as it should be", n=0)
+    assert written == made, "\n".join(["run python docs/cheat_sheet.py", *lines])
+    public = [name for name in lp.__all__ if f"[{name}]" in made or f"| `{name}`<br>" in made]
+    layers = {name for name in lp.__all__ if name.startswith("LowRank")} - {"LowRankPlusSparse"}
+    results = {"CompressionPlan", "CompressionReport", "LayerPlan", "LayerStatistics", "PrehabError"}
+    assert {*public} == {*lp.__all__} - layers - results - {"EffectiveRankMetric", "StableRankMetric"}
+    keys = set(re.findall(r"^(\w+):", made.split("## A recipe as a file")[1], flags=re.MULTILINE)) - {"trainer"}
+    assert keys == {field.name for field in dataclasses.fields(lp.Recipe)}
 
 
 def test_every_extra_is_explained():
