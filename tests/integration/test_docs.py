@@ -47,6 +47,8 @@ METHODS = [
 def run_command(line: str, monkeypatch) -> None:
     """Runs a line of a shell, in this process: starting Python anew takes longer than most of them."""
     words = shlex.split(line, comments=True)
+    if not words:
+        return
     if words[:3] == ["python", "-m", "lightning_prehab"]:
         assert main(words[3:]) == 0, line
     elif words[0] == "python":
@@ -74,7 +76,7 @@ def test_a_page_runs(page, tmp_path, monkeypatch):
             monkeypatch.setattr(sys, "argv", ["main.py"])
             LightningCLI(BoringModel, run=False, args=["--config", "block.yaml"], save_config_callback=None)
         elif language == "bash":
-            for line in filter(None, code.splitlines()):
+            for line in filter(None, re.sub(r" \\\n +", " ", code).splitlines()):
                 run_command(line, monkeypatch)
         else:
             assert language == "text"

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -105,3 +106,20 @@ def test_the_version_is_in_the_changelog():
     from lightning_prehab.__about__ import __version__
 
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_citation_is_of_this_version():
+    from lightning_prehab.__about__ import __version__
+
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    settings = (ROOT / "pyproject.toml").read_text()
+    assert cited.keys() >= {"cff-version", "message", "title", "authors"}  # what the format asks for
+    assert cited["cff-version"] == "1.2.0"
+    assert cited["version"] == __version__
+    assert f'license = "{cited["license"]}"' in settings
+    assert all(f'"{word}"' in settings for word in cited["keywords"])
+    (paper,) = cited["references"]
+    assert paper.keys() >= {"type", "title", "authors"}
+    assert all(author.keys() == {"family-names", "given-names"} for author in paper["authors"])
+    assert paper["url"] in settings
+    assert paper["url"] in README
