@@ -4,6 +4,7 @@ A page is a session: its blocks share one folder and one namespace, from top to 
 that a later command uses. Other YAML blocks are configurations, which are instantiated.
 """
 
+import ast
 import dataclasses
 import difflib
 import inspect
@@ -138,3 +139,32 @@ def test_every_method_has_a_card_with_its_settings(name):
             if field.default_factory is not dataclasses.MISSING:
                 found[field.name] = field.default_factory()
     assert written == found
+
+
+def sentences() -> list[str]:
+    """What the package may say: all text in its code, an ellipsis for what is filled in."""
+    found = []
+    for path in (ROOT / "lightning_prehab").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(one.value if isinstance(one, ast.Constant) else "..." for one in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+MESSAGES = re.findall(r"^`(.*)`\n:   ", (DOCS / "messages.md").read_text(), flags=re.MULTILINE)
+#: Said by others.
+FOREIGN = {"Missing key(s) in state_dict"}
+
+
+def test_the_messages_of_the_docs_are_those_of_the_package():
+    assert len(MESSAGES) >= 30
+    said = "\n".join(sentences())
+    gone = [
+        message
+        for message in MESSAGES
+        if message not in FOREIGN
+        and not re.search(".*".join(re.escape(part) for part in message.split("...") if part), said)
+    ]
+    assert gone == [], "these are not raised any more: bring docs/messages.md up to date"
