@@ -28,7 +28,14 @@ def to_markdown(text: str, inside: str) -> str:
     <BLANKLINE>
         f()
     """
-    return re.sub(r"::$", ":", _DOCTEST.sub(_fence, _ROLE.sub(lambda match: _link(match, inside), text)), flags=re.M)
+    return re.sub(
+        r"::$",
+        ":",
+        _DOCTEST.sub(
+            _fence, _ROLE.sub(lambda match: _link(match, inside), text)
+        ),
+        flags=re.M,
+    )
 
 
 def _link(match: re.Match[str], inside: str) -> str:
@@ -36,7 +43,9 @@ def _link(match: re.Match[str], inside: str) -> str:
     short, path = match.groups()
     target = path if "." in path else f"{inside.rpartition('.')[0]}.{path}"
     text = path.rpartition(".")[2] if short else path
-    return f'<autoref identifier="{target}" optional><code>{text}</code></autoref>'
+    return (
+        f'<autoref identifier="{target}" optional><code>{text}</code></autoref>'
+    )
 
 
 def _fence(match: re.Match[str]) -> str:

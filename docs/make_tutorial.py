@@ -28,22 +28,36 @@ def to_notebook(page: str) -> nbformat.NotebookNode:
     cells, end = [], 0
     for found in [*CELL.finditer(page), None]:
         prose = page[end : found.start() if found else None].strip()
-        assert "```text" not in prose, f"a text block that no Python block is in front of:\n{prose}"
+        assert "```text" not in prose, (
+            f"a text block that no Python block is in front of:\n{prose}"
+        )
         if prose:
-            cells.append(nbformat.v4.new_markdown_cell(re.sub(r"\]\((?=[\w/.-]+\.md\b)", "](../docs/", prose)))
+            cells.append(
+                nbformat.v4.new_markdown_cell(
+                    re.sub(r"\]\((?=[\w/.-]+\.md\b)", "](../docs/", prose)
+                )
+            )
         if found:
             cells.append(nbformat.v4.new_code_cell(found["code"]))
             end = found.end()
     for number, cell in enumerate(cells):
         cell["id"] = f"cell-{number}"
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    kernel = {
+        "kernelspec": {
+            "name": "python3",
+            "display_name": "Python 3",
+            "language": "python",
+        }
+    }
     return nbformat.v4.new_notebook(cells=cells, metadata=kernel)
 
 
 def run(notebook: nbformat.NotebookNode, folder: Path) -> None:
     """Runs all cells in ``folder``; outputs are what is printed and drawn, without times and addresses."""
     where = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
+    NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources=where
+    ).execute()
     notebook["metadata"].pop("language_info")  # the version of Python
     for number, cell in enumerate(code_cells(notebook), start=1):
         printed, drawn = "", []
@@ -55,22 +69,40 @@ def run(notebook: nbformat.NotebookNode, folder: Path) -> None:
             else:
                 picture = {"image/png": output["data"]["image/png"].strip()}
                 drawn.append(nbformat.v4.new_output("display_data", picture))
-        cell["outputs"] = [nbformat.v4.new_output("stream", name="stdout", text=printed)] if printed else []
+        cell["outputs"] = (
+            [nbformat.v4.new_output("stream", name="stdout", text=printed)]
+            if printed
+            else []
+        )
         cell["outputs"] += drawn
         cell["execution_count"], cell["metadata"] = number, {}
 
 
-def to_page(page: str, notebook: nbformat.NotebookNode) -> tuple[str, dict[str, bytes]]:
+def to_page(
+    page: str, notebook: nbformat.NotebookNode
+) -> tuple[str, dict[str, bytes]]:
     """The page with the outputs of its notebook, and its pictures by the file names that the page gives them."""
     pictures, cells = {}, iter(code_cells(notebook))
 
     def filled(found: re.Match[str]) -> str:
         cell = next(cells)
-        text = "".join(output["text"] for output in cell["outputs"] if output["output_type"] == "stream")
-        drawn = [output["data"]["image/png"] for output in cell["outputs"] if output["output_type"] == "display_data"]
-        assert len(drawn) == bool(found["picture"]), f"{len(drawn)} pictures are drawn by\n{cell['source']}"
+        text = "".join(
+            output["text"]
+            for output in cell["outputs"]
+            if output["output_type"] == "stream"
+        )
+        drawn = [
+            output["data"]["image/png"]
+            for output in cell["outputs"]
+            if output["output_type"] == "display_data"
+        ]
+        assert len(drawn) == bool(found["picture"]), (
+            f"{len(drawn)} pictures are drawn by\n{cell['source']}"
+        )
         parts = [f"```python\n{found['code']}\n```\n"]
-        parts += [f"```text\n{text.strip(chr(10))}\n```\n"] if text.strip() else []
+        parts += (
+            [f"```text\n{text.strip(chr(10))}\n```\n"] if text.strip() else []
+        )
         if drawn:
             pictures[found["file"]] = base64.b64decode(drawn[0])
             parts.append(f"{found['picture']}\n")

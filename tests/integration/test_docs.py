@@ -4,7 +4,9 @@ A page is a session: its blocks share one folder and one namespace, from top to 
 that a later command uses. Other YAML blocks are configurations, which are instantiated.
 """
 
+import ast
 import dataclasses
+import difflib
 import inspect
 import pkgutil
 import re
@@ -46,6 +48,8 @@ METHODS = [
 def run_command(line: str, monkeypatch) -> None:
     """Runs a line of a shell, in this process: starting Python anew takes longer than most of them."""
     words = shlex.split(line, comments=True)
+    if not words:
+        return
     if words[:3] == ["python", "-m", "lightning_prehab"]:
         assert main(words[3:]) == 0, line
     elif words[0] == "python":
@@ -73,7 +77,7 @@ def test_a_page_runs(page, tmp_path, monkeypatch):
             monkeypatch.setattr(sys, "argv", ["main.py"])
             LightningCLI(BoringModel, run=False, args=["--config", "block.yaml"], save_config_callback=None)
         elif language == "bash":
-            for line in filter(None, code.splitlines()):
+            for line in filter(None, re.sub(r" \\\n +", " ", code).splitlines()):
                 run_command(line, monkeypatch)
         else:
             assert language == "text"
@@ -88,6 +92,12 @@ def test_most_pages_have_blocks():
     assert fences == 2 * sum(map(len, PAGES.values()))  # no block has escaped
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_code_fits_a_screen(page):
+    typed = [code for language, _, code in PAGES[page] if language != "text"]  # what is printed may be wider
+    assert [line for code in typed for line in code.splitlines() if len(line) > 80] == []
+
+
 def test_the_reference_has_every_public_name():
     text = "\n".join(path.read_text() for path in (DOCS / "reference").glob("*.md"))
     listed = re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE)
@@ -96,6 +106,19 @@ def test_the_reference_has_every_public_name():
     assert public <= set(listed), public - set(listed)
     for path in set(listed) - public:
         assert inspect.getdoc(pkgutil.resolve_name(path)), path
+
+
+def test_all_options_are_on_one_page():
+    sheet = runpy.run_path(str(ROOT / ".ci" / "cheat_sheet.py"))
+    written, made = ((DOCS / "cheat-sheet.md").read_text(), sheet["page"]())
+    lines = difflib.unified_diff(written.splitlines(), made.splitlines(), "docs/cheat-sheet.md", "as it should be", n=0)
+    assert written == made, "\n".join(["run python .ci/cheat_sheet.py", *lines])
+    public = [name for name in lp.__all__ if f"[{name}]" in made or f"| `{name}`<br>" in made]
+    layers = {name for name in lp.__all__ if name.startswith("LowRank")} - {"LowRankPlusSparse"}
+    results = {"CompressionPlan", "CompressionReport", "LayerPlan", "LayerStatistics", "PrehabError"}
+    assert {*public} == {*lp.__all__} - layers - results - {"EffectiveRankMetric", "StableRankMetric"}
+    keys = set(re.findall(r"^(\w+):", made.split("## A recipe as a file")[1], flags=re.MULTILINE)) - {"trainer"}
+    assert keys == {field.name for field in dataclasses.fields(lp.Recipe)}
 
 
 def test_every_extra_is_explained():
@@ -116,3 +139,46 @@ def test_every_method_has_a_card_with_its_settings(name):
             if field.default_factory is not dataclasses.MISSING:
                 found[field.name] = field.default_factory()
     assert written == found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_cut_looks_at_data_or_says_that_it_does_not(page):
+    """Whoever copies a line must not ruin a model with it: without data plain SVD is used."""
+    for language, _, code in PAGES[page]:
+        calls = ast.walk(ast.parse(code)) if language == "python" else ()
+        for call in calls:
+            if isinstance(call, ast.Call) and ast.unparse(call.func) in ("lp.compress_", "compress_"):
+                given = {keyword.arg for keyword in call.keywords}
+                assert len(call.args) >= 3 or given & {"batches", "factorization"}, ast.unparse(call)
+        lines = code.replace("\\\n", " ").splitlines() if language == "bash" else ()
+        for line in lines:
+            assert not re.search(r"lightning_prehab (plan|compress)\b", line) or "--data" in line, line
+
+
+def sentences() -> list[str]:
+    """What the package may say: all text in its code, an ellipsis for what is filled in."""
+    found = []
+    for path in (ROOT / "lightning_prehab").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(one.value if isinstance(one, ast.Constant) else "..." for one in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+MESSAGES = re.findall(r"^`(.*)`\n:   ", (DOCS / "messages.md").read_text(), flags=re.MULTILINE)
+#: Said by others.
+FOREIGN = {"Missing key(s) in state_dict"}
+
+
+def test_the_messages_of_the_docs_are_those_of_the_package():
+    assert len(MESSAGES) >= 30
+    said = "\n".join(sentences())
+    gone = [
+        message
+        for message in MESSAGES
+        if message not in FOREIGN
+        and not re.search(".*".join(re.escape(part) for part in message.split("...") if part), said)
+    ]
+    assert gone == [], "these are not raised any more: bring docs/messages.md up to date"

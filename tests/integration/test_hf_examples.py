@@ -89,7 +89,7 @@ def test_trainer_with_a_model_and_sentences_of_ones_own(run, tmp_path):
         run("hf_trainer.py", *files)
 
 
-def test_they_are_named_in_the_readme():
-    readme = (ROOT / "README.md").read_text()
+def test_they_are_named_in_the_docs():
+    page = (ROOT / "docs" / "howto" / "hugging-face.md").read_text()
     for name in ("hf_text_classifier.py", "hf_trainer.py"):
-        assert f"python examples/{name} --model" in readme
+        assert f"python examples/{name} --model" in page

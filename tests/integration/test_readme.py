@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "docs" / "benchmarks.md").read_text()
+COMMAND = re.compile(r"python (benchmarks/\w+\.py)((?: --\w+)* --table)")
 BLOCKS = [
     block
     for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -53,19 +56,29 @@ def test_the_example_in_a_fast_run():
         assert noise not in run.stdout + run.stderr, noise
 
 
-TABLES = sorted(set(re.findall(r"python (benchmarks/\w+\.py)((?: --\w+)* --table)", README)))
+TABLES = sorted(set(COMMAND.findall(README + RESULTS)))
 
 
 def test_there_are_tables():
     assert len(TABLES) >= 8
 
 
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """What a benchmark prints."""
+
+    def run(script: str, options: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", [script, *options.split()])
+        monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
 @pytest.mark.parametrize(("script", "options"), TABLES)
-def test_stored_results_are_printed(script, options, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [script, *options.split()])
-    monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
-    runpy.run_path(str(ROOT / script), run_name="__main__")
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.count("|") >= 3 or "  " in line]
+def test_stored_results_are_printed(script, options, printed):
+    rows = [line for line in printed(script, options) if line.count("|") >= 3 or "  " in line]
     assert len(rows) >= 4
 
 
@@ -80,7 +93,52 @@ def test_what_it_links_to_is_there():
     assert missing == []
 
 
+DECIMAL = re.compile(r"\d+\.\d+(?:e-?\d+)?")
+#: The sections of docs/benchmarks.md that have tables, each with its first command.
+SECTIONS = {
+    title: (COMMAND.search(text).groups(), [line for line in text.splitlines() if line.startswith("| ")])
+    for title, _, text in (section.partition("\n") for section in re.split(r"^## ", RESULTS, flags=re.MULTILINE)[1:])
+    if "\n| " in text
+}
+
+
+def test_most_sections_have_tables():
+    assert len(SECTIONS) >= 9
+    assert sum(len(rows) for _, rows in SECTIONS.values()) >= 120
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_a_table_of_the_docs_has_the_numbers_that_its_command_prints(title, printed):
+    """The means of a row, with their spreads, are in one row that is printed; other numbers are somewhere in them."""
+    command, rows = SECTIONS[title]
+    lines = printed(*command)
+    known = set(DECIMAL.findall("\n".join(lines)))
+    assert any(DECIMAL.search(row) for row in rows)
+    for row in rows:
+        numbers = row.partition("|")[2].partition("|")[2]
+        means = re.findall(r"[\d.]+ ± [\d.]+", numbers)
+        assert any(all(mean in line for mean in means) for line in lines), row
+        assert set(DECIMAL.findall(numbers)) <= known, row
+
+
 def test_the_version_is_in_the_changelog():
     from lightning_prehab.__about__ import __version__
 
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_citation_is_of_this_version():
+    from lightning_prehab.__about__ import __version__
+
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    settings = (ROOT / "pyproject.toml").read_text()
+    assert cited.keys() >= {"cff-version", "message", "title", "authors"}  # what the format asks for
+    assert cited["cff-version"] == "1.2.0"
+    assert cited["version"] == __version__
+    assert f'license = "{cited["license"]}"' in settings
+    assert all(f'"{word}"' in settings for word in cited["keywords"])
+    (paper,) = cited["references"]
+    assert paper.keys() >= {"type", "title", "authors"}
+    assert all(author.keys() == {"family-names", "given-names"} for author in paper["authors"])
+    assert paper["url"] in settings
+    assert paper["url"] in README
