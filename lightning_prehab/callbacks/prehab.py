@@ -18,6 +18,7 @@ from lightning_prehab.callbacks._arguments import (
 )
 from lightning_prehab.callbacks._at_steps import ActsAtSteps
 from lightning_prehab.callbacks._checkpoint import check_version
+from lightning_prehab.callbacks._course import note_spectra
 from lightning_prehab.callbacks._decisions import (
     Injection,
     check_target_rank,
@@ -296,9 +297,7 @@ class PrehabCallback(ActsAtSteps):
             self._weight_steps.check_seen(self)
         if not self._ready or not self._in_season(trainer):
             return
-        ranks = [layer.spectral_ranks() for layer in self._layers]
-        stable, effective = (torch.stack(values).mean().float() for values in zip(*ranks, strict=True))
-        pl_module.log_dict({"prehab/stable_rank": stable, "prehab/effective_rank": effective}, batch_size=1)
+        pl_module.log_dict(note_spectra(trainer, self._layers), batch_size=1)
 
     def on_surgery(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", report: Any) -> None:
         """The work is done; lets go of the dense layers."""
@@ -445,6 +444,7 @@ class PrehabCallback(ActsAtSteps):
             return
         if not self._ready:
             self._span = self._remaining(trainer, batch_idx)
+            note_spectra(trainer, layers)
         self._layers, self._ready, self._planned_at = layers, True, self._steps
         if self.space == "loss" and self.forecast_every_n_steps > 0:
             self._outlook.begin()
