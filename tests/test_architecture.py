@@ -60,6 +60,7 @@ KNOW_LIGHTNING = {"callbacks", "cli"}
 #: Other packages than torch, lightning, torchmetrics, each where it is used, with an error that names the extra. rich
 #: and yaml need none: lightning brings yaml, and whoever prints with rich has it.
 EXTRAS = {
+    ("callbacks/_printing.py", "rich"),
     ("cli/arguments.py", "jsonargparse"),
     ("cli/arguments.py", "rich"),
     ("cli/commands.py", "rich"),
@@ -70,11 +71,10 @@ EXTRAS = {
     ("files/folders.py", "safetensors"),
     ("integrations/huggingface.py", "transformers"),
     ("layers/blocks.py", "transformers"),
-    ("plan/compression_plan.py", "rich"),
     ("report/compression_report.py", "matplotlib"),
-    ("report/compression_report.py", "rich"),
+    ("report/drawing.py", "matplotlib"),
     ("report/figures.py", "matplotlib"),
-    ("report/latency.py", "rich"),
+    ("report/panels.py", "matplotlib"),
 }
 CORE = {"torch", "lightning", "torchmetrics", "lightning_prehab"}
 LONGEST = 450

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_prehab.callbacks._regularized import RegularizedLayer
@@ -26,6 +27,7 @@ class CourseNotes:
         self._count = 0
         self._start: Moment | None = None
         self._spectra: dict[str, float | None] = {}
+        self._validation: dict[str, float] = {}
 
     def note_loss(self, trainer: "pl.Trainer", outputs: Any) -> None:
         """Takes in the loss of one batch, if it says one."""
@@ -38,6 +40,14 @@ class CourseNotes:
         if self._start is not None and self._start.loss is None:
             self._start = replace(self._start, loss=float(loss))
 
+    def note_validation(self, trainer: "pl.Trainer") -> None:
+        """Takes in what a validation has logged."""
+        if not trainer.sanity_checking:
+            logged = {name: _finite(value) for name, value in trainer.callback_metrics.items()}
+            self._validation = {
+                name: value for name, value in logged.items() if name.startswith("val") and value is not None
+            }
+
     def note_spectra(self, trainer: "pl.Trainer", spectra: Mapping[str, Tensor]) -> None:
         """Takes in where the spectra are; the first time is the start of prehab."""
         self._spectra = {name: _finite(value) for name, value in spectra.items()}
@@ -45,33 +55,36 @@ class CourseNotes:
             self._start = self._now(trainer)
 
     def at_the_cut(self, trainer: "pl.Trainer", report: CompressionReport) -> CompressionReport:
-        """The report with the course up to now, if there was a prehab; losses are counted anew from here on."""
+        """The report with the course up to now, if there was a prehab; from here on all is counted anew."""
         course = None if self._start is None else PrehabCourse(self._start, self._now(trainer))
-        self._loss, self._count, self._spectra = None, 0, {}
+        self._loss, self._count, self._spectra, self._validation = None, 0, {}, {}
         return replace(report, prehab=course)
 
     def at_the_end(self, trainer: "pl.Trainer", report: CompressionReport) -> CompressionReport:
-        """The report with the whole course."""
-        assert report.prehab is not None
-        return replace(report, prehab=replace(report.prehab, end=self._now(trainer)))
+        """The report with the whole course, which is said in one line; the same one if there was no prehab."""
+        if report.prehab is None:
+            return report
+        course = replace(report.prehab, end=self._now(trainer))
+        rank_zero_info(f"prehab: {course.summary()}")
+        return replace(report, prehab=course)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data."""
         loss = None if self._loss is None else float(self._loss)
         start = None if self._start is None else asdict(self._start)
-        return {"loss": loss, "count": self._count, "start": start, "spectra": dict(self._spectra)}
+        known = {"spectra": dict(self._spectra), "validation": dict(self._validation)}
+        return {"loss": loss, "count": self._count, "start": start, **known}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What :meth:`state_dict` has written."""
         self._loss = None if state["loss"] is None else torch.tensor(state["loss"])
         self._start = None if state["start"] is None else Moment.from_dict(state["start"])
-        self._count, self._spectra = state["count"], dict(state["spectra"])
+        self._count = state["count"]
+        self._spectra, self._validation = dict(state["spectra"]), dict(state["validation"])
 
     def _now(self, trainer: "pl.Trainer") -> Moment:
-        logged = {name: _finite(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
-        validation = {name: value for name, value in logged.items() if value is not None}
         loss = None if self._loss is None else _finite(self._loss)
-        return Moment(trainer.global_step, loss, validation, **self._spectra)
+        return Moment(trainer.global_step, loss, dict(self._validation), **self._spectra)
 
 
 def note_spectra(trainer: "pl.Trainer", layers: Sequence[RegularizedLayer]) -> dict[str, Tensor]:

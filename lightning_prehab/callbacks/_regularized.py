@@ -95,7 +95,11 @@ class RegularizedLayer:
             return nan, nan, nan
         values = singular_values(weight)
         energies = values.square()
-        share = nan if self.rank is None else energies[self.rank :].sum() / energies.sum().clamp_min(torch.finfo(energies.dtype).tiny)
+        share = (
+            nan
+            if self.rank is None
+            else energies[self.rank :].sum() / energies.sum().clamp_min(torch.finfo(energies.dtype).tiny)
+        )
         return *spectral_ranks(values), share
 
     @torch.no_grad()

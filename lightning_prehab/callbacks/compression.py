@@ -312,13 +312,16 @@ class CompressionCallback(pl.Callback):
         if self._collector is not None:
             self._collector.end_batch()
 
+    def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Notes what was logged, for the report."""
+        self._course.note_validation(trainer)
+
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Completes the report; takes the hooks off if training ended before the surgery."""
         self._stop_collecting()
-        if self.report is not None and self.report.prehab is not None:
+        if self.report is not None:
             self.report = self._course.at_the_end(trainer, self.report)
-            rank_zero_info(f"prehab: {self.report.prehab.summary()}")
-        if not self.done:
+        else:
             rank_zero_warn(
                 f"Training ended in epoch {trainer.current_epoch}, before the surgery at epoch {self.epoch}: the model "
                 "is still dense."

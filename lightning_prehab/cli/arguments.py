@@ -116,6 +116,8 @@ def build_parser() -> Any:
         made.add_argument("--rank-multiple-of", type=int, help="ranks are multiples of this (default: 1)")
         made.add_argument("--split-fused", action="store_true", help="cut queries, keys and values each for itself")
         made.add_argument("--layers-at-once", type=int, help="calibrate so many layers at a time, to save memory")
+    for made in (planning, compressing, reporting):
+        made.add_argument("--all", action="store_true", help="a row for each layer, however many there are")
     planning.add_argument("--keep", type=Share, nargs="+", help="shares of the parameters to keep (default: 0.5)")
     compressing.add_argument("--keep", type=Share, help="share of the targets' parameters to keep (default: 0.5)")
     compressing.add_argument("--output", type=str, required=True, help="the folder to write")

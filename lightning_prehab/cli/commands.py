@@ -21,6 +21,7 @@ from lightning_prehab.cli.arguments import build_parser, read_recipe
 from lightning_prehab.cli.inputs import Batches, copy_settings, example_batch, load_model, read_batches
 from lightning_prehab.errors import ArgumentError, PrehabError
 from lightning_prehab.files.folders import STRUCTURE, load_compressed, save_compressed
+from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.report.figures import FIGURES, to_png
 from lightning_prehab.report.latency import ModelLatency, compare_latencies
@@ -192,7 +193,11 @@ def _show(settings: Any, data: object, *shown: object) -> None:
     import rich.console
 
     console = rich.console.Console()
-    for item in shown:
+    for place, item in enumerate(shown):
+        if place:
+            print()
+        if getattr(settings, "all", False) and isinstance(item, CompressionPlan | CompressionReport):
+            item = item.table(every_layer=True)  # noqa: PLW2901
         if isinstance(item, str) or not console.is_terminal:
             print(item)  # in files and pipes: whole lines, whatever the width
         else:

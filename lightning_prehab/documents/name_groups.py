@@ -42,10 +42,16 @@ def common_prefix(names: Sequence[str]) -> str:
     parts = [name.split(".") for name in names]
     shared = 0
     while parts and all(len(one) > shared + 1 and one[shared] == parts[0][shared] for one in parts):
+        if _is_number(parts[0][shared]):
+            break
         shared += 1
-    while shared and any(re.fullmatch(r"[0-9*]+", one[shared]) for one in parts):
+    if shared and any(_is_number(one[shared]) for one in parts):
         shared -= 1
     return "".join(f"{part}." for part in parts[0][:shared]) if shared else ""
+
+
+def _is_number(part: str) -> bool:
+    return re.fullmatch(r"[0-9*]+", part) is not None
 
 
 def _split(name: str) -> list[str]:

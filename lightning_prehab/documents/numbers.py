@@ -1,9 +1,8 @@
 """Numbers for people: few digits, and zero for what is no more than rounding."""
 
-import torch
-
-#: Relative errors up to this are rounding: matrices are decomposed in float32, and sums of many entries lose more.
-ROUNDING = 64 * torch.finfo(torch.float32).eps
+#: Relative errors up to this are rounding: matrices are decomposed in float32 (a step of 2^-23), and
+#: sums of many entries lose more.
+ROUNDING = 64 * 2.0**-23
 
 
 def format_number(value: float | None, spec: str) -> str:
@@ -15,19 +14,22 @@ def format_number(value: float | None, spec: str) -> str:
     return "?" if value is None else format(value, spec)
 
 
-def format_error(error: float | None, rounding: float = ROUNDING) -> str:
+def format_error(error: float | None, rounding: float = ROUNDING, digits: int = 3) -> str:
     """A relative error in [0, 1], ``"?"`` for one that is not known.
 
     Args:
         error: The error.
         rounding: Up to this it is zero.
+        digits: Of a larger one, after the point.
 
     >>> [format_error(error) for error in (0.12345, 2e-4, 3e-8, 0.0, None)]
     ['0.123', '<0.001', '0', '0', '?']
     """
     if error is not None and abs(error) <= rounding:
         return "0"
-    return "<0.001" if error is not None and 0.0 < error < 5e-4 else format_number(error, ".3f")
+    if error is not None and 0.0 < error < 0.5 * 0.1**digits:
+        return f"<{0.1**digits:.{digits}f}"
+    return format_number(error, f".{digits}f")
 
 
 def format_increase(increase: float | None, error: float | None = None) -> str:
@@ -58,11 +60,10 @@ def format_count(count: int) -> str:
     """
     if count < 1000:
         return str(count)
-    value, unit = float(count), ""
-    for unit in "KMB":
-        value /= 1000.0
-        if value < 999.5:
-            break
+    value, units = count / 1000.0, "KMB"
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000.0, units[1:]
+    unit = units[0]
     return f"{value:.0f}{unit}" if value >= 99.95 else f"{value:.1f}{unit}"
 
 

@@ -1,6 +1,6 @@
 """Layers of a plan by groups: alike but for numbers in their names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 
@@ -41,7 +41,7 @@ class LayerGroup:
         count = len(self.layers)
         cells = {
             "layer": self.name,
-            "layers": str(count) if len(self.cut) in (0, count) else f"{len(self.cut)} of {count}",
+            "layers": str(count) if len(self.cut) in (0, count) else f"{len(self.cut)}/{count}",
             "shape": self.layers[0].cells()["shape"],
             "rank": "dense",
             "parameters": f"{format_count(before)} -> {format_count(after)}",
@@ -53,13 +53,15 @@ class LayerGroup:
         known = [error for error in errors if error is not None]
         losses = [layer.loss_increase for layer in self.cut]
         cells["rank"] = format_range(str(ranks[0]), str(ranks[-1]))
-        cells["median"] = str(median_low(ranks))
+        cells["median"] = str(median_low(ranks)) if ranks[0] != ranks[-1] else ""
         cells["predicted error"] = "?"
         if len(known) == len(errors):
-            cells["predicted error"] = format_range(format_error(min(known)), format_error(max(known)))
+            cells["predicted error"] = format_range(
+                *(format_error(error, digits=2) for error in (min(known), max(known)))
+            )
         increase = None if None in losses else sum(loss for loss in losses if loss is not None)
         worst = max(known) if len(known) == len(errors) else None
-        cells["predicted loss"] = format_increase(increase, worst)
+        cells["loss"] = format_increase(increase, worst)
         return cells
 
 
@@ -70,7 +72,9 @@ def group_layers(layers: Sequence[LayerPlan]) -> list[LayerGroup]:
     return [LayerGroup(name, tuple(named[one] for one in names)) for name, names in group_names(kinds)]
 
 
-def table_of_groups(title: str, summary: Sequence[str], layers: Sequence[LayerPlan], skipped: Mapping[str, str]) -> Table:
+def table_of_groups(
+    title: str, summary: Sequence[str], layers: Sequence[LayerPlan], skipped: Mapping[str, str]
+) -> Table:
     """A row for each group, their names without what all of them begin with.
 
     Args:
@@ -80,20 +84,32 @@ def table_of_groups(title: str, summary: Sequence[str], layers: Sequence[LayerPl
         skipped: ``{name: reason}`` of the layers that are no targets.
     """
     groups = group_layers(layers)
-    names = [layer.name for layer in layers]
-    prefix = common_prefix(names)
-    others = [name for name in skipped if not name.startswith(prefix)]
-    if len(others) > _OTHERS:
-        prefix, others = common_prefix([*names, *skipped]), []
+    prefix, others = _prefix_and_others(groups, [layer.name for layer in layers], skipped)
     rows = [{**group.cells(), "layer": group.name.removeprefix(prefix)} for group in groups]
     columns = ["layer", "layers", "shape", "rank", "median", "parameters", "predicted error"]
+    if not any(row.get("median") for row in rows):
+        columns.remove("median")
     if any(layer.loss_increase is not None for layer in layers):
-        columns.append("predicted loss")
+        columns.append("loss")
     notes = notes_of_left(layers, skipped, prefix=prefix)
     if prefix:
         but = f", but not {', '.join(others)}" if others else ""
         notes.append(f'All names begin with "{prefix}"{but}.')
     return Table(title, columns, rows, {}, summary, notes, spare=("median", "shape", "predicted error", "parameters"))
+
+
+def _prefix_and_others(
+    groups: Sequence[LayerGroup], names: Sequence[str], skipped: Iterable[str]
+) -> tuple[str, list[str]]:
+    """The longest beginning of names that no more than a few are without, and those."""
+    every = [*names, *skipped]
+    prefix = common_prefix([group.name for group in groups if len(group.layers) > 1] or every)
+    while prefix:
+        others = [name for name in every if not name.startswith(prefix)]
+        if len(others) <= _OTHERS:
+            return prefix, others
+        prefix = prefix[: prefix[:-1].rfind(".") + 1]
+    return "", []
 
 
 def notes_of_left(

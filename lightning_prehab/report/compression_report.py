@@ -20,6 +20,7 @@ from lightning_prehab.report.facts import Facts
 from lightning_prehab.report.latency import ModelLatency
 from lightning_prehab.report.origin import Origin
 from lightning_prehab.report.page import build_page
+from lightning_prehab.report.panels import spectra_figure
 from lightning_prehab.report.rows import headlines, table_of_layers
 from lightning_prehab.report.scores import Scores
 from lightning_prehab.report.thinned_spectrum import LayerSpectrum
@@ -261,7 +262,7 @@ class CompressionReport(Facts):
         if missing is not None:
             raise ArgumentError(f"The figure {name!r} cannot be drawn. {missing}")
         if name == "spectra":
-            return figures.spectra_figure(self.spectra, self.ranks)
+            return spectra_figure(self.spectra, self.ranks)
         if name == "latency" and self.latency is not None:
             return figures.latency_figure(self.latency)
         return figures.layer_figure(self.plan, self.weight_errors, name)
@@ -282,9 +283,9 @@ class CompressionReport(Facts):
         return missing
 
     def save_html(self, path: str | os.PathLike[str], metrics: str | os.PathLike[str] | None = None) -> None:
-        """Writes one page with the figures and the table, which loads nothing from elsewhere.
+        """Writes one page: what came out in four tiles, a map of the ranks, the table, and figures.
 
-        What the report does not hold is named on the page, with the reason.
+        Long parts are folded. It loads nothing from elsewhere, and leaves out what the report does not hold.
 
         Args:
             path: The file.
@@ -294,7 +295,10 @@ class CompressionReport(Facts):
             ArgumentError: If the metrics cannot be read.
             PrehabError: If matplotlib is missing.
         """
-        Path(path).write_text(build_page(self, metrics), encoding="utf-8")
+        drawn = {name: figures.to_png(self.figure(name)) for name in self.figure_names}
+        if metrics is not None:
+            drawn["timeline"] = figures.to_png(figures.timeline_figure(metrics))
+        Path(path).write_text(build_page(self, drawn), encoding="utf-8")
 
     def table(self, every_layer: bool = False) -> Table:
         """The summary, and what happened to each layer; of many layers, to each group of them.

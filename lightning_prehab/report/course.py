@@ -60,15 +60,17 @@ class PrehabCourse:
 
         After the cut there are no spectra to speak of: the tails are gone.
         """
-        moments = [self.start, self.cut, self.end]
-        found = {"training loss": [one and one.loss for one in moments]}
-        names = dict.fromkeys(name for one in moments if one is not None for name in one.validation)
-        found |= {name: [one and one.validation.get(name) for one in moments] for name in names}
-        found["stable rank"] = [one and one.stable_rank for one in moments]
-        found["effective rank"] = [one and one.effective_rank for one in moments]
-        shown = {what: ["" if value is None else show_number(value) for value in values] for what, values in found.items()}
+        moments = [self.start, self.cut, self.end or Moment(0)]
+        found = {"training loss": [one.loss for one in moments]}
+        names = dict.fromkeys(name for one in moments for name in one.validation)
+        found |= {name: [one.validation.get(name) for one in moments] for name in names}
+        found["stable rank"] = [one.stable_rank for one in moments]
+        found["effective rank"] = [one.effective_rank for one in moments]
+        shown = {
+            what: ["" if value is None else show_number(value) for value in values] for what, values in found.items()
+        }
         shown["energy beyond the ranks"] = [
-            "" if one is None or one.tail_energy is None else format_error(one.tail_energy, ROUNDING**2) for one in moments
+            "" if one.tail_energy is None else format_error(one.tail_energy, ROUNDING**2) for one in moments
         ]
         return {what: values for what, values in shown.items() if any(values)}
 
@@ -81,7 +83,9 @@ class PrehabCourse:
         rows = self.rows()
         told = [what for what in ("training loss", *self.cut.validation) if what in rows][:_TOLD]
         places = ("", " at the cut", " at the end")
-        texts = [(what, [text + place for text, place in zip(rows[what], places, strict=True) if text]) for what in told]
+        texts = [
+            (what, [text + place for text, place in zip(rows[what], places, strict=True) if text]) for what in told
+        ]
         texts += [(what, list(filter(None, rows[what]))) for what in ("stable rank",) if what in rows]
         return "; ".join(f"{what} {' -> '.join(values)}" for what, values in texts)
 

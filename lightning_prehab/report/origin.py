@@ -30,7 +30,7 @@ class Origin:
     def of(cls, model: nn.Module) -> "Origin":
         """A model that is cut now."""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
-        versions = {"lightning_prehab": __version__, "torch": torch.__version__}
+        versions = {"lightning_prehab": __version__, "torch": str(torch.__version__)}
         return cls(_name_of(model), now, versions)
 
     def to_dict(self) -> dict[str, Any]:
