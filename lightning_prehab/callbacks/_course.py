@@ -95,11 +95,20 @@ def note_spectra(trainer: "pl.Trainer", layers: Sequence[RegularizedLayer]) -> d
     """
     stable, effective, tails = (torch.stack(values) for values in zip(*(one.spectrum() for one in layers), strict=True))
     means = {"stable_rank": stable.mean().float(), "effective_rank": effective.mean().float()}
-    for callback in callbacks_of(trainer):
-        notes = getattr(callback, "_course", None)
-        if isinstance(notes, CourseNotes):
-            notes.note_spectra(trainer, {**means, "tail_energy": tails.nanmean()})
+    for notes in _all_notes(trainer):
+        notes.note_spectra(trainer, {**means, "tail_energy": tails.nanmean()})
     return {f"prehab/{name}": value for name, value in means.items()}
+
+
+def note_start(trainer: "pl.Trainer", layers: Sequence[RegularizedLayer]) -> None:
+    """Notes the spectra when the regularizer begins to act, if anybody takes notes: it is a decomposition of each."""
+    if _all_notes(trainer):
+        note_spectra(trainer, layers)
+
+
+def _all_notes(trainer: "pl.Trainer") -> list[CourseNotes]:
+    found = (getattr(callback, "_course", None) for callback in callbacks_of(trainer))
+    return [notes for notes in found if isinstance(notes, CourseNotes)]
 
 
 def _finite(value: Tensor) -> float | None:

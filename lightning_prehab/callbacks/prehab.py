@@ -18,7 +18,7 @@ from lightning_prehab.callbacks._arguments import (
 )
 from lightning_prehab.callbacks._at_steps import ActsAtSteps
 from lightning_prehab.callbacks._checkpoint import check_version
-from lightning_prehab.callbacks._course import note_spectra
+from lightning_prehab.callbacks._course import note_spectra, note_start
 from lightning_prehab.callbacks._decisions import (
     Injection,
     check_target_rank,
@@ -444,7 +444,7 @@ class PrehabCallback(ActsAtSteps):
             return
         if not self._ready:
             self._span = self._remaining(trainer, batch_idx)
-            note_spectra(trainer, layers)
+            note_start(trainer, layers)
         self._layers, self._ready, self._planned_at = layers, True, self._steps
         if self.space == "loss" and self.forecast_every_n_steps > 0:
             self._outlook.begin()

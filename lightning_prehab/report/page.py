@@ -143,7 +143,7 @@ def _map(layers: Sequence[LayerPlan]) -> Iterable[str]:
     yield (
         "<h2>Where it was cut</h2><p>Each cell is a layer: its rank, on a colour that says how many of its parameters "
         f'were kept.</p><p class="legend">{legend}<span class="kept dense">dense</span></p>'
-        f'<div class="box" tabindex="0"><table class="map" style="min-width:{4 * len(found.kinds) + 4}rem" '
+        f'<div class="box" tabindex="0"><table class="map" style="min-width:{5 * len(found.kinds) + 5}rem" '
         f'aria-label="Ranks by block and kind of layer"><tr><th scope="col">block</th>{head}</tr>\n{body}</table></div>'
     )
 

@@ -20,7 +20,7 @@ def headlines(facts: Facts) -> list[str]:
     ]
     if facts.latency is not None:
         lines.append(facts.latency.summary())
-    if facts.prehab is not None:
+    if facts.prehab is not None and facts.prehab.summary():
         lines.append(f"prehab: {facts.prehab.summary()}")
     return lines
 

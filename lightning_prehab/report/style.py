@@ -7,7 +7,7 @@ STYLE = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
 main{max-width:70rem;margin:0 auto;padding:2rem 1rem 3rem}
-h1{font-size:1.75rem;line-height:1.2;margin:0;overflow-wrap:anywhere}
+h1{font-size:clamp(1.3rem,6vw,1.75rem);line-height:1.2;margin:0;overflow-wrap:anywhere}
 h2{font-size:1.2rem;margin:2rem 0 .5rem}
 p{margin:.4rem 0;overflow-wrap:anywhere}
 header p,main>p,figcaption,.tile p{color:var(--soft);font-size:.875rem}
@@ -16,7 +16,7 @@ header p,main>p,figcaption,.tile p{color:var(--soft);font-size:.875rem}
 @media(max-width:50rem){.tiles{grid-template-columns:repeat(2,1fr)}}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:.6rem;padding:.8rem 1rem;min-width:0}
 .tile h2{font-size:.75rem;text-transform:uppercase;letter-spacing:.08em;color:var(--soft);margin:0}
-.tile b{display:block;font-size:clamp(1.15rem,5vw,1.7rem);line-height:1.35;color:var(--ink);}
+.tile b{display:block;font-size:clamp(1.05rem,4.4vw,1.7rem);line-height:1.35;color:var(--ink);}
 .box{overflow-x:auto;max-width:100%}
 table{border-collapse:collapse;font-size:.8125rem;font-variant-numeric:tabular-nums}
 td,th{padding:.25rem .6rem;text-align:right;font-weight:normal;white-space:nowrap;border-bottom:1px solid var(--line)}
@@ -25,6 +25,7 @@ th:first-child{text-align:left;white-space:normal;min-width:6rem}
 .total th,.total td{font-weight:600;border:0}
 .map{width:100%;table-layout:fixed}
 .map td,.map th{padding:.12rem .5rem;border:1px solid var(--page);text-align:center}
+.map th{overflow-wrap:anywhere}
 .map th:first-child{position:sticky;left:0;background:var(--page);text-align:right;color:var(--soft);
 width:5rem;min-width:0}
 .kept{background:rgb(var(--blue)/calc(.04 + .58*var(--kept)))}
