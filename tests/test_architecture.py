@@ -61,7 +61,7 @@ KNOW_LIGHTNING = {"callbacks", "cli"}
 #: Other packages than torch, lightning, torchmetrics, each where it is used, with an error that names the extra. rich
 #: and yaml need none: lightning brings yaml, and whoever prints with rich has it.
 EXTRAS = {
-    ("cli/commands.py", "rich"),
+    ("callbacks/_printing.py", "rich"),
     ("cli/inputs.py", "safetensors"),
     ("cli/inputs.py", "transformers"),
     ("cli/outputs.py", "rich"),
@@ -72,13 +72,12 @@ EXTRAS = {
     ("files/statistics.py", "safetensors"),
     ("integrations/huggingface.py", "transformers"),
     ("layers/blocks.py", "transformers"),
-    ("plan/compression_plan.py", "rich"),
     ("progress/faces.py", "rich"),
     ("progress/display.py", "rich"),
     ("report/compression_report.py", "matplotlib"),
-    ("report/compression_report.py", "rich"),
+    ("report/drawing.py", "matplotlib"),
     ("report/figures.py", "matplotlib"),
-    ("report/latency.py", "rich"),
+    ("report/panels.py", "matplotlib"),
 }
 CORE = {"torch", "lightning", "torchmetrics", "lightning_prehab"}
 LONGEST = 450

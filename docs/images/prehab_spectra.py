@@ -14,10 +14,9 @@ import warnings
 from pathlib import Path
 
 import lightning as L
+import lightning_prehab as lp
 import torch
 from matplotlib.figure import Figure
-
-import lightning_prehab as lp
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from vit_digits import Digits, DigitsViT

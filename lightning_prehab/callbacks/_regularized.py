@@ -84,13 +84,23 @@ class RegularizedLayer:
         layer.memory = {key: value.to("cpu" if key == "age" else device) for key, value in state["memory"].items()}
         return layer
 
-    def spectral_ranks(self) -> tuple[Tensor, Tensor]:
-        """Stable and effective rank of the weight itself; NaN if it is not finite, since this is only shown."""
+    def spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the weight itself: stable rank, effective rank, share of its energy beyond the target rank.
+
+        NaN if the weight is not finite, since this is only shown, and for the share if there is no target rank.
+        """
         weight = self.view.weight.detach()
+        nan = torch.full((), math.nan, device=weight.device)
         if not bool(torch.isfinite(weight).all()):
-            nan = torch.full((), float("nan"), device=weight.device)
-            return nan, nan
-        return spectral_ranks(singular_values(weight))
+            return nan, nan, nan
+        values = singular_values(weight)
+        energies = values.square()
+        share = (
+            nan
+            if self.rank is None
+            else energies[self.rank :].sum() / energies.sum().clamp_min(torch.finfo(energies.dtype).tiny)
+        )
+        return *spectral_ranks(values), share
 
     @torch.no_grad()
     def tail(self) -> tuple[Tensor, Tensor]:

@@ -34,9 +34,10 @@ def _try_to_log(logger: Any, step: int, report: CompressionReport) -> None:
 
 def _log_to(logger: Any, step: int, report: CompressionReport) -> None:
     if _offers(logger, "log_text", "log_image"):  # W&B: the logger itself
-        table = report.table()
-        rows = [[row.get(column, "") for column in table.columns] for row in (*table.rows, table.footer)]
-        logger.log_text("compression/report", columns=list(table.columns), data=rows, step=step)
+        table = report.table(every_layer=True)
+        columns = [*table.columns, "why"]
+        rows = [[row.get(column, "") for column in columns] for row in (*table.rows, table.footer)]
+        logger.log_text("compression/report", columns=columns, data=rows, step=step)
         for name, figure in _figures(report).items():
             logger.log_image(f"compression/{name}", [to_pixels(figure)], step=step)
         return

@@ -9,7 +9,6 @@ from torch import Tensor, distributed
 
 from lightning_prehab.callbacks._distributed import together
 from lightning_prehab.callbacks._regularized import RegularizedLayer
-from lightning_prehab.callbacks._trainer import EQUAL
 from lightning_prehab.regularizers import Memory, Shrinkage
 
 T = TypeVar("T")
@@ -85,11 +84,3 @@ def _hand_out_(
 
 def _describe(memory: Memory) -> Description:
     return {key: (tensor.shape, tensor.dtype, tensor.is_cpu) for key, tensor in memory.items()}
-
-
-def log_spectral_ranks(pl_module: "pl.LightningModule", layers: Sequence[RegularizedLayer]) -> None:
-    """Logs the stable and the effective rank, means over at least one layer; every process has the same weights."""
-    stable, effective = zip(*(layer.spectral_ranks() for layer in layers), strict=True)
-    ranks = {"prehab/stable_rank": stable, "prehab/effective_rank": effective}
-    means = {name: torch.stack(found).mean().float() for name, found in ranks.items()}
-    pl_module.log_dict(means, batch_size=1, **EQUAL)

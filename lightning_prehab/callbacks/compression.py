@@ -19,8 +19,10 @@ from lightning_prehab.callbacks._checkpoint import (
     plan_of_factors,
     restore_statistics_,
 )
+from lightning_prehab.callbacks._course import CourseNotes
 from lightning_prehab.callbacks._finetuning import FROZEN, StoredGroups, note_frozen, rename_groups_, unfreeze_
 from lightning_prehab.callbacks._neighbours import refuse_averaging, refuse_finders, refuse_pruning
+from lightning_prehab.callbacks._printing import show
 from lightning_prehab.callbacks._report_logging import log_report
 from lightning_prehab.callbacks._showing import showing
 from lightning_prehab.callbacks._site import TrainerSite
@@ -181,6 +183,7 @@ class CompressionCallback(pl.Callback):
         self._collector: Collector | None = None
         self._older: dict[str, LayerStatistics] | None = None
         self._kept = KeptBatches()
+        self._course = CourseNotes()
         self._restored: dict[str, Any] = {}
         self._frozen: list[str] | None = None  # names, from a checkpoint
         self._name_holders: Callable[[], None] | None = None  # of what a resumed run has replaced
@@ -227,7 +230,7 @@ class CompressionCallback(pl.Callback):
             self.report, cuts = None, []  # another module, or one that has followed a dense checkpoint since
         self._stop_collecting()
         self._restored, self._world_size, self._older, self._frozen = {}, trainer.world_size, None, None
-        self._kept, self._name_holders = KeptBatches(), None
+        self._kept, self._name_holders, self._course = KeptBatches(), None, CourseNotes()
         self._shell = DenseShell(pl_module, cuts)
         move_to_front(trainer, self)  # others then see the compressed model from its first epoch on
 
@@ -307,13 +310,20 @@ class CompressionCallback(pl.Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stops counting, so that validation batches are not counted."""
+        self._course.note_loss(trainer, outputs)
         if self._collector is not None:
             self._collector.end_batch()
 
+    def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Notes what was logged, for the report."""
+        self._course.note_validation(trainer)
+
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Takes the hooks off if training ended before the surgery."""
+        """Completes the report; takes the hooks off if training ended before the surgery."""
         self._stop_collecting()
-        if not self.done:
+        if self.report is not None:
+            self.report = self._course.at_the_end(trainer, self.report)
+        else:
             rank_zero_warn(
                 f"Training ended in epoch {trainer.current_epoch}, before the surgery at epoch {self.epoch}: the model "
                 "is still dense."
@@ -339,6 +349,7 @@ class CompressionCallback(pl.Callback):
             "wanted": list(self.recipe.wanted),
             "statistics": dump_statistics(collecting, self._world_size),
             "older": dump_statistics(self._older, self._world_size),
+            "course": self._course.state_dict(),
         }
 
     def on_save_checkpoint(
@@ -357,6 +368,8 @@ class CompressionCallback(pl.Callback):
         """Keeps the state for the start of fit; the structure itself is read from the weights."""
         check_version(state_dict, STATE_VERSION, type(self).__name__)
         self._restored = state_dict
+        if "course" in state_dict:
+            self._course.load_state_dict(state_dict["course"])
         if self._auto:
             self.epoch = min(self.epoch, state_dict["epoch"])
 
@@ -409,11 +422,11 @@ class CompressionCallback(pl.Callback):
         kept, self._kept = self._kept, KeptBatches()
         site = TrainerSite(trainer, pl_module, self.calibration_batches, self._take_statistics(), kept)
         with showing(trainer):
-            report = self.report = operate(self.recipe, site)
+            report = self.report = self._course.at_the_cut(trainer, operate(self.recipe, site))
         rename_groups_(trainer, pl_module)
         if self.reset_scores:
             reset_scores_(trainer)
-        pl_module.print(f"\n{report}")
+        show(pl_module, report)
         shares = {"compression/keep": report.keep, "compression/model_keep": report.model_keep}
         pl_module.log_dict(shares, batch_size=1, **EQUAL)
         log_report(trainer, report)

@@ -18,6 +18,7 @@ from lightning_prehab.callbacks._arguments import (
 )
 from lightning_prehab.callbacks._at_steps import ActsAtSteps
 from lightning_prehab.callbacks._checkpoint import check_version
+from lightning_prehab.callbacks._course import note_spectra, note_start
 from lightning_prehab.callbacks._decisions import (
     Injection,
     check_target_rank,
@@ -33,9 +34,10 @@ from lightning_prehab.callbacks._injection import add_to_gradients_, add_to_loss
 from lightning_prehab.callbacks._preparation import Preparation
 from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, matrices, restore_layers, tails_of
 from lightning_prehab.callbacks._schedules import ramp
-from lightning_prehab.callbacks._shared_work import complete_memories_, log_spectral_ranks, own_part, shrink_together_
+from lightning_prehab.callbacks._shared_work import complete_memories_, own_part, shrink_together_
 from lightning_prehab.callbacks._timeline import batches_to_watch, remaining_batches
 from lightning_prehab.callbacks._trainer import (
+    EQUAL,
     check_strategy,
     closes_window,
     find_callback,
@@ -296,7 +298,7 @@ class PrehabCallback(ActsAtSteps):
             self._weight_steps.check_seen(self)
         if not self._ready or not self._in_season(trainer):
             return
-        log_spectral_ranks(pl_module, self._layers)
+        pl_module.log_dict(note_spectra(trainer, self._layers), batch_size=1, **EQUAL)
 
     def on_surgery(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", report: Any) -> None:
         """The work is done; lets go of the dense layers."""
@@ -443,6 +445,7 @@ class PrehabCallback(ActsAtSteps):
             return
         if not self._ready:
             self._span = self._remaining(trainer, batch_idx)
+            note_start(trainer, layers)
         self._layers, self._ready, self._planned_at = layers, True, self._steps
         if self.space == "loss" and self.forecast_every_n_steps > 0:
             self._outlook.begin()

@@ -167,6 +167,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     reporting.add_argument(
         "--metrics", type=file, metavar="FILE", help="metrics.csv of the run: a timeline in the page"
     )
+    for made in (planning, compressing, reporting):
+        made.add_argument("--all", action="store_true", help="print a row for each layer, however many there are")
     for made in commands.values():
         made.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser, commands

@@ -111,7 +111,7 @@ def bench(settings: Any) -> None:
             low = load_compressed(settings.compressed, load_model(settings.source, settings.model)).to(settings.device)
         sized = [example_batch(dense, batches, size, settings.max_length) for size in settings.batch_sizes]
         latency = compare_latencies(dense, low, sized)
-        scores = compare_scores(settings, dense, low, batches)
+        scores = compare_scores(settings, dense, low, batches, Path(settings.compressed) / REPORT)
     data = {**latency.to_dict(), "scores": None if scores is None else scores.to_dict()}
     show(settings, data, latency, *([] if scores is None else [scores.summary()]))
 

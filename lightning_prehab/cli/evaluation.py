@@ -80,15 +80,18 @@ def kept_evaluation(folder: Path) -> Measured | None:
         raise ArgumentError(f"{path} cannot be read ({reason(error)}); give --evaluate 0, or a file.") from error
 
 
-def compare_scores(settings: Any, dense: nn.Module, low: nn.Module, batches: Batches | None) -> Scores | None:
+def compare_scores(
+    settings: Any, dense: nn.Module, low: nn.Module, batches: Batches | None, report: Path
+) -> Scores | None:
     """What both models are worth on the data, if there is any and something can be told.
 
-    Data of the name that the compressed model was calibrated with is called so, as far as its report says that.
+    Data of the name that the compressed model was calibrated with is called so, as far as its report, a file that may
+    be missing, says that.
     """
     if batches is None:
         return None
     name = Path(settings.data).name
-    known = _calibrated_with(name, Path(settings.compressed) / REPORT)
+    known = _calibrated_with(name, report)
     evaluation = Evaluation(batches, source=f"{name} (the name of the calibration data)" if known else name)
     before = evaluation.score(dense)
     after = None if before is None else evaluation.score(low)

@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.files.folders import STRUCTURE, save_compressed
+from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.report.compression_report import CompressionReport
 
 #: Of a folder that ``compress`` has written.
@@ -155,7 +156,11 @@ def show(settings: Any, data: object, *shown: object) -> None:
         print(json.dumps(data, indent=1))
         return
     console = _terminal()
-    for item in shown:
+    for place, item in enumerate(shown):
+        if place:
+            print()
+        if getattr(settings, "all", False) and isinstance(item, CompressionPlan | CompressionReport):
+            item = item.table(every_layer=True)  # noqa: PLW2901
         if isinstance(item, str) or console is None:
             print(item)  # in files and pipes: whole lines, whatever the width
         else:

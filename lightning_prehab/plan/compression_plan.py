@@ -6,17 +6,16 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_prehab.documents import settings
-from lightning_prehab.documents.tables import Table, format_loss, format_number
+from lightning_prehab.documents.numbers import format_increase, format_loss, format_times
+from lightning_prehab.documents.tables import Table
 from lightning_prehab.errors import PlanError
 from lightning_prehab.factorizations import Factorization
+from lightning_prehab.plan.layer_groups import FEW, notes_of_left, table_of_groups
 from lightning_prehab.plan.layer_plan import LayerPlan
 from lightning_prehab.targets.names import match_names
-
-if TYPE_CHECKING:
-    import rich.table
 
 __all__ = ["CompressionPlan", "LayerPlan"]
 
@@ -214,33 +213,68 @@ class CompressionPlan:
 
     def summary(self) -> str:
         """One line: achieved keep of the targets and of the whole model, and the predicted loss increase."""
-        whole = ""
-        if self.model_parameters is not None and self.model_keep is not None:
-            after = self.model_parameters - self.dense_parameters + self.parameters
-            whole = f"; whole model {self.model_parameters:,} -> {after:,} parameters (keep {self.model_keep:.3f})"
-        return (
-            f"{self.factorization}: targets {self.dense_parameters:,} -> {self.parameters:,} parameters "
-            f"(keep {self.keep:.3f}){whole}{format_loss(self.loss_increase)}"
-        )
+        whole = "" if self.model_parameters is None else f"; whole model {self._whole(self.model_parameters)}"
+        return f"{self.factorization}: {self._targets()}{whole}{format_loss(self.loss_increase, self.worst_error)}"
 
-    def table(self) -> Table:
-        """A row for each target and each layer that is left out, and the totals."""
+    def headlines(self) -> list[str]:
+        """What stands above a table: how much smaller the model gets, and what that is predicted to cost."""
+        lines = [self.headline()]
+        if self.model_parameters is not None:
+            times = format_times(self.model_parameters, self._after(self.model_parameters))
+            lines = [f"would be {times}", f"whole model {self._whole(self.model_parameters)}", *lines]
+        return [*lines, *self.method_lines()]
+
+    def method_lines(self) -> list[str]:
+        """How it is cut, and what that is predicted to cost."""
+        increase = format_increase(self.loss_increase, self.worst_error).lstrip("+")
+        predicted = [] if self.loss_increase is None else [f"predicted loss increase {increase}"]
+        return [f"method {self.factorization}", *predicted]
+
+    def headline(self) -> str:
+        """One line about the targets: what is kept of them, and how many are cut."""
+        cut = sum(layer.rank is not None for layer in self.layers)
+        return f"{self._targets()}, {cut} of {len(self.layers)} layers cut"
+
+    def table(self, every_layer: bool = False) -> Table:
+        """The summary, and what happens to each layer; of many layers, to each group of them.
+
+        Args:
+            every_layer: A row for each target, however many there are, and the names of all layers that are left out.
+        """
+        if len(self.layers) > FEW and not every_layer:
+            return table_of_groups("Compression plan", self.headlines(), self.layers, self.skipped)
         losses = any(layer.loss_increase is not None for layer in self.layers)
         columns = ["layer", "shape", "rank", "before", "after", "predicted error"]
+        columns += ["predicted loss increase"] if losses else []
         footer = {
             "layer": "total",
             "before": f"{self.dense_parameters:,}",
             "after": f"{self.parameters:,}",
-            "predicted loss increase": format_number(self.loss_increase, ".3g"),
-            "why": f"keep {self.keep:.3f}",
+            "predicted loss increase": format_increase(self.loss_increase, self.worst_error),
         }
         rows = [layer.cells() for layer in self.layers]
-        rows += [{"layer": name, "rank": "left", "why": reason} for name, reason in self.skipped.items()]
-        columns += ["predicted loss increase", "why"] if losses else ["why"]
-        return Table("Compression plan", columns, rows, footer, self.summary())
+        notes = notes_of_left(self.layers, self.skipped, every_layer)
+        spare = ("before", "shape", "after", "predicted error")
+        return Table("Compression plan", columns, rows, footer, self.headlines(), notes, spare)
 
     def __str__(self) -> str:
         return str(self.table())
 
-    def __rich__(self) -> "rich.table.Table":
-        return self.table().__rich__()
+    def __rich__(self) -> Table:
+        return self.table()
+
+    @property
+    def worst_error(self) -> float | None:
+        """The largest predicted error of a cut, or None if one of them is unknown."""
+        errors = [layer.relative_error for layer in self.layers if layer.rank is not None]
+        known = [error for error in errors if error is not None]
+        return max(known, default=0.0) if len(known) == len(errors) else None
+
+    def _targets(self) -> str:
+        return f"targets {self.dense_parameters:,} -> {self.parameters:,} parameters (keep {self.keep:.3f})"
+
+    def _after(self, model_parameters: int) -> int:
+        return model_parameters - self.dense_parameters + self.parameters
+
+    def _whole(self, before: int) -> str:
+        return f"{before:,} -> {self._after(before):,} parameters (keep {self._after(before) / before:.3f})"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_prehab.documents import settings
-from lightning_prehab.documents.tables import format_number
+from lightning_prehab.documents.numbers import format_error, format_increase
 from lightning_prehab.errors import PlanError
 
 
@@ -94,8 +94,8 @@ class LayerPlan:
             "why": self.reason or "",
         }
         if self.rank is not None:
-            cells["predicted error"] = format_number(self.relative_error, ".3f")
-            cells["predicted loss increase"] = format_number(self.loss_increase, ".3g")
+            cells["predicted error"] = format_error(self.relative_error)
+            cells["predicted loss increase"] = format_increase(self.loss_increase, self.relative_error)
         return cells
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,25 +3,29 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from lightning_prehab.documents import settings
-from lightning_prehab.documents.tables import Table, format_loss, format_number
+from lightning_prehab.documents.tables import Table
 from lightning_prehab.errors import ArgumentError, CheckpointError, PrehabError
 from lightning_prehab.factorizations import Factorization
 from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
 from lightning_prehab.report import figures
-from lightning_prehab.report.html import build_page
+from lightning_prehab.report.course import PrehabCourse
+from lightning_prehab.report.facts import Facts
 from lightning_prehab.report.latency import ModelLatency
+from lightning_prehab.report.origin import Origin
+from lightning_prehab.report.page import build_page
+from lightning_prehab.report.panels import spectra_figure
+from lightning_prehab.report.rows import headlines, table_of_layers
 from lightning_prehab.report.scores import Scores
 from lightning_prehab.report.thinned_spectrum import LayerSpectrum
 
 if TYPE_CHECKING:
-    import rich.table
     from matplotlib.figure import Figure
 
 #: Of the dictionary form. Keys that may be missing are added without a new version: readers pass over those that they
@@ -32,7 +36,7 @@ _OURS = "lightning_prehab."
 
 
 @dataclass(frozen=True)
-class CompressionReport:
+class CompressionReport(Facts):
     """The facts of one surgery.
 
     Attributes:
@@ -43,35 +47,14 @@ class CompressionReport:
         spectra: ``{name: spectrum before the cut}`` of the layers that were decomposed.
         latency: Of the model before and after, or None: nothing is measured unless somebody asks.
         scores: What the model is worth before and after, or None, where nobody has asked or it cannot be measured.
+        prehab: What a training run with :class:`~lightning_prehab.PrehabCallback` went through, else None.
+        origin: Which model it was, and when. Reports that differ in it alone are equal.
     """
-
-    plan: CompressionPlan
-    weight_errors: Mapping[str, float]
-    parameters_before: int
-    parameters_after: int
-    spectra: Mapping[str, LayerSpectrum] = field(default_factory=dict)
-    latency: ModelLatency | None = None
-    scores: Scores | None = None
-
-    @property
-    def keep(self) -> float:
-        """Achieved share of the targets' weight parameters, in (0, 1]."""
-        return self.plan.keep
-
-    @property
-    def model_keep(self) -> float:
-        """Achieved share of all parameters of the model."""
-        return self.parameters_after / self.parameters_before
-
-    @property
-    def ranks(self) -> dict[str, int | None]:
-        """The rank of each target by name; None for those that stayed dense."""
-        return self.plan.ranks
 
     @property
     def figure_names(self) -> tuple[str, ...]:
         """The figures that can be drawn out of what this report holds."""
-        return tuple(name for name in figures.FIGURES if name not in self._missing())
+        return tuple(name for name in figures.FIGURES if name not in self.missing_figures())
 
     def with_spectra(self, singular_values: Mapping[str, Tensor]) -> "CompressionReport":
         """The same report with the spectra of its layers, thinned; see :class:`LayerSpectrum`.
@@ -112,6 +95,7 @@ class CompressionReport:
         """Plain numbers, strings and lists, ready for JSON."""
         return {
             "version": VERSION,
+            **self.origin.to_dict(),
             "factorization": repr(self.plan.factorization),
             "keep": self.keep,
             "model_keep": self.model_keep,
@@ -140,6 +124,7 @@ class CompressionReport:
             "skipped": dict(self.plan.skipped),
             "latency": None if self.latency is None else self.latency.to_dict(),
             "scores": None if self.scores is None else self.scores.to_dict(),
+            "prehab": None if self.prehab is None else self.prehab.to_dict(),
         }
 
     @classmethod
@@ -162,7 +147,7 @@ class CompressionReport:
             for layer in data["layers"]
             if layer.get("spectrum") is not None
         }
-        latency, scores = data.get("latency"), data.get("scores")
+        latency, scores, prehab = data.get("latency"), data.get("scores"), data.get("prehab")
         return cls(
             plan,
             errors,
@@ -171,6 +156,8 @@ class CompressionReport:
             spectra,
             None if latency is None else ModelLatency.from_dict(latency),
             None if scores is None else Scores.from_dict(scores),
+            None if prehab is None else PrehabCourse.from_dict(prehab),
+            Origin.from_dict(data),
         )
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
@@ -181,7 +168,10 @@ class CompressionReport:
 
         - ``version`` (int): of this form, 1; other versions are refused when read. Within a version keys are added
           only, and such keys may be missing: ``new_bias``, ``nonzeros``, ``groups``, ``form``, both
-          ``loss_increase``, ``spectrum``, ``latency`` and ``scores`` were. Pass over keys that you do not know.
+          ``loss_increase``, ``spectrum``, ``latency``, ``scores``, ``prehab``, ``model``, ``created`` and
+          ``versions`` were. Pass over keys that you do not know.
+        - ``model`` (str): its class, and where it was loaded from. ``created`` (str): when it was cut, ISO 8601 in
+          UTC. ``versions`` (object): ``{package: version}``.
         - ``factorization`` (str): for people. ``method`` (object): the same for :meth:`load_json`.
         - ``keep``, ``model_keep`` (float): share of the parameters kept, of the targets' weights, of the whole model.
         - ``parameters_before``, ``parameters_after`` (int): of the whole model.
@@ -197,6 +187,10 @@ class CompressionReport:
           ``"tokens"``: a language model's cross-entropy in nats), ``accuracy`` (float in [0, 1] or null),
           ``output_error`` (float or null): relative difference of the outputs to those of the dense model, and
           ``perplexity`` (float or null), the exponential of such a loss.
+        - ``prehab`` (object or null): a training run with PrehabCallback at its ``start`` (when the regularizer began
+          to act), right before the ``cut`` and at its ``end`` (null while it goes on), each an object with ``step``
+          (int), ``loss`` (float or null): of training, smoothed, ``validation`` (object): ``{name: value}`` as logged,
+          ``stable_rank``, ``effective_rank`` and ``tail_energy`` (float or null): means over the layers.
         - ``layers`` (list of objects, in model order), each with:
 
           - ``name`` (str), ``shape`` (``[out_features, in_features]``), ``rank`` (int; null: stayed dense),
@@ -264,16 +258,16 @@ class CompressionReport:
             ArgumentError: If there is no such figure, or the report does not hold what it shows.
             PrehabError: If matplotlib is missing.
         """
-        missing = self._missing().get(name)
+        missing = self.missing_figures().get(name)
         if missing is not None:
             raise ArgumentError(f"The figure {name!r} cannot be drawn. {missing}")
         if name == "spectra":
-            return figures.spectra_figure(self.spectra, self.ranks)
+            return spectra_figure(self.spectra, self.ranks)
         if name == "latency" and self.latency is not None:
             return figures.latency_figure(self.latency)
         return figures.layer_figure(self.plan, self.weight_errors, name)
 
-    def _missing(self) -> dict[str, str]:
+    def missing_figures(self) -> dict[str, str]:
         """For each figure that cannot be drawn the reason and the way out."""
         missing = {}
         if not self.spectra:
@@ -289,9 +283,9 @@ class CompressionReport:
         return missing
 
     def save_html(self, path: str | os.PathLike[str], metrics: str | os.PathLike[str] | None = None) -> None:
-        """Writes one page with the figures and the table, which loads nothing from elsewhere.
+        """Writes one page: what came out in four tiles, a map of the ranks, the table, and figures.
 
-        What the report does not hold is named on the page, with the reason.
+        Long parts are folded. It loads nothing from elsewhere, and leaves out what the report does not hold.
 
         Args:
             path: The file.
@@ -301,57 +295,28 @@ class CompressionReport:
             ArgumentError: If the metrics cannot be read.
             PrehabError: If matplotlib is missing.
         """
-        missing = self._missing()
-        sections: dict[str, bytes | str] = {
-            name.capitalize(): missing[name] if name in missing else figures.to_png(self.figure(name))
-            for name in figures.FIGURES
-        }
+        drawn = {name: figures.to_png(self.figure(name)) for name in self.figure_names}
         if metrics is not None:
-            sections["Timeline"] = figures.to_png(figures.timeline_figure(metrics))
-        else:
-            sections["Timeline"] = "The metrics of the run were not given (--metrics metrics.csv of a CSVLogger)."
-        Path(path).write_text(build_page(self.table(), sections), encoding="utf-8")
+            drawn["timeline"] = figures.to_png(figures.timeline_figure(metrics))
+        Path(path).write_text(build_page(self, drawn), encoding="utf-8")
 
-    def table(self) -> Table:
-        """A row for each target and each layer that was left out, and the totals."""
-        losses = any(layer.loss_increase is not None for layer in self.plan.layers)
-        columns = ["layer", "shape", "rank", "parameters", "error (metric)"]
-        columns += ["predicted loss increase"] if losses else []
-        seconds = {} if self.latency is None else self.latency.largest.layers
-        rows = []
-        for layer in self.plan.layers:
-            cells = layer.cells()
-            cells["parameters"] = f"{cells['before']} -> {cells['after']}"
-            cells["error (metric)"] = cells.get("predicted error", "")
-            if layer.rank is not None:
-                cells["error (weight)"] = f"{self.weight_errors[layer.name]:.3f}"
-            if layer.name in seconds:
-                cells["ms"] = " -> ".join(f"{1e3 * value:.3f}" for value in seconds[layer.name])
-            rows.append(cells)
-        rows += [{"layer": name, "rank": "left", "why": reason} for name, reason in self.plan.skipped.items()]
-        footer = {
-            "layer": "total",
-            "parameters": f"{self.plan.dense_parameters:,} -> {self.plan.parameters:,}",
-            "predicted loss increase": format_number(self.plan.loss_increase, ".3g"),
-            "why": f"keep {self.keep:.3f}",
-        }
-        caption = (
-            f"{self.plan.factorization}: targets {self.plan.dense_parameters:,} -> {self.plan.parameters:,} parameters "
-            f"(keep {self.keep:.3f}); whole model {self.parameters_before:,} -> {self.parameters_after:,} parameters "
-            f"(keep {self.model_keep:.3f}){format_loss(self.plan.loss_increase)}"
-        )
-        if self.latency is not None:
-            caption += f"; {self.latency.summary()}"
-        if self.scores is not None:
-            caption += f"; {self.scores.summary()}"
-        columns += ["error (weight)", *(["ms"] if seconds else []), "why"]
-        return Table("Compression report", columns, rows, footer, caption)
+    def table(self, every_layer: bool = False) -> Table:
+        """The summary, and what happened to each layer; of many layers, to each group of them.
+
+        Args:
+            every_layer: A row for each target, however many there are, and the names of all layers that are left out.
+        """
+        return table_of_layers(self, every_layer)
+
+    def summary(self) -> str:
+        """One line: how much smaller the model is, and what it is worth where that was measured."""
+        return headlines(self)[0]
 
     def __str__(self) -> str:
         return str(self.table())
 
-    def __rich__(self) -> "rich.table.Table":
-        return self.table().__rich__()
+    def __rich__(self) -> Table:
+        return self.table()
 
 
 def _read_layer(layer: Mapping[str, Any]) -> LayerPlan:

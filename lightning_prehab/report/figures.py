@@ -9,29 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_prehab.errors import ArgumentError, PrehabError
-from lightning_prehab.plan.compression_plan import CompressionPlan
+from lightning_prehab.documents.folding import visible
+from lightning_prehab.documents.name_groups import group_names
+from lightning_prehab.documents.numbers import ROUNDING, format_count, format_error, format_range
+from lightning_prehab.errors import ArgumentError
+from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
+from lightning_prehab.plan.layer_groups import FEW
+from lightning_prehab.report.drawing import AFTER, BEFORE, new_figure
 from lightning_prehab.report.latency import ModelLatency
-from lightning_prehab.report.thinned_spectrum import LayerSpectrum
+from lightning_prehab.report.panels import share_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIGURES = ("ranks", "errors", "parameters", "spectra", "latency")
-#: Grey and blue differ in lightness too, for those who do not see colours, and in print.
-_BEFORE, _AFTER = "#b6bec8", "#0b5cad"
-#: Spectra side by side, and the longest name above one.
-_COLUMNS, _LONGEST = 4, 34
-#: Width and height of the place of one of them, whose picture is 1 by 1.
-_CELL = (1.12, 1.6)
-#: Singular values below this share of the largest one are drawn at it.
-_LOWEST = 1e-4
-
-_Point = tuple[float, float]
 
 
 def layer_figure(plan: CompressionPlan, weight_errors: Mapping[str, float], name: str) -> "Figure":
-    """One bar for each target, in model order.
+    """One bar for each target, in model order; many of them in a picture for each group.
 
     Args:
         plan: What was carried out.
@@ -46,23 +41,26 @@ def layer_figure(plan: CompressionPlan, weight_errors: Mapping[str, float], name
     if name not in ("ranks", "errors", "parameters"):
         raise ArgumentError(f"There is no figure {name!r}; choose one of {', '.join(FIGURES)}.")
     layers = plan.layers
-    figure = _figure(0.24 * len(layers) + 1.2)
+    if len(layers) > FEW:
+        return _by_group(plan, weight_errors, name)
+    figure = new_figure(0.24 * len(layers) + 1.2)
     axes = figure.subplots()
     places = range(len(layers))
     if name == "ranks":
-        full = [min(layer.out_features // layer.groups, layer.in_features) for layer in layers]
-        axes.barh(places, full, color=_BEFORE, label="full rank (dense where nothing is drawn over it)")
-        axes.barh(places, [layer.rank or 0 for layer in layers], color=_AFTER, label="rank after the cut")
+        full = list(map(_full_rank, layers))
+        axes.barh(places, full, color=BEFORE, label="full rank (dense where nothing is drawn over it)")
+        axes.barh(places, [layer.rank or 0 for layer in layers], color=AFTER, label="rank after the cut")
         axes.set_xlabel("rank", fontsize=8)
     elif name == "errors":
-        errors = [weight_errors.get(layer.name, 0.0) for layer in layers]
-        axes.barh(places, errors, color=_AFTER, label="|W - W'| / |W| (Frobenius)")
+        errors = [_beyond_rounding(weight_errors.get(layer.name, 0.0)) for layer in layers]
+        axes.barh(places, errors, color=AFTER, label="|W - W'| / |W| (Frobenius)")
+        axes.set_xlim(0.0, None if any(errors) else 1.0)
         axes.set_xlabel("relative error of the weight", fontsize=8)
     else:
-        axes.barh(places, [layer.dense_parameters for layer in layers], color=_BEFORE, label="parameters before")
-        axes.barh(places, [layer.parameters for layer in layers], height=0.4, color=_AFTER, label="after")
+        axes.barh(places, [layer.dense_parameters for layer in layers], color=BEFORE, label="parameters before")
+        axes.barh(places, [layer.parameters for layer in layers], height=0.4, color=AFTER, label="after")
         axes.set_xlabel("parameters of the weight, and of all that replaces it", fontsize=8)
-    axes.set_yticks(places, [layer.name for layer in layers], fontsize=7, parse_math=False)
+    axes.set_yticks(places, [visible(layer.name) for layer in layers], fontsize=7, parse_math=False)
     axes.set_ylim(len(layers) - 0.4, -0.6)
     axes.tick_params(axis="x", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
@@ -70,70 +68,42 @@ def layer_figure(plan: CompressionPlan, weight_errors: Mapping[str, float], name
     return figure
 
 
-def spectra_figure(spectra: Mapping[str, LayerSpectrum], ranks: Mapping[str, int | None]) -> "Figure":
-    """One small picture for each layer: singular values before, and what the cut keeps of them.
+def _by_group(plan: CompressionPlan, weight_errors: Mapping[str, float], name: str) -> "Figure":
+    """Shares of what each layer had, so that groups of all sizes can be compared."""
+    layers = {layer.name: layer for layer in plan.layers}
+    kinds = {layer.name: (layer.out_features, layer.in_features, layer.form) for layer in plan.layers}
 
-    Each layer is seen against its own largest value and its own full rank, so that decays can be compared.
+    def ranks(names: Sequence[str]) -> str:
+        found = sorted(rank for one in names if (rank := layers[one].rank) is not None)
+        whole = _full_rank(layers[names[0]])
+        return f"{format_range(str(found[0]), str(found[-1]))} of {whole}" if found else f"dense, {whole}"
 
-    Args:
-        spectra: Of the layers, in model order.
-        ranks: The rank of each layer, or None where it stays dense.
+    def errors(names: Sequence[str]) -> str:
+        found = sorted(weight_errors[one] for one in names if one in weight_errors)
+        return format_range(format_error(found[0]), format_error(found[-1])) if found else "dense"
 
-    Raises:
-        PrehabError: If matplotlib is missing.
-    """
-    columns = min(_COLUMNS, len(spectra))
-    rows = -(-len(spectra) // columns)
-    figure = _figure(1.45 * rows + 0.9)
-    from matplotlib.collections import PolyCollection
+    def parameters(names: Sequence[str]) -> str:
+        before, after = (
+            sum(getattr(layers[one], side) for one in names) for side in ("dense_parameters", "parameters")
+        )
+        return f"{format_count(before)} -> {format_count(after)}"
 
-    axes = figure.subplots()  # a single one for all cells: as many axes as layers would take a minute to draw
-    before, after, areas, frames = [], [], [], []
-    for index, (name, spectrum) in enumerate(spectra.items()):
-        x, y = index % columns * _CELL[0], (rows - 1 - index // columns) * _CELL[1]
-        rank = ranks.get(name)
-        whole, kept = _curves(spectrum, rank)
-        frames.append([(x, y + 1), (x, y), (x + 1, y)])
-        before.append([(x + u, y + v) for u, v in whole])
-        after.append([(x + u, y + v) for u, v in kept])
-        areas.append([(after[-1][0][0], y), *after[-1], (after[-1][-1][0], y)])
-        cut = f"{'dense' if rank is None else f'rank {rank}'} of {spectrum.indices[-1]}"
-        axes.text(x, y + 1.06, f"{_short(name)}\n{cut}", fontsize=6.5, parse_math=False)
-    _add_lines(axes, frames, color="black", linewidth=0.6)
-    _add_lines(axes, before, color=_BEFORE, linewidth=2.5, label="before the cut")
-    axes.add_collection(PolyCollection(areas, color=_AFTER, alpha=0.15, linewidth=0), autolim=False)
-    _add_lines(axes, after, color=_AFTER, linewidth=1.2, label="after it: as before up to the rank, zero beyond")
-    axes.set(xlim=(-0.02, columns * _CELL[0]), ylim=(-0.02, rows * _CELL[1]))
-    xticks = [(column * _CELL[0] + share, f"{share:g}") for column in range(columns) for share in (0.0, 0.5, 1.0)]
-    powers = [(_LOWEST, f"{_LOWEST:g}"), (_LOWEST**0.5, f"{_LOWEST**0.5:g}"), (1.0, "1")]
-    yticks = [(row * _CELL[1] + _height(share), text) for row in range(rows) for share, text in powers]
-    axes.set_xticks(*zip(*xticks, strict=True), fontsize=6)
-    axes.set_yticks(*zip(*yticks, strict=True), fontsize=6)
-    axes.set_xlabel("place of the singular value / full rank", fontsize=8)
-    axes.set_ylabel("singular value in the metric of the cut / largest one", fontsize=8)
-    axes.spines[:].set_visible(False)
-    figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=8)
-    return figure
+    if name == "ranks":
+        shares = {one: 1.0 if layer.rank is None else layer.rank / _full_rank(layer) for one, layer in layers.items()}
+        return share_figure(shares, kinds, ranks, "rank after the cut, of a layer", "rank / full rank")
+    if name == "errors":
+        shares = {one: _beyond_rounding(weight_errors.get(one, 0.0)) for one in layers}
+        return share_figure(shares, kinds, errors, "|W - W'| / |W| (Frobenius), of a layer", "relative error")
+    shares = {one: layer.parameters / layer.dense_parameters for one, layer in layers.items()}
+    return share_figure(shares, kinds, parameters, "parameters after the cut, of a layer", "parameters / before")
 
 
-def _curves(spectrum: LayerSpectrum, rank: int | None) -> tuple[list[_Point], list[_Point]]:
-    """All points of a spectrum, and those that a cut keeps with the fall to zero after them; from (0, 0) to (1, 1)."""
-    full, top = spectrum.indices[-1], spectrum.values[0] or 1.0
-    whole = [(i / full, _height(value / top)) for i, value in zip(spectrum.indices, spectrum.values, strict=True)]
-    if rank is None:
-        return whole, whole
-    kept = whole[: sum(index <= rank for index in spectrum.indices)]
-    return whole, [*kept, (kept[-1][0], 0.0)]
+def _beyond_rounding(error: float) -> float:
+    return error if error > ROUNDING else 0.0
 
 
-def _height(share: float) -> float:
-    return 1.0 - math.log10(max(share, _LOWEST)) / math.log10(_LOWEST)
-
-
-def _add_lines(axes: Any, lines: Sequence[Sequence[_Point]], **style: Any) -> None:
-    from matplotlib.collections import LineCollection
-
-    axes.add_collection(LineCollection(lines, **style), autolim=False)
+def _full_rank(layer: LayerPlan) -> int:
+    return min(layer.out_features // layer.groups, layer.in_features)
 
 
 def latency_figure(latency: ModelLatency) -> "Figure":
@@ -142,8 +112,8 @@ def latency_figure(latency: ModelLatency) -> "Figure":
     Raises:
         PrehabError: If matplotlib is missing.
     """
-    layers = latency.largest.layers
-    figure = _figure(0.35 * len(latency.batches) + 0.24 * len(layers) + 2.0)
+    layers = _few(latency.largest.layers)
+    figure = new_figure(0.35 * len(latency.batches) + 0.24 * len(layers) + 2.0)
     heights = [0.35 * len(latency.batches) + 0.3, 0.24 * len(layers) + 0.3]
     grid = figure.subplots(2 if layers else 1, squeeze=False, height_ratios=heights if layers else None)[:, 0]
     rows = {f"{one.batch_size} rows": (one.dense_seconds, one.compressed_seconds) for one in latency.batches}
@@ -155,29 +125,27 @@ def latency_figure(latency: ModelLatency) -> "Figure":
     return figure
 
 
+def _few(seconds: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """As they are, or where there are many the sums of groups, with their numbers."""
+    if len(seconds) <= FEW:
+        return dict(seconds)
+    return {
+        f"{name} (all {len(names)})": (sum(seconds[one][0] for one in names), sum(seconds[one][1] for one in names))
+        for name, names in group_names(dict.fromkeys(seconds))
+    }
+
+
 def _draw_pairs(axes: Any, pairs: Mapping[str, tuple[float, float]], title: str) -> None:
     places = range(len(pairs))
     before, after = ([1e3 * pair[side] for pair in pairs.values()] for side in (0, 1))
-    axes.barh(places, before, color=_BEFORE, label="before")
-    axes.barh(places, after, height=0.4, color=_AFTER, label="after")
-    axes.set_yticks(places, pairs, fontsize=7, parse_math=False)
+    axes.barh(places, before, color=BEFORE, label="before")
+    axes.barh(places, after, height=0.4, color=AFTER, label="after")
+    axes.set_yticks(places, list(map(visible, pairs)), fontsize=7, parse_math=False)
     axes.set_ylim(len(pairs) - 0.4, -0.6)
-    axes.set_title(title, fontsize=8, loc="left", parse_math=False)
+    axes.set_title(visible(title), fontsize=8, loc="left", parse_math=False)
     axes.set_xlabel("milliseconds, median of turns", fontsize=8)
     axes.tick_params(axis="x", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _short(name: str) -> str:
-    """The end of a name that is too long, from a dot on if there is one: there it differs from the others.
-
-    >>> _short("bert.encoder.layer.10.attention.self.query"), _short("fc1")
-    ('…layer.10.attention.self.query', 'fc1')
-    """
-    if len(name) <= _LONGEST:
-        return name
-    end = name[1 - _LONGEST :]
-    return f"…{end[end.find('.') + 1 :]}"
 
 
 def timeline_figure(path: str | os.PathLike[str]) -> "Figure":
@@ -202,9 +170,9 @@ def timeline_figure(path: str | os.PathLike[str]) -> "Figure":
     epochs = curves.get("epoch", [])
     cut_at = {dict(epochs).get(step) for step, _ in curves.get("compression/keep", [])}
     cuts = [min(step for step, epoch in epochs if epoch == cut) for cut in cut_at if cut is not None]
-    figure = _figure(1.5 * len(chosen) + 0.5)
+    figure = new_figure(1.5 * len(chosen) + 0.5)
     for axes, (name, curve) in zip(figure.subplots(len(chosen), sharex=True, squeeze=False)[:, 0], chosen.items()):  # noqa: B905
-        axes.plot(*zip(*curve, strict=True), color=_AFTER, marker="." if len(curve) < 40 else None)
+        axes.plot(*zip(*curve, strict=True), color=AFTER, marker="." if len(curve) < 40 else None)
         axes.set_title(name, fontsize=8, loc="right", parse_math=False)
         axes.tick_params(labelsize=7)
         axes.yaxis.get_offset_text().set_fontsize(7)
@@ -250,11 +218,3 @@ def to_pixels(figure: "Figure") -> Any:
     canvas.draw()
     width, height = canvas.get_width_height()
     return torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8).reshape(height, width, 4).numpy()
-
-
-def _figure(height: float) -> "Figure":
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PrehabError("Figures need matplotlib: pip install 'lightning-prehab[plot]'.") from error
-    return Figure(figsize=(8, max(height, 2.0)), layout="constrained")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,9 +21,6 @@ from lightning_prehab.statistics.batches import batch_size, call_model, to_devic
 from lightning_prehab.statistics.calibration import Forward, as_found
 from lightning_prehab.targets.find import count_parameters
 from lightning_prehab.targets.names import clean_name
-
-if TYPE_CHECKING:
-    import rich.table
 
 #: A difference of latencies up to this share is called none: medians on a busy machine differ by as much.
 NO_DIFFERENCE = 0.05
@@ -167,13 +164,13 @@ class ModelLatency:
             f"{self.parameters_before:,} -> {self.parameters_after:,} parameters"
         )
         columns = ["batch size", "dense ms", "compressed ms", "verdict"]
-        return Table("Latency of a forward pass", columns, rows, {}, caption)
+        return Table("Latency of a forward pass", columns, rows, {}, notes=[caption], texts=["verdict"])
 
     def __str__(self) -> str:
         return str(self.table())
 
-    def __rich__(self) -> "rich.table.Table":
-        return self.table().__rich__()
+    def __rich__(self) -> Table:
+        return self.table()
 
 
 def compare_latencies(

@@ -15,6 +15,7 @@ from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.report.origin import Origin
 from lightning_prehab.surgery.factors import planned_targets
 from lightning_prehab.surgery.holders import note_replaced
 from lightning_prehab.surgery.hooks import hand_over_, lost_hooks
@@ -63,7 +64,8 @@ class PreparedSwap:
         for edit in self.edits:
             edit.commit()
         note_structure_(self.model)
-        return CompressionReport(self.plan, self.errors, before, count_parameters(self.model))
+        origin = Origin.of(self.model)
+        return CompressionReport(self.plan, self.errors, before, count_parameters(self.model), origin=origin)
 
 
 @in_full_precision

@@ -19,6 +19,7 @@ from lightning_prehab.cli import main
 from lightning_prehab.cli.inputs import read_batches
 from lightning_prehab.plan import timing
 from lightning_prehab.report.latency import verdict
+from tests.large_report import large_report
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:.*fewer calibration tokens")  # a dozen lines of text
@@ -177,7 +178,7 @@ def test_a_plan_of_convolutions_is_what_compress_does(tmp_path, make_trainer, ca
 def test_plan_shows_a_table_for_each_keep(bert, capsys):
     text = run(capsys, "plan", bert, "--keep", 0.2, 0.8, "--exclude-modules", "classifier", "*.pooler.*")
     assert text.count("bert.encoder.layer.1.output.dense ") == 2
-    assert text.count("excluded by exclude_modules") == 4
+    assert text.count("2 left: excluded by exclude_modules: bert.pooler.dense, classifier") == 2
 
 
 def test_nothing_is_overwritten_unless_asked(ckpt, tmp_path, capsys):
@@ -263,7 +264,7 @@ def test_bench_in_the_report(bert, tmp_path, capsys, monkeypatch):
     ]
     assert "forward pass of 2 rows" in run(capsys, *words)
     assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
-    assert "not measured" not in (tmp_path / "page.html").read_text()
+    assert (tmp_path / "page.html").read_text().count("not measured") == 1  # the quality
     run(capsys, "compress", bert, "--keep", 0.2, "--output", tmp_path / "other")
     assert "measure the models of this report" in refused(capsys, "report", tmp_path / "other", "--bench", bench)
 
@@ -362,3 +363,14 @@ def test_text_without_transformers_is_one_sentence(bert, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(lp.PrehabError, match="^Hugging Face folders need transformers: pip install"):
         read_batches(str(bert / "text.txt"), str(bert), 8, 8)
+
+
+def test_all_shows_every_layer(bert, tmp_path, capsys):
+    large = large_report()
+    large.save_json(tmp_path / "report.json")
+    text, every = (run(capsys, "report", tmp_path / "report.json", *words) for words in ([], ["--all"]))
+    assert text == f"{large}\n"
+    assert every == f"{large.table(every_layer=True)}\n"
+    assert "model.layers.29.mlp.down_proj " in every
+    assert "model.layers.29" not in text
+    assert run(capsys, "plan", bert, "--all") == run(capsys, "plan", bert)  # few layers are all shown anyway

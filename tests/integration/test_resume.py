@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
 from lightning_prehab.errors import CheckpointError, UnsupportedError
+from lightning_prehab.report.origin import Origin
 from tests.same_model import assert_same_model
 
 EPOCHS, STEPS, SURGERY = 5, 6, 2
@@ -197,7 +198,7 @@ def sparse_acts():
 def without_losses(report):
     """What the cut does to the loss is measured on batches that a resumed run has seen, which are others."""
     layers = [replace(layer, loss_increase=None) for layer in report.plan.layers]
-    return replace(report, plan=replace(report.plan, layers=tuple(layers))).to_dict()
+    return replace(report, plan=replace(report.plan, layers=tuple(layers)), origin=Origin()).to_dict()
 
 
 def test_sparse_parts_resume_and_are_followed(tmp_path):

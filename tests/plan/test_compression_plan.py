@@ -286,20 +286,12 @@ def test_loss_increase_is_the_sum_over_the_cuts():
 
 def test_the_column_of_the_loss_is_there_only_if_something_is_known():
     plan = example()
-    assert "predicted loss increase" in str(plan).splitlines()[0]
+    header = " ".join(str(plan).split("\n---")[0].split())
+    assert header.endswith("predicted predicted loss layer shape rank before after error increase")
     unknown = replace(plan, layers=tuple(replace(layer, loss_increase=None) for layer in plan.layers))
     assert "loss increase" not in str(unknown)
-    assert str(unknown).splitlines()[0].split() == [
-        "layer",
-        "shape",
-        "rank",
-        "before",
-        "after",
-        "predicted",
-        "error",
-        "why",
-    ]
-    assert str(unknown).splitlines()[2].split() == ["net.fc1", "16x12", "3", "192", "84", "0.250"]
+    row = next(line for line in str(unknown).splitlines() if line.startswith("net.fc1"))
+    assert row.split() == ["net.fc1", "16x12", "3", "192", "84", "0.250"]
 
 
 @pytest.mark.parametrize("width", [100, 160])

@@ -10,6 +10,7 @@ from torch import nn
 
 import lightning_prehab as lp
 from lightning_prehab.errors import CheckpointError
+from lightning_prehab.report.origin import Origin
 
 
 @pytest.fixture
@@ -34,7 +35,8 @@ def test_parts_beside_the_factors(report):
 
 def test_reports_without_the_new_keys(report):
     data = report.to_dict()
-    del data["loss_increase"], data["latency"]
+    for key in ("loss_increase", "latency", "scores", "prehab", "model", "created", "versions"):
+        del data[key]
     for layer in data["layers"]:
         del layer["loss_increase"], layer["new_bias"], layer["nonzeros"], layer["spectrum"]
     data["layers"][1]["parameters_after"] += 14
@@ -43,6 +45,7 @@ def test_reports_without_the_new_keys(report):
     assert [layer.new_bias for layer in old.plan.layers] == [0, 14]
     assert old.ranks == report.ranks
     assert old.spectra == {}
+    assert (old.prehab, old.origin) == (None, Origin())
 
 
 @pytest.mark.parametrize("version", [None, 0, 2, "1"])
@@ -53,8 +56,8 @@ def test_unknown_version(report, version):
 
 def test_text(report):
     text = str(report)
-    assert "predicted loss increase" in text.splitlines()[0]
-    assert text.endswith("; predicted loss increase 0.125")
+    assert text.startswith(report.summary() + "\n")
+    assert "\npredicted loss increase 0.125\n" in text
     assert "chosen by hand" in text
     assert "excluded by exclude_modules" in text
     assert f"{report.weight_errors['2']:.3f}" in text

@@ -156,7 +156,7 @@ def test_in_the_report(mlp):
     measured = ModelLatency("cpu", 1, *counts, batches)
     assert "ms" not in report.table().columns
     full = report.with_latency(measured)
-    assert str(full).endswith("; forward pass of 8 rows 4.000 -> 2.000 ms on cpu (2.00 times as fast)")
+    assert "\nforward pass of 8 rows 4.000 -> 2.000 ms on cpu (2.00 times as fast)\n" in str(full)
     cells = {row["layer"]: row.get("ms", "") for row in full.table().rows}
     assert {key: value for key, value in cells.items() if value} == {name: "3.000 -> 1.000"}
     assert lp.CompressionReport.from_dict(json.loads(json.dumps(full.to_dict())), full.plan.factorization) == full
