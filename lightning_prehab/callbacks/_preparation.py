@@ -9,8 +9,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_prehab.callbacks._checkpoint import dump_statistics, restore_statistics_
 from lightning_prehab.callbacks._distributed import decide_on_rank_zero, sum_statistics_
 from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, is_reached, matrices, wanted_in
+from lightning_prehab.callbacks._said import diverged
 from lightning_prehab.callbacks._trainer import loss_scale, uses_loss_scaling
 from lightning_prehab.callbacks.compression import CompressionCallback
+from lightning_prehab.errors import NumericalError
 from lightning_prehab.plan.layer_plan import LayerPlan
 from lightning_prehab.statistics.collector import Collector
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
@@ -101,7 +103,10 @@ class Preparation:
             sum_statistics_(trainer, statistics)
         cuts: Mapping[str, LayerPlan] = {}
         if source is not None:
-            plan = decide_on_rank_zero(trainer, lambda: source.make_plan(self._planned, statistics))
+            try:
+                plan = decide_on_rank_zero(trainer, lambda: source.make_plan(self._planned, statistics))
+            except NumericalError as error:
+                raise diverged(error, trainer.current_epoch) from error
             cuts = {layer.name: layer for layer in plan.layers if layer.rank is not None}
         layers = []
         for name, target in self._targets.items():

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_prehab.callbacks._checkpoint import check_version
+from lightning_prehab.callbacks._only_one import OnlyOne
 from lightning_prehab.callbacks._schedules import Shape, warmup_factor
 from lightning_prehab.callbacks._steps import StepWatch, are_of_now, check_seen
 from lightning_prehab.callbacks._timeline import steps_of_epochs
@@ -29,7 +30,7 @@ from lightning_prehab.report.compression_report import CompressionReport
 STATE_VERSION = 1
 
 
-class RehabSchedule(pl.Callback):
+class RehabSchedule(OnlyOne):
     """Warms the learning rate up after the surgery: effective rate = the user's rate times a factor.
 
     The factor rises from ``start_factor`` at the first step after the surgery to ``peak_factor`` at the end of the
@@ -49,8 +50,8 @@ class RehabSchedule(pl.Callback):
 
     Raises:
         ArgumentError: If a value is out of range, or both lengths are given.
-        UnsupportedError: When fit starts, if there is no CompressionCallback; at the end of the first epoch, if
-            parameters move and no step of their optimizer is ever seen.
+        UnsupportedError: When fit starts, if there is no CompressionCallback, or another RehabSchedule; at the end of
+            the first epoch, if parameters move and no step of their optimizer is ever seen.
 
     Example::
 
@@ -91,8 +92,10 @@ class RehabSchedule(pl.Callback):
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Looks for the surgery, and moves before LearningRateMonitor."""
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        self.refuse_others(trainer, RehabSchedule, "both would scale the same learning rates. Keep one of them.")
         if self._module is not pl_module or not any(isinstance(part, LowRankLayer) for part in pl_module.modules()):
             self._module, self._length, self._done = pl_module, None, []  # nothing has been cut yet
         if find_callback(trainer, CompressionCallback) is None:

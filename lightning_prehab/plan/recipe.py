@@ -14,7 +14,7 @@ from lightning_prehab.factorizations import SVD, Factorization, KroneckerSVD
 from lightning_prehab.rank_policies import ParameterBudget, RankPolicy, RankRatio
 from lightning_prehab.rank_policies.base import check_choice, check_keep
 from lightning_prehab.statistics.sums import Wanted
-from lightning_prehab.targets.find import Targets, find_targets
+from lightning_prehab.targets.find import Targets, check_uncut, find_targets
 from lightning_prehab.targets.names import Patterns
 
 #: For a layer: a rank (int), a share of its parameters (float), or "dense".
@@ -151,8 +151,15 @@ class Recipe:
         return replace(self, policy=ParameterBudget(getattr(policy, "keep", self.keep), **wishes))
 
     def find_targets(self, model: nn.Module) -> Targets:
-        """The layers to cut, and why others are left; see :func:`~lightning_prehab.find_targets`."""
-        return find_targets(model, self.target_modules, self.exclude_modules, split_fused=self.split_fused)
+        """The layers to cut, and why others are left; see :func:`~lightning_prehab.find_targets`.
+
+        Raises:
+            TargetError: As there; and if the model has been cut already, and no ``target_modules`` name what is left.
+        """
+        found = find_targets(model, self.target_modules, self.exclude_modules, split_fused=self.split_fused)
+        if self.target_modules is None:
+            check_uncut(model, found)
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dictionaries, ready for YAML.
