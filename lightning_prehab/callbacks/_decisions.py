@@ -47,14 +47,14 @@ def settled(
     if implying and compression is not None:
         given = ", ".join(f"{name}={value!r}" for name, value in implying.items())
         rank_zero_warn(
-            f"PrehabCallback({given}) acts with {regularizer}, not with the default beside a CompressionCallback, "
-            f"{default_regularizer(planned=True)}: only penalties have such a setting. Name the one that you want: "
+            f"PrehabCallback({given}) acts with {type(regularizer).__name__}(), not with the default beside a "
+            "CompressionCallback, TailShrinkage(): only penalties have such a setting. Name the one that you want: "
             f"PrehabCallback(StableRank(), {given}), or PrehabCallback(TailShrinkage())."
         )
     elif default and compression is None:
         rank_zero_info(
-            f"PrehabCallback acts with {regularizer}: without a CompressionCallback there are no planned ranks to aim "
-            "at. To choose, name one: PrehabCallback(StableRank())."
+            f"PrehabCallback acts with {type(regularizer).__name__}(): without a CompressionCallback there are no "
+            "planned ranks to aim at. To choose, name one: PrehabCallback(StableRank())."
         )
     return regularizer
 

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_prehab.callbacks._trainer import epochs_begun
+from lightning_prehab.documents.settings import show
 from lightning_prehab.errors import NumericalError, PlanError
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.targets.find import count_parameters
@@ -54,7 +55,7 @@ def say_other_settings(state: Mapping[str, Any], recipe: Recipe, epoch: int | No
     changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if not changed:
         return
-    old, new = (", ".join(f"{name}={wish.get(name)!r}" for name in changed) for wish in (then, now))
+    old, new = (", ".join(f"{name}={show(wish.get(name))}" for name in changed) for wish in (then, now))
     if done:
         rank_zero_warn(
             f"The checkpoint comes from after a cut with {old}: the model stays as it was cut, and {new} of this "
@@ -80,6 +81,6 @@ def diverged(error: NumericalError, epoch: int) -> NumericalError:
     start = "" if epoch else " (or started with such weights)"
     return NumericalError(
         f"{error} Training has diverged by epoch {epoch}{start}: see where the loss became NaN, then lower the "
-        "learning rate, clip gradients (Trainer(gradient_clip_val=1.0)), or resume from an earlier checkpoint. The model is "
-        "still dense."
+        "learning rate, clip gradients (Trainer(gradient_clip_val=1.0)), or resume from an earlier checkpoint. The "
+        "model is still dense."
     )

@@ -1,6 +1,5 @@
 """The surgery, at an epoch boundary of an ordinary training run."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -48,6 +47,7 @@ from lightning_prehab.callbacks._trainer import (
 )
 from lightning_prehab.callbacks._untrained import warn_of_unheld
 from lightning_prehab.compress import make_plan
+from lightning_prehab.documents.numbers import check_real, check_whole
 from lightning_prehab.errors import ArgumentError, NumericalError
 from lightning_prehab.factorizations import Factorization
 from lightning_prehab.kinds import view_of
@@ -156,11 +156,9 @@ class CompressionCallback(OnlyOne):
     ) -> None:
         super().__init__()
         if epoch != "auto" and (not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0):
-            raise ArgumentError(f"epoch counts from 0, or is 'auto', got {epoch!r}.")
-        if not 0.0 < forecast_below < math.inf:
-            raise ArgumentError(f"forecast_below must be positive and finite, got {forecast_below}.")
-        if calibration_batches < 1:
-            raise ArgumentError(f"calibration_batches must be at least 1, got {calibration_batches}.")
+            raise ArgumentError(f"epoch is a whole number that counts from 0, or 'auto', got {epoch!r}.")
+        check_real("forecast_below", forecast_below, "(0, inf)")
+        check_whole("calibration_batches", calibration_batches, 1)
         self._auto = epoch == "auto"
         self.epoch = 0 if isinstance(epoch, str) else epoch  # with "auto" the last possible one, until it is decided
         self.forecast_below = forecast_below

@@ -36,7 +36,7 @@ from lightning_prehab.callbacks._preparation import Preparation
 from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, matrices, restore_layers, tails_of
 from lightning_prehab.callbacks._schedules import ramp
 from lightning_prehab.callbacks._shared_work import complete_memories_, own_part, shrink_together_
-from lightning_prehab.callbacks._timeline import batches_to_watch, remaining_batches
+from lightning_prehab.callbacks._timeline import batches_to_watch, check_season, remaining_batches
 from lightning_prehab.callbacks._trainer import (
     check_strategy,
     closes_window,
@@ -219,11 +219,11 @@ class PrehabCallback(ActsAtSteps):
         compression = find_callback(trainer, CompressionCallback)
         if compression is not None and compression.done:
             return
+        check_season(trainer, self.start_epoch)
         self._targets = choose_targets(pl_module, compression, self.target_modules, self.exclude_modules)
         source = self._rank_source(trainer)
         self._planned = None if source is None else source.recipe.find_targets(pl_module)
-        where = self.injection, self.strength_share
-        self._into_loss = injects_into_loss(trainer, pl_module, self.regularizer, *where)
+        self._into_loss = injects_into_loss(trainer, pl_module, self.regularizer, self.injection, self.strength_share)
         if self._restored:
             self._restore()
 

@@ -1,6 +1,5 @@
 """Learning-rate warm-up after the surgery, on top of whatever scheduler the user has."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +21,7 @@ from lightning_prehab.callbacks._trainer import (
     set_callbacks,
 )
 from lightning_prehab.callbacks.compression import CompressionCallback
+from lightning_prehab.documents.numbers import check_real, check_whole
 from lightning_prehab.errors import ArgumentError, UnsupportedError
 from lightning_prehab.layers.linear import LowRankLayer
 from lightning_prehab.report.compression_report import CompressionReport
@@ -70,14 +70,10 @@ class RehabSchedule(OnlyOne):
         super().__init__()
         if warmup_steps is not None and warmup_epochs is not None:
             raise ArgumentError("Give warmup_steps or warmup_epochs, not both.")
-        if warmup_steps is not None and warmup_steps < 0:
-            raise ArgumentError(f"warmup_steps must not be negative, got {warmup_steps}.")
-        if warmup_epochs is not None and not 0 <= warmup_epochs < math.inf:
-            raise ArgumentError(f"warmup_epochs must be finite and not negative, got {warmup_epochs}.")
-        if not 0 <= start_factor < math.inf or not 0 < peak_factor < math.inf:
-            raise ArgumentError(
-                f"start_factor must be >= 0 and peak_factor > 0, both finite, got {start_factor} and {peak_factor}."
-            )
+        check_whole("warmup_steps", warmup_steps, 0, optional=True)
+        check_real("warmup_epochs", warmup_epochs, "[0, inf)", optional=True)
+        check_real("start_factor", start_factor, "[0, inf)")
+        check_real("peak_factor", peak_factor, "(0, inf)")
         if shape not in ("linear", "cosine"):
             raise ArgumentError(f"shape must be 'linear' or 'cosine', got {shape!r}.")
         self.warmup_steps = warmup_steps

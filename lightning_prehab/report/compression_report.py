@@ -218,9 +218,7 @@ class CompressionReport:
         where = os.fspath(path)
         if Path(path).is_dir():
             inside = Path(path) / "report.json"
-            way_out = (
-                f"read {str(inside)!r}" if inside.is_file() else "it holds no report.json, so nothing was cut there"
-            )
+            way_out = f"read {str(inside)!r}" if inside.is_file() else "there is no report.json in it"
             raise CheckpointError(f"{where} is a folder, and a report is a file that save_json has written; {way_out}.")
         try:
             data = json.loads(settings.read_file(path))

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_prehab.documents.numbers import check_whole
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import Decomposition
 from lightning_prehab.kinds import view_of
@@ -58,8 +59,9 @@ class ProcessSite(Site):
         *,
         layers_at_once: int | None = None,
     ) -> None:
-        if layers_at_once is not None and (not isinstance(layers_at_once, int) or layers_at_once < 1):
-            raise ArgumentError(f"layers_at_once must be at least 1, got {layers_at_once!r}.")
+        check_whole("layers_at_once", layers_at_once, 1, optional=True)
+        if isinstance(optimizers, torch.optim.Optimizer):
+            raise ArgumentError("optimizers is one optimizer; give a list, for example optimizers=[optimizer].")
         if isinstance(batches, Iterator) and layers_at_once is not None:
             batches = list(batches)  # several passes are needed
         self.model = model

@@ -20,8 +20,8 @@ def held_by_none(targets: Mapping[str, Target], optimizers: Iterable[torch.optim
         return None
     return (
         f"{len(loose)} of {len(targets)} targets are held by no optimizer (first: {loose[0]!r}). If they are a loss "
-        "network or a teacher, name them in exclude_modules, or the cut changes what the model is trained toward; if they "
-        "shall stay as they are, say so with requires_grad_(False)."
+        "network or a teacher, name them in exclude_modules, or the cut changes what the model is trained toward; if "
+        "they shall stay as they are, say so with requires_grad_(False)."
     )
 
 
