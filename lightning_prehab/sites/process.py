@@ -20,6 +20,7 @@ from lightning_prehab.plan.spectra import Solver, Spectrum
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.sites.base import Site
+from lightning_prehab.statistics.batches import check_batches
 from lightning_prehab.statistics.calibration import Forward, collect_statistics
 from lightning_prehab.statistics.effect import effect_of_cuts
 from lightning_prehab.statistics.kept import KeptBatches
@@ -59,6 +60,7 @@ class ProcessSite(Site):
         *,
         layers_at_once: int | None = None,
     ) -> None:
+        check_batches(batches, forward)
         check_whole("layers_at_once", layers_at_once, 1, optional=True)
         if isinstance(optimizers, torch.optim.Optimizer):
             raise ArgumentError("optimizers is one optimizer; give a list, for example optimizers=[optimizer].")
