@@ -140,11 +140,8 @@ def make_plan(
         rank_overrides=rank_overrides,
         rank_multiple_of=rank_multiple_of,
     )
-    if not isinstance(targets, Mapping):
-        hint = (
-            "write make_plan(find_targets(model), ...)" if isinstance(targets, nn.Module) else "find_targets gives it"
-        )
-        raise ArgumentError(f"make_plan takes a mapping of targets, got a {type(targets).__name__}; {hint}.")
+    if isinstance(targets, nn.Module):
+        raise ArgumentError("make_plan takes targets, not a model: write make_plan(find_targets(model), ...).")
     known = targets if isinstance(targets, Targets) else Targets(targets, {}, None)
     found = survey(recipe, KnownSite(known, statistics))
     return found.plan(recipe, probes)

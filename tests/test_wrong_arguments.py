@@ -104,7 +104,7 @@ WRONG = {
     "a loss without a graph": (lambda: cut(loss=lambda m, b: m(b).mean().detach()), "The loss has no gradient"),
     "a class": (lambda: cut(factorization=lp.SVD), "; write SVD(...)"),
     "a name": (lambda: cut(factorization="whitened_svd"), "got 'whitened_svd'; write WhitenedSVD(...)"),
-    "an unknown name": (lambda: cut(policy="best"), "give an object of one of EnergyThreshold, ParameterBudget"),
+    "an unknown name": (lambda: cut(policy="best"), "EnergyThreshold, ParameterBudget, "),
     "one optimizer": (
         lambda: cut(optimizers=torch.optim.SGD(model().parameters())),
         "optimizers is one optimizer; give a list",
@@ -164,5 +164,6 @@ def test_ranks_that_can_be_no_multiple_are_said_so():
     assert [layer.reason for layer in plan.layers] == [None, "not a multiple of 6: ranks above 5 save nothing"]
     assert "not a multiple of 6" in str(plan)
     assert lp.CompressionPlan.from_yaml(plan.to_yaml()) == plan
-    by_hand = lp.make_plan(targets, lp.RankRatio(0.9), lp.SVD(), {"2": 3}, 6)
+    assert plan.with_ranks({"2": "dense"}).layers[1].reason == "chosen by hand"
+    by_hand = lp.make_plan(targets, lp.RankRatio(0.9), lp.SVD(), None, {"2": 3}, 6)
     assert by_hand.layers[1].reason is None

@@ -97,23 +97,16 @@ class Preparation:
         )
 
     def finish(self, trainer: "pl.Trainer") -> list[RegularizedLayer]:
-        """The layers to regularize: those that the plan cuts and the statistics have reached.
-
-        Raises:
-            NumericalError: If a weight or a statistic is not finite (the layer is named).
-        """
-        try:
-            return self._layers(trainer)
-        except NumericalError as error:
-            raise diverged(error, trainer.current_epoch) from error
-
-    def _layers(self, trainer: "pl.Trainer") -> list[RegularizedLayer]:
+        """The layers to regularize: those that the plan cuts and the statistics have reached."""
         statistics, source = self.close(), self._source
         if statistics is not None:
             sum_statistics_(trainer, statistics)
         cuts: Mapping[str, LayerPlan] = {}
         if source is not None:
-            plan = decide_on_rank_zero(trainer, lambda: source.make_plan(self._planned, statistics))
+            try:
+                plan = decide_on_rank_zero(trainer, lambda: source.make_plan(self._planned, statistics))
+            except NumericalError as error:
+                raise diverged(error) from error
             cuts = {layer.name: layer for layer in plan.layers if layer.rank is not None}
         layers = []
         for name, target in self._targets.items():

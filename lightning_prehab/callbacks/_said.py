@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_prehab.callbacks._trainer import epochs_begun
 from lightning_prehab.documents.settings import show
-from lightning_prehab.errors import NumericalError, PlanError
+from lightning_prehab.errors import NumericalError, PlanError, PrehabError
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.targets.find import count_parameters
 from lightning_prehab.targets.locate import low_rank_layers
@@ -76,11 +76,16 @@ def say_it_never_came(trainer: "pl.Trainer", epoch: int) -> None:
     )
 
 
-def diverged(error: NumericalError, epoch: int) -> NumericalError:
-    """The error of a surgery, or of a plan for one, that has met NaN, with what to do."""
-    start = "" if epoch else " (or started with such weights)"
+def diverged(error: NumericalError) -> NumericalError:
+    """The error of a surgery, of a plan for one, or of a regularizer that has met NaN, with what to do."""
     return NumericalError(
-        f"{error} Training has diverged by epoch {epoch}{start}: see where the loss became NaN, then lower the "
+        f"{error} Training has diverged, or started with such weights: see where the loss became NaN, then lower the "
         "learning rate, clip gradients (Trainer(gradient_clip_val=1.0)), or resume from an earlier checkpoint. The "
         "model is still dense."
     )
+
+
+def named(error: PrehabError, layer: str) -> PrehabError:
+    """The error with the name of the layer that it is about."""
+    found = type(error)(f"Layer {layer!r}: {error}")
+    return diverged(found) if isinstance(found, NumericalError) else found

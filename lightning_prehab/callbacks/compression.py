@@ -404,7 +404,7 @@ class CompressionCallback(OnlyOne):
         try:
             report = self.report = operate(self.recipe, site)
         except NumericalError as error:
-            raise diverged(error, trainer.current_epoch) from error
+            raise diverged(error) from error
         rename_groups_(trainer, pl_module)
         if self.reset_scores:
             reset_scores_(trainer)

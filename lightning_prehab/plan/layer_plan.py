@@ -8,6 +8,9 @@ from lightning_prehab.documents import settings
 from lightning_prehab.documents.tables import format_number
 from lightning_prehab.errors import PlanError
 
+#: How the reason begins for a rank that is no multiple of what was asked for.
+NO_MULTIPLE = "not a multiple of"
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -80,7 +83,8 @@ class LayerPlan:
             )
         if rank == self.rank:
             return self
-        reason = "chosen by hand" if rank is None else None
+        said = None if self.reason is None or self.reason.startswith(NO_MULTIPLE) else self.reason
+        reason = (said or "chosen by hand") if rank is None else None
         return replace(self, rank=rank, relative_error=None, loss_increase=None, reason=reason)
 
     def cells(self) -> dict[str, str]:

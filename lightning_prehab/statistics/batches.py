@@ -27,8 +27,8 @@ def check_batches(batches: object, forward: object = None) -> None:
         )
     if isinstance(forward, nn.Module):
         raise ArgumentError(
-            f"The loss is called with the model and a batch, and {type(forward).__name__} takes an output and a target; "
-            "give a function: lambda model, batch: criterion(model(batch[0]), batch[1])."
+            f"The loss is called with the model and a batch, and {type(forward).__name__} takes an output and a "
+            "target; give a function: lambda model, batch: criterion(model(batch[0]), batch[1])."
         )
     if forward is not None and not callable(forward):
         raise ArgumentError(f"The loss must be a function (model, batch) -> scalar, got {show(forward)}.")

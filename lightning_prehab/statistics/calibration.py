@@ -96,8 +96,8 @@ def _pass(
                         loss = _loss_of(output, batch_size(batch), generator)
                         if not loss.requires_grad:
                             raise StatisticsError(
-                                "The loss has no gradient: it was computed under torch.no_grad(), detached, or does not "
-                                "depend on the model. Return it with its graph."
+                                "The loss has no gradient: it was computed under torch.no_grad(), detached, or does "
+                                "not depend on the model. Return it with its graph."
                             )
                         # Not autograd.grad: reentrant checkpointing does not support it.
                         in_full_precision(loss.backward)()  # autocast is for forward passes

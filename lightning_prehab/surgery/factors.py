@@ -70,8 +70,8 @@ def planned_targets(model: nn.Module, plan: CompressionPlan) -> dict[str, Target
     """The matrices that the plan names, checked against it."""
     if not isinstance(plan, CompressionPlan):
         raise ArgumentError(
-            f"The plan must be a CompressionPlan, got {show(plan)}; make_plan makes one, CompressionPlan.from_yaml(path) "
-            "reads one."
+            f"The plan must be a CompressionPlan, got {show(plan)}; make_plan makes one, "
+            "CompressionPlan.from_yaml(path) reads one."
         )
     located = locate(model, {layer.name: (layer.out_features, layer.in_features) for layer in plan.layers})
     views = {join(name, part): view for name, (_, parts) in located.items() for part, view in parts.items()}
