@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import Factorization
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.modes import outside_inference_mode
@@ -151,6 +152,8 @@ def make_plan(
         rank_overrides=rank_overrides,
         rank_multiple_of=rank_multiple_of,
     )
+    if isinstance(targets, nn.Module):
+        raise ArgumentError("make_plan takes targets, not a model: write make_plan(find_targets(model), ...).")
     known = targets if isinstance(targets, Targets) else Targets(targets, {}, None)
     found = survey(recipe, KnownSite(known, statistics))
     return found.plan(recipe, probes)

@@ -1,7 +1,7 @@
 """What PrehabCallback accepts."""
 
-import math
-
+from lightning_prehab.documents.checks import check_real, check_whole
+from lightning_prehab.documents.settings import show
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.regularizers import Penalty, Shrinkage
 
@@ -30,14 +30,14 @@ def check_regularizer(
 ) -> None:
     """Checks a regularizer and the settings that only penalties have."""
     if not isinstance(regularizer, Penalty | Shrinkage):
-        hint = f"; write {regularizer.__name__}()" if isinstance(regularizer, type) else ""
-        raise ArgumentError(f"Expected a Penalty or a Shrinkage, got {regularizer!r}{hint}.")
-    if strength is not None and not 0 <= strength < math.inf:
-        raise ArgumentError(f"strength must be finite and not negative, got {strength}.")
-    if ramp_steps < 0:
-        raise ArgumentError(f"ramp_steps must not be negative, got {ramp_steps}.")
-    if every_n_steps < 1:
-        raise ArgumentError(f"every_n_steps must be at least 1, got {every_n_steps}.")
+        hint = "; a strength comes second: PrehabCallback(StableRank(), 0.1)" if isinstance(regularizer, float) else ""
+        if isinstance(regularizer, type | str):
+            hint = f"; write {getattr(regularizer, '__name__', 'StableRank')}()"
+        raise ArgumentError(f"Expected a Penalty or a Shrinkage, got {show(regularizer)}{hint}.")
+    check_real("strength", strength, "[0, inf)", optional=True)
+    check_real("strength_share", strength_share, "(0, inf)", optional=True)
+    check_whole("ramp_steps", ramp_steps, 0)
+    check_whole("every_n_steps", every_n_steps, 1)
     if injection not in ("auto", "loss", "gradient"):
         raise ArgumentError(f"injection must be 'auto', 'loss' or 'gradient', got {injection!r}.")
     if strength_share is not None and (strength is not None or injection == "loss"):
@@ -60,10 +60,9 @@ def check_when_and_where(
     """Checks the settings that all regularizers have."""
     if space not in (None, "weight", "activation", "loss"):
         raise ArgumentError(f"space must be 'weight', 'activation' or 'loss', got {space!r}.")
-    if start_epoch < 0 or (stop_epoch is not None and stop_epoch <= start_epoch):
-        raise ArgumentError(
-            f"start_epoch must not be negative and stop_epoch must come after it, got {start_epoch} and {stop_epoch}."
-        )
-    for name, value in (("update_steps", update_steps), ("forecast_every_n_steps", forecast_every_n_steps)):
-        if value < 0:
-            raise ArgumentError(f"{name} must not be negative, got {value}.")
+    check_whole("start_epoch", start_epoch, 0)
+    check_whole("stop_epoch", stop_epoch, 1, optional=True)
+    if stop_epoch is not None and stop_epoch <= start_epoch:
+        raise ArgumentError(f"stop_epoch={stop_epoch} must come after start_epoch={start_epoch}.")
+    check_whole("update_steps", update_steps, 0)
+    check_whole("forecast_every_n_steps", forecast_every_n_steps, 0)

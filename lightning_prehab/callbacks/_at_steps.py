@@ -7,10 +7,11 @@ import lightning.pytorch as pl
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_prehab.callbacks._only_one import OnlyOne
 from lightning_prehab.callbacks._steps import WeightSteps, are_of_now
 
 
-class ActsAtSteps(pl.Callback):
+class ActsAtSteps(OnlyOne):
     """Calls :meth:`_before_step` and :meth:`_after_step`, between :meth:`_watch_steps` and :meth:`_stop_watching`."""
 
     def __init__(self) -> None:

@@ -30,6 +30,16 @@ def last_possible_epoch(trainer: "pl.Trainer", compression: pl.Callback) -> int:
     return trainer.max_epochs - 1
 
 
+def check_reachable(trainer: "pl.Trainer", epoch: int) -> None:
+    """Raises :class:`ArgumentError` for a surgery that never comes, as far as the Trainer knows."""
+    limit = None if getattr(trainer, "fast_dev_run", False) else trainer.max_epochs
+    if limit is not None and limit != -1 and epoch >= limit:
+        raise ArgumentError(
+            f"CompressionCallback(epoch={epoch}) is never reached: epochs count from 0 and max_epochs is "
+            f"{limit}. Choose an epoch from 0 to {limit - 1}, or max_epochs={epoch + 1} or more."
+        )
+
+
 def is_due(trainer: "pl.Trainer", batch_idx: int, calibration_batches: int) -> bool:
     """Whether this is the batch to decide at: the first whose statistics would be collected."""
     length = batches_per_epoch(trainer)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_prehab.callbacks._said import say_followed
 from lightning_prehab.errors import CheckpointError
 from lightning_prehab.factorizations import Factorization, Factors
 from lightning_prehab.kinds import MatrixView
@@ -20,6 +21,7 @@ from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
 from lightning_prehab.statistics.sums import LayerStatistics
 from lightning_prehab.surgery.stored import factors_of_layer, shapes_of, stored_factors
 from lightning_prehab.surgery.structure import densify_, follow_state_dict_
+from lightning_prehab.targets.find import count_parameters
 from lightning_prehab.targets.locate import Layer, locate
 from lightning_prehab.targets.names import clean_name, join
 
@@ -28,7 +30,10 @@ def follow_on_load(pl_module: "pl.LightningModule") -> RemovableHandle:
     """For validate, test and predict: the module takes the structure of whatever is loaded."""
 
     def follow(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        before = count_parameters(module)
         follow_state_dict_(module, state_dict, prefix)
+        if not prefix:  # else it is a copy, inside of another module
+            say_followed(module, before)
 
     return _before_load(pl_module, follow)
 
@@ -47,6 +52,7 @@ class DenseShell:
     def __init__(self, pl_module: "pl.LightningModule", own: Iterable[str]) -> None:
         self.factors: dict[str, Factors] = {}
         self.loaded = False
+        self.parameters = count_parameters(pl_module)  # before
         self._handle = _before_load(pl_module, _shell_hook(self, frozenset(own)))
 
     def close(self) -> dict[str, Factors]:

@@ -1,5 +1,6 @@
 """What PrehabCallback decides from its settings and its surroundings: regularizer, space, targets, way of injection."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import lightning.pytorch as pl
@@ -15,11 +16,47 @@ from lightning_prehab.targets.find import Targets, find_targets
 from lightning_prehab.targets.names import Patterns
 
 Injection = Literal["auto", "loss", "gradient"]
+#: What two of them in a Trainer are told.
+ONE_PREHAB = (
+    "both would act on the same weights, and log under the same names. Keep one of them (its target_modules may name "
+    "all the layers), or use one after the other in two runs."
+)
 
 
 def default_regularizer(planned: bool) -> Penalty | Shrinkage:
     """Where none is given: toward the planned ranks where there are some, else one that needs none."""
     return TailShrinkage() if planned else StableRank()
+
+
+def settled(
+    regularizer: Penalty | Shrinkage,
+    default: bool,
+    implying: Mapping[str, object],
+    compression: CompressionCallback | None,
+) -> Penalty | Shrinkage:
+    """The regularizer that acts; says which it is where none was named, and it is not the one toward planned ranks.
+
+    Args:
+        regularizer: The one that was named, or that settings imply.
+        default: There is none.
+        implying: Settings that only penalties have, if they have decided it.
+        compression: Who would plan ranks.
+    """
+    if default:
+        regularizer = default_regularizer(planned=compression is not None)
+    if implying and compression is not None:
+        given = ", ".join(f"{name}={value!r}" for name, value in implying.items())
+        rank_zero_warn(
+            f"PrehabCallback({given}) acts with {type(regularizer).__name__}(), not with the default beside a "
+            "CompressionCallback, TailShrinkage(): only penalties have such a setting. Name the one that you want: "
+            f"PrehabCallback(StableRank(), {given}), or PrehabCallback(TailShrinkage())."
+        )
+    elif default and compression is None:
+        rank_zero_info(
+            f"PrehabCallback acts with {type(regularizer).__name__}(): without a CompressionCallback there are no "
+            "planned ranks to aim at. To choose, name one: PrehabCallback(StableRank())."
+        )
+    return regularizer
 
 
 def check_target_rank(regularizer: Penalty | Shrinkage, compression: CompressionCallback | None) -> None:

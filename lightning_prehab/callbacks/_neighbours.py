@@ -28,6 +28,15 @@ def refuse_averaging(trainer: "pl.Trainer") -> None:
             )
 
 
+def refuse_communication_state(trainer: "pl.Trainer") -> None:
+    """Raises :class:`UnsupportedError` for a DDP communication hook that remembers gradients."""
+    if getattr(trainer.strategy, "_ddp_comm_state", None) is not None:
+        raise UnsupportedError(
+            "A DDP communication hook with state remembers the dense gradients; remove ddp_comm_state, or compress "
+            "in a run without it."
+        )
+
+
 def refuse_finders(trainer: "pl.Trainer") -> None:
     """Raises :class:`UnsupportedError` for callbacks that train and roll back, in a run that resumes."""
     for other in callbacks_of(trainer):

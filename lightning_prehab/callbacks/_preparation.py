@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_prehab.callbacks._checkpoint import dump_statistics, restore_statistics_
 from lightning_prehab.callbacks._distributed import decide_on_rank_zero, sum_statistics_
 from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, is_reached, matrices, wanted_in
+from lightning_prehab.callbacks._said import saying_what_to_do
 from lightning_prehab.callbacks._showing import showing
 from lightning_prehab.callbacks._trainer import loss_scale, uses_loss_scaling
 from lightning_prehab.callbacks.compression import CompressionCallback
@@ -107,7 +108,8 @@ class Preparation:
             sum_statistics_(trainer, statistics)
         cuts: Mapping[str, LayerPlan] = {}
         if source is not None:
-            plan = decide_on_rank_zero(trainer, lambda: source.make_plan(self._planned, statistics))
+            with saying_what_to_do():
+                plan = decide_on_rank_zero(trainer, lambda: source.make_plan(self._planned, statistics))
             cuts = {layer.name: layer for layer in plan.layers if layer.rank is not None}
         layers = []
         for name, target in counted(self._targets.items(), "prepare"):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_prehab.callbacks._said import named
 from lightning_prehab.errors import CheckpointError, PrehabError
 from lightning_prehab.kinds import MatrixView, view_of
 from lightning_prehab.linalg.matrices import gram_root, leading_subspace, singular_values, spectral_ranks
@@ -67,7 +68,7 @@ class RegularizedLayer:
             if space == "loss" and statistics is not None:
                 left = gram_root(statistics[name].gradient_second_moment())[0].float()
         except PrehabError as error:
-            raise type(error)(f"Layer {name!r}: {error}") from error
+            raise named(error, name) from error
         return cls(name, view, rank, Metric(left, right))
 
     def state_dict(self) -> dict[str, Any]:
@@ -131,7 +132,7 @@ class RegularizedLayer:
         try:
             return regularizer.in_metric(self.view.weight.float(), self.metric, self.rank, self.memory)
         except PrehabError as error:
-            raise type(error)(f"Layer {self.name!r}: {error}") from error
+            raise named(error, self.name) from error
 
     def has_work(self, regularizer: Shrinkage, progress: float) -> bool:
         """Whether the next :meth:`shrink_` has spectral work to do that one process can do for all."""
@@ -144,7 +145,7 @@ class RegularizedLayer:
         try:
             regularizer.prepare_(self.view.weight.float(), self.rank, self.memory, progress, self.metric)
         except PrehabError as error:
-            raise type(error)(f"Layer {self.name!r}: {error}") from error
+            raise named(error, self.name) from error
 
     @torch.no_grad()
     def shrink_(self, regularizer: Shrinkage, progress: float, lr: float) -> None:
@@ -155,7 +156,7 @@ class RegularizedLayer:
             if shrunk.data_ptr() != weight.data_ptr():
                 self.view.write_(shrunk)
         except PrehabError as error:
-            raise type(error)(f"Layer {self.name!r}: {error}") from error
+            raise named(error, self.name) from error
 
 
 def matrices(targets: Mapping[str, Target]) -> dict[str, MatrixView]:

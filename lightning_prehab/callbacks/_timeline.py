@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_prehab.callbacks._trainer import batches_per_epoch, find_callback
 from lightning_prehab.callbacks.compression import CompressionCallback
+from lightning_prehab.errors import ArgumentError
 
 #: Training batches that statistics are taken from where no CompressionCallback says how many.
 CALIBRATION_BATCHES = 64
@@ -18,6 +19,18 @@ def end_epoch(trainer: "pl.Trainer", stop_epoch: int | None) -> int | None:
     ends = [stop_epoch, None if compression is None else compression.epoch]
     ends.append(None if trainer.max_epochs == -1 else trainer.max_epochs)
     return min((end for end in ends if end is not None), default=None)
+
+
+def check_season(trainer: "pl.Trainer", start_epoch: int) -> None:
+    """Raises :class:`ArgumentError` for a regularizer that would begin when its time is over."""
+    compression, end = find_callback(trainer, CompressionCallback), end_epoch(trainer, None)
+    if end is not None and start_epoch >= end and not getattr(trainer, "fast_dev_run", False):
+        surgery = compression is not None and compression.epoch == end
+        why = f"the surgery is at epoch {end}" if surgery else f"max_epochs is {end}"
+        raise ArgumentError(
+            f"PrehabCallback(start_epoch={start_epoch}) never acts: {why}, and epochs count from 0. Start earlier, or "
+            "leave it out."
+        )
 
 
 def remaining_batches(trainer: "pl.Trainer", stop_epoch: int | None, batch_idx: int) -> int | None:

@@ -68,6 +68,11 @@ def batches_per_epoch(trainer: "pl.Trainer") -> int | None:
     return None if any(length_of(loader) is None for loader in combined.flattened) else length
 
 
+def epochs_begun(trainer: "pl.Trainer") -> int:
+    """Epochs that have been trained, the last one perhaps in part."""
+    return int(trainer.fit_loop.epoch_progress.current.ready)
+
+
 def reset_scores_(trainer: "pl.Trainer") -> None:
     """Makes ModelCheckpoint and EarlyStopping start comparing anew; nothing on disk is touched."""
     for callback in callbacks_of(trainer):

@@ -1,16 +1,14 @@
 """The surgery, at an epoch boundary of an ordinary training run."""
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prehab.callbacks._auto_epoch import counts_as_free, is_due, last_possible_epoch
+from lightning_prehab.callbacks._auto_epoch import check_reachable, counts_as_free, is_due, last_possible_epoch
 from lightning_prehab.callbacks._checkpoint import (
     DenseShell,
     check_version,
@@ -21,9 +19,23 @@ from lightning_prehab.callbacks._checkpoint import (
 )
 from lightning_prehab.callbacks._course import CourseNotes
 from lightning_prehab.callbacks._finetuning import FROZEN, StoredGroups, note_frozen, rename_groups_, unfreeze_
-from lightning_prehab.callbacks._neighbours import refuse_averaging, refuse_finders, refuse_pruning
+from lightning_prehab.callbacks._neighbours import (
+    refuse_averaging,
+    refuse_communication_state,
+    refuse_finders,
+    refuse_pruning,
+)
+from lightning_prehab.callbacks._of_recipe import OfRecipe
+from lightning_prehab.callbacks._only_one import OnlyOne
 from lightning_prehab.callbacks._printing import show
 from lightning_prehab.callbacks._report_logging import log_report
+from lightning_prehab.callbacks._said import (
+    plain_recipe,
+    say_followed,
+    say_it_never_came,
+    say_other_settings,
+    saying_what_to_do,
+)
 from lightning_prehab.callbacks._showing import showing
 from lightning_prehab.callbacks._site import TrainerSite
 from lightning_prehab.callbacks._trainer import (
@@ -39,7 +51,8 @@ from lightning_prehab.callbacks._trainer import (
 )
 from lightning_prehab.callbacks._untrained import warn_of_unheld
 from lightning_prehab.compress import make_plan
-from lightning_prehab.errors import ArgumentError, UnsupportedError
+from lightning_prehab.documents.checks import check_real, check_whole
+from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import Factorization
 from lightning_prehab.kinds import view_of
 from lightning_prehab.layers.linear import LowRankLayer
@@ -62,25 +75,13 @@ from lightning_prehab.targets.names import Patterns, clean_name
 
 #: Of the state in checkpoints.
 STATE_VERSION = 1
+_ONE_CUT = (
+    "a model is cut once in a run. Keep one of them: rank_overrides gives some layers other ranks than the rest. For a "
+    "second, deeper cut call to_dense_(model) after this run, and train on with a new CompressionCallback."
+)
 
 
-class _OfRecipe:
-    """An attribute of a callback that is a field of its recipe; setting it makes a new recipe."""
-
-    def __init__(self, shown: str = "") -> None:
-        self._shown = shown  # what is read instead of the field
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, callback: Any, owner: type) -> Any:
-        return self if callback is None else getattr(callback.recipe, self._shown or self._name)
-
-    def __set__(self, callback: Any, value: object) -> None:
-        callback.recipe = replace(callback.recipe, **{self._name: value})
-
-
-class CompressionCallback(pl.Callback):
+class CompressionCallback(OnlyOne):
     """Replaces layers by their low-rank factors at the start of an epoch, in the middle of training.
 
     In the epoch before, hooks ride on the last ``calibration_batches`` ordinary training steps and collect what the
@@ -127,17 +128,18 @@ class CompressionCallback(pl.Callback):
         ArgumentError: If a value is out of range, or ``epoch`` is never reached.
         TargetError: When fit starts, if no layer matches.
         UnsupportedError: When fit starts, for strategies, optimizers or callbacks that cannot follow a change of
-            parameters.
+            parameters, and for a second CompressionCallback.
+        NumericalError: At the surgery, if training has diverged (the layer is named).
 
     Example::
 
         trainer = L.Trainer(max_epochs=12, callbacks=[CompressionCallback(epoch=6, keep=0.4)])
     """
 
-    factorization = _OfRecipe("factorization_or_default")
-    policy = _OfRecipe("policy_or_default")
-    target_modules, exclude_modules, rank_overrides = _OfRecipe(), _OfRecipe(), _OfRecipe()
-    rank_multiple_of, split_fused, layout = _OfRecipe(), _OfRecipe(), _OfRecipe()
+    factorization = OfRecipe("factorization_or_default")
+    policy = OfRecipe("policy_or_default")
+    target_modules, exclude_modules, rank_overrides = OfRecipe(), OfRecipe(), OfRecipe()
+    rank_multiple_of, split_fused, layout = OfRecipe(), OfRecipe(), OfRecipe()
 
     def __init__(
         self,
@@ -158,11 +160,9 @@ class CompressionCallback(pl.Callback):
     ) -> None:
         super().__init__()
         if epoch != "auto" and (not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0):
-            raise ArgumentError(f"epoch counts from 0, or is 'auto', got {epoch!r}.")
-        if not 0.0 < forecast_below < math.inf:
-            raise ArgumentError(f"forecast_below must be positive and finite, got {forecast_below}.")
-        if calibration_batches < 1:
-            raise ArgumentError(f"calibration_batches must be at least 1, got {calibration_batches}.")
+            raise ArgumentError(f"epoch is a whole number that counts from 0, or 'auto', got {epoch!r}.")
+        check_real("forecast_below", forecast_below, "(0, inf)")
+        check_whole("calibration_batches", calibration_batches, 1)
         self._auto = epoch == "auto"
         self.epoch = 0 if isinstance(epoch, str) else epoch  # with "auto" the last possible one, until it is decided
         self.forecast_below = forecast_below
@@ -205,25 +205,18 @@ class CompressionCallback(pl.Callback):
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Refuses what cannot work, before anything has been trained, and prepares for what may be loaded."""
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             self._following = follow_on_load(pl_module)
             return
+        self.refuse_others(trainer, CompressionCallback, _ONE_CUT)
         check_strategy(trainer, self)
         check_launcher(trainer, self)
         if self._auto:
             self.epoch = last_possible_epoch(trainer, self)
-        limit = None if getattr(trainer, "fast_dev_run", False) else trainer.max_epochs
-        if limit is not None and limit != -1 and self.epoch >= limit:
-            raise ArgumentError(
-                f"CompressionCallback(epoch={self.epoch}) is never reached: epochs count from 0 and max_epochs is "
-                f"{limit}. Choose an epoch from 0 to {limit - 1}."
-            )
+        check_reachable(trainer, self.epoch)
         refuse_averaging(trainer)
-        if getattr(trainer.strategy, "_ddp_comm_state", None) is not None:
-            raise UnsupportedError(
-                "A DDP communication hook with state remembers the dense gradients; remove ddp_comm_state, or compress "
-                "in a run without it."
-            )
+        refuse_communication_state(trainer)
         cuts = [] if self.report is None else [name for name, rank in self.report.ranks.items() if rank is not None]
         modules = {clean_name(name): module for name, module in pl_module.named_modules()}
         if not all(isinstance(modules.get(name), LowRankLayer) for name in cuts):
@@ -237,7 +230,7 @@ class CompressionCallback(pl.Callback):
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Repeats the surgery that a loaded checkpoint has had; else checks targets and optimizers."""
         assert self._shell is not None
-        loaded, factors = self._shell.loaded, self._shell.close()
+        loaded, before, factors = self._shell.loaded, self._shell.parameters, self._shell.close()
         self._shell = None
         if loaded:
             self.report = None
@@ -245,6 +238,10 @@ class CompressionCallback(pl.Callback):
             refuse_finders(trainer)
             with holders_named_later() as self._name_holders:
                 self._replay(trainer, pl_module, factors)
+        if loaded:
+            say_followed(pl_module, before, self.report.keep if self.report and self._restored.get("report") else None)
+        if self._restored:
+            say_other_settings(self._restored, self.recipe, None if self._auto else self.epoch)
         unfreeze_(trainer, pl_module, self._frozen)
         self._frozen = None
         targets = None if self.done else self.recipe.find_targets(pl_module)
@@ -323,11 +320,8 @@ class CompressionCallback(pl.Callback):
         self._stop_collecting()
         if self.report is not None:
             self.report = self._course.at_the_end(trainer, self.report)
-        else:
-            rank_zero_warn(
-                f"Training ended in epoch {trainer.current_epoch}, before the surgery at epoch {self.epoch}: the model "
-                "is still dense."
-            )
+        if not self.done:
+            say_it_never_came(trainer, self.epoch)
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Takes the hooks off; what was collected stays for a checkpoint that is written now."""
@@ -346,6 +340,7 @@ class CompressionCallback(pl.Callback):
             "version": STATE_VERSION,
             "report": None if self.report is None else self.report.to_dict(),
             "epoch": self.epoch,
+            "recipe": plain_recipe(self.recipe),
             "wanted": list(self.recipe.wanted),
             "statistics": dump_statistics(collecting, self._world_size),
             "older": dump_statistics(self._older, self._world_size),
@@ -421,7 +416,7 @@ class CompressionCallback(pl.Callback):
     def _operate(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         kept, self._kept = self._kept, KeptBatches()
         site = TrainerSite(trainer, pl_module, self.calibration_batches, self._take_statistics(), kept)
-        with showing(trainer):
+        with showing(trainer), saying_what_to_do():
             report = self.report = self._course.at_the_cut(trainer, operate(self.recipe, site))
         rename_groups_(trainer, pl_module)
         if self.reset_scores:

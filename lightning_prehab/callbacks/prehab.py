@@ -20,6 +20,7 @@ from lightning_prehab.callbacks._at_steps import ActsAtSteps
 from lightning_prehab.callbacks._checkpoint import check_version
 from lightning_prehab.callbacks._course import note_spectra, note_start
 from lightning_prehab.callbacks._decisions import (
+    ONE_PREHAB,
     Injection,
     check_target_rank,
     choose_rank_source,
@@ -28,6 +29,7 @@ from lightning_prehab.callbacks._decisions import (
     default_regularizer,
     injects_into_loss,
     penalty_without_an_end,
+    settled,
 )
 from lightning_prehab.callbacks._forecast import Forecast
 from lightning_prehab.callbacks._injection import add_to_gradients_, add_to_loss_, penalty_of
@@ -35,7 +37,7 @@ from lightning_prehab.callbacks._preparation import Preparation
 from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, matrices, restore_layers, tails_of
 from lightning_prehab.callbacks._schedules import ramp
 from lightning_prehab.callbacks._shared_work import complete_memories_, own_part, shrink_together_
-from lightning_prehab.callbacks._timeline import batches_to_watch, remaining_batches
+from lightning_prehab.callbacks._timeline import batches_to_watch, check_season, remaining_batches
 from lightning_prehab.callbacks._trainer import (
     EQUAL,
     check_strategy,
@@ -75,10 +77,10 @@ class PrehabCallback(ActsAtSteps):
     Args:
         regularizer: A penalty or a shrinkage. None means :class:`~lightning_prehab.TailShrinkage` toward the planned
             ranks, which makes the cut itself free; where there is no CompressionCallback to plan them, or a setting is
-            given that penalties alone have, or the end of the time before the cut cannot be foreseen,
-            :class:`~lightning_prehab.StableRank`. As measured (``benchmarks/prehab_gpt.py``, ``prehab_sst2.py``) the
-            default is ahead right after the cut, but in the end not better than cutting first and training all those
-            steps after the cut: use it where the moment of the cut counts.
+            given that penalties alone have (a warning says so), or the end of the time before the cut cannot be
+            foreseen, :class:`~lightning_prehab.StableRank`. As measured (``benchmarks/prehab_gpt.py``,
+            ``prehab_sst2.py``) the default is ahead right after the cut, but in the end not better than cutting first
+            and training all those steps after the cut: use it where the moment of the cut counts.
         strength: Factor on the mean penalty, at least 0; None means the ``default_strength`` of the penalty. Shrinkages
             have none.
         ramp_steps: Optimizer steps over which the strength rises linearly to its full value.
@@ -143,25 +145,22 @@ class PrehabCallback(ActsAtSteps):
     ) -> None:
         super().__init__()
         penalty = strength, strength_share, ramp_steps, every_n_steps, injection
-        self._open = regularizer is None and not changed_for_penalties(*penalty)  # decided when the Trainer is known
+        self._implying = changed_for_penalties(*penalty) if regularizer is None else {}  # settings that ask for one
+        self._open = regularizer is None and not self._implying  # decided when the Trainer is known
         if regularizer is None:
             regularizer = default_regularizer(planned=self._open)
         check_regularizer(regularizer, *penalty)
         self.regularizer: Penalty | Shrinkage = regularizer
         self.strength = default_strength(regularizer) if strength is None else strength
         check_when_and_where(space, start_epoch, stop_epoch, update_steps, forecast_every_n_steps)
-        self.ramp_steps = ramp_steps
         self._asked_space: Space | None = space
         self.space: Space = "weight" if space is None else space
-        self.start_epoch = start_epoch
-        self.stop_epoch = stop_epoch
-        self.every_n_steps = every_n_steps
+        self.start_epoch, self.stop_epoch = start_epoch, stop_epoch
+        self.ramp_steps, self.every_n_steps = ramp_steps, every_n_steps
         self.injection: Injection = injection
-        self.target_modules = target_modules
-        self.exclude_modules = exclude_modules
+        self.target_modules, self.exclude_modules = target_modules, exclude_modules
         self.strength_share = strength_share
-        self.update_steps = update_steps
-        self.forecast_every_n_steps = forecast_every_n_steps
+        self.update_steps, self.forecast_every_n_steps = update_steps, forecast_every_n_steps
         self._preparation: Preparation | None = None
         self._start_anew()
 
@@ -179,10 +178,10 @@ class PrehabCallback(ActsAtSteps):
 
     def _release(self) -> None:
         """Lets go of the model and of the optimizers."""
-        if self._preparation is not None:
-            self._preparation.close()
+        preparation, self._preparation = self._preparation, None
+        if preparation is not None:
+            preparation.close()
         self._stop_watching()
-        self._preparation = None
         self._targets: Targets | None = None
         self._planned: Targets | None = None  # what the ranks are planned for: all targets of the surgery
         self._layers: list[RegularizedLayer] = []
@@ -204,15 +203,16 @@ class PrehabCallback(ActsAtSteps):
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Refuses what cannot work, before anything has been trained."""
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        self.refuse_others(trainer, PrehabCallback, ONE_PREHAB)
         check_strategy(trainer, self)
         self._start_anew()
         self._world_size, self._global_rank = trainer.world_size, trainer.global_rank
         compression = find_callback(trainer, CompressionCallback)
-        if self._open:
-            self.regularizer = default_regularizer(planned=compression is not None)
-            self.strength = default_strength(self.regularizer)
+        self.regularizer = settled(self.regularizer, self._open, self._implying, compression)
+        self.strength = default_strength(self.regularizer) if self._open else self.strength
         self.space = choose_space(self._asked_space, self.regularizer, compression)
         check_target_rank(self.regularizer, compression)
 
@@ -221,11 +221,11 @@ class PrehabCallback(ActsAtSteps):
         compression = find_callback(trainer, CompressionCallback)
         if compression is not None and compression.done:
             return
+        check_season(trainer, self.start_epoch)
         self._targets = choose_targets(pl_module, compression, self.target_modules, self.exclude_modules)
         source = self._rank_source(trainer)
         self._planned = None if source is None else source.recipe.find_targets(pl_module)
-        where = self.injection, self.strength_share
-        self._into_loss = injects_into_loss(trainer, pl_module, self.regularizer, *where)
+        self._into_loss = injects_into_loss(trainer, pl_module, self.regularizer, self.injection, self.strength_share)
         if self._restored:
             self._restore()
 
@@ -236,8 +236,7 @@ class PrehabCallback(ActsAtSteps):
         if isinstance(self.regularizer, Shrinkage) and self._remaining(trainer, -1) is None:
             self.regularizer = penalty_without_an_end(self.regularizer, may_replace=self._open)
             self.strength = default_strength(self.regularizer)
-            compression = find_callback(trainer, CompressionCallback)
-            self.space = choose_space(self._asked_space, self.regularizer, compression)
+            self.space = choose_space(self._asked_space, self.regularizer, find_callback(trainer, CompressionCallback))
         under_way, self._restored = self._restored.get("preparation"), {}
         if under_way is not None and self._targets is not None:
             self._preparation = self._new_preparation(trainer)
@@ -301,7 +300,8 @@ class PrehabCallback(ActsAtSteps):
         pl_module.log_dict(note_spectra(trainer, self._layers), batch_size=1, **EQUAL)
 
     def on_surgery(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", report: Any) -> None:
-        """The work is done; lets go of the dense layers."""
+        """The work is done; lets go of the dense layers, and takes the forecast out of the progress bar."""
+        trainer.progress_bar_metrics.pop("prehab/forecast", None)
         if self._preparation is not None and not self._ready:
             self._preparation.warn_of_lost_time()
         self._release()
@@ -428,10 +428,9 @@ class PrehabCallback(ActsAtSteps):
 
     def _new_preparation(self, trainer: "pl.Trainer") -> Preparation:
         assert self._targets is not None
-        planned = Targets({}, {}, None) if self._planned is None else self._planned
-        source = self._rank_source(trainer)
-        at_most = self.update_steps // 4 if self._ready else None
-        batches = batches_to_watch(trainer, self.start_epoch, self.stop_epoch, at_most)
+        planned, source = self._planned or Targets({}, {}, None), self._rank_source(trainer)
+        season = self.start_epoch, self.stop_epoch
+        batches = batches_to_watch(trainer, *season, self.update_steps // 4 if self._ready else None)
         only_cut = source is not None and self.regularizer.needs_rank
         return Preparation(trainer, self._targets, self.space, source, planned, batches, only_cut)
 

@@ -1,6 +1,5 @@
 """Learning-rate warm-up after the surgery, on top of whatever scheduler the user has."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_prehab.callbacks._checkpoint import check_version
+from lightning_prehab.callbacks._only_one import OnlyOne
 from lightning_prehab.callbacks._schedules import Shape, warmup_factor
 from lightning_prehab.callbacks._steps import StepWatch, are_of_now, check_seen
 from lightning_prehab.callbacks._timeline import steps_of_epochs
@@ -21,6 +21,7 @@ from lightning_prehab.callbacks._trainer import (
     set_callbacks,
 )
 from lightning_prehab.callbacks.compression import CompressionCallback
+from lightning_prehab.documents.checks import check_real, check_whole
 from lightning_prehab.errors import ArgumentError, UnsupportedError
 from lightning_prehab.layers.linear import LowRankLayer
 from lightning_prehab.report.compression_report import CompressionReport
@@ -29,7 +30,7 @@ from lightning_prehab.report.compression_report import CompressionReport
 STATE_VERSION = 1
 
 
-class RehabSchedule(pl.Callback):
+class RehabSchedule(OnlyOne):
     """Warms the learning rate up after the surgery: effective rate = the user's rate times a factor.
 
     The factor rises from ``start_factor`` at the first step after the surgery to ``peak_factor`` at the end of the
@@ -49,8 +50,8 @@ class RehabSchedule(pl.Callback):
 
     Raises:
         ArgumentError: If a value is out of range, or both lengths are given.
-        UnsupportedError: When fit starts, if there is no CompressionCallback; at the end of the first epoch, if
-            parameters move and no step of their optimizer is ever seen.
+        UnsupportedError: When fit starts, if there is no CompressionCallback, or another RehabSchedule; at the end of
+            the first epoch, if parameters move and no step of their optimizer is ever seen.
 
     Example::
 
@@ -69,14 +70,10 @@ class RehabSchedule(pl.Callback):
         super().__init__()
         if warmup_steps is not None and warmup_epochs is not None:
             raise ArgumentError("Give warmup_steps or warmup_epochs, not both.")
-        if warmup_steps is not None and warmup_steps < 0:
-            raise ArgumentError(f"warmup_steps must not be negative, got {warmup_steps}.")
-        if warmup_epochs is not None and not 0 <= warmup_epochs < math.inf:
-            raise ArgumentError(f"warmup_epochs must be finite and not negative, got {warmup_epochs}.")
-        if not 0 <= start_factor < math.inf or not 0 < peak_factor < math.inf:
-            raise ArgumentError(
-                f"start_factor must be >= 0 and peak_factor > 0, both finite, got {start_factor} and {peak_factor}."
-            )
+        check_whole("warmup_steps", warmup_steps, 0, optional=True)
+        check_real("warmup_epochs", warmup_epochs, "[0, inf)", optional=True)
+        check_real("start_factor", start_factor, "[0, inf)")
+        check_real("peak_factor", peak_factor, "(0, inf)")
         if shape not in ("linear", "cosine"):
             raise ArgumentError(f"shape must be 'linear' or 'cosine', got {shape!r}.")
         self.warmup_steps = warmup_steps
@@ -91,8 +88,10 @@ class RehabSchedule(pl.Callback):
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Looks for the surgery, and moves before LearningRateMonitor."""
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        self.refuse_others(trainer, RehabSchedule, "both would scale the same learning rates. Keep one of them.")
         if self._module is not pl_module or not any(isinstance(part, LowRankLayer) for part in pl_module.modules()):
             self._module, self._length, self._done = pl_module, None, []  # nothing has been cut yet
         if find_callback(trainer, CompressionCallback) is None:

@@ -166,7 +166,8 @@ def read_file(path: str | os.PathLike[str]) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise PlanError(f"{show(os.fspath(path))} cannot be read: {error}.") from error
+        reason = getattr(error, "strerror", None) or error  # without the path, once more
+        raise PlanError(f"{show(os.fspath(path))} cannot be read: {reason}.") from error
 
 
 def _near(name: object, known: Iterable[str]) -> str:

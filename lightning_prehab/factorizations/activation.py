@@ -1,12 +1,11 @@
 """Truncation with input features scaled by how strongly they are used."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_prehab.errors import ArgumentError
+from lightning_prehab.documents.checks import check_real
 from lightning_prehab.factorizations.base import MetricFactorization
 from lightning_prehab.statistics.sums import LayerStatistics
 
@@ -31,8 +30,7 @@ class ActivationSVD(MetricFactorization):
     needs_magnitudes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.alpha, int | float) or not 0.0 <= self.alpha < math.inf:
-            raise ArgumentError(f"alpha must be finite and not negative, got {self.alpha!r}.")
+        check_real("alpha", self.alpha, "[0, inf)")
 
     def metric(self, statistics: LayerStatistics) -> tuple[Tensor | None, Tensor | None]:
         """``(None, s^2)``."""

@@ -9,7 +9,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_prehab.errors import ArgumentError, StatisticsError
+from lightning_prehab.documents.checks import check_real
+from lightning_prehab.errors import StatisticsError
 from lightning_prehab.linalg.decomposition import BATCH_ENTRIES, WeightedSVD, decompose_many
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.matrices import singular_values
@@ -176,5 +177,5 @@ def _bounded(items: Sequence[tuple[Tensor, LayerStatistics]]) -> Iterator[list[t
 
 def check_shrinkage(name: str, value: object) -> None:
     """Raises :class:`ArgumentError` unless ``0 <= value <= 1`` or ``value`` is ``"auto"``."""
-    if value != "auto" and (not isinstance(value, int | float) or not 0.0 <= value <= 1.0):
-        raise ArgumentError(f"{name} must lie in [0, 1], got {value!r}.")
+    if value != "auto":
+        check_real(name, value, "[0, 1]")

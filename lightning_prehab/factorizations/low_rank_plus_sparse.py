@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lightning_prehab.documents.checks import check_whole
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations.base import Decomposition, Factorization, MetricFactorization
 from lightning_prehab.factorizations.kronecker import KroneckerSVD
@@ -76,8 +77,7 @@ class LowRankPlusSparse(Factorization):
             )
         if not isinstance(self.base, Factorization) or isinstance(self.base, LowRankPlusSparse):
             raise ArgumentError(f"base must be a factorization into two factors, such as SVD(), got {self.base!r}.")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ArgumentError(f"steps must be a whole number of at least 1, got {self.steps!r}.")
+        check_whole("steps", self.steps, 1)
 
     @property
     def comparable(self) -> bool:  # type: ignore[override]  # a class variable of methods that stand alone

@@ -30,6 +30,7 @@ from lightning_prehab.surgery.structure import follow_state_dict_
 #: Of the folder's layout.
 VERSION = 1
 STRUCTURE = "structure.json"
+_SAME = "Build the model with the class and the settings that it was saved with."
 _WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
 
 
@@ -48,13 +49,17 @@ def save_compressed(model: nn.Module, folder: str | os.PathLike[str], report: Co
 
     Raises:
         PrehabError: If the ``safetensors`` package is missing, or the state dict holds something else than tensors.
+        CheckpointError: If ``folder`` is a file.
         UnsupportedError: If a tensor is quantized, sparse or nested.
     """
     save, _ = _safetensors()
     state = dict(model.state_dict())
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
-        raise PrehabError(f"The state dict entry {odd[0]!r} is not a tensor and cannot be stored without pickle.")
+        raise PrehabError(
+            f"The state dict entry {odd[0]!r} is not a tensor ({type(state[odd[0]]).__name__}) and cannot be stored "
+            "without pickle; keep it out of the state dict (get_extra_state), or make it a buffer."
+        )
     quantized = [name for name, value in state.items() if is_quantized(value) or value.is_quantized]
     if quantized:
         raise UnsupportedError(
@@ -83,6 +88,8 @@ def save_compressed(model: nn.Module, folder: str | os.PathLike[str], report: Co
     structure["checksum"] = _checksum(structure)
 
     path = Path(folder)
+    if path.is_file():
+        raise CheckpointError(f"{str(path)!r} is a file; give the path of a folder, which may be there or not.")
     path.mkdir(parents=True, exist_ok=True)
     name = str(structure["weights"]["file"])  # type: ignore[index]
     _write(path / name, weights)
@@ -112,6 +119,7 @@ def load_compressed(folder: str | os.PathLike[str], model: nn.Module) -> nn.Modu
     """
     _, load = _safetensors()
     path = Path(folder)
+    _check_folder(path)
     try:
         structure, weights = _read(path)
         state = dict(load(weights))
@@ -121,25 +129,51 @@ def load_compressed(folder: str | os.PathLike[str], model: nn.Module) -> nn.Modu
         for alias, name in structure["aliases"].items():
             state[alias] = state[name]
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}. Save the model again.") from error
+        raise CheckpointError(f"{path}: {error}. Copy the folder or save the model again.") from error
     except Exception as error:  # whatever a damaged file leads to
-        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error}). Save it again.") from error
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}: {error}). Copy the folder or save the model again."
+        ) from error
     _check_fit(model, state)
     follow_state_dict_(model, state)
     model.load_state_dict(state)
     return model
 
 
+def _check_folder(path: Path) -> None:
+    """Raises :class:`CheckpointError` if this is no folder of :func:`save_compressed`, and says what would load it."""
+    if not path.exists():
+        raise CheckpointError(
+            f"There is no folder {str(path)!r}. Check the path (a relative one counts from {str(Path.cwd())!r}), or "
+            "write the folder with save_compressed(model, folder)."
+        )
+    if path.is_file():
+        way_out = "load_compressed takes the folder that save_compressed has written"
+        if (path.parent / STRUCTURE).is_file():
+            way_out = f"give the folder that it lies in, {str(path.parent)!r}"
+        elif path.suffix == ".ckpt":
+            way_out = "a Lightning checkpoint is loaded with load_from_checkpoint(LitModel, path)"
+        raise CheckpointError(f"{str(path)!r} is a file, not a folder; {way_out}.")
+    if not (path / STRUCTURE).is_file():
+        why = "it was not written by save_compressed, or not all of it was copied"
+        if (path / "config.json").is_file():
+            why = (
+                "with its config.json it looks like a folder of transformers, which from_pretrained loads, compressed "
+                "or not; load_compressed takes what save_compressed has written"
+            )
+        raise CheckpointError(f"The folder {str(path)!r} holds no {STRUCTURE}: {why}.")
+
+
 def _read(path: Path) -> tuple[dict[str, Any], bytes]:
     """The structure and the bytes of the weights, both with the right checksum."""
-    file = path / STRUCTURE
-    if not file.is_file():
-        raise CheckpointError(f"there is no {STRUCTURE}; the folder does not hold a compressed model")
-    structure = json.loads(file.read_bytes())
+    structure = json.loads((path / STRUCTURE).read_bytes())
     if not isinstance(structure, dict) or structure.get("format") != "lightning_prehab":
         raise CheckpointError(f"{STRUCTURE} was not written by lightning_prehab")
     if structure.get("version") != VERSION:
-        raise CheckpointError(f"{STRUCTURE} has version {structure.get('version')!r}, this is version {VERSION}")
+        raise CheckpointError(
+            f"{STRUCTURE} has version {structure.get('version')!r}, this lightning_prehab ({__version__}) reads "
+            f"version {VERSION}; install the version that wrote it"
+        )
     if structure.pop("checksum", None) != _checksum(structure):
         raise CheckpointError(f"{STRUCTURE} has been changed since it was written: its checksum is wrong")
     name = structure["weights"]["file"]
@@ -160,9 +194,13 @@ def _check_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     expected = skeleton.state_dict()
     for name in sorted(expected.keys() | state.keys()):
         if name not in state:
-            raise CheckpointError(f"{name!r} of the model is not in the file: it was saved from another architecture.")
+            raise CheckpointError(
+                f"{name!r} of the model is not in the file: it was saved from another architecture. {_SAME}"
+            )
         if name not in expected:
-            raise CheckpointError(f"{name!r} of the file is not in the model: it was saved from another architecture.")
+            raise CheckpointError(
+                f"{name!r} of the file is not in the model: it was saved from another architecture. {_SAME}"
+            )
         ours, theirs = expected[name], state[name]
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
             raise CheckpointError(

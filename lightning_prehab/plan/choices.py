@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import Factorization
 from lightning_prehab.kinds import view_of
+from lightning_prehab.plan.layer_plan import NO_MULTIPLE, LayerPlan
 from lightning_prehab.plan.recipe import RankOverride, Recipe
 from lightning_prehab.plan.spectra import Spectrum
 from lightning_prehab.rank_policies import LayerChoices
@@ -55,6 +56,13 @@ def rank_limit(layer: Target, factorization: Factorization) -> int:
     view = view_of(layer)
     (m, n), groups = view.shape, view.group_count
     return max(m * n - added_parameters(layer, factorization) - 1, 0) // (m + groups * n)
+
+
+def too_small(dense: LayerPlan, multiple: int) -> str | None:
+    """Why a layer has a rank that is no multiple: all that save parameters are smaller; None if they are not."""
+    if dense.max_rank >= multiple:
+        return None
+    return f"{NO_MULTIPLE} {multiple}: ranks above {dense.max_rank} save nothing"
 
 
 def resolve_overrides(recipe: Recipe, targets: Mapping[str, Target]) -> dict[str, int | str]:

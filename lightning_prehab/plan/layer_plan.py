@@ -8,6 +8,9 @@ from lightning_prehab.documents import settings
 from lightning_prehab.documents.numbers import format_error, format_increase
 from lightning_prehab.errors import PlanError
 
+#: How the reason begins for a rank that is no multiple of what was asked for.
+NO_MULTIPLE = "not a multiple of"
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -19,7 +22,7 @@ class LayerPlan:
         in_features: ``n``.
         rank: Rank of the factors, or None if the layer stays dense.
         relative_error: Predicted ``|error| / |W|`` in the metric of the factorization, in [0, 1]; None if unknown.
-        reason: Why the layer stays dense, or None.
+        reason: Why the layer stays dense, or has a rank of another kind than was asked for; else None.
         new_bias: Parameters of a bias that the factorization adds to a layer without one, if it is cut.
         nonzeros: Values of a sparse part beside the factors, if the layer is cut.
         groups: Number of groups of a grouped convolution; each has its factors, all of the same rank.
@@ -80,7 +83,8 @@ class LayerPlan:
             )
         if rank == self.rank:
             return self
-        reason = (self.reason or "chosen by hand") if rank is None else None
+        said = None if self.reason is None or self.reason.startswith(NO_MULTIPLE) else self.reason
+        reason = (said or "chosen by hand") if rank is None else None
         return replace(self, rank=rank, relative_error=None, loss_increase=None, reason=reason)
 
     def cells(self) -> dict[str, str]:

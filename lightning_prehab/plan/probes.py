@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_prehab.errors import ArgumentError, StatisticsError
+from lightning_prehab.errors import StatisticsError
 from lightning_prehab.factorizations import Factors
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.matrices import break_even_rank
@@ -16,7 +16,7 @@ from lightning_prehab.linalg.modes import outside_inference_mode
 from lightning_prehab.progress import counted, naming_items, tell
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.rank_policies.base import check_probe_keep
-from lightning_prehab.statistics.batches import batch_size, call_model, to_device
+from lightning_prehab.statistics.batches import batch_size, call_model, check_batches, to_device
 from lightning_prehab.statistics.calibration import Forward, as_found
 from lightning_prehab.statistics.collector import recompile, run_eagerly
 from lightning_prehab.statistics.outputs import divergence, logits_in, loss_in, require_finite_output
@@ -60,8 +60,7 @@ def measure_probes(
         NumericalError: If an output holds NaN or Inf (the layer that was cut is named).
     """
     check_probe_keep(probe_keep)
-    if isinstance(batches, Tensor):
-        raise ArgumentError("batches is one tensor; give an iterable of batches, for example batches=[tensor].")
+    check_batches(batches, forward)
     device = next(model.parameters()).device
     listed = [to_device(batch, device) for batch in batches]
     samples = sum(batch_size(batch) for batch in listed)

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from lightning_prehab.documents.settings import show
 from lightning_prehab.errors import ArgumentError, PlanError, UnsupportedError
-from lightning_prehab.factorizations import Factorization
 from lightning_prehab.kinds import kind_of, view_of
-from lightning_prehab.plan.choices import choices_of, dense_parameters, resolve_overrides
+from lightning_prehab.plan.choices import choices_of, dense_parameters, resolve_overrides, too_small
 from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
 from lightning_prehab.plan.form_choice import choose_forms
 from lightning_prehab.plan.recipe import Recipe
@@ -66,10 +65,7 @@ def plan_ranks(
         latencies = measure_latencies(usable, policy.latency_tokens, admissible)
         choices = [replace(choice, latencies=latencies[choice.name]) for choice in choices]
     ranks = _checked(policy(choices), policy, choices)
-    planned = [
-        _layer_plan(layer, ranks[layer.name], overrides.get(layer.name), recipe.factorization_or_default)
-        for layer in choices
-    ]
+    planned = [_layer_plan(layer, ranks[layer.name], overrides.get(layer.name), recipe) for layer in choices]
     layers = tuple(replace(layer, form=view_of(usable[layer.name]).form) for layer in planned)
     plan = CompressionPlan(layers, recipe.factorization_or_default, usable.skipped, usable.model_parameters)
     _require_budget(policy, choices, plan)
@@ -143,10 +139,8 @@ def _require_budget(policy: RankPolicy, choices: Sequence[LayerChoices], plan: C
         )
 
 
-def _layer_plan(
-    layer: LayerChoices, rank: int | None, override: int | str | None, factorization: Factorization
-) -> LayerPlan:
-    m, n = layer.out_features, layer.in_features
+def _layer_plan(layer: LayerChoices, rank: int | None, override: int | str | None, recipe: Recipe) -> LayerPlan:
+    m, n, factorization = layer.out_features, layer.in_features, recipe.factorization_or_default
     nonzeros = factorization.nonzeros(m, n)
     new_bias = layer.new_bias - nonzeros
     dense = LayerPlan(layer.name, m, n, None, new_bias=new_bias, nonzeros=nonzeros, groups=layer.groups)
@@ -157,4 +151,11 @@ def _layer_plan(
     retained = layer.retained()
     dropped = float((retained[-1] - retained[rank]).clamp_min(0.0))
     error = min(dropped / max(float(retained[-1]), 1e-300), 1.0) ** 0.5
-    return replace(dense, rank=rank, relative_error=error, loss_increase=0.5 * dropped if comparable else None)
+    loss_increase = 0.5 * dropped if comparable else None
+    return replace(
+        dense,
+        rank=rank,
+        relative_error=error,
+        loss_increase=loss_increase,
+        reason=None if override is not None else too_small(dense, recipe.rank_multiple_of),
+    )

@@ -1,5 +1,6 @@
 """What the user wishes: all settings of a cut as one object, checked, to be printed and kept in a file."""
 
+import inspect
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, fields, replace
@@ -9,12 +10,13 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from lightning_prehab.documents import settings
+from lightning_prehab.documents.checks import check_whole
 from lightning_prehab.errors import ArgumentError, PlanError
 from lightning_prehab.factorizations import SVD, Factorization, KroneckerSVD
 from lightning_prehab.rank_policies import ParameterBudget, RankPolicy, RankRatio
 from lightning_prehab.rank_policies.base import check_choice, check_keep
 from lightning_prehab.statistics.sums import Wanted
-from lightning_prehab.targets.find import Targets, find_targets
+from lightning_prehab.targets.find import Targets, check_uncut, find_targets
 from lightning_prehab.targets.names import Patterns
 
 #: For a layer: a rank (int), a share of its parameters (float), or "dense".
@@ -80,9 +82,7 @@ class Recipe:
         for name in ("target_modules", "exclude_modules"):
             object.__setattr__(self, name, _checked_patterns(name, getattr(self, name)))
         object.__setattr__(self, "rank_overrides", _checked_overrides(self.rank_overrides))
-        multiple = self.rank_multiple_of
-        if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
-            raise ArgumentError(f"rank_multiple_of must be at least 1, got {multiple!r}.")
+        check_whole("rank_multiple_of", self.rank_multiple_of, 1)
         if not isinstance(self.split_fused, bool):
             raise ArgumentError(f"split_fused must be True or False, got {self.split_fused!r}.")
 
@@ -151,8 +151,15 @@ class Recipe:
         return replace(self, policy=ParameterBudget(getattr(policy, "keep", self.keep), **wishes))
 
     def find_targets(self, model: nn.Module) -> Targets:
-        """The layers to cut, and why others are left; see :func:`~lightning_prehab.find_targets`."""
-        return find_targets(model, self.target_modules, self.exclude_modules, split_fused=self.split_fused)
+        """The layers to cut, and why others are left; see :func:`~lightning_prehab.find_targets`.
+
+        Raises:
+            TargetError: As there; and if the model has been cut already, and no ``target_modules`` name what is left.
+        """
+        found = find_targets(model, self.target_modules, self.exclude_modules, split_fused=self.split_fused)
+        if self.target_modules is None:
+            check_uncut(model, found)
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dictionaries, ready for YAML.
@@ -216,8 +223,21 @@ def check_method(factorization: object, policy: object) -> None:
     """Raises :class:`ArgumentError` for a class in place of an instance, or for something else altogether."""
     for value, kind in ((factorization, Factorization), (policy, RankPolicy)):
         if value is not None and not isinstance(value, kind):
-            hint = f"; write {value.__name__}(...)" if isinstance(value, type) else ""
-            raise ArgumentError(f"Expected a {kind.__name__}, got {value!r}{hint}.")
+            raise ArgumentError(f"Expected a {kind.__name__}, got {settings.show(value)}{_hint(value, kind)}.")
+
+
+def _hint(value: object, kind: type) -> str:
+    """How to write what was probably meant: an object in the place of its class, or of its name."""
+    if isinstance(value, type):
+        return f"; write {value.__name__}(...)"
+    if not isinstance(value, str):
+        return ""
+    kinds = [kind]
+    for one in kinds:
+        kinds += one.__subclasses__()
+    names = sorted(one.__name__ for one in kinds if not inspect.isabstract(one))
+    near = [name for name in names if name.lower() == value.lower().replace("_", "")]
+    return f"; write {near[0]}(...)" if near else f"; give an object of one of {', '.join(names)}"
 
 
 def _checked_patterns(name: str, patterns: object) -> Patterns:

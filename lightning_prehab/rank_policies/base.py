@@ -2,13 +2,15 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_prehab.documents.checks import check_real, check_whole
+from lightning_prehab.documents.settings import show
 from lightning_prehab.errors import ArgumentError, PlanError
 from lightning_prehab.linalg.matrices import require_finite
 
@@ -215,24 +217,31 @@ def require_within(least: int, budget: int, wish: str, unit: str, layers: int) -
         )
 
 
-def check_keep(keep: float) -> None:
+def check_keep(keep: object) -> None:
     """Raises :class:`ArgumentError` unless ``0 < keep <= 1``."""
-    if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0.0 < keep <= 1.0:
-        raise ArgumentError(
-            f"keep is the share of the targeted parameters that is kept and must lie in (0, 1], got {keep!r}."
-        )
+    if isinstance(keep, int | float) and not isinstance(keep, bool):
+        if 0.0 < keep <= 1.0:
+            return
+        hint = f" For {keep:g} % write {keep / 100:g}." if 1.0 < keep <= 100.0 else ""
+    elif isinstance(keep, RankPolicy):
+        hint = " A policy is given by its name: policy=..."
+    elif isinstance(keep, Iterable) and not isinstance(keep, str):
+        hint = " Batches come after it: compress_(model, 0.5, batches)."
+    else:
+        hint = " Give a Python number."
+    raise ArgumentError(
+        f"keep is the share of the targeted parameters that is kept and must lie in (0, 1], got {show(keep)}.{hint}"
+    )
 
 
 def check_min_rank(min_rank: int) -> None:
     """Raises :class:`ArgumentError` unless ``min_rank`` is an integer of at least 1."""
-    if isinstance(min_rank, bool) or not isinstance(min_rank, int) or min_rank < 1:
-        raise ArgumentError(f"min_rank must be at least 1, got {min_rank!r}.")
+    check_whole("min_rank", min_rank, 1)
 
 
 def check_probe_keep(probe_keep: float) -> None:
     """Raises :class:`ArgumentError` unless ``0 < probe_keep < 1``."""
-    if isinstance(probe_keep, bool) or not isinstance(probe_keep, float) or not 0.0 < probe_keep < 1.0:
-        raise ArgumentError(f"probe_keep must lie in (0, 1), got {probe_keep!r}.")
+    check_real("probe_keep", probe_keep, "(0, 1)")
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

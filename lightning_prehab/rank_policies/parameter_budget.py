@@ -7,6 +7,7 @@ from typing import get_args
 
 import torch
 
+from lightning_prehab.documents.checks import check_whole
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.rank_policies.base import BudgetPolicy, LayerChoices, check_choice, require_within
 from lightning_prehab.rank_policies.costs import UNITS, Cost, option_costs
@@ -49,9 +50,7 @@ class ParameterBudget(BudgetPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("cost", self.cost, get_args(Cost))
-        tokens = self.latency_tokens
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-            raise ArgumentError(f"latency_tokens must be a number of tokens of at least 1, got {tokens!r}.")
+        check_whole("latency_tokens", self.latency_tokens, 1)
         if self.scope == "model" and self.cost != "parameters":
             raise ArgumentError(
                 f"scope='model' counts parameters; what the rest of the model costs in {self.cost} is unknown. Use "

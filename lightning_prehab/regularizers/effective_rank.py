@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_prehab.errors import ArgumentError
+from lightning_prehab.documents.checks import check_whole
 from lightning_prehab.linalg.matrices import leading_subspace
 from lightning_prehab.regularizers.base import Memory, Penalty, is_due
 
@@ -72,8 +72,7 @@ class EffectiveRank(Penalty):
     default_strength: ClassVar[float] = 0.01
 
     def __post_init__(self) -> None:
-        if self.refresh < 1:
-            raise ArgumentError(f"refresh must be at least 1, got {self.refresh}.")
+        check_whole("refresh", self.refresh, 1)
 
     def __call__(self, matrix: Tensor, rank: int | None = None, memory: Memory | None = None) -> Tensor:
         """The effective rank; ``rank`` is ignored."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_prehab.errors import ArgumentError
+from lightning_prehab.documents.checks import check_whole
 from lightning_prehab.linalg.matrices import polar_factor
 from lightning_prehab.regularizers.base import Memory, Penalty, is_due
 
@@ -78,10 +78,8 @@ class NuclearNorm(Penalty):
     default_strength: ClassVar[float] = 0.5
 
     def __post_init__(self) -> None:
-        if self.refresh < 1 or self.steps < 1:
-            raise ArgumentError(
-                f"refresh and steps must be at least 1, got refresh={self.refresh}, steps={self.steps}."
-            )
+        check_whole("refresh", self.refresh, 1)
+        check_whole("steps", self.steps, 1)
 
     def __call__(self, matrix: Tensor, rank: int | None = None, memory: Memory | None = None) -> Tensor:
         """The norm, or its normalized form; ``rank`` is ignored."""

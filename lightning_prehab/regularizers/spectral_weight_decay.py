@@ -1,12 +1,11 @@
 """Weight decay of the singular values: all by the same amount, not in proportion."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_prehab.errors import ArgumentError
+from lightning_prehab.documents.checks import check_real, check_whole
 from lightning_prehab.linalg.matrices import polar_factor
 from lightning_prehab.regularizers.base import Memory, Shrinkage, is_due
 from lightning_prehab.regularizers.metric import IDENTITY, Metric
@@ -40,10 +39,9 @@ class SpectralWeightDecay(Shrinkage):
     steps: int = 6
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.decay < math.inf:
-            raise ArgumentError(f"decay must be positive and finite, got {self.decay}.")
-        if self.every < 1 or self.steps < 1:
-            raise ArgumentError(f"every and steps must be at least 1, got every={self.every}, steps={self.steps}.")
+        check_real("decay", self.decay, "(0, inf)")
+        check_whole("every", self.every, 1)
+        check_whole("steps", self.steps, 1)
 
     @torch.no_grad()
     def __call__(

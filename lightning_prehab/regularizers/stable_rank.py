@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_prehab.errors import ArgumentError
+from lightning_prehab.documents.checks import check_whole
 from lightning_prehab.linalg.lanczos import leading_right_vector
 from lightning_prehab.linalg.matrices import power_iteration, to_float64
 from lightning_prehab.regularizers.base import Memory, Penalty, start_vector
@@ -74,8 +74,8 @@ class StableRank(Penalty):
     default_strength: ClassVar[float] = 0.01
 
     def __post_init__(self) -> None:
-        if self.first_steps < 1 or self.steps < 1:
-            raise ArgumentError(f"Step counts must be at least 1, got {self.first_steps} and {self.steps}.")
+        check_whole("first_steps", self.first_steps, 1)
+        check_whole("steps", self.steps, 1)
 
     def __call__(self, matrix: Tensor, rank: int | None = None, memory: Memory | None = None) -> Tensor:
         """The stable rank, in ``[1, min(m, n)]``; ``rank`` is ignored."""

@@ -1,13 +1,13 @@
 """The strength of a penalty as a share of the task gradient: penalties have no common scale, shares have."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_prehab.errors import ArgumentError, CheckpointError
+from lightning_prehab.documents.checks import check_real
+from lightning_prehab.errors import CheckpointError
 
 
 def strength_for_share(share: float, task_norm: Tensor, penalty_norm: Tensor) -> Tensor:
@@ -49,10 +49,8 @@ class GradientRatio:
     """
 
     def __init__(self, share: float = 0.1, smoothing: float = 0.95) -> None:
-        if not 0.0 < share < math.inf:
-            raise ArgumentError(f"share must be positive and finite, got {share}.")
-        if not 0.0 <= smoothing < 1.0:
-            raise ArgumentError(f"smoothing must lie in [0, 1), got {smoothing}.")
+        check_real("share", share, "(0, inf)")
+        check_real("smoothing", smoothing, "[0, 1)")
         self.share = share
         self.smoothing = smoothing
         self._total = torch.zeros(())

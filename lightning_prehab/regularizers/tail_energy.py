@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_prehab.documents.checks import check_whole
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.linalg.matrices import leading_subspace
 from lightning_prehab.regularizers.base import Memory, Penalty, is_due
@@ -58,8 +59,8 @@ class TailEnergy(Penalty):
     needs_rank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.refresh < 1 or (self.rank is not None and self.rank < 1):
-            raise ArgumentError(f"rank and refresh must be at least 1, got rank={self.rank}, refresh={self.refresh}.")
+        check_whole("rank", self.rank, 1, optional=True)
+        check_whole("refresh", self.refresh, 1)
 
     def __call__(self, matrix: Tensor, rank: int | None = None, memory: Memory | None = None) -> Tensor:
         """The tail's share of the energy; 0 for a zero matrix."""

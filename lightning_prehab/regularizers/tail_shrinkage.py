@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightning_prehab.documents.checks import check_real, check_whole
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.linalg.matrices import leading_subspace
 from lightning_prehab.regularizers.base import Memory, Shrinkage, is_due, will_be_due
@@ -57,17 +58,13 @@ class TailShrinkage(Shrinkage):
     needs_rank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.start <= 1.0:
-            raise ArgumentError(f"start must lie in (0, 1], got {self.start}.")
-        if not 0.0 < self.anneal <= 1.0:
-            raise ArgumentError(f"anneal must lie in (0, 1], got {self.anneal}.")
+        check_real("start", self.start, "(0, 1]")
+        check_real("anneal", self.anneal, "(0, 1]")
         if self.schedule not in ("geometric", "linear"):
             raise ArgumentError(f"schedule must be 'geometric' or 'linear', got {self.schedule!r}.")
-        if min(self.refresh, self.every) < 1 or (self.rank is not None and self.rank < 1):
-            raise ArgumentError(
-                f"rank, refresh and every must be at least 1, got rank={self.rank}, refresh={self.refresh}, "
-                f"every={self.every}."
-            )
+        check_whole("rank", self.rank, 1, optional=True)
+        check_whole("refresh", self.refresh, 1)
+        check_whole("every", self.every, 1)
 
     def eta(self, progress: float) -> float:
         """Share of the tail that a step takes off on average; non-decreasing in ``progress``, 1 from ``anneal`` on."""

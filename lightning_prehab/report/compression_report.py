@@ -224,10 +224,19 @@ class CompressionReport(Facts):
             CheckpointError: If the file cannot be read, or holds something else; the file is named.
         """
         where = os.fspath(path)
+        if Path(path).is_dir():
+            inside = Path(path) / "report.json"
+            way_out = f"read {str(inside)!r}" if inside.is_file() else "there is no report.json in it"
+            raise CheckpointError(f"{where} is a folder, and a report is a file that save_json has written; {way_out}.")
         try:
             data = json.loads(settings.read_file(path))
             if not isinstance(data, dict):
                 raise CheckpointError(f"this is not a compression report, but {settings.show(data)}")
+            if "version" not in data or "format" in data:
+                raise CheckpointError(
+                    "this is JSON, but not a compression report; save_json writes one, and compress the report.json of "
+                    "its folder."
+                )
             if factorization is None and data.get("version") == VERSION:
                 method = data.get("method")
                 class_path = method.get("class_path") if isinstance(method, dict) else None
@@ -244,7 +253,7 @@ class CompressionReport(Facts):
         except RecursionError as error:
             raise CheckpointError(f"{where}: the file is nested too deeply to be a compression report.") from error
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            text = f"{where} is not a whole compression report ({type(error).__name__}: {error})."
+            text = f"{where} is not a whole compression report ({type(error).__name__}: {error}); copy it again."
             raise CheckpointError(text) from error
         return found
 

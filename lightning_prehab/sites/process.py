@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_prehab.documents.checks import check_whole
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import Decomposition
 from lightning_prehab.kinds import view_of
@@ -23,6 +24,7 @@ from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.report.evaluation import Evaluation, for_calibration
 from lightning_prehab.report.scores import Score
 from lightning_prehab.sites.base import Site
+from lightning_prehab.statistics.batches import check_batches
 from lightning_prehab.statistics.calibration import Forward, collect_statistics
 from lightning_prehab.statistics.effect import effect_of_cuts
 from lightning_prehab.statistics.kept import KeptBatches
@@ -67,8 +69,10 @@ class ProcessSite(Site):
         layers_at_once: int | None = None,
         evaluate: float | Iterable[Any] | Evaluation | None = None,
     ) -> None:
-        if layers_at_once is not None and (not isinstance(layers_at_once, int) or layers_at_once < 1):
-            raise ArgumentError(f"layers_at_once must be at least 1, got {layers_at_once!r}.")
+        check_batches(batches, forward)
+        check_whole("layers_at_once", layers_at_once, 1, optional=True)
+        if isinstance(optimizers, torch.optim.Optimizer):
+            raise ArgumentError("optimizers is one optimizer; give a list, for example optimizers=[optimizer].")
         batches, self._evaluation = for_calibration(batches, evaluate, forward)
         if isinstance(batches, Iterator) and layers_at_once is not None:
             batches = list(batches)  # several passes are needed

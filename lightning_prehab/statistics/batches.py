@@ -7,7 +7,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prehab.documents.settings import show
 from lightning_prehab.errors import ArgumentError
+
+
+def check_batches(batches: object, forward: object = None) -> None:
+    """Raises :class:`ArgumentError` for what is no iterable of batches, and for what cannot be called on one.
+
+    Args:
+        batches: What was given for them; None is left to others.
+        forward: What was given to call the model with, or None.
+    """
+    if isinstance(batches, Tensor | Mapping):
+        kind = "tensor" if isinstance(batches, Tensor) else "mapping"
+        raise ArgumentError(f"batches is one {kind}; give an iterable of batches, for example batches=[{kind}].")
+    iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    if isinstance(batches, str) or not (batches is None or iterable):
+        raise ArgumentError(
+            f"batches must be a list, a DataLoader or another iterable of batches, got {show(batches)}."
+        )
+    if isinstance(forward, nn.Module):
+        raise ArgumentError(
+            f"The loss is called with the model and a batch, and {type(forward).__name__} takes an output and a "
+            "target; give a function: lambda model, batch: criterion(model(batch[0]), batch[1])."
+        )
+    if forward is not None and not callable(forward):
+        raise ArgumentError(f"The loss must be a function (model, batch) -> scalar, got {show(forward)}.")
 
 
 def batch_size(batch: Any) -> int:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prehab.errors import ArgumentError, StatisticsError
+from lightning_prehab.errors import StatisticsError
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.matrices import require_finite
 from lightning_prehab.linalg.modes import in_full_precision, outside_inference_mode
 from lightning_prehab.progress import counted
 from lightning_prehab.statistics.backward import cheaply_if_possible, gradients_for
-from lightning_prehab.statistics.batches import batch_size, call_model, to_device
+from lightning_prehab.statistics.batches import batch_size, call_model, check_batches, to_device
 from lightning_prehab.statistics.collector import Collector
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 from lightning_prehab.targets.locate import Target
@@ -60,8 +60,7 @@ def collect_statistics(
         StatisticsError: If there are no batches, or no loss can be found.
         NumericalError: If a weight (the layer is named) or the model's logits are not finite.
     """
-    if isinstance(batches, Tensor):
-        raise ArgumentError("batches is one tensor; give an iterable of batches, for example batches=[tensor].")
+    check_batches(batches, forward)
     if wanted is None:
         wanted = Wanted(inputs=True, gradients=gradients, weight_gradients=gradients, magnitudes=True)
     for name, layer in targets.items():
@@ -95,6 +94,11 @@ def _pass(
                     output = call_model(model, batch) if forward is None else forward(model, batch)
                     if wanted.backward:
                         loss = _loss_of(output, batch_size(batch), generator)
+                        if not loss.requires_grad:
+                            raise StatisticsError(
+                                "The loss has no gradient: it was computed under torch.no_grad(), detached, or does "
+                                "not depend on the model. Return it with its graph."
+                            )
                         # Not autograd.grad: reentrant checkpointing does not support it.
                         in_full_precision(loss.backward)()  # autocast is for forward passes
                         model.zero_grad(set_to_none=True)
@@ -103,7 +107,10 @@ def _pass(
         finally:
             collector.detach()
     if seen == 0:
-        raise StatisticsError("batches is empty; calibration needs at least one batch.")
+        raise StatisticsError(
+            "batches is empty; calibration needs at least one batch. A generator can be gone through once only: make a "
+            "new one, or give a list."
+        )
     return collector.statistics
 
 

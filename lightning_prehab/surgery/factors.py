@@ -6,7 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lightning_prehab.errors import NumericalError, PlanError
+from lightning_prehab.documents.settings import show
+from lightning_prehab.errors import ArgumentError, NumericalError, PlanError
 from lightning_prehab.factorizations import Decomposition
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
@@ -68,6 +69,11 @@ def compute_factors(
 
 def planned_targets(model: nn.Module, plan: CompressionPlan) -> dict[str, Target]:
     """The matrices that the plan names, checked against it."""
+    if not isinstance(plan, CompressionPlan):
+        raise ArgumentError(
+            f"The plan must be a CompressionPlan, got {show(plan)}; make_plan makes one, "
+            "CompressionPlan.from_yaml(path) reads one."
+        )
     located = locate(model, {layer.name: (layer.out_features, layer.in_features) for layer in plan.layers})
     views = {join(name, part): view for name, (_, parts) in located.items() for part, view in parts.items()}
     for name, count in Counter(layer.name for layer in plan.layers).items():
@@ -78,9 +84,10 @@ def planned_targets(model: nn.Module, plan: CompressionPlan) -> dict[str, Target
         if view is None or (*view.shape, view.group_count) != (cut.out_features, cut.in_features, cut.groups):
             modules = {clean_name(name): module for name, module in model.named_modules()}
             have = view.module if view is not None else modules.get(cut.name)
+            found = "nothing" if have is None else f"a {type(have).__name__}({have.extra_repr()})"
             raise PlanError(
                 f"Layer {cut.name!r}: the plan expects a {cut.out_features}x{cut.in_features} weight, the model has "
-                f"{'nothing' if have is None else repr(have)}. Make the plan for this very model, before any surgery."
+                f"{found}. Make the plan for this very model, before any surgery."
             )
     return {cut.name: views[cut.name] for cut in plan.layers}
 

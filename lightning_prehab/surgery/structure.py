@@ -14,6 +14,7 @@ from lightning_prehab.surgery.pretrained import note_structure_
 from lightning_prehab.surgery.stored import follower, stored_factors
 from lightning_prehab.surgery.swap import replace_modules_
 from lightning_prehab.targets.adapters import adapted_modules
+from lightning_prehab.targets.locate import low_rank_layers
 from lightning_prehab.targets.names import Patterns, clean_name, join, match_names
 
 
@@ -76,7 +77,7 @@ def to_dense_(model: nn.Module, names: Patterns = None) -> list[str]:
     >>> to_dense_(model), type(model[0]).__name__
     (['0'], 'Linear')
     """
-    found = [clean_name(name) for name, _ in _low_rank_layers(model) if name]
+    found = [clean_name(name) for name, _ in low_rank_layers(model) if name]
     wanted = found if names is None else match_names(names, found, "names")
     densify_(model, wanted)
     return wanted
@@ -88,7 +89,7 @@ def densify_(model: nn.Module, names: Iterable[str]) -> None:
     """Replaces the named low-rank layers, or those that the names are parts of, by dense ones of the same function."""
     wanted = set(names)
     replacement: dict[int, nn.Module] = {}
-    for name, module in _low_rank_layers(model):
+    for name, module in low_rank_layers(model):
         if any(join(clean_name(name), part) in wanted for part, _ in module.named_modules()):
             if adapted_modules(module):
                 raise TargetError(
@@ -98,14 +99,3 @@ def densify_(model: nn.Module, names: Iterable[str]) -> None:
             replacement[id(module)] = module.to_dense()
     replace_modules_(model, replacement)
     note_structure_(model)
-
-
-def _low_rank_layers(model: nn.Module) -> list[tuple[str, LowRankLayer]]:
-    """The outermost low-rank layers."""
-    inside: set[int] = set()
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, LowRankLayer) and id(module) not in inside:
-            inside.update(id(inner) for inner in module.modules())
-            found.append((name, module))
-    return found

@@ -9,15 +9,27 @@ from lightning_prehab.targets.locate import Target
 
 
 def held_by_none(targets: Mapping[str, Target], optimizers: Iterable[torch.optim.Optimizer]) -> str | None:
-    """A warning that names targets which no optimizer holds while others are held; None if there is nothing to say.
+    """A warning that names trainable targets which no optimizer holds; None if there is nothing to say.
 
-    If no target is held, nothing is being trained, and nothing can be told from that.
+    Frozen ones are held by nobody on purpose. If no target is held, nothing is being trained, and nothing can be told
+    from that.
     """
-    held = {id(parameter) for one in optimizers for group in one.param_groups for parameter in group["params"]}
-    loose = [name for name, target in targets.items() if id(view_of(target).parameter) not in held]
-    if not loose or len(loose) == len(targets):
+    held = _held(targets, optimizers)
+    loose = [name for name in targets if name not in held and name not in frozen(targets)]
+    if not loose or not held:
         return None
     return (
-        f"{len(loose)} of {len(targets)} targets are held by no optimizer (first: {loose[0]!r}). If they are a frozen "
-        "loss network or a teacher, name them in exclude_modules, or the cut changes what the model is trained toward."
+        f"{len(loose)} of {len(targets)} targets are held by no optimizer (first: {loose[0]!r}). If they are a loss "
+        "network or a teacher, name them in exclude_modules, or the cut changes what the model is trained toward; if "
+        "they shall stay as they are, say so with requires_grad_(False)."
     )
+
+
+def frozen(targets: Mapping[str, Target]) -> list[str]:
+    """Names of those whose weights are not trained at all."""
+    return [name for name, target in targets.items() if not view_of(target).parameter.requires_grad]
+
+
+def _held(targets: Mapping[str, Target], optimizers: Iterable[torch.optim.Optimizer]) -> set[str]:
+    held = {id(parameter) for one in optimizers for group in one.param_groups for parameter in group["params"]}
+    return {name for name, target in targets.items() if id(view_of(target).parameter) in held}

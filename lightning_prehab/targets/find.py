@@ -7,17 +7,19 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_prehab.errors import TargetError
+from lightning_prehab.documents.settings import show
+from lightning_prehab.errors import ArgumentError, TargetError
 from lightning_prehab.kinds import MatrixView, view_of
 from lightning_prehab.linalg.matrices import break_even_rank
 from lightning_prehab.targets.adapters import ADAPTED, adapted_modules
 from lightning_prehab.targets.attached import why_not_attached
-from lightning_prehab.targets.locate import Target, layers_of
+from lightning_prehab.targets.locate import Target, layers_of, low_rank_layers
 from lightning_prehab.targets.metrics import measured_by
-from lightning_prehab.targets.names import Patterns, as_list, begins_with, join, match_names
+from lightning_prehab.targets.names import Patterns, as_list, begins_with, clean_name, join, match_names
 from lightning_prehab.targets.weights import has_matrix
 
 _TIED = "its weight is tied to another layer"
+_CUT = "it is low-rank already; to_dense_ gives the dense layer back, for another cut"
 
 #: Above so many inputs or outputs a matrix is a target only if it is asked for: a projection to a vocabulary.
 WIDE = 30_000
@@ -68,6 +70,7 @@ def find_targets(
         The targets in model order. Layers under several names (shared modules) appear once, under the first.
 
     Raises:
+        ArgumentError: If ``model`` is no module.
         TargetError: If nothing matches, a pattern matches nothing, or a layer addressed by its full name cannot be cut.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -75,6 +78,7 @@ def find_targets(
     >>> list(targets), targets.skipped
     (['0'], {'2': 'no rank saves parameters (1x8)'})
     """
+    check_model(model)
     candidates = _candidates(model, split_fused)
     names, owner = list(candidates), {name: found.layer for name, found in candidates.items()}
     metrics = measured_by(model)
@@ -108,12 +112,38 @@ def find_targets(
         else:
             layers[name] = target
     if not layers:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:8])
-        if has_matrix(model):
-            listed = "a layer that is the model itself cannot be replaced; wrap it, for example in nn.Sequential"
-        listed = listed or "it has no weight matrices"
-        raise TargetError(f"{type(model).__name__} has no layer to cut ({listed}).")
+        if target_modules is None:
+            check_uncut(model, layers)
+        raise TargetError(f"{type(model).__name__} has no layer to cut ({_why_none(model, skipped)}).")
     return Targets(layers, skipped, count_parameters(model))
+
+
+def _why_none(model: nn.Module, skipped: Mapping[str, str]) -> str:
+    if has_matrix(model):
+        return "a layer that is the model itself cannot be replaced; wrap it, for example in nn.Sequential"
+    listed = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:8])
+    more = f"; and {len(skipped) - 8} more" if len(skipped) > 8 else ""
+    return f"{listed}{more}" or "it has no weight matrices"
+
+
+def check_model(model: object) -> None:
+    """Raises :class:`ArgumentError` for what is no module: a path, a state dict, a class."""
+    if not isinstance(model, nn.Module):
+        hint = f"make one first: {model.__name__}(...)" if isinstance(model, type) else "build or load the model first"
+        raise ArgumentError(f"The model must be an nn.Module, got {show(model)}; {hint}.")
+
+
+def check_uncut(model: nn.Module, others: Mapping[str, Target]) -> None:
+    """Raises :class:`TargetError` for a model that is compressed already: a second cut is rarely what is meant."""
+    cut = low_rank_layers(model)
+    if not cut:
+        return
+    names = ", ".join(repr(name) for name in list(others)[:3]) + (", ..." if len(others) > 3 else "")
+    rest = f", or name the layers that are left to be cut (target_modules=[{names}])" if others else ""
+    raise TargetError(
+        f"{type(model).__name__} is compressed already (low-rank layers: {len(cut)}, the first {cut[0][0]!r}). Start "
+        f"from the dense model, or call to_dense_(model) first for another cut of the same layers{rest}."
+    )
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -148,6 +178,8 @@ def _candidates(model: nn.Module, split_fused: bool) -> dict[str, _Candidate]:
             target = view if part else layer.module
             reason = _TIED if split else _why_not_view(view, owners)
             found[join(layer.name, part)] = _Candidate(layer.name, layer.module, target, reason)
+    for name, module in low_rank_layers(model):
+        found[clean_name(name)] = _Candidate(clean_name(name), module, None, _CUT)
     return found
 
 

@@ -73,6 +73,17 @@ def layers_of(model: nn.Module) -> Iterator[Layer]:
         yield Layer.at(name, module, modules)
 
 
+def low_rank_layers(model: nn.Module) -> list[tuple[str, LowRankLayer]]:
+    """The outermost low-rank layers, each under its first name."""
+    inside: set[int] = set()
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLayer) and id(module) not in inside:
+            inside.update(id(inner) for inner in module.modules())
+            found.append((name, module))
+    return found
+
+
 def locate(
     model: nn.Module, shapes: Mapping[str, tuple[int, int] | None]
 ) -> dict[str, tuple[Layer, dict[str, MatrixView]]]:

@@ -31,10 +31,15 @@ def match_names(
             fits = fits or [name for name in names if fnmatchcase(name, tried)]
             fits = fits or [name for name in names if layers is not None and fnmatchcase(layers.get(name, ""), tried)]
         if not fits:
-            near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.4) or list(names[:5])
-            raise TargetError(f"{what}: {pattern!r} matches no layer. Near names: {', '.join(near) or 'none'}.")
+            near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.4)
+            listed = f"Near names: {', '.join(near)}." if near else f"There are {len(names)}: {_first(names)}."
+            raise TargetError(f"{what}: {pattern!r} matches no layer. {listed if names else 'There are none.'}")
         found.update(fits)
     return [name for name in names if name in found]
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join([*names[:5], *(["..."] if len(names) > 5 else [])])
 
 
 def begins_with(pattern: str, module: str) -> bool:

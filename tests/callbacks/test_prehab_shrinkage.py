@@ -280,7 +280,7 @@ def test_auto_needs_a_forecast_and_an_end(lit, data, make_trainer):
     lit.automatic_optimization = False
     with pytest.raises(ArgumentError, match="with manual optimization none can be made"):
         make_trainer(max_epochs=4, callbacks=callbacks).fit(lit, loader)
-    with pytest.raises(ArgumentError, match="epoch counts from 0, or is 'auto', got 'soon'"):
+    with pytest.raises(ArgumentError, match="epoch is a whole number that counts from 0, or 'auto', got 'soon'"):
         lp.CompressionCallback("soon")
     with pytest.raises(ArgumentError, match="forecast_below must be positive"):
         lp.CompressionCallback("auto", forecast_below=0)
@@ -313,7 +313,8 @@ def test_the_default_without_a_plan_or_with_settings_of_penalties(lit, loader, m
     make_trainer(callbacks=[alone]).fit(lit, loader)
     assert (alone.regularizer, alone.space, alone.strength) == (lp.StableRank(), "weight", 0.01)
     given = lp.PrehabCallback(strength=0.5)
-    make_trainer(max_epochs=2, callbacks=[given, lp.CompressionCallback(1)]).fit(copy.deepcopy(lit), loader)
+    with pytest.warns(UserWarning, match=r"strength=0.5\) acts with StableRank\(\), not .*TailShrinkage"):
+        make_trainer(max_epochs=2, callbacks=[given, lp.CompressionCallback(1)]).fit(copy.deepcopy(lit), loader)
     assert (given.regularizer, given.space, given.strength) == (lp.StableRank(), "weight", 0.5)
     aimed = lp.PrehabCallback(lp.TailEnergy(), space="weight")
     make_trainer(max_epochs=2, callbacks=[aimed, lp.CompressionCallback(1)]).fit(lit, loader)

@@ -97,6 +97,6 @@ def test_missing_and_senseless_probes():
     for wrong in (-1, 9):
         with pytest.raises(StatisticsError, match=f"the probe has rank {wrong}"):
             ProbeBudget(0.5)([dataclasses.replace(one, probe=Probe(wrong, 1.0))])
-    for wrong in (0.0, 1.0, math.nan, 1, True, "0.9"):
+    for wrong in (0.0, 1.0, math.nan, 1, 2, True, "0.9"):
         with pytest.raises(ArgumentError, match=r"probe_keep must lie in \(0, 1\), got"):
             ProbeBudget(0.5, probe_keep=wrong)

@@ -315,17 +315,17 @@ class TestConformance:
 @pytest.mark.parametrize(
     ("wrong", "value"),
     [
-        (lambda: StableRank(first_steps=0), "0 and 1"),
-        (lambda: StableRank(steps=-3), "300 and -3"),
-        (lambda: TailEnergy(rank=0), "rank=0"),
-        (lambda: TailEnergy(refresh=0), "refresh=0"),
-        (lambda: NuclearNorm(refresh=-1), "refresh=-1"),
-        (lambda: NuclearNorm(steps=0), "steps=0"),
-        (lambda: EffectiveRank(refresh=0), "got 0"),
+        (lambda: StableRank(first_steps=0), "first_steps .*got 0"),
+        (lambda: StableRank(steps=-3), "^steps .*got -3"),
+        (lambda: TailEnergy(rank=0), "rank .*got 0"),
+        (lambda: TailEnergy(refresh=0), "refresh .*got 0"),
+        (lambda: NuclearNorm(refresh=-1), "refresh .*got -1"),
+        (lambda: NuclearNorm(steps=0), "steps .*got 0"),
+        (lambda: EffectiveRank(refresh=0), "refresh .*got 0"),
     ],
 )
 def test_wrong_settings(wrong, value):
-    with pytest.raises(ArgumentError, match=f"at least 1, got .*{value}|at least 1, {value}"):
+    with pytest.raises(ArgumentError, match=value):
         wrong()
 
 

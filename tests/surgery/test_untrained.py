@@ -52,9 +52,12 @@ class MomentumTeacher(Callback):
                 slow.data.lerp_(fast.data, 0.1)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("exclude", [None, "teacher.*"])
-def test_a_teacher_beside_the_student_in_training(lit, loader, make_trainer, exclude):
-    lit.teacher = copy.deepcopy(lit.net).requires_grad_(False)
+def test_a_teacher_beside_the_student_in_training(lit, loader, make_trainer, exclude, frozen, caplog):
+    """Frozen, it may as well be a backbone: that is no reason to warn."""
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
+    lit.teacher = copy.deepcopy(lit.net).requires_grad_(not frozen)
     lit.make_optimizer = lambda _: torch.optim.SGD(lit.net.parameters(), lr=0.05)
     compression = lp.CompressionCallback(1, 0.5, factorization=lp.SVD(), exclude_modules=exclude)
     trainer = make_trainer(max_epochs=3, callbacks=[compression, MomentumTeacher()])
@@ -62,7 +65,9 @@ def test_a_teacher_beside_the_student_in_training(lit, loader, make_trainer, exc
         warnings.simplefilter("always")
         trainer.fit(lit, loader)
     found = [str(one.message) for one in seen if "held by no optimizer" in str(one.message)]
-    assert len(found) == (0 if exclude else 1)
+    assert len(found) == (0 if exclude or frozen else 1)
+    said = [text for text in caplog.messages if "3 of 6 targets are frozen (first: 'teacher.0')" in text]
+    assert len(said) == (1 if frozen and not exclude else 0)
     assert any(isinstance(layer, lp.LowRankLinear) for layer in lit.teacher) == (exclude is None)
     assert any(isinstance(layer, lp.LowRankLinear) for layer in lit.net)
 

@@ -97,6 +97,7 @@ def test_everything_left_is_listed_with_its_reason():
         "attention.out_proj": "NonDynamicallyQuantizableLinear",
         "narrow": r"no rank saves parameters (1x8)",
         "lazy": "LazyLinear",
+        "low": "low-rank already; to_dense_",
     }
     assert set(targets.skipped) == set(reasons)
     for name, reason in reasons.items():

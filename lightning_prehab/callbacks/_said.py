@@ -1,0 +1,101 @@
+"""What a CompressionCallback tells people of a run, in one place: checkpoints that it follows, cuts that never came."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from lightning_prehab.callbacks._trainer import epochs_begun
+from lightning_prehab.documents.settings import show
+from lightning_prehab.errors import NumericalError, PlanError, PrehabError
+from lightning_prehab.plan.recipe import Recipe
+from lightning_prehab.targets.find import count_parameters
+from lightning_prehab.targets.locate import low_rank_layers
+
+
+def say_followed(module: nn.Module, before: int, keep: float | None = None) -> None:
+    """One line, if a module has taken another structure from a checkpoint.
+
+    Args:
+        module: As it is now.
+        before: Parameters that it had.
+        keep: Of the targets, as the report in the checkpoint says; None if there is none.
+    """
+    after, cut = count_parameters(module), len(low_rank_layers(module))
+    if after != before:
+        share = "" if keep is None or not cut else f", keep {keep:.3f}"
+        layers = f"{cut} low-rank layers" if cut else "no low-rank layers"
+        rank_zero_info(f"The model follows the checkpoint: {layers}{share} ({before:,} -> {after:,} parameters).")
+
+
+def plain_recipe(recipe: Recipe) -> dict[str, Any] | None:
+    """A recipe for a checkpoint; None if a class of the user's own in it cannot be written down."""
+    try:
+        return recipe.to_dict()
+    except PlanError:
+        return None
+
+
+def say_other_settings(state: Mapping[str, Any], recipe: Recipe, epoch: int | None) -> None:
+    """Says whose settings count, where a run resumes with others than those of the checkpoint.
+
+    Args:
+        state: Of the callback that has written the checkpoint.
+        recipe: Of the callback of this run.
+        epoch: Of its surgery; None if it waits for a forecast.
+    """
+    done, now = state.get("report") is not None, plain_recipe(recipe)
+    then = state.get("recipe")
+    if then is None or now is None:  # an older file, or a class of the user's own
+        then = now = {}
+    if epoch is not None:
+        then, now = {"epoch": state["epoch"], **then}, {"epoch": epoch, **now}
+    changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if not changed:
+        return
+    old, new = (", ".join(f"{name}={show(wish.get(name))}" for name in changed) for wish in (then, now))
+    if done:
+        rank_zero_warn(
+            f"The checkpoint comes from after a cut with {old}: the model stays as it was cut, and {new} of this "
+            "CompressionCallback has no effect. For another cut, resume from a checkpoint of before it."
+        )
+    else:
+        rank_zero_info(f"The run that wrote the checkpoint was going to cut with {old}; from now on {new} counts.")
+
+
+def say_it_never_came(trainer: "pl.Trainer", epoch: int) -> None:
+    """Warns that training has ended before the surgery."""
+    begun = epochs_begun(trainer)
+    which = {0: "", 1: " (0)", 2: " (0 and 1)"}.get(begun, f" (0 to {begun - 1})")
+    rank_zero_warn(
+        f"Training ended after {begun} epoch{'s' * (begun != 1)}{which}; the surgery waits for the start of epoch "
+        f"{epoch}, and the model is still dense. Train longer (max_epochs={epoch + 1} or more; max_steps, max_time and "
+        f"EarlyStopping end a run too), or give CompressionCallback(epoch={max(begun - 1, 0)})."
+    )
+
+
+def diverged(error: NumericalError) -> NumericalError:
+    """The error of a surgery, of a plan for one, or of a regularizer that has met NaN, with what to do."""
+    return NumericalError(
+        f"{error} Training has diverged, or started with such weights: see where the loss became NaN, then lower the "
+        "learning rate, clip gradients (Trainer(gradient_clip_val=1.0)), or resume from an earlier checkpoint. The "
+        "model is still dense."
+    )
+
+
+@contextmanager
+def saying_what_to_do() -> Iterator[None]:
+    """Inside, numbers that are not finite are explained, see :func:`diverged`."""
+    try:
+        yield
+    except NumericalError as error:
+        raise diverged(error) from error
+
+
+def named(error: PrehabError, layer: str) -> PrehabError:
+    """The error with the name of the layer that it is about."""
+    found = type(error)(f"Layer {layer!r}: {error}")
+    return diverged(found) if isinstance(found, NumericalError) else found
