@@ -199,8 +199,8 @@ def sparse_acts():
 def without_losses(report):
     """What the cut does to the loss is measured on batches that a resumed run has seen, which are others.
 
-    So is what prehab took: after a checkpoint of an epoch's last batch Lightning leaves out the validation and the end of
-    that epoch.
+    So is what prehab took: after a checkpoint of the last batch of an epoch Lightning leaves out the end of
+    that epoch, and its validation.
     """
     layers = [replace(layer, loss_increase=None) for layer in report.plan.layers]
     return replace(report, plan=replace(report.plan, layers=tuple(layers)), origin=Origin(), prehab=None).to_dict()
