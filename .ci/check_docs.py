@@ -41,7 +41,7 @@ def check_search(site: Path, pages: dict[Path, str]) -> str:
         options += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder}"]
         page = (site / "howto" / "trainer.html").resolve().as_uri() + "?q=whitened"
         command = [browser, *options, "--virtual-time-budget=20000", "--dump-dom", page]
-        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
     found = re.search(r'md-search-result__meta">(\d+) matching', shown)
     assert found, "a search in a page that was opened as a file found nothing"
     return f"a search finds {found[1]} pages"
