@@ -152,15 +152,6 @@ def method(kind: Any) -> tuple[str, str]:
     return (f"`{kind.__name__}`<br>{' '.join(f'`{setting}`' for setting in given)}", summary(kind).removesuffix("."))
 
 
-def commands() -> dict[str, argparse.ArgumentParser]:
-    """``{name: parser}`` of the command line."""
-    made = build_parser()
-    if isinstance(made, tuple):
-        return dict(made[1])
-    (found,) = (one for one in made._actions if isinstance(one, argparse._SubParsersAction))
-    return dict(found.choices)
-
-
 def arguments(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
     """A line for each word of a command; what must be given comes first."""
     actions = [one for one in parser._actions if one.help != argparse.SUPPRESS and one.dest not in ("help", "version")]
@@ -187,8 +178,8 @@ def page() -> str:
         *map(methods, METHODS),
         "\n## Command line\n",
     ]
-    for name, parser in commands().items():
-        words = f"python -m lightning_prehab {name}"
+    for name, parser in build_parser()[1].items():
+        words = f"lightning-prehab {name}"
         parts.append(f"\n### {name}\n\n`{words}`: {parser.description}\n\n{table(arguments(parser), 'word')}")
     written = "\n".join(line for line in RECIPE.to_yaml().splitlines() if not line.startswith("#"))
     parts.append(FILE.format(recipe=written.strip() + "\n"))

@@ -50,8 +50,8 @@ def run_command(line: str, monkeypatch) -> None:
     words = shlex.split(line, comments=True)
     if not words:
         return
-    if words[:3] == ["python", "-m", "lightning_prehab"]:
-        assert main(words[3:]) == 0, line
+    if words[0] == "lightning-prehab":
+        assert main(words[1:]) == 0, line
     elif words[0] == "python":
         monkeypatch.setattr(sys, "argv", words[1:])
         runpy.run_path(words[1], run_name="__main__")
