@@ -16,7 +16,15 @@ from lightning_prehab.cli.arguments import build_parser
 
 PAGE = Path(__file__).parents[1] / "docs" / "cheat-sheet.md"
 CALLBACKS = [lp.PrehabCallback, lp.CompressionCallback, lp.RehabSchedule, lp.PaperPrehab]
-FUNCTIONS = [lp.compress_, lp.find_targets, lp.collect_statistics, lp.make_plan, lp.apply_plan_, lp.to_dense_]
+FUNCTIONS = [
+    lp.compress_,
+    lp.find_targets,
+    lp.collect_statistics,
+    lp.make_plan,
+    lp.apply_plan_,
+    lp.to_dense_,
+    lp.print_compression,
+]
 FILES = [lp.save_compressed, lp.load_compressed, lp.load_from_checkpoint]
 METHODS = {
     "Regularizers": ("PrehabCallback(regularizer)", "regularizers"),

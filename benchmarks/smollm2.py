@@ -77,7 +77,9 @@ def speed(dense: nn.Module, cut: nn.Module, blocks: Tensor) -> float:
     return seconds[None] / seconds[1]
 
 
-def run(folder: Path, seeds: list[int], done: set[tuple[str, int, float]]) -> Iterator[dict[str, object]]:
+def run(
+    folder: Path, seeds: list[int], keeps: list[float], done: set[tuple[str, int, float]]
+) -> Iterator[dict[str, object]]:
     model, tokenizer = read_model()
     blocks = tokens_of(folder / "test.txt", tokenizer)[: TEST * LENGTH].view(TEST, LENGTH)
     scored = hashlib.sha256(blocks.numpy().tobytes()).hexdigest()[:16]
@@ -86,7 +88,7 @@ def run(folder: Path, seeds: list[int], done: set[tuple[str, int, float]]) -> It
         yield {"method": DENSE, "seed": 0, "keep": 1.0, "perplexity": perplexity(model, blocks), "scored": scored}
     for seed in seeds:
         for method, (factorization, policy) in METHODS.items():
-            missing = [keep for keep in KEEPS if (method, seed, keep) not in done]
+            missing = [keep for keep in keeps if (method, seed, keep) not in done]
             if not missing or (seed and not factorization.wanted.inputs):  # plain SVD looks at no text
                 continue
             targets = lp.find_targets(model)
@@ -158,6 +160,7 @@ def main() -> None:
     arguments.add_argument("--table", action="store_true")
     arguments.add_argument("--figure")
     arguments.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    arguments.add_argument("--keeps", nargs="+", type=float, default=list(KEEPS))
     arguments.add_argument("--threads", type=int, default=1)
     given = arguments.parse_args()
     if not given.table and not given.figure:
@@ -166,7 +169,7 @@ def main() -> None:
         torch.set_num_threads(given.threads)
         done = {(row["method"], row["seed"], row["keep"]) for row in stored()}
         with RESULTS.open("a") as file:
-            for row in run(given.folder, given.seeds, done):
+            for row in run(given.folder, given.seeds, given.keeps, done):
                 print(row, flush=True)
                 file.write(json.dumps({**row, "torch": torch.__version__}) + "\n")
                 file.flush()

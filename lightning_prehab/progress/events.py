@@ -38,7 +38,8 @@ _names: ContextVar[Mapping[str, Sequence[str]]] = ContextVar("lightning_prehab_p
 def listening(listener: Listener) -> Iterator[None]:
     """Inside, ``listener`` hears of the progress of whatever this thread does.
 
-    What a listener raises ends the work. Nothing is told once a model begins to change, so the model is then as it was.
+    What a listener raises ends the work, and the model is then as it was. Nothing is told while a model changes; when
+    it is measured afterwards (``"evaluate"``), what a listener raises is a warning, and the report has no scores.
 
     >>> heard = []
     >>> with listening(heard.append):
