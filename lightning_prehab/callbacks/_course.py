@@ -61,8 +61,11 @@ class CourseNotes:
         return replace(report, prehab=course)
 
     def at_the_end(self, trainer: "pl.Trainer", report: CompressionReport) -> CompressionReport:
-        """The report with the whole course, which is said in one line; the same one if there was no prehab."""
-        if report.prehab is None:
+        """The report with the whole course, said in one line; the same one if that is not for this fit to tell.
+
+        That is so without a prehab, and once a fit has ended: a later one is another run.
+        """
+        if report.prehab is None or report.prehab.end is not None:
             return report
         course = replace(report.prehab, end=self._now(trainer))
         rank_zero_info(f"prehab: {course.summary()}")

@@ -91,7 +91,7 @@ def is_labelled(model: nn.Module, batch: Any) -> bool:
     """Whether a batch is a pair of inputs and labels, and nothing else it could be.
 
     The second part is an integer for each row of the first, and the model's ``forward`` can be called with one argument
-    and not with two.
+    and not with two; or the second is a mask, as of timm's vision transformers, which labels are not.
 
     >>> is_labelled(nn.Sequential(nn.Linear(3, 2)), [torch.zeros(4, 3), torch.tensor([0, 1, 1, 0])])
     True
@@ -106,7 +106,8 @@ def is_labelled(model: nn.Module, batch: Any) -> bool:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):
         return False
-    return _takes(signature, 1) and not _takes(signature, 2)
+    no_place = not _takes(signature, 2) or any("mask" in name for name in list(signature.parameters)[1:2])
+    return _takes(signature, 1) and no_place
 
 
 def _takes(signature: inspect.Signature, count: int) -> bool:

@@ -41,6 +41,15 @@ def test_labels_are_not_given_to_a_model_of_one_argument(batch):
     assert output is batch[0] if isinstance(batch[0], dict) else torch.equal(output, model(X))
 
 
+def test_a_mask_is_no_place_for_labels():
+    class Masked(nn.Linear):
+        def forward(self, x, attn_mask=None, is_causal=False):
+            assert attn_mask is None
+            return super().forward(x)
+
+    call_model(Masked(3, 2), [X, LABELS])
+
+
 @pytest.mark.parametrize("kind", [Two, Optional, Any])
 def test_a_model_that_takes_two_is_given_two(kind):
     model = kind()
