@@ -87,7 +87,7 @@ def compress_(
         PrehabError: If something is wrong; the model is then as it was.
 
     >>> model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
-    >>> report = compress_(model, keep=0.5, batches=[torch.randn(64, 32)])
+    >>> report = compress_(model, keep=0.5, batches=[torch.randn(128, 32)])
     >>> report.keep <= 0.5, type(model[0]).__name__
     (True, 'LowRankLinear')
     """

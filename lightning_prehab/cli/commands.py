@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prehab.cli.evaluation import Measured, compare_scores, read_evaluation, scores_in
+from lightning_prehab.cli.evaluation import Measured, compare_scores, kept_evaluation, read_evaluation, scores_in
 from lightning_prehab.cli.inputs import (
     Batches,
     check_compressed,
@@ -126,8 +126,9 @@ def _carry_out(
     at_once = settings.layers_at_once
     statistics: Mapping[str, LayerStatistics] | None
     if batches is None:
-        statistics, kept = beside_plan(Path(settings.plan), plan, model)
-        measured = kept if settings.evaluate is None else measured
+        statistics, folder = beside_plan(Path(settings.plan), plan, model)
+        if settings.evaluate is None and folder is not None:
+            measured = kept_evaluation(folder, settings.source)
     elif at_once is not None:
         raise ArgumentError("--layers-at-once has no effect on --plan with --data; plan anew with --output instead.")
     else:

@@ -1,13 +1,15 @@
 """What the command line measures of a model's worth, and on which rows."""
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
-from lightning_prehab.cli.inputs import Batches, read_batches, reason
+from lightning_prehab.cli.inputs import Batches, read_batches
+from lightning_prehab.cli.outputs import note
 from lightning_prehab.documents.settings import read_file
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.report.compression_report import CompressionReport
@@ -21,7 +23,7 @@ SHARE = 0.1
 #: With fewer rows than this nothing is held back unless asked for: less than three would be left to measure on.
 FEWEST_ROWS = 30
 #: Of the folder that ``plan --output`` writes beside a plan.
-_KEPT = "evaluation.pt"
+_KEPT = "evaluation.json"
 
 
 class Measured(NamedTuple):
@@ -31,19 +33,21 @@ class Measured(NamedTuple):
         batches: Some batches.
         source: The name of the file that they are from.
         held_back: Whether they are the part of it that is left out of the calibration.
+        found: How to find them again: the file and its checksum, and what else they depend on.
     """
 
     batches: Batches
     source: str
-    held_back: bool = False
+    held_back: bool
+    found: Mapping[str, Any]
 
     def evaluation(self) -> Evaluation:
         """One that has measured nothing yet."""
         return Evaluation(self.batches, held_back=self.held_back, source=self.source)
 
     def save(self, folder: Path) -> None:
-        """Puts it beside the statistics of a plan."""
-        torch.save(self._asdict(), folder / _KEPT)
+        """Says beside the statistics of a plan where the rows are; they are not stored twice."""
+        (folder / _KEPT).write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
 
 
 def read_evaluation(settings: Any, batches: Batches | None) -> tuple[Batches | None, Measured | None]:
@@ -56,28 +60,39 @@ def read_evaluation(settings: Any, batches: Batches | None) -> tuple[Batches | N
     if wish is None:
         wish = SHARE if batches is not None and _rows(batches) >= FEWEST_ROWS else 0.0
     if isinstance(wish, str):
-        return batches, Measured(_read(wish, settings), Path(wish).name)
+        return batches, Measured(_read(wish, settings), Path(wish).name, False, _found(wish, settings, None))
     if wish == 0.0:
         return batches, None
     if batches is None:
         raise ArgumentError(f"--evaluate {wish} holds rows of --data back; give --data, or --evaluate a file.")
     rest, held = hold_back(batches, wish)
-    return rest, Measured(held, Path(settings.data).name, held_back=True)
+    return rest, Measured(held, Path(settings.data).name, True, _found(settings.data, settings, wish))
 
 
-def kept_evaluation(folder: Path) -> Measured | None:
-    """What lies beside the statistics of a plan, if something does.
+def kept_evaluation(folder: Path, source: str) -> Measured | None:
+    """The rows that are named beside the statistics of a plan; None, with a note, if their file is not what it was.
+
+    Args:
+        folder: That of the statistics.
+        source: The Hugging Face folder whose tokenizer reads text.
 
     Raises:
-        ArgumentError: If it cannot be read.
+        ArgumentError: If what is there cannot be read.
     """
     path = folder / _KEPT
     if not path.is_file():
         return None
     try:
-        return Measured(**torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # whatever a damaged file leads to
-        raise ArgumentError(f"{path} cannot be read ({reason(error)}); give --evaluate 0, or a file.") from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+        file, share = Path(found["file"]), found["share"]
+        if not file.is_file() or _checksum(file) != found["sha256"]:
+            note(f"{file} is not what it was when the plan was made; --evaluate FILE says what the model is worth.")
+            return None
+        batches = read_batches(str(file), source, found["batch_size"], found["max_length"])
+    except (ValueError, LookupError, TypeError, OSError) as error:
+        raise ArgumentError(f"{path} cannot be read ({error}); give --evaluate 0, or a file.") from error
+    held = batches if share is None else hold_back(batches, share)[1]
+    return Measured(held, file.name, share is not None, found)
 
 
 def compare_scores(
@@ -124,3 +139,12 @@ def _calibrated_with(name: str, report: Path) -> bool:
 
 def _rows(batches: Batches) -> int:
     return sum(batch_size(batch) for batch in batches)
+
+
+def _found(file: str, settings: Any, share: float | None) -> dict[str, Any]:
+    rows = {"batch_size": settings.batch_size, "max_length": settings.max_length, "share": share}
+    return {"file": str(Path(file).absolute()), "sha256": _checksum(Path(file)), **rows}
+
+
+def _checksum(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

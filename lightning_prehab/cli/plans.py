@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_prehab.cli.evaluation import Measured, kept_evaluation
+from lightning_prehab.cli.evaluation import Measured
 from lightning_prehab.cli.outputs import beside, check_writable
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.files.statistics import INDEX, StatisticsWriter, StoredStatistics, fingerprint
@@ -131,8 +131,8 @@ def read_plan(settings: Any) -> CompressionPlan:
     return CompressionPlan.from_yaml(Path(settings.plan))
 
 
-def beside_plan(path: Path, plan: CompressionPlan, model: nn.Module) -> tuple[StoredStatistics | None, Measured | None]:
-    """The statistics that lie beside a plan, if its method reads some, and what was held back of their data.
+def beside_plan(path: Path, plan: CompressionPlan, model: nn.Module) -> tuple[StoredStatistics | None, Path | None]:
+    """The statistics that lie beside a plan, and their folder, if its method reads some.
 
     Raises:
         ArgumentError: If they are not there, or the model has other weights than the one that was planned.
@@ -154,4 +154,4 @@ def beside_plan(path: Path, plan: CompressionPlan, model: nn.Module) -> tuple[St
             f"{found} was seen on a model with other weights than this one; plan anew, or give --data to calibrate "
             "anew for the ranks of the plan."
         )
-    return statistics, kept_evaluation(found)
+    return statistics, found

@@ -105,6 +105,30 @@ def test_a_plan_gives_the_very_weights_of_compress(words, options, evaluate, cap
     assert (reports[0]["scores"] is None) == (evaluate == "0")
 
 
+def test_a_plan_is_measured_on_the_rows_that_were_held_back_while_their_file_is_the_same(
+    bert,  # noqa: F811
+    tmp_path,
+    capsys,
+    monkeypatch,
+):
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text((bert / "text.txt").read_text() * 8)
+    run(capsys, "plan", bert, "--data", "text.txt", "--evaluate", 0.2, "--output", "plan.yaml")
+    compress = ["compress", bert, "--plan", "plan.yaml", "--output", "small", "--force"]
+    run(capsys, *compress)
+    scores = lp.CompressionReport.load_json("small/report.json").scores
+    assert scores is not None
+    assert "held-back rows of text.txt" in scores.data
+    text.write_text("another\n" * 40)
+    assert main(list(map(str, compress))) == 0
+    assert "text.txt is not what it was" in capsys.readouterr().err
+    assert lp.CompressionReport.load_json("small/report.json").scores is None
+    text.unlink()
+    run(capsys, *compress, "--evaluate", bert / "text.txt")
+    assert lp.CompressionReport.load_json("small/report.json").scores is not None
+
+
 def test_several_budgets_share_what_was_seen(bert, tmp_path, capsys, monkeypatch, no_calibration):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     words = ["plan", bert, "--data", bert / "text.txt", "--keep", 0.3, 0.5, "--output", "deep/plan.yaml"]
