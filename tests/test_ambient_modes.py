@@ -95,7 +95,6 @@ CALLS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*fewer calibration tokens")
 @pytest.mark.parametrize("kind", CASES)
 def test_the_same_weights_in_every_mode(kind, tmp_path):
     case = CASES[kind]

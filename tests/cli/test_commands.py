@@ -22,7 +22,6 @@ from lightning_prehab.report.latency import verdict
 from tests.large_report import large_report
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore:.*fewer calibration tokens")  # a dozen lines of text
 TEXT = "the cat sat on the mat\na dog ran\n\nthe dog sat on a cat and ran and ran\n" * 4
 
 

@@ -13,7 +13,6 @@ from lightning_prehab.report import figures
 from tests.cli.test_commands import Lit, bert, refused, run  # noqa: F401  # bert is a fixture
 from tests.tiny_llama import llama
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fewer calibration tokens")
 PARSER, COMMANDS = arguments.build_parser()
 #: Enough to be understood, whatever else is wrong.
 LEAST = {

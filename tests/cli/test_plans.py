@@ -33,7 +33,6 @@ class LitSeveral(Lit):
         return self.head(self.attention(x, x, x, need_weights=False)[0])
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fewer calibration tokens")
 LINEAR = {Lit: ["net.*"], LitConv: [], LitSeveral: ["head"]}
 
 

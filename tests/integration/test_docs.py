@@ -25,6 +25,9 @@ from lightning_prehab.factorizations import Factorization
 from lightning_prehab.rank_policies import RankPolicy
 from lightning_prehab.regularizers import Penalty, Shrinkage
 
+#: What the documentation shows has enough calibration data.
+pytestmark = pytest.mark.filterwarnings("error:.*fewer calibration tokens")
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r'^```(\w+)(?: title="(.*?)")?\n(.*?)^```$', flags=re.MULTILINE | re.DOTALL)

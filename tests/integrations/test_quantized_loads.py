@@ -15,10 +15,7 @@ from lightning_prehab.integrations.huggingface import prepare_for_saving
 from tests.same_model import assert_same_weights
 from tests.tiny_llama import llama
 
-pytestmark = [
-    pytest.mark.usefixtures("rounded_by_address"),
-    pytest.mark.filterwarnings("ignore:.*fewer calibration tokens"),  # a few rows are enough here
-]
+pytestmark = pytest.mark.usefixtures("rounded_by_address")
 IDS = torch.arange(10).view(2, 5)
 METHODS = sorted(set(AUTO_QUANTIZER_MAPPING) - {"lightning_prehab"})
 

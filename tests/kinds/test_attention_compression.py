@@ -13,8 +13,6 @@ import lightning_prehab as lp
 from lightning_prehab.layers.attention import PARTS, LowRankMultiheadAttention
 from tests.same_model import assert_same_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fewer calibration tokens")  # a few rows are enough here
-
 
 class Net(nn.Module):
     """An encoder and a decoder layer, and attention whose keys and values have sizes of their own."""
