@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import lightning_prehab as lp
-from lightning_prehab.progress import listening
 from lightning_prehab.errors import ArgumentError, NumericalError
+from lightning_prehab.progress import listening
 from lightning_prehab.report.evaluation import Evaluation, for_calibration
 from tests.tiny_llama import llama
 
