@@ -201,4 +201,10 @@ def _scores(site: Site, before: Score) -> Scores | None:
             stacklevel=2,
         )
         return None
+    except BaseException:
+        warnings.warn(
+            "Interrupted while the compressed model was measured: the model in memory is cut, and there is no report.",
+            stacklevel=2,
+        )
+        raise
     return None if after is None else Scores(before, after)

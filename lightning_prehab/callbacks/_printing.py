@@ -5,6 +5,8 @@ import sys
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 
 def show(pl_module: "pl.LightningModule", shown: Any) -> None:
@@ -14,7 +16,14 @@ def show(pl_module: "pl.LightningModule", shown: Any) -> None:
         pl_module: Knows where to print, so that a progress bar stays whole.
         shown: Has a plain form, and one for rich.
     """
-    pl_module.print(_coloured(shown) if sys.stdout.isatty() else f"\n{shown}")
+    text = _coloured(shown) if sys.stdout.isatty() else f"\n{shown}"
+    trainer = pl_module.trainer
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, TQDMProgressBar) and bar.is_enabled:  # its own print is silent before its first bar
+        if trainer.is_global_zero:
+            Tqdm.write(text)
+    else:
+        pl_module.print(text)
 
 
 def _coloured(shown: Any) -> Any:

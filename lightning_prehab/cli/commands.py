@@ -133,7 +133,9 @@ def _carry_out(
         raise ArgumentError("--layers-at-once has no effect on --plan with --data; plan anew with --output instead.")
     else:
         targets = Targets(planned_targets(model, plan), {}, None)
-        statistics = ProcessSite(model, batches).observe(targets, plan.factorization.wanted)
+        site = ProcessSite(model, batches)
+        statistics = site.observe(targets, plan.factorization.wanted)
+        site.warn_of_few_tokens()
     evaluation = None if measured is None else measured.evaluation()
     return apply_plan_(model, plan, statistics, layers_at_once=at_once, evaluate=evaluation)
 

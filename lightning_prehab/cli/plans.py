@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,18 +95,24 @@ class PlanFiles:
     def write(
         self, plans: Sequence[CompressionPlan], writer: StatisticsWriter, model: nn.Module, measured: Measured | None
     ) -> list[str]:
-        """Writes all files, inside of :meth:`writer`; says which, how large, and what can be done with them."""
+        """Writes all files, inside of :meth:`writer`; says which, how large, and what can be done with them.
+
+        What is there already is replaced once all that is new lies beside it.
+        """
         said = []
+        work = writer.folder.parent
+        for path, plan in zip(self._plans, plans, strict=True):
+            plan.to_yaml(work / path.name)
         if len(writer):
             if measured is not None:
                 measured.save(writer.folder)
             size = writer.finish(fingerprint(model))
             if self._statistics.exists():
-                shutil.rmtree(self._statistics)
+                os.replace(self._statistics, work / "old")
             os.replace(writer.folder, self._statistics)
             said.append(f"statistics written to {self._statistics} ({size / 1e6:,.1f} MB)")
         for path, plan in zip(self._plans, plans, strict=True):
-            plan.to_yaml(path)
+            os.replace(work / path.name, path)
             said.append(f"plan written to {path} (keep {plan.keep:.3f}); ranks can be edited")
         return said
 
@@ -140,7 +145,7 @@ def beside_plan(path: Path, plan: CompressionPlan, model: nn.Module) -> tuple[St
     """
     if not plan.factorization.needs_statistics:
         return None, None
-    stems = dict.fromkeys((path.stem, re.sub(r"-[0-9.e-]+$", "", path.stem)))
+    stems = dict.fromkeys((path.stem, re.sub(r"-[0-9.]+(e-[0-9]+)?$", "", path.stem)))  # without the share
     places = [path.with_name(f"{stem}.statistics") for stem in stems]
     found = next((place for place in places if place.is_dir()), None)
     if found is None:

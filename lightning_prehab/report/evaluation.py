@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,7 +71,7 @@ class Evaluation:
         """
         device = next(model.parameters()).device
         grads = torch.set_grad_enabled(self._forward is not None)
-        with as_found(model), _same_buffers(model), same_randomness(device), grads:
+        with as_found(model), same_randomness(device), grads:
             found = self._score(model, device)
         return found if found is None else _checked(found)
 
@@ -197,23 +196,3 @@ def _copied(batch: Any) -> Any:
         return copy.deepcopy(batch)
     except Exception:  # a batch may be anything: a non-leaf tensor, a generator
         return batch
-
-
-@contextmanager
-def _same_buffers(model: nn.Module) -> Iterator[None]:
-    """Whatever a forward pass does to buffers (a counter, a cache) is undone."""
-    plain = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    found = [
-        (module._buffers, name, buffer, buffer.detach().clone())
-        for module in plain
-        for name, buffer in module._buffers.items()
-        if buffer is not None and type(buffer) in (Tensor, nn.Buffer) and buffer.layout == torch.strided
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffers, name, buffer, value in found:
-                if not buffer.is_meta and not torch.equal(buffer, value):
-                    buffer.copy_(value)
-                buffers[name] = buffer

@@ -142,11 +142,15 @@ class ProcessSite(Site):
 
     def decide(self, answer: Callable[[], T]) -> T:
         """This process decides; it warns if it has seen too little to decide by."""
+        self.warn_of_few_tokens()
+        return answer()
+
+    def warn_of_few_tokens(self) -> None:
+        """Warns, once, if what was observed is too little for some layers."""
         warning = warning_of_few_tokens(self._starved, _REMEDY)
         if warning is not None:
             warnings.warn(warning, stacklevel=2)
         self._starved = {}
-        return answer()
 
     def factors(self, plan: CompressionPlan) -> dict[str, Factors]:
         """From the decompositions of this site."""

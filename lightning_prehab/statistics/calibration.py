@@ -136,15 +136,36 @@ def _loss_of(output: Any, size: int, generator: torch.Generator) -> Tensor:
 
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients inside; everything as before outside."""
+    """Eval mode without gradients inside; everything as before outside, buffers that a forward pass writes to too."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]  # frozen: none
     try:
         model.eval()
         model.zero_grad(set_to_none=True)
-        yield
+        with _same_buffers(model):
+            yield
     finally:
         for module, training in modes:
             module.training = training
         for parameter, gradient in gradients:
             parameter.grad = gradient
+
+
+@contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """Whatever a forward pass does to buffers (a counter, a cache) is undone."""
+    plain = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    found = [
+        (module._buffers, name, buffer, buffer.detach().clone())
+        for module in plain
+        for name, buffer in module._buffers.items()
+        if buffer is not None and type(buffer) in (Tensor, nn.Buffer) and buffer.layout == torch.strided
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffers, name, buffer, value in found:
+                if not buffer.is_meta and not torch.equal(buffer, value):
+                    buffer.copy_(value)
+                buffers[name] = buffer

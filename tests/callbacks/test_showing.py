@@ -35,10 +35,11 @@ class OfSomebody(ProgressBar):
 
 
 def fit(make_trainer, module, loader, *callbacks, epoch=1, **settings):
-    cut = [lp.PrehabCallback(update_steps=0), lp.CompressionCallback(epoch, 0.5, calibration_batches=6)]
-    trainer = make_trainer(max_epochs=2, callbacks=[*cut, *callbacks], **settings)
+    cut = lp.CompressionCallback(epoch, 0.5, calibration_batches=6)
+    prehab = [lp.PrehabCallback(update_steps=0)] if epoch else []
+    trainer = make_trainer(max_epochs=2, callbacks=[*prehab, cut, *callbacks], **settings)
     trainer.fit(module, loader)
-    assert cut[1].done
+    assert cut.done
 
 
 #: What each phase ends with, in order: of the preparation of the regularizer, and of the surgery.
@@ -59,6 +60,15 @@ def test_lines_stand_above_the_bar_of_tqdm(epoch, make_trainer, lit, loader, slo
     written = capsys.readouterr()
     assert_told(written.err.replace("\r", "\n").splitlines(), ENDS if epoch else ENDS[2:])
     assert "100%" in written.out + written.err  # its own bar went on to the end
+
+
+@pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar, OfSomebody, None])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_the_report_is_printed_whatever_the_bar_and_the_epoch(bar, epoch, make_trainer, lit, loader, capsys):
+    bars = [] if bar is None else [bar()]
+    fit(make_trainer, lit, loader, *bars, epoch=epoch, enable_progress_bar=bar is not None)
+    written = capsys.readouterr().out + "".join(getattr(one, "printed", [""])[-1] for one in bars)
+    assert written.count("times smaller") == 1
 
 
 def test_lines_stand_above_the_bar_of_rich(make_trainer, lit, loader, slow, capsys):

@@ -6,6 +6,7 @@ import re
 import shutil
 import stat
 import sys
+import warnings
 
 import pytest
 import torch
@@ -151,6 +152,26 @@ def test_several_budgets_share_what_was_seen(bert, tmp_path, capsys, monkeypatch
     run(capsys, *words, "--force")
 
 
+@pytest.mark.parametrize("name", ["plan-2026-11.yaml", "v1.5.yaml", "my plan-3.yml", "a-1e-05.b.yaml"])
+def test_several_plans_find_their_statistics_whatever_the_name(name, bert, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    run(capsys, "plan", bert, "--data", bert / "text.txt", "--keep", 0.3, 0.5, "--output", name)
+    stem, suffix = os.path.splitext(name)
+    for keep in (0.3, 0.5):
+        run(capsys, "compress", bert, "--plan", f"{stem}-{keep}{suffix}", "--output", f"small-{keep}")
+
+
+def test_a_plan_with_little_data_is_warned_of_too(bert, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    run(capsys, "plan", bert, "--data", bert / "text.txt", "--output", "plan.yaml")
+    (tmp_path / "line.txt").write_text((bert / "text.txt").read_text().splitlines()[0])
+    words = ["compress", str(bert), "--plan", "plan.yaml", "--data", "line.txt", "--output", "small"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(words) == 0
+    assert "fewer calibration tokens" in capsys.readouterr().err
+
+
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -241,6 +262,26 @@ def test_an_interrupted_plan_leaves_nothing(bert, tmp_path, capsys, monkeypatch)
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plans.PlanFiles, "write", stop)
-    assert main(["plan", str(bert), "--data", str(bert / "text.txt"), "--output", "plan.yaml"]) == 130
-    assert os.listdir() == []
+    for place in [(plans.PlanFiles, "write"), (lp.CompressionPlan, "to_yaml"), (plans.StatisticsWriter, "finish")]:
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, stop)
+            assert main(["plan", str(bert), "--data", str(bert / "text.txt"), "--output", "plan.yaml"]) == 130
+        assert os.listdir() == []
+
+
+def test_an_interrupted_plan_leaves_an_older_one_whole(bert, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    words = ["plan", str(bert), "--data", str(bert / "text.txt"), "--keep", "0.4", "0.6", "--output", "plan.yaml"]
+    run(capsys, *words)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    wrote, write = [], lp.CompressionPlan.to_yaml
+
+    def stop_at_the_second(plan, path):
+        wrote.append(path)
+        if len(wrote) == 2:
+            raise KeyboardInterrupt
+        write(plan, path)
+
+    monkeypatch.setattr(lp.CompressionPlan, "to_yaml", stop_at_the_second)
+    assert main([*words, "--method", "activation", "--force"]) == 130
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -10,6 +10,7 @@ from torch import nn
 
 import lightning_prehab as lp
 from lightning_prehab.errors import ArgumentError, NumericalError
+from lightning_prehab.progress import listening
 from lightning_prehab.report.evaluation import Evaluation, for_calibration
 from tests.tiny_llama import llama
 
@@ -390,6 +391,20 @@ def test_an_evaluation_that_fails_after_the_cut_loses_nothing(mlp):
     assert report.scores is None
     assert report == lp.compress_(other, 0.5, batches, failing_at(0))
     assert isinstance(mlp[0], lp.LowRankLinear)
+    assert not any(module._forward_hooks for module in mlp.modules())
+
+
+def test_who_interrupts_the_last_measurement_is_told_that_the_model_is_cut(mlp):
+    def stop(progress):
+        if progress.phase == "evaluate" and isinstance(mlp[0], lp.LowRankLinear):
+            raise KeyboardInterrupt
+
+    with (
+        pytest.warns(UserWarning, match="the model in memory is cut"),
+        listening(stop),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        lp.compress_(mlp, 0.5, pairs(), evaluate=pairs(1, 3))
     assert not any(module._forward_hooks for module in mlp.modules())
 
 

@@ -507,3 +507,34 @@ def test_patches_of_large_batches_are_made_a_few_samples_at_a_time(batches, drop
             else:
                 pair = one, other_one
             torch.testing.assert_close(*pair, atol=1e-4, rtol=1e-4)
+
+
+class Counting(nn.Module):
+    """Counts its forward passes in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("policy", [None, lp.ProbeBudget(0.5)])
+@pytest.mark.parametrize("layers_at_once", [None, 1])
+@pytest.mark.parametrize("evaluate", [None, 0.5])
+def test_no_pass_of_a_cut_leaves_a_trace_in_the_buffers(policy, layers_at_once, evaluate):
+    model = Counting()
+    calls = model.calls
+    lp.compress_(
+        model,
+        0.5,
+        [torch.randn(64, 8) for _ in range(2)],
+        policy=policy,
+        layers_at_once=layers_at_once,
+        evaluate=evaluate,
+    )
+    assert model.calls is calls
+    assert calls == 0
