@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prehab.cli.evaluation import Measured, compare_scores, kept_evaluation, read_evaluation, scores_in
+from lightning_prehab.cli.evaluation import (
+    FEWEST_ROWS,
+    Measured,
+    compare_scores,
+    kept_evaluation,
+    read_evaluation,
+    scores_in,
+)
 from lightning_prehab.cli.inputs import (
     Batches,
     check_compressed,
@@ -34,6 +41,7 @@ from lightning_prehab.road import operate, plan_budgets
 from lightning_prehab.sites import ProcessSite
 from lightning_prehab.statistics.batches import call_model, to_device
 from lightning_prehab.statistics.calibration import as_found
+from lightning_prehab.statistics.scarce import REAL_SIZE
 from lightning_prehab.statistics.sums import LayerStatistics
 from lightning_prehab.surgery.factors import planned_targets
 from lightning_prehab.targets.find import Targets
@@ -47,17 +55,18 @@ def plan(settings: Any) -> None:
     files = None if settings.output is None else PlanFiles(settings.output, keeps, settings.force)
     model, batches = _inputs(settings)
     batches, measured = read_evaluation(settings, batches)  # the calibration sees what that of compress would
-    at_once = settings.layers_at_once
-    said = []
+    given = {"layers_at_once": settings.layers_at_once, "evaluate": None if measured is None else measured.evaluation()}
+    said: list[str] = []
     if files is None:
         with shown():
-            plans = plan_budgets(recipes, ProcessSite(model, batches, layers_at_once=at_once))
+            plans = plan_budgets(recipes, ProcessSite(model, batches, **given))
     else:
         with files.writer() as writer:
             with shown():
-                plans = plan_budgets(recipes, RecordingSite(model, batches, writer, layers_at_once=at_once))
+                plans = plan_budgets(recipes, RecordingSite(model, batches, writer, **given))
             said = files.write(plans, writer, model, measured)
         said.append(f"Next: lightning-prehab compress {settings.source} {files.next_step} --output FOLDER")
+    _note_what_is_not_known(settings, plans[0], measured)
     data = [{"keep": found.keep, "model_keep": found.model_keep, **found.to_dict()} for found in plans]
     show(settings, {"plans": data}, *plans, *said)
 
@@ -81,6 +90,8 @@ def compress(settings: Any) -> None:
             report = operate(wish, site)
     with shown(), doing("write"):
         write_model(model, report, source, output)
+    if settings.plan is None:
+        _note_what_is_not_known(settings, report.plan, measured)
     written = f"written to {output}: {before:,.1f} -> {megabytes(model):,.1f} MB of weights"
     loading = how_to_load(model, source, output, settings.model)
     show(settings, {"folder": str(output), "report": report.to_dict()}, report, written, loading)
@@ -148,6 +159,14 @@ def _check_data(recipe: Recipe, settings: Any) -> None:
         raise ArgumentError(f"{recipe.factorization} needs --data, text or batches; --method svd needs none.")
     if recipe.policy is not None and (recipe.policy.needs_probes or recipe.policy.needs_weight_gradients):
         raise ArgumentError(f"{recipe.policy} needs --data, text or batches; --policy ratio needs none.")
+
+
+def _note_what_is_not_known(settings: Any, plan: CompressionPlan, measured: Measured | None) -> None:
+    """Says once more what a cut was made without, where no warning has said it."""
+    if settings.data is None and plan.dense_parameters < REAL_SIZE:
+        note("without --data plain SVD is used: it does not know what matters to the model, and can ruin it.")
+    if settings.data is not None and measured is None and settings.evaluate is None:
+        note(f"not measured: fewer than {FEWEST_ROWS} rows of --data; --evaluate FILE says what the model is worth.")
 
 
 def _inputs(settings: Any) -> tuple[nn.Module, Batches | None]:

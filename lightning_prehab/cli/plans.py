@@ -39,13 +39,11 @@ class RecordingSite(ProcessSite):
         model: As for a :class:`ProcessSite`.
         batches: As for it.
         writer: What writes.
-        layers_at_once: As for it.
+        **others: As for it.
     """
 
-    def __init__(
-        self, model: nn.Module, batches: Any, writer: StatisticsWriter, *, layers_at_once: int | None = None
-    ) -> None:
-        super().__init__(model, batches, layers_at_once=layers_at_once)
+    def __init__(self, model: nn.Module, batches: Any, writer: StatisticsWriter, **others: Any) -> None:
+        super().__init__(model, batches, **others)
         self._writer = writer
 
     def observe(self, targets: Targets, wanted: Wanted) -> Mapping[str, LayerStatistics] | None:

@@ -115,10 +115,10 @@ def _prefix_and_others(
 def notes_of_left(
     layers: Sequence[LayerPlan], skipped: Mapping[str, str], every_name: bool = False, prefix: str = ""
 ) -> list[str]:
-    """One line for each reason to leave layers as they are: how many, why, which.
+    """One line for each reason to leave layers as they are, or to cut them otherwise: how many, why, which.
 
     Args:
-        layers: Of the plan; those that stay dense are told of.
+        layers: Of the plan; those that stay dense are told of, and those whose rank has a reason.
         skipped: ``{name: reason}`` of the layers that are no targets.
         every_name: List them one by one, all of them.
         prefix: Left out of the names.
@@ -127,6 +127,8 @@ def notes_of_left(
     for layer in layers:
         if layer.rank is None:
             reasons.setdefault(("dense", layer.reason or "no rank was planned"), []).append(layer.name)
+        elif layer.reason is not None:
+            reasons.setdefault(("cut", layer.reason), []).append(layer.name)
     for name, reason in skipped.items():
         reasons.setdefault(("left", reason), []).append(name)
     return [f"{len(names)} {how}: {why}: {_list(names, every_name, prefix)}" for (how, why), names in reasons.items()]

@@ -17,7 +17,7 @@ from lightning_prehab.statistics.batches import batch_size, call_model, padding_
 from lightning_prehab.statistics.calibration import Forward, as_found
 from lightning_prehab.statistics.effect import same_randomness
 from lightning_prehab.statistics.held_back import hold_back
-from lightning_prehab.statistics.kept import KEPT_BYTES
+from lightning_prehab.statistics.kept import KEPT_BYTES, MOST_BATCHES
 from lightning_prehab.statistics.outputs import logits_in, loss_in
 
 
@@ -60,6 +60,10 @@ class Evaluation:
         self._forward, self._held_back, self._source = forward, held_back, source
         self._way: str | None = None  # how to score; "" if it cannot be done
         self._kept: list[tuple[Any, Tensor]] = []  # batches and what the dense model makes of them
+
+    def some_batches(self) -> list[Any]:
+        """At most 16 of the batches, to try a cut on; none if going through them may change something (a loader)."""
+        return list(self._batches[:MOST_BATCHES]) if isinstance(self._batches, list | tuple) else []
 
     @outside_inference_mode
     def score(self, model: nn.Module) -> Score | None:

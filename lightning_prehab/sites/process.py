@@ -81,7 +81,7 @@ class ProcessSite(Site):
         self._layers_at_once = layers_at_once
         self._decompositions: dict[str, Decomposition] = {}
         self._kept = KeptBatches()
-        self._starved: dict[str, bool] = {}  # layers that have been observed: whether they saw few tokens
+        self._starved: dict[str, int] = {}  # layers that have been observed: tokens needed, of those that saw few
 
     @property
     def calibrates(self) -> bool:
@@ -161,13 +161,15 @@ class ProcessSite(Site):
         self._decompositions.clear()
 
     def effect(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> float | None:
-        """On the first batches of the calibration; None, with a warning, where that fails."""
+        """On held-back batches, else on the first ones of the calibration; None, with a warning, where that fails."""
         if not self._kept:
             return None
         targets = planned_targets(self.model, plan)
         views = {name: view_of(targets[name]) for name in factors}
         try:
-            return effect_of_cuts(self.model, views, factors, [batch for batch, _ in self._kept], self._forward)
+            held_back = None if self._evaluation is None else self._evaluation.some_batches()
+            tried = held_back or [batch for batch, _ in self._kept]
+            return effect_of_cuts(self.model, views, factors, tried, self._forward)
         except Exception as error:  # a loss is anybody's code, and the cut does not need to know
             if ends_the_work(error):
                 raise

@@ -10,21 +10,21 @@ TOKENS_PER_INPUT = 4
 REAL_SIZE = 1_000_000
 
 
-def starved(statistics: Mapping[str, LayerStatistics]) -> dict[str, bool]:
-    """For each layer whether it saw fewer tokens than four times its input size, though some.
+def starved(statistics: Mapping[str, LayerStatistics]) -> dict[str, int]:
+    """For each layer that saw fewer tokens than four times its input size, though some, how many are needed; else 0.
 
     Args:
         statistics: By the name of the matrix; a layer is named without the form or group after the colon.
     """
-    found: dict[str, bool] = {}
+    found: dict[str, int] = {}
     for name, seen in statistics.items():
-        few = 0 < int(seen.tokens) < TOKENS_PER_INPUT * seen.in_features
+        needed = TOKENS_PER_INPUT * seen.in_features
         layer = name.partition(":")[0]
-        found[layer] = found.get(layer, False) or few
+        found[layer] = max(found.get(layer, 0), needed if 0 < int(seen.tokens) < needed else 0)
     return found
 
 
-def warning_of_few_tokens(layers: Mapping[str, bool], remedy: str) -> str | None:
+def warning_of_few_tokens(layers: Mapping[str, int], remedy: str) -> str | None:
     """A warning that names layers which saw few tokens; None if there is nothing to say.
 
     Args:
@@ -36,7 +36,7 @@ def warning_of_few_tokens(layers: Mapping[str, bool], remedy: str) -> str | None
         return None
     return (
         f"{len(few)} of {len(layers)} layers saw fewer calibration tokens than four times their input size "
-        f"(first: {few[0]!r}). {remedy}"
+        f"(first: {few[0]!r}; {max(layers.values()):,} tokens are enough for all). {remedy}"
     )
 
 

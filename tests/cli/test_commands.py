@@ -2,10 +2,7 @@
 
 import json
 import os
-import re
 import runpy
-import shlex
-import shutil
 import sys
 from pathlib import Path
 
@@ -328,19 +325,6 @@ def test_run_as_a_module(tmp_path, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: missing.json does not exist; give a folder")
-
-
-def test_the_commands_of_the_readme(bert, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(timing, "LEAST_SECONDS", 1e-6)
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(bert, "my-model")
-    Path("lines.txt").write_text(TEXT)
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    commands = re.findall(r"^python -m lightning_prehab (.*)$", readme, flags=re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["plan", "compress", "report", "bench"]
-    for command in commands:
-        assert run(capsys, *shlex.split(command))
-    assert lp.CompressionReport.load_json("small/report.json").keep <= 0.4
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_the_thread_draws_while_nothing_is_told_and_ends_with_the_context(record
         with shown(), naming_items("decompose", ["fc1"]):
             for _ in counted([0], "decompose"):
                 assert len(drawers()) == 1
-                assert recorder.seen.wait(60)
+                assert recorder.seen.wait(600)
                 if error is not None:
                     raise error
     assert drawers() == []

@@ -160,7 +160,8 @@ def test_one_picture(report, tmp_path, capsys):
     assert (tmp_path / "a=b.png").read_bytes() == to_png(report.figure("ranks"))
     assert (tmp_path / "errors.png").read_bytes() == to_png(report.figure("errors"))
     for wrong in ("pie=x.png", "ranks", "ranks=", "=x.png"):
-        assert main([*words, f"parameters={tmp_path / 'no.png'}", wrong]) == 1
+        with pytest.raises(SystemExit, match="2"):
+            main([*words, f"parameters={tmp_path / 'no.png'}", wrong])
         assert "NAME=FILE with a NAME of ranks, errors, parameters" in capsys.readouterr().err
     assert not (tmp_path / "no.png").exists()
 

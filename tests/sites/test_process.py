@@ -109,8 +109,8 @@ def test_the_command_line_hands_on_how_many_at_once(command, tmp_path, monkeypat
     given = []
 
     class Watched(ProcessSite):
-        def __init__(self, *args, layers_at_once=None):
-            super().__init__(*args, layers_at_once=layers_at_once)
+        def __init__(self, *args, layers_at_once=None, **more):
+            super().__init__(*args, layers_at_once=layers_at_once, **more)
             given.append(layers_at_once)
 
     monkeypatch.setattr(commands, "ProcessSite", Watched)

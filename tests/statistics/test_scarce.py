@@ -17,7 +17,10 @@ def net(width=12):
     return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 30), nn.Tanh(), nn.Linear(30, width))
 
 
-FEW = r"1 of 3 layers saw fewer calibration tokens than four times their input size \(first: '4'\)\. "
+FEW = (
+    r"1 of 3 layers saw fewer calibration tokens than four times their input size "
+    r"\(first: '4'; 120 tokens are enough for all\)\. "
+)
 
 
 @pytest.mark.parametrize("layers_at_once", [None, 1])

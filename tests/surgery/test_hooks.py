@@ -209,6 +209,7 @@ def test_a_forward_pass_of_the_instance_is_not_known(mlp):
     assert "replaced on the instance" in lp.find_targets(mlp).skipped["2"]
 
 
+@pytest.mark.filterwarnings("ignore:.*without data")
 def test_features_of_timm_survive():
     timm = pytest.importorskip("timm")
     model = timm.create_model(

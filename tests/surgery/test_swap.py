@@ -372,7 +372,7 @@ def test_lbfgs_is_refused_and_nothing_changes(mlp, planned):
 
 def test_a_plan_for_another_model_is_refused(mlp, planned):
     plan, statistics = planned
-    with pytest.raises(PlanError, match="Layer '0': the plan expects a 16x12 weight, the model has Linear"):
+    with pytest.raises(PlanError, match="Layer '0': the plan expects a 16x12 weight, the model has a Linear"):
         lp.apply_plan_(nn.Sequential(nn.Linear(3, 3)), plan, statistics)
     lp.apply_plan_(mlp, plan, statistics)
     with pytest.raises(PlanError, match="the model has LowRankLinear"):
