@@ -274,7 +274,7 @@ def test_wrong_inputs(bert, ckpt, tmp_path, capsys):
     assert "needs --data" in refused(capsys, "plan", bert, "--method", "whitened")
     assert "--device 'warp' cannot be used" in refused(capsys, "plan", bert, "--device", "warp")
     (tmp_path / "bad.ckpt").write_bytes(b"nothing")
-    assert "cannot be loaded as" in refused(capsys, "plan", tmp_path / "bad.ckpt", "--model", "lit_of_a_user.Lit")
+    assert "is damaged" in refused(capsys, "plan", tmp_path / "bad.ckpt", "--model", "lit_of_a_user.Lit")
     for name in ("bad.pt", "bad.safetensors"):
         (tmp_path / name).write_bytes(b"nothing")
         assert name in refused(capsys, "plan", bert, "--data", tmp_path / name)

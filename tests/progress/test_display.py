@@ -192,7 +192,7 @@ def test_one_inside_another_adds_nothing(recorder):
     with shown():
         with shown(), shown(enabled=False), doing("read"):
             assert len(drawers()) == 1
-            assert recorder.seen.wait(60)
+            assert recorder.seen.wait(600)
         assert recorder.closed == 0
     assert recorder.closed == 1
 
@@ -232,11 +232,11 @@ def test_the_second_of_several_processes_shows_nothing(monkeypatch, recorder):
 def test_a_forked_process_neither_shows_nor_waits_for_a_drawing(recorder):
     """As the workers of a DataLoader: forked while the other thread draws all the time."""
     with shown(), doing("read"):
-        assert recorder.seen.wait(60)
+        assert recorder.seen.wait(600)
         for _ in range(20):
             child = os.fork()
             if child == 0:
-                free = display._drawing.acquire(timeout=30)
+                free = display._drawing.acquire(timeout=600)
                 list(counted([1], "calibrate"))
                 os._exit(0 if free else 1)
             assert os.waitpid(child, 0)[1] == 0
@@ -297,7 +297,7 @@ def noting(self, *state):
 display.Display._put = noting
 def wait():
     with drawn:
-        assert drawn.wait(60)
+        assert drawn.wait(600)
 with shown():
     for _ in counted(range(2), "calibrate"):
         wait()
