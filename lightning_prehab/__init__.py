@@ -6,6 +6,7 @@ them is asked for: ``lightning-prehab --help`` need not wait for torch.
 
 from typing import TYPE_CHECKING
 
+from lightning_prehab.__about__ import __version__ as __version__
 from lightning_prehab.integrations._registration import register_when_imported
 
 if TYPE_CHECKING:

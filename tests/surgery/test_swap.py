@@ -375,7 +375,7 @@ def test_a_plan_for_another_model_is_refused(mlp, planned):
     with pytest.raises(PlanError, match="Layer '0': the plan expects a 16x12 weight, the model has a Linear"):
         lp.apply_plan_(nn.Sequential(nn.Linear(3, 3)), plan, statistics)
     lp.apply_plan_(mlp, plan, statistics)
-    with pytest.raises(PlanError, match="the model has LowRankLinear"):
+    with pytest.raises(PlanError, match="the model has a LowRankLinear"):
         lp.apply_plan_(mlp, plan, statistics)
 
 
