@@ -63,6 +63,6 @@ def check_when_and_where(
     check_whole("start_epoch", start_epoch, 0)
     check_whole("stop_epoch", stop_epoch, 1, optional=True)
     if stop_epoch is not None and stop_epoch <= start_epoch:
-        raise ArgumentError(f"stop_epoch={stop_epoch} must come after start_epoch={start_epoch}.")
+        raise ArgumentError(f"stop_epoch must come after start_epoch={start_epoch}, got {stop_epoch}.")
     check_whole("update_steps", update_steps, 0)
     check_whole("forecast_every_n_steps", forecast_every_n_steps, 0)

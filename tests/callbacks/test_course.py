@@ -2,6 +2,7 @@
 
 import io
 import sys
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -164,6 +165,8 @@ class Terminal(io.StringIO):
 
 class Printing:
     """Prints as a LightningModule does."""
+
+    trainer = SimpleNamespace(progress_bar_callback=None)
 
     def print(self, *words):
         print(*words)
