@@ -18,12 +18,13 @@ class Origin:
 
     Attributes:
         model: Its class, and where it was loaded from.
-        created: When the model was cut: ISO 8601, UTC; empty if not known.
+        created: When the model was cut: ISO 8601, UTC; empty if not known. Not compared: the time of day is no fact of
+            the cut.
         versions: ``{package: version}``.
     """
 
     model: str = ""
-    created: str = ""
+    created: str = field(default="", compare=False)
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod

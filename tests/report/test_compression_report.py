@@ -122,3 +122,9 @@ def test_spectra_of_a_surgery_in_training(lit, loader, make_trainer):
     assert cut.report.latency is None
     restored = lp.CompressionReport.from_dict(cut.state_dict()["report"], lp.SVD())
     assert restored == cut.report
+
+
+def test_the_time_of_day_is_kept_and_not_compared():
+    one, other = Origin("Net", "2026-01-31T12:00:05Z"), Origin("Net", "2026-01-31T12:00:06Z")
+    assert one == other != Origin("Other")
+    assert Origin.from_dict(one.to_dict()).created == one.created
