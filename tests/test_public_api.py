@@ -110,3 +110,9 @@ def test_every_error_is_a_prehab_error():
     kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
     assert len(kinds) > 3
     assert all(issubclass(kind, lp.PrehabError) for kind in kinds)
+
+
+def test_the_version_is_told():
+    from lightning_prehab.__about__ import __version__
+
+    assert lp.__version__ == __version__

@@ -119,6 +119,39 @@ def test_few_rows_are_not_held_back_unless_asked_for(folder, tmp_path, capsys):
     run(capsys, "compress", folder, "--output", tmp_path / "c")  # without data there is nothing to hold back
 
 
+@pytest.mark.parametrize("command", ["plan", "compress"])
+def test_what_is_not_known_is_said(command, folder, tmp_path, capsys):
+    def said(*words):
+        output = [] if command == "plan" else ["--output", tmp_path / "small", "--force"]
+        assert main([str(word) for word in (command, folder, *words, *output)]) == 0
+        return capsys.readouterr().err
+
+    (tmp_path / "few.txt").write_text("\n".join(LINES[:29]))
+    blind, unmeasured = "without --data plain SVD is used", "not measured: fewer than 30 rows of --data"
+    for words, expected in (
+        ([], (True, False)),
+        (["--data", tmp_path / "few.txt"], (False, True)),
+        (["--data", tmp_path / "few.txt", "--evaluate", 0], (False, False)),
+        (["--data", folder / "text.txt"], (False, False)),
+    ):
+        error = said(*words)
+        assert (blind in error, unmeasured in error) == expected, words
+
+
+def test_a_plan_predicts_for_the_rows_that_it_is_measured_on(folder, capsys):
+    """They are of a file of their own, so the calibration is the same."""
+    words = ["plan", folder, "--data", folder / "text.txt", "--keep", 0.3, "--json"]
+
+    def predicted(evaluate):
+        layers = json.loads(run(capsys, *words, "--evaluate", evaluate))["plans"][0]["layers"]
+        assert [layer["rank"] for layer in layers] == ranks or not ranks
+        ranks[:] = [layer["rank"] for layer in layers]
+        return [layer["predicted"]["loss_increase"] for layer in layers]
+
+    ranks: list[int | None] = []
+    assert predicted(folder / "other.txt") != predicted(0)
+
+
 def test_without_calibration_a_file_can_be_measured_on(folder, tmp_path, capsys):
     words = ["compress", folder, "--json", "--output", tmp_path / "a", "--evaluate", folder / "other.txt"]
     assert json.loads(run(capsys, *words))["report"]["scores"]["data"] == "5 rows of other.txt"
