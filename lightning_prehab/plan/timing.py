@@ -4,7 +4,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,8 @@ from torch import Tensor, nn
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.kinds import MatrixView, view_of
 from lightning_prehab.layers.linear import LowRankLinear
+from lightning_prehab.layers.pivot import PivotLinear
+from lightning_prehab.linalg.pivot import as_factor
 from lightning_prehab.linalg.storage import Layout, largest_saving_rank
 from lightning_prehab.progress import counted
 from lightning_prehab.targets.locate import Target
@@ -88,12 +89,13 @@ def _measure(view: MatrixView, tokens: int, grid: Sequence[int], layout: Layout)
     dense.weight = nn.Parameter(weight)
     dense.register_parameter("bias", None if bias is None else nn.Parameter(bias))
     calls: dict[int | None, Callable[[], Tensor]] = {None: partial(nn.functional.linear, x, weight, bias)}
-    made: Any = LowRankLinear
-    if layout == "pivot":
-        from lightning_prehab.layers.pivot import PivotLinear as made
     for rank in grid:
-        factors = normal(rank, view.in_features), normal(view.out_features, rank)
-        calls[rank] = partial(made.from_factors(*factors, like=dense), x)
+        a, b = normal(rank, view.in_features), normal(view.out_features, rank)
+        if layout == "pivot":  # any order will do: nobody looks at the numbers
+            order = torch.randperm(view.out_features, generator=generator, device="cpu").to(weight.device)
+            calls[rank] = partial(PivotLinear.from_factors(a, as_factor(b[rank:], order), dense, order), x)
+        else:
+            calls[rank] = partial(LowRankLinear.from_factors(a, b, like=dense), x)
     return time_calls(calls, weight.device)
 
 

@@ -1,9 +1,9 @@
 """The best way to spend a budget: one option for each item, largest total value, total cost within the budget.
 
 This is the multiple-choice knapsack problem, for costs and values of any shape. A Lagrange multiplier gives an upper
-bound; only options whose Lagrangian loss is within the gap between bound and optimum can be part of the optimum. Where
-value over cost is concave in each item the gap is less than one component, and few are left for an exact search (Pisinger, "A minimal algorithm for the multiple-choice knapsack problem", 1995,
-https://doi.org/10.1016/0377-2217(95)00015-I).
+bound; only options whose Lagrangian loss is within the gap between bound and optimum can be part of the optimum. Few
+are left for an exact search (Pisinger, "A minimal algorithm for the multiple-choice knapsack problem", 1995,
+https://doi.org/10.1016/0377-2217(95)00015-I), the fewer the nearer value over cost is to a concave curve in each item.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,11 @@ from lightning_prehab.errors import PlanError
 
 #: Partial solutions kept at a time. Only near-ties by the thousand reach it; the answer is then the best of those kept.
 MAX_STATES = 20_000
-#: The gap is widened in so many steps, each by this factor: a good choice is nearly always found in a small one, and the
-#: best choice within a gap is the best of all.
+#: The gap is widened in so many steps, each by this factor. The best choice within a gap is the best of all, and nearly
+#: always there is one in a small gap, where few options are left.
 LEVELS, WIDER = 8, 8.0
+#: So few options are looked at in the whole gap at once.
+AT_ONCE = 1000
 
 
 def best_allocation(costs: Sequence[Tensor], values: Sequence[Tensor], budget: int) -> list[int]:
@@ -58,7 +60,7 @@ def best_allocation(costs: Sequence[Tensor], values: Sequence[Tensor], budget: i
         rounding = 1e-12 * (bound + price * budget)
         return max(bound - float(_pick(value, choice).sum()), 0.0) + rounding
 
-    for level in reversed(range(LEVELS)):
+    for level in reversed(range(LEVELS if value.numel() > AT_ONCE else 1)):
         gap = missing(best) / WIDER**level
         found, complete = _search(cost, value, slack, price=price, gap=gap, budget=budget)
         if found is not None and missing(found) < missing(best):
