@@ -14,7 +14,6 @@ from lightning_prehab.linalg.storage import largest_saving_rank
 from lightning_prehab.rank_policies import LayerChoices, ParameterBudget
 from lightning_prehab.rank_policies.costs import isotonic, option_costs
 
-
 LAYOUTS = st.sampled_from(["factors", "pivot"])
 
 

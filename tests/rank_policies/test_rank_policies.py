@@ -23,7 +23,6 @@ from lightning_prehab.rank_policies import (
     RankRatio,
 )
 
-
 LAYOUTS = st.sampled_from(["factors", "pivot"])
 both_layouts = pytest.mark.parametrize("layout", ["factors", "pivot"])
 
