@@ -21,6 +21,6 @@ def why_factors(target: Target, wished: Layout) -> str | None:
     kind = kind_of(view.module)
     if kind is not None and kind.can_pivot(view):
         return None
-    name = type(view.module).__name__
-    what = "a grouped convolution" if view.group_count > 1 else f"a {view.form} {name}" if view.form else f"a {name}"
+    what = "a grouped convolution" if view.group_count > 1 else type(view.module).__name__
+    what = f"the {view.form} form of a convolution" if view.form else what
     return f"{AS_FACTORS}: {what} has no {wished} layout"
