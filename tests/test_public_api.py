@@ -54,6 +54,8 @@ NAMES = {
     "print_compression",
     "save_compressed",
     "to_dense_",
+    "to_factors_",
+    "to_pivot_",
 }
 
 
