@@ -186,9 +186,7 @@ def _decide(recipe: Recipe, site: Site, found: Survey) -> CompressionPlan:
     return site.decide(partial(found.plan, recipe, probes))
 
 
-def _best_tried(
-    recipe: Recipe, site: Site, found: Survey, probes: Mapping[str, Probe] | None
-) -> CompressionPlan:
+def _best_tried(recipe: Recipe, site: Site, found: Survey, probes: Mapping[str, Probe] | None) -> CompressionPlan:
     """The plan whose cut as a whole takes the model least far from the dense one; the first of equals."""
     search, trials = recipe.policy_or_default.search(), recipe.policy_or_default.trials
     costs: dict[tuple[Cut, ...], float] = {}

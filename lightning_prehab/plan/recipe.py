@@ -143,7 +143,7 @@ class Recipe:
         return self if calibrates or self.factorization is not None else replace(self, factorization=SVD())
 
     def without_probes(self) -> "Recipe":
-        """The recipe as long as nothing is probed or tried: the first of a policy's trials, and one budget for probes."""
+        """The recipe as long as nothing is tried or probed: the first of all trials; for probes one plain budget."""
         policy = next(self.policy_or_default.search())
         if not policy.needs_probes:
             return self if policy == self.policy_or_default else replace(self, policy=policy)

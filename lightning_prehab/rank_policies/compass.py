@@ -29,7 +29,7 @@ class Lean(NamedTuple):
     @property
     def gamma(self) -> float:
         """In [-7, 7]."""
-        size = (1.0 + LARGEST_GAMMA) ** (abs(self.gamma_step) / _GAMMAS) - 1.0
+        size: float = (1.0 + LARGEST_GAMMA) ** (abs(self.gamma_step) / _GAMMAS) - 1.0
         return round(size if self.gamma_step >= 0 else -size, 3)
 
     def moved(self, gamma_steps: int, alpha_steps: int) -> "Lean":

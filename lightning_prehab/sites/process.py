@@ -49,8 +49,8 @@ class ProcessSite(Site):
 
     Args:
         model: Any module with layers to cut.
-        batches: Calibration batches, or None. They are gone through once for each block, and once more for probes. A policy
-            that tries cuts has some of them held back for that; see :func:`hold_back_few`.
+        batches: Calibration batches, or None. They are gone through once for each block, and once more for probes. For a
+            policy that tries cuts a few of them are held back; see :func:`hold_back_few`.
         forward: ``(model, batch) -> output or loss``; see :func:`~lightning_prehab.collect_statistics`.
         optimizers: Those that hold the weights.
         layers_at_once: So many targets are observed and decomposed at a time, and of their decompositions only what
@@ -105,7 +105,7 @@ class ProcessSite(Site):
         return targets
 
     def hold_back(self) -> bool:
-        """A few of the calibration batches, if there are any; not those of the evaluation, which is to judge the end."""
+        """A few of the calibration batches, if there are any; those of the evaluation are for the end alone."""
         if self._batches is None:
             return False
         if self._trials is None:
@@ -198,8 +198,8 @@ class ProcessSite(Site):
             if self._trials is not None and tried is not None:
                 return self._trials.increase(self._changes(plan, factors), tried)
             held_back = None if self._evaluation is None else self._evaluation.some_batches()
-            tried = held_back or [batch for batch, _ in self._kept]
-            return effect_of_cuts(self.model, views, factors, tried, self._forward)
+            some = held_back or [batch for batch, _ in self._kept]
+            return effect_of_cuts(self.model, views, factors, some, self._forward)
         except Exception as error:  # a loss is anybody's code, and the cut does not need to know
             if ends_the_work(error):
                 raise

@@ -9,7 +9,6 @@ from torch import Tensor
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.statistics.batches import batch_size
 
-
 #: Of the calibration data, what is held back to try cuts on.
 FEW = 1 / 16
 
@@ -31,7 +30,9 @@ def hold_back_few(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     return hold_back(batches, max(FEW, 1 / max(finest, 2)), " (a policy with trials tries cuts on a part of them)")
 
 
-def hold_back(batches: Sequence[Any], share: float, or_else: str = ", or evaluate= other batches") -> tuple[list[Any], list[Any]]:
+def hold_back(
+    batches: Sequence[Any], share: float, or_else: str = ", or evaluate= other batches"
+) -> tuple[list[Any], list[Any]]:
     """Parts batches in those to calibrate with and those to measure on: always the same ones, spread evenly.
 
     Whole batches, if the share is that of one or more, to rounding, and not of all; else rows of each batch, where all
