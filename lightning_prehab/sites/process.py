@@ -49,8 +49,8 @@ class ProcessSite(Site):
 
     Args:
         model: Any module with layers to cut.
-        batches: Calibration batches, or None. They are gone through once for each block, and once more for probes. For a
-            policy that tries cuts a few of them are held back; see :func:`hold_back_few`.
+        batches: Calibration batches, or None. They are gone through once for each block, and once more for probes. For
+            a policy that tries cuts a few of them are held back; see :func:`hold_back_few`.
         forward: ``(model, batch) -> output or loss``; see :func:`~lightning_prehab.collect_statistics`.
         optimizers: Those that hold the weights.
         layers_at_once: So many targets are observed and decomposed at a time, and of their decompositions only what

@@ -122,8 +122,8 @@ class Trials:
             found.append(_Dense(kept, loss))
         if all(one.kept is None and math.isnan(one.loss) for one in found):
             raise StatisticsError(
-                "The model returns no logits, no floating tensor of two dimensions or more, and no loss to try cuts by; pass "
-                " loss=, a function (model, batch) -> scalar."
+                "The model returns no logits, no floating tensor of two or more dimensions, and no loss to try cuts "
+                "by; pass loss=, a function (model, batch) -> scalar."
             )
         return found
 
