@@ -15,7 +15,7 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
-from lightning_prehab.callbacks import _site
+from lightning_prehab.callbacks import _site, _trial
 from lightning_prehab.errors import PrehabError
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -307,7 +307,7 @@ def check_a_broken_step_breaks_on_all_ranks():
     for step, epoch, policy in (
         ("collect_in_own_pass", 0, None),
         ("probe_in_own_pass", 1, lp.ProbeBudget(0.5)),
-        ("CutsInTraining", 1, lp.CalibratedBudget(0.5, trials=2)),
+        ("Trial", 1, lp.CalibratedBudget(0.5, trials=2)),
         ("compute_factors", 1, None),
         ("prepare_swap", 1, None),
     ):
@@ -315,7 +315,7 @@ def check_a_broken_step_breaks_on_all_ranks():
         before = copy.deepcopy(lit.net)
         with pytest.MonkeyPatch.context() as patch:
             if distributed.is_initialized() and distributed.get_rank() == 1:
-                patch.setattr(_site, step, broken)
+                patch.setattr(_trial if step == "Trial" else _site, step, broken)
             with pytest.raises((PrehabError, MemoryError), match="no memory"):
                 fit(lit, [lp.CompressionCallback(epoch, keep=0.5, policy=policy)], epoch + 1)
         assert str(lit.net) == str(before), step

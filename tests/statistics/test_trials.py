@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_prehab.errors import NumericalError, StatisticsError
 from lightning_prehab.kinds import view_of
+from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.statistics import trials as trials_module
 from lightning_prehab.statistics.effect import Change
 from lightning_prehab.statistics.predictions import Predictions
@@ -59,6 +60,14 @@ def test_the_dense_model_runs_once():
     for _ in range(3):
         trials.of([change(model[0])])
     assert len(calls) == 4
+
+
+def test_under_autocast_the_products_are_exact_all_the_same():
+    """Autocast is for the forward passes."""
+    layer, factors = nn.Linear(6, 8), Factors(torch.randn(3, 6), torch.randn(8, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = Change.by_cut(view_of(layer), factors)
+    assert torch.equal(rounded.weight, Change.by_cut(view_of(layer), factors).weight)
 
 
 def test_padding_does_not_count():
