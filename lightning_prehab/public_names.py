@@ -14,7 +14,14 @@ from lightning_prehab.layers.linear import LowRankLinear, LowRankPlusSparseLinea
 from lightning_prehab.layers.pivot import PivotConv1d, PivotConv2d, PivotLinear
 from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
 from lightning_prehab.plan.recipe import Recipe
-from lightning_prehab.rank_policies import EnergyThreshold, ParameterBudget, ProbeBudget, RankRatio, ZeroSum
+from lightning_prehab.rank_policies import (
+    CalibratedBudget,
+    EnergyThreshold,
+    ParameterBudget,
+    ProbeBudget,
+    RankRatio,
+    ZeroSum,
+)
 from lightning_prehab.regularizers import (
     EffectiveRank,
     NuclearNorm,
@@ -34,6 +41,7 @@ from lightning_prehab.targets.find import find_targets
 __all__ = [
     "SVD",
     "ActivationSVD",
+    "CalibratedBudget",
     "CompressionCallback",
     "CompressionPlan",
     "CompressionReport",

@@ -8,16 +8,17 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 
-from lightning_prehab.errors import ArgumentError
+from lightning_prehab.errors import ArgumentError, StatisticsError
 from lightning_prehab.linalg.factors import Factors
-from lightning_prehab.plan.compression_plan import CompressionPlan
+from lightning_prehab.plan.compression_plan import CompressionPlan, Cut
 from lightning_prehab.plan.form_choice import choose_forms
 from lightning_prehab.plan.ranks import check_recipe, plan_ranks
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.plan.spectra import Solver, Spectrum
 from lightning_prehab.plan.usable import require_targets, usable_targets
-from lightning_prehab.progress import counted, length_of
+from lightning_prehab.progress import counted, length_of, quiet, tell
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.report.scores import Score, Scores
@@ -50,7 +51,10 @@ class Survey:
 
         Raises:
             PlanError: If the wish cannot be met.
+            StatisticsError: If the policy tries whole cuts, which is for :func:`operate` and :func:`plan_budgets`.
         """
+        if recipe.policy_or_default.trials:
+            raise _nothing_to_try(recipe)
         return plan_ranks(self.targets, self.forms, recipe, self.spectra, probes=probes)
 
 
@@ -88,7 +92,17 @@ def _find(recipes: Sequence[Recipe], site: Site) -> Targets:
     targets = site.find(recipes[0])
     for one in recipes:
         check_recipe(one, targets)
+        if one.policy_or_default.trials and not site.hold_back():
+            raise _nothing_to_try(one)
     return targets
+
+
+def _nothing_to_try(recipe: Recipe) -> StatisticsError:
+    return StatisticsError(
+        f"{recipe.policy_or_default} tries cuts of the model on calibration batches, and here there are none (a plan "
+        "out of statistics has no model either). Give batches to compress_, --data on the command line, or the policy "
+        "what such trials have found: trials=0, alpha=..., gamma=..."
+    )
 
 
 def _examine(targets: Targets, recipe: Recipe, site: Site) -> Survey:
@@ -163,12 +177,35 @@ def apply(plan: CompressionPlan, site: Site, solver: Solver) -> CompressionRepor
 
 
 def _decide(recipe: Recipe, site: Site, found: Survey) -> CompressionPlan:
-    """The middle of the road: probe, where the policy asks for it, and plan."""
+    """The middle of the road: probe and try, where the policy asks for it, and plan."""
     policy, probes = recipe.policy_or_default, None
     if policy.needs_probes:
         chosen = site.decide(lambda: choose_forms(found.targets, found.forms, recipe, found.spectra))
         probes = site.probe(in_chosen_forms(found.forms, chosen), policy.probe_keep, recipe.layout)
+    if policy.trials:
+        return _best_tried(recipe, site, found, probes)
     return site.decide(partial(found.plan, recipe, probes))
+
+
+def _best_tried(recipe: Recipe, site: Site, found: Survey, probes: Mapping[str, Probe] | None) -> CompressionPlan:
+    """The plan whose cut as a whole takes the model least far from the dense one; the first of equals."""
+    search, trials = recipe.policy_or_default.search(), recipe.policy_or_default.trials
+    costs: dict[tuple[Cut, ...], float] = {}
+    plans: list[tuple[float, CompressionPlan]] = []
+    policy = next(search)
+    while True:
+        tell("budget", len(plans), trials)
+        with quiet():
+            plan = site.decide(partial(found.plan, replace(recipe, policy=policy), probes))
+            if plan.cuts not in costs:
+                costs[plan.cuts] = site.divergence(plan, site.factors(plan))
+        plans.append((costs[plan.cuts], plan))
+        try:
+            policy = search.send(costs[plan.cuts])
+        except StopIteration as end:
+            tell("budget", len(plans), len(plans))
+            _, best = min(plans, key=itemgetter(0))
+            return replace(best, note=end.value)
 
 
 def _in_the_unit_of_the_loss(plan: CompressionPlan, site: Site, factors: Mapping[str, Factors]) -> CompressionPlan:

@@ -92,7 +92,7 @@ STEPS = {
     "measure_probes": {"sites/process.py", "callbacks/_own_pass.py"},
     "compute_factors": {"sites/process.py", "callbacks/_site.py"},
     "effect_of_cuts": {"sites/process.py"},
-    "effect_in_training": {"callbacks/_site.py"},
+    "CutsInTraining": {"callbacks/_site.py"},
     "prepare_swap": {"surgery/swap.py", "callbacks/_site.py"},
     "swap_": {"sites/process.py"},
 }

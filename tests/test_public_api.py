@@ -7,6 +7,7 @@ import lightning_prehab as lp
 NAMES = {
     "SVD",
     "ActivationSVD",
+    "CalibratedBudget",
     "CompressionCallback",
     "CompressionPlan",
     "CompressionReport",

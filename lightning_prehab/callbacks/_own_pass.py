@@ -20,7 +20,7 @@ from lightning_prehab.factorizations import Decomposition
 from lightning_prehab.linalg.storage import Layout
 from lightning_prehab.plan.probes import measure_probes
 from lightning_prehab.progress import counted
-from lightning_prehab.rank_policies import Probe
+from lightning_prehab.rank_policies import Probe, RankPolicy
 from lightning_prehab.sites.process import factors_in_forms
 from lightning_prehab.statistics.backward import cheaply_if_possible, gradients_for
 from lightning_prehab.statistics.collector import Collector
@@ -100,6 +100,12 @@ def probe_in_own_pass(
             forward=forward,
             layout=layout,
         )
+
+
+def check_runs_apart(policy: RankPolicy, pl_module: "pl.LightningModule") -> None:
+    """Raises :class:`UnsupportedError` if a policy measures by ``training_step``, and that cannot be run for it."""
+    if policy.needs_probes or policy.trials:
+        _check_automatic(pl_module, "Use another rank policy.")
 
 
 def _check_automatic(pl_module: "pl.LightningModule", instead: str) -> None:

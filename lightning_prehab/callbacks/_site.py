@@ -15,7 +15,7 @@ from lightning_prehab.callbacks._distributed import (
     together,
 )
 from lightning_prehab.callbacks._own_pass import collect_in_own_pass, probe_in_own_pass
-from lightning_prehab.callbacks._trial import effect_in_training, where_possible
+from lightning_prehab.callbacks._trial import CutsInTraining, where_possible
 from lightning_prehab.factorizations import Decomposition
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
@@ -62,7 +62,9 @@ class TrainerSite(Site):
     ) -> None:
         self._trainer, self._pl_module = trainer, pl_module
         self._batches, self._collected, self._kept = batches, collected, kept
+        self._own_pass = 0  # batches that it has taken
         self._decompositions: dict[str, Decomposition] = {}
+        self._trials: CutsInTraining | None = None
 
     @property
     def calibrates(self) -> bool:
@@ -73,12 +75,17 @@ class TrainerSite(Site):
         """What the recipe finds in the module."""
         return together(self._trainer, lambda: recipe.find_targets(self._pl_module))
 
+    def hold_back(self) -> bool:
+        """There are training batches beside those of the statistics, in most cases."""
+        return True
+
     def observe(self, targets: Targets, wanted: Wanted) -> Mapping[str, LayerStatistics] | None:
         """What the ride on training steps has collected, or a pass of our own, summed over the processes."""
         if not any(wanted):
             return None
         statistics, self._collected = self._collected, None  # they can be large, and are wanted once
         if statistics is None:
+            self._own_pass = self._batches
             arguments = self._trainer, self._pl_module, targets, wanted, self._batches
             statistics = together(self._trainer, lambda: collect_in_own_pass(*arguments))
         sum_statistics_(self._trainer, statistics)
@@ -114,14 +121,32 @@ class TrainerSite(Site):
         cut = [layer.name for layer in plan.layers if layer.rank is not None]
         return share_factors(self._trainer, own, {name: view_of(targets[name]).parameter.device for name in cut})
 
+    def divergence(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> float:
+        """What the cut adds to the loss of ``training_step``, on batches that the statistics are not from if there are.
+
+        Those that an epoch begins with: the ride is on the last ones. A pass of our own has seen these, so those after
+        them are taken, where an epoch has more.
+        """
+        if self._trials is None:
+            arguments = self._trainer, self._pl_module, (), self._own_pass, "Use another rank policy."
+            self._trials = CutsInTraining(*arguments)
+        return self._trials.mean_change(plan, factors)
+
     def release(self) -> None:
         """Forgets those of this process."""
         self._decompositions = {}
 
     def effect(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> float | None:
-        """On training batches, by ``training_step`` of a copy; None, with a warning, where that fails."""
-        arguments = self._trainer, self._pl_module, plan, factors, self._kept
-        return where_possible(lambda: effect_in_training(*arguments))
+        """On training batches, by ``training_step`` of a copy; None, with a warning, where that fails.
+
+        What a trial of this very cut has said is not measured once more.
+        """
+
+        def increase() -> float:
+            tried = self._trials or CutsInTraining(self._trainer, self._pl_module, self._kept)
+            return tried.increase(plan, factors)
+
+        return where_possible(increase)
 
     def swap(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> CompressionReport:
         """In the module and all optimizers, once every process is ready to; the DDP wrapper is rebuilt."""

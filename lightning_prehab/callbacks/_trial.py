@@ -3,7 +3,8 @@
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,9 +21,12 @@ from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.progress import ends_the_work, tell
 from lightning_prehab.statistics.collector import unseen
-from lightning_prehab.statistics.effect import Change, measure_increase, moved
+from lightning_prehab.statistics.effect import Change, LossesAt, measure_increase, moved
 from lightning_prehab.statistics.kept import MOST_BATCHES
 from lightning_prehab.surgery.factors import planned_targets
+
+_NOT_KNOWN = "So what the cut does to the loss is not known beforehand."
+_NOT_FINITE = "training_step returned a loss that is not finite."
 
 
 class Trial:
@@ -36,16 +40,18 @@ class Trial:
         UnsupportedError: With manual optimization, or if the module cannot be copied.
     """
 
-    def __init__(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    def __init__(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", instead: str = _NOT_KNOWN) -> None:
         self._trainer = trainer
-        self.module = quiet_copy(trainer, pl_module, "So what the cut does to the loss is not known beforehand.")
+        self.module = quiet_copy(trainer, pl_module, instead)
         self._buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         self._plain = {key: value for key, value in vars(self.module).items() if isinstance(value, int | float | str)}
 
-    def first_batches(self) -> list[tuple[Any, int]]:
-        """Those that an epoch begins with, from an iterator of our own."""
+    def first_batches(self, skip: int = 0) -> list[tuple[Any, int]]:
+        """Those that an epoch begins with, from an iterator of our own; after ``skip`` of them, if any come then."""
         with isolate_rng():
-            return list(zip(first_batches(self._trainer, self.module, MOST_BATCHES), itertools.count(), strict=False))
+            found = first_batches(self._trainer, self.module, skip + MOST_BATCHES)
+            numbered = deque(zip(found, itertools.count(), strict=False), MOST_BATCHES)
+        return [one for one in numbered if one[1] >= skip] or list(numbered)
 
     def loss(self, batch: Any, batch_idx: int, changes: Sequence[Change], step: float) -> float:
         """That of a batch, with the weights moved by ``step`` times the changes; in the state of randomness of now.
@@ -61,7 +67,7 @@ class Trial:
         if loss is None:
             return math.nan
         if not bool(torch.isfinite(loss)):
-            raise StatisticsError("training_step returned a loss that is not finite.")
+            raise StatisticsError(_NOT_FINITE)
         return float(loss.detach())
 
 
@@ -103,35 +109,87 @@ def where_possible(work: Callable[[], float]) -> float | None:
     return None
 
 
-def effect_in_training(
-    trainer: "pl.Trainer",
-    pl_module: "pl.LightningModule",
-    plan: CompressionPlan,
-    factors: Mapping[str, Factors],
-    kept: Sequence[tuple[Any, int]],
-) -> float:
-    """What the planned cuts add to the loss that ``training_step`` returns, over the batches of all processes.
+class CutsInTraining:
+    """What planned cuts add to the loss that ``training_step`` returns, over the batches of all processes.
 
     Args:
         trainer: The running Trainer.
         pl_module: Its module; it is not touched.
-        plan: What is cut.
-        factors: Of all that is cut.
-        kept: Training batches of this process; without any, those that an epoch begins with are taken.
+        kept: Training batches of this process, with their numbers; without any, those that an epoch begins with are
+            taken.
+        skip: Leave out so many of those, if that leaves some.
+        instead: What to do where ``training_step`` cannot be run on a copy.
+
+    Raises:
+        UnsupportedError: If it cannot.
+        StatisticsError: If there are no batches.
     """
 
-    def prepare() -> tuple[Trial, list[Change], Sequence[tuple[Any, int]]]:
-        trial = Trial(trainer, pl_module)
-        targets = planned_targets(trial.module, plan)
-        changes = [Change.by_cut(view_of(targets[name]), found) for name, found in factors.items()]
-        batches = kept or trial.first_batches()
-        if not batches:
-            raise StatisticsError("The training data has no batches.")
-        return trial, changes, batches
+    def __init__(
+        self,
+        trainer: "pl.Trainer",
+        pl_module: "pl.LightningModule",
+        kept: Sequence[tuple[Any, int]] = (),
+        skip: int = 0,
+        instead: str = _NOT_KNOWN,
+    ) -> None:
+        def prepare() -> tuple[Trial, Sequence[tuple[Any, int]]]:
+            trial = Trial(trainer, pl_module, instead)
+            batches = kept or trial.first_batches(skip)
+            if not batches:
+                raise StatisticsError("The training data has no batches.")
+            return trial, batches
 
-    trial, changes, batches = together(trainer, prepare)
+        self._trainer = trainer
+        self._trial, self._own = together(trainer, prepare)
+        self._count = min(gather(trainer, len(self._own)))
+        self._seen: dict[Hashable, dict[tuple[int, float], list[float]]] = {}
 
-    def losses_at(number: int, step: float) -> list[float]:
-        return gather(trainer, together(trainer, lambda: trial.loss(*batches[number], changes, step)))
+    def increase(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> float:
+        """Clear of its own noise; see :func:`~lightning_prehab.statistics.effect.measure_increase`.
 
-    return measure_increase(losses_at, min(gather(trainer, len(batches))))
+        Raises:
+            StatisticsError: If no batch has a loss.
+        """
+        return measure_increase(self._losses_at(plan, factors), self._count)
+
+    def mean_change(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> float:
+        """The mean over all batches as it is, to compare cuts by: it may be below zero; infinite for NaN.
+
+        Raises:
+            StatisticsError: If no batch has a loss.
+        """
+        losses_at = self._losses_at(plan, factors, finite=False)
+        before, after = ([loss for number in range(self._count) for loss in losses_at(number, step)] for step in (0, 1))
+        changes = [new - old for old, new in zip(before, after, strict=True) if not math.isnan(old)]
+        if not changes:
+            raise StatisticsError("No batch has a loss.")
+        return math.fsum(changes) / len(changes)
+
+    def _losses_at(self, plan: CompressionPlan, factors: Mapping[str, Factors], *, finite: bool = True) -> LossesAt:
+        """Each loss is computed once, those of the dense model for all plans."""
+        trainer, trial = self._trainer, self._trial
+
+        def changes_of() -> list[Change]:
+            targets = planned_targets(trial.module, plan)
+            return [Change.by_cut(view_of(targets[name]), found) for name, found in factors.items()]
+
+        changes = together(trainer, changes_of)
+
+        def own_loss(number: int, step: float) -> float:
+            try:
+                return trial.loss(*self._own[number], changes, step)
+            except StatisticsError:
+                if finite or not step:
+                    raise
+                return math.inf
+
+        def losses_at(number: int, step: float) -> list[float]:
+            seen = self._seen.setdefault(plan.cuts if step else (), {})
+            if (number, step) not in seen:
+                seen[number, step] = gather(trainer, together(trainer, lambda: own_loss(number, step)))
+            if finite and math.inf in seen[number, step]:
+                raise StatisticsError(_NOT_FINITE)
+            return seen[number, step]
+
+        return losses_at

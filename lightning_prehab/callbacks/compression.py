@@ -27,6 +27,7 @@ from lightning_prehab.callbacks._neighbours import (
 )
 from lightning_prehab.callbacks._of_recipe import OfRecipe
 from lightning_prehab.callbacks._only_one import OnlyOne
+from lightning_prehab.callbacks._own_pass import check_runs_apart
 from lightning_prehab.callbacks._printing import show
 from lightning_prehab.callbacks._report_logging import log_report
 from lightning_prehab.callbacks._said import (
@@ -201,7 +202,7 @@ class CompressionCallback(OnlyOne):
     def make_plan(self, targets: Targets, statistics: Mapping[str, LayerStatistics] | None) -> CompressionPlan:
         """What the surgery would do, given these statistics.
 
-        A policy that needs probes measures them at the surgery only; until then one budget for all layers stands in.
+        A policy that probes or tries does so at the surgery only; until then one budget for all layers stands in.
         """
         return make_plan(targets, self.recipe.without_probes(), statistics=statistics)
 
@@ -214,6 +215,7 @@ class CompressionCallback(OnlyOne):
         self.refuse_others(trainer, CompressionCallback, _ONE_CUT)
         check_strategy(trainer, self)
         check_launcher(trainer, self)
+        check_runs_apart(self.policy, pl_module)
         if self._auto:
             self.epoch = last_possible_epoch(trainer, self)
         check_reachable(trainer, self.epoch)

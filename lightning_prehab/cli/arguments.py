@@ -145,6 +145,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         group = made.add_argument_group("how to cut")
         group.add_argument("--method", **_one_of(METHODS), help="default: kronecker with data, svd without")
         group.add_argument("--policy", **_one_of(POLICIES), help="default: budget for kronecker, ratio for others")
+        group.add_argument(
+            "--trials", type=count, metavar="N", help="try so many whole cuts on held-back data, and take the best"
+        )
         group.add_argument("--target-modules", metavar="NAME", nargs="+", help="names or patterns to take")
         group.add_argument("--exclude-modules", metavar="NAME", nargs="+", help="names or patterns to leave")
         group.add_argument(

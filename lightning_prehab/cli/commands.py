@@ -157,8 +157,9 @@ def _check_data(recipe: Recipe, settings: Any) -> None:
         return
     if recipe.factorization is not None and recipe.factorization.needs_statistics:
         raise ArgumentError(f"{recipe.factorization} needs --data, text or batches; --method svd needs none.")
-    if recipe.policy is not None and (recipe.policy.needs_probes or recipe.policy.needs_weight_gradients):
-        raise ArgumentError(f"{recipe.policy} needs --data, text or batches; --policy ratio needs none.")
+    policy = recipe.policy
+    if policy is not None and (policy.needs_probes or policy.needs_weight_gradients or policy.trials):
+        raise ArgumentError(f"{policy} needs --data, text or batches; --policy ratio needs none.")
 
 
 def _note_what_is_not_known(settings: Any, plan: CompressionPlan, measured: Measured | None) -> None:

@@ -24,6 +24,7 @@ _DECIDED = (
     "keep",
     "method",
     "policy",
+    "trials",
     "target_modules",
     "exclude_modules",
     "rank_override",

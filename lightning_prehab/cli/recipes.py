@@ -7,7 +7,14 @@ from typing import Any
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import SVD, ActivationSVD, Factorization, FisherSVD, KroneckerSVD, WhitenedSVD
 from lightning_prehab.plan.recipe import Recipe
-from lightning_prehab.rank_policies import BudgetPolicy, ParameterBudget, ProbeBudget, RankRatio, ZeroSum
+from lightning_prehab.rank_policies import (
+    BudgetPolicy,
+    CalibratedBudget,
+    ParameterBudget,
+    ProbeBudget,
+    RankRatio,
+    ZeroSum,
+)
 
 #: The names of :data:`lightning_prehab.cli.arguments.METHODS`.
 METHODS: dict[str, Callable[[], Factorization]] = {
@@ -48,6 +55,10 @@ def read_recipe(settings: Any, keep: float | None) -> Recipe:
         "layout": settings.layout,
     }
     recipe = replace(recipe, **{name: value for name, value in options.items() if value is not None})
+    return _with_trials(_with_policy(recipe, settings, keep), settings.trials)
+
+
+def _with_policy(recipe: Recipe, settings: Any, keep: float | None) -> Recipe:
     if settings.policy is not None:
         stored = recipe.policy.keep if isinstance(recipe.policy, BudgetPolicy) else recipe.keep
         return replace(recipe, policy=POLICIES[settings.policy](stored if keep is None else keep))
@@ -56,3 +67,18 @@ def read_recipe(settings: Any, keep: float | None) -> Recipe:
     if not isinstance(recipe.policy, BudgetPolicy):
         raise ArgumentError(f"--keep has no effect on {recipe.policy}, the policy of {settings.recipe}; leave it out.")
     return replace(recipe, policy=replace(recipe.policy, keep=keep))
+
+
+def _with_trials(recipe: Recipe, trials: int | None) -> Recipe:
+    """The recipe with so many trials of its budget, the default one where none is given."""
+    policy = recipe.policy
+    if trials is None:
+        return recipe
+    if isinstance(policy, CalibratedBudget):
+        return replace(recipe, policy=replace(policy, trials=trials, alpha=0.0, gamma=0.0))
+    if policy is None:
+        return replace(recipe, policy=CalibratedBudget(recipe.keep, trials=trials))
+    if not isinstance(policy, BudgetPolicy) or isinstance(policy, RankRatio):
+        raise ArgumentError(f"--trials tries budgets, and {policy} is none that looks at spectra; use --policy budget.")
+    tried = CalibratedBudget(policy.keep, policy.min_rank, policy.scope, trials, policy)
+    return replace(recipe, policy=tried)

@@ -19,6 +19,9 @@ from lightning_prehab.targets.names import match_names
 
 __all__ = ["CompressionPlan", "LayerPlan"]
 
+#: What is done to a layer: its name, its form and its rank, or None.
+Cut = tuple[str, str, int | None]
+
 #: Of the dictionary form.
 VERSION = 1
 
@@ -41,17 +44,24 @@ class CompressionPlan:
         factorization: How the factors will be computed.
         skipped: ``{name: reason}`` for the layers that are not targets.
         model_parameters: Parameters of the whole model before, or None if unknown.
+        note: What the policy has to say of its choice, such as the best of its trials; or empty.
     """
 
     layers: tuple[LayerPlan, ...]
     factorization: Factorization
     skipped: Mapping[str, str]
     model_parameters: int | None = None
+    note: str = ""
 
     @property
     def ranks(self) -> dict[str, int | None]:
         """The rank of each target by name; None for those that stay dense."""
         return {layer.name: layer.rank for layer in self.layers}
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """What is done to each layer, and nothing about why: plans that do the same are equal in it."""
+        return tuple((layer.name, layer.form, layer.rank) for layer in self.layers)
 
     @property
     def dense_parameters(self) -> int:
@@ -137,6 +147,7 @@ class CompressionPlan:
             "model_parameters": self.model_parameters,
             "layers": [layer.to_dict() for layer in self.layers],
             "skipped": dict(self.skipped),
+            **({"note": self.note} if self.note else {}),
         }
 
     @classmethod
@@ -152,7 +163,7 @@ class CompressionPlan:
                 "update lightning_prehab."
             )
         required = ["version", "factorization", "layers", "skipped"]
-        entries = settings.read_mapping(data, "Plan", required, ["predicted_with", "model_parameters"])
+        entries = settings.read_mapping(data, "Plan", required, ["predicted_with", "model_parameters", "note"])
         factorization = settings.build(entries["factorization"], Factorization, "factorization")  # type: ignore[type-abstract]
         if not isinstance(entries["layers"], list | tuple) or not entries["layers"]:
             raise PlanError(f"Plan: layers must be a list of layers, got {settings.show(entries['layers'])}.")
@@ -172,7 +183,8 @@ class CompressionPlan:
         total = entries.get("model_parameters")
         if total is not None:
             settings.read_integer(total, "Plan: model_parameters", 1)
-        return cls(tuple(layers), factorization, dict(skipped), total)
+        note = settings.read_text(entries.get("note", ""), "Plan: note")
+        return cls(tuple(layers), factorization, dict(skipped), total, note)
 
     def to_yaml(self, path: str | os.PathLike[str] | None = None) -> str:
         """The plan as YAML, with a comment that says how to edit it; written to a file too if a path is given.
@@ -229,7 +241,8 @@ class CompressionPlan:
         increase = format_increase(self.loss_increase, self.worst_error).lstrip("+")
         predicted = [] if self.loss_increase is None else [f"predicted loss increase {increase}"]
         pivot = any(layer.rank is not None and layer.layout == "pivot" for layer in self.layers)
-        return [f"method {self.factorization}" + (", in the pivot layout" if pivot else ""), *predicted]
+        method = f"method {self.factorization}" + (", in the pivot layout" if pivot else "")
+        return [method, *filter(None, [self.note]), *predicted]
 
     def headline(self) -> str:
         """One line about the targets: what is kept of them, and how many are cut."""

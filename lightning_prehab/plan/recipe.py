@@ -145,10 +145,10 @@ class Recipe:
         return self if calibrates or self.factorization is not None else replace(self, factorization=SVD())
 
     def without_probes(self) -> "Recipe":
-        """The recipe as long as nothing is probed: one budget for all layers in the place of a policy with probes."""
-        policy = self.policy_or_default
+        """The recipe as long as nothing is tried or probed: the first of all trials; for probes one plain budget."""
+        policy = next(self.policy_or_default.search())
         if not policy.needs_probes:
-            return self
+            return self if policy == self.policy_or_default else replace(self, policy=policy)
         wishes = {name: getattr(policy, name) for name in ("min_rank", "scope") if hasattr(policy, name)}
         return replace(self, policy=ParameterBudget(getattr(policy, "keep", self.keep), **wishes))
 

@@ -14,6 +14,7 @@ _PHASES = {
     "decompose": ("decomposing", "layer", "layers"),
     "alternate": ("choosing entries", "round", "rounds"),
     "probe": ("probing", "layer", "layers"),
+    "budget": ("trying budgets", "trial", "trials"),
     "time": ("timing", "layer", "layers"),
     "factorize": ("factorizing", "layer", "layers"),
     "try": ("trying the cut", "pass", "passes"),

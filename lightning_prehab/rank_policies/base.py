@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, get_args
 
@@ -104,12 +104,14 @@ class RankPolicy(ABC):
         needs_weight_gradients: The policy reads :attr:`LayerChoices.components`.
         needs_probes: The policy reads :attr:`LayerChoices.probe`.
         probe_keep: Share of its parameters that a layer is cut to for its probe, in ``(0, 1)``.
+        trials: How many whole cuts are tried at most to find the policy to plan with, see :meth:`search`; 0: none.
         latency_tokens: Tokens per call at which latencies are measured.
     """
 
     needs_weight_gradients: ClassVar[bool] = False
     needs_probes: ClassVar[bool] = False
     probe_keep: float = 0.9
+    trials: int = 0
     latency_tokens: int = 1024
 
     @property
@@ -121,6 +123,15 @@ class RankPolicy(ABC):
     def needs_latencies(self) -> bool:
         """Whether the policy reads :attr:`LayerChoices.latencies`."""
         return False
+
+    def search(self) -> Generator["RankPolicy", float, str]:
+        """Policies to be tried, each without trials of its own; the one whose cut is measured to cost least is taken.
+
+        The first one stands in where nothing can be tried yet. Each is answered with what its cut costs (the smaller,
+        the better), equal on all processes; what is returned in the end says in a few words what was found.
+        """
+        yield self
+        return ""
 
     @abstractmethod
     def __call__(self, layers: Sequence[LayerChoices]) -> dict[str, int | None]:

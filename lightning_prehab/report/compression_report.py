@@ -123,6 +123,7 @@ class CompressionReport(Facts):
                 for layer in self.plan.layers
             ],
             "skipped": dict(self.plan.skipped),
+            **({"note": self.plan.note} if self.plan.note else {}),
             "latency": None if self.latency is None else self.latency.to_dict(),
             "scores": None if self.scores is None else self.scores.to_dict(),
             "prehab": None if self.prehab is None else self.prehab.to_dict(),
@@ -141,7 +142,7 @@ class CompressionReport(Facts):
                 "update lightning_prehab."
             )
         layers = tuple(_read_layer(layer) for layer in data["layers"])
-        plan = CompressionPlan(layers, factorization, data["skipped"], data["parameters_before"])
+        plan = CompressionPlan(layers, factorization, data["skipped"], data["parameters_before"], data.get("note", ""))
         errors = {layer["name"]: layer["weight_error"] for layer in data["layers"] if layer["rank"] is not None}
         spectra = {
             layer["name"]: LayerSpectrum.from_dict(layer["spectrum"])
@@ -169,8 +170,8 @@ class CompressionReport(Facts):
 
         - ``version`` (int): of this form, 1; other versions are refused when read. Within a version keys are added
           only, and such keys may be missing: ``new_bias``, ``nonzeros``, ``groups``, ``form``, ``layout``,
-          both ``loss_increase``, ``spectrum``, ``latency``, ``scores``, ``prehab``, ``model``, ``created`` and
-          ``versions`` were. Pass over keys that you do not know.
+          both ``loss_increase``, ``spectrum``, ``latency``, ``scores``, ``prehab``, ``model``, ``created``,
+          ``versions`` and ``note`` were. Pass over keys that you do not know.
         - ``model`` (str): its class, and where it was loaded from. ``created`` (str): when it was cut, ISO 8601 in
           UTC. ``versions`` (object): ``{package: version}``.
         - ``factorization`` (str): for people. ``method`` (object): the same for :meth:`load_json`.
@@ -178,6 +179,7 @@ class CompressionReport(Facts):
         - ``parameters_before``, ``parameters_after`` (int): of the whole model.
         - ``loss_increase`` (float or null): predicted, of all cuts together.
         - ``skipped`` (object): ``{name: reason}`` of layers that were no targets.
+        - ``note`` (str): what the rank policy has to say of its choice.
         - ``latency`` (object or null): medians of forward passes, dense and compressed in turn, as ``bench --json``
           prints them: ``device`` (str), ``threads``, ``parameters_dense``, ``parameters_compressed`` (int) and
           ``latency`` (list of objects, one for each batch: ``batch_size`` (int), ``dense_seconds`` and

@@ -1,6 +1,5 @@
 """Measures what a model is worth on some batches, before a compression and after it, in the same way."""
 
-import copy
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,12 +12,13 @@ from lightning_prehab.linalg.modes import outside_inference_mode
 from lightning_prehab.progress import counted
 from lightning_prehab.report.scores import Score
 from lightning_prehab.report.tally import FITS, LOSS, OUTPUTS, Tally
-from lightning_prehab.statistics.batches import batch_size, call_model, padding_mask, tensors, to_device
+from lightning_prehab.statistics.batches import batch_size, padding_mask, tensors, to_device
 from lightning_prehab.statistics.calibration import Forward, as_found
 from lightning_prehab.statistics.effect import same_randomness
 from lightning_prehab.statistics.held_back import hold_back
 from lightning_prehab.statistics.kept import KEPT_BYTES, MOST_BATCHES
-from lightning_prehab.statistics.outputs import logits_in, loss_in
+from lightning_prehab.statistics.outputs import logits_in, loss_in, main_tensor
+from lightning_prehab.statistics.running import copied, outputs_of
 
 
 class Evaluation:
@@ -94,7 +94,7 @@ class Evaluation:
     def _pass(self, model: nn.Module, device: torch.device, ways: Iterable[str]) -> Tally:
         tally = Tally(ways)
         for batch in counted(self._batches, "evaluate"):
-            output, logits = self._call(model, to_device(_copied(batch), device))
+            output, logits = self._call(model, to_device(copied(batch), device))
             tally.add(loss_in(output), logits, to_device(batch, device))
         if not tally.sizes:
             raise ArgumentError("evaluate is empty; give at least one batch.")
@@ -102,24 +102,15 @@ class Evaluation:
 
     def _call(self, model: nn.Module, batch: Any) -> tuple[Any, Tensor | None]:
         """The output, and the logits of it or, where ``forward`` makes a loss of them, of the model."""
-        if self._forward is None:
-            output = call_model(model, batch)
-            return output, _detached(logits_in(output))
-        seen: list[Any] = []
-        hook = model.register_forward_hook(lambda module, args, output: seen.append(output))
-        try:
-            output = self._forward(model, batch)
-        finally:
-            hook.remove()
-        return output, _detached(
-            next((found for one in (output, *seen) if (found := logits_in(one)) is not None), None)
-        )
+        outputs = outputs_of(model, batch, self._forward)
+        logits = next((found for one in outputs if (found := logits_in(one)) is not None), None)
+        return outputs[0], None if logits is None else logits.detach()
 
     def _keep_outputs(self, model: nn.Module, device: torch.device) -> None:
         size = 0
         for batch in self._batches:
-            kept = _copied(batch)
-            output = _main_tensor(self._call(model, to_device(_copied(batch), device))[0])
+            kept = copied(batch)
+            output = main_tensor(self._call(model, to_device(copied(batch), device))[0])
             if output is None:
                 continue
             size += sum(one.numel() * one.element_size() for one in (output, *tensors(kept)))
@@ -130,7 +121,7 @@ class Evaluation:
     def _compared(self, model: nn.Module, device: torch.device) -> Score | None:
         difference = norm = 0.0
         for batch, dense in counted(self._kept, "evaluate"):
-            output = _main_tensor(self._call(model, to_device(_copied(batch), device))[0])
+            output = main_tensor(self._call(model, to_device(copied(batch), device))[0])
             if output is None or output.shape != dense.shape:
                 return None
             mask = padding_mask(batch)
@@ -180,23 +171,3 @@ def _checked(score: Score) -> Score:
         if value is not None and not math.isfinite(value):
             raise NumericalError(f"The {what} on {score.data} is {value}; check the batches and the precision.")
     return score
-
-
-def _main_tensor(output: Any) -> Tensor | None:
-    """What a model is asked for: its logits, or the first floating tensor of two dimensions or more."""
-    found = logits_in(output)
-    if found is None:
-        found = next((one for one in tensors(output) if one.is_floating_point() and one.dim() >= 2), None)
-    return _detached(found)
-
-
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
-
-
-def _copied(batch: Any) -> Any:
-    """A copy, if it can be copied: a ``forward`` may take the batch apart."""
-    try:
-        return copy.deepcopy(batch)
-    except Exception:  # a batch may be anything: a non-leaf tensor, a generator
-        return batch

@@ -37,6 +37,14 @@ class Site(ABC):
     def find(self, recipe: Recipe) -> Targets:
         """What there is to cut, and why the rest is left alone: in most places ``recipe.find_targets(model)``."""
 
+    def hold_back(self) -> bool:
+        """Keeps a part of the data out of what is observed, for :meth:`divergence`; asked before anything is observed.
+
+        Returns:
+            Whether cuts can be tried here; then :meth:`divergence` answers.
+        """
+        return False
+
     def score(self) -> Score | None:
         """What the model is worth as it is: asked once before anything is done, and once after the swap.
 
@@ -89,6 +97,15 @@ class Site(ABC):
             PlanError: If the plan does not fit the model.
             NumericalError: If factors are not finite (the layer is named).
         """
+
+    def divergence(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> float:
+        """How far these cuts, all together, take the model from the dense one, measured; nothing is changed.
+
+        On what has been held back: the mean Kullback-Leibler divergence of its predictions, or what comes nearest to
+        that here. It may be asked for several plans; :meth:`effect` then need not measure them once more. Equal on
+        every process, and infinite for a cut that leaves no finite outputs.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has nothing to try cuts on.")
 
     def release(self) -> None:  # noqa: B027  # a site that keeps nothing has nothing to let go of
         """Lets go of the decompositions, which can be large: no more factors are wanted."""

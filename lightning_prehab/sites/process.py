@@ -14,7 +14,7 @@ from lightning_prehab.factorizations import Decomposition
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.storage import Layout
-from lightning_prehab.plan.compression_plan import CompressionPlan
+from lightning_prehab.plan.compression_plan import CompressionPlan, Cut
 from lightning_prehab.plan.probes import measure_probes
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.plan.spectra import Solver, Spectrum
@@ -26,10 +26,12 @@ from lightning_prehab.report.scores import Score
 from lightning_prehab.sites.base import Site
 from lightning_prehab.statistics.batches import check_batches
 from lightning_prehab.statistics.calibration import Forward, collect_statistics
-from lightning_prehab.statistics.effect import effect_of_cuts
+from lightning_prehab.statistics.effect import Change, effect_of_cuts
+from lightning_prehab.statistics.held_back import hold_back_few
 from lightning_prehab.statistics.kept import KeptBatches
 from lightning_prehab.statistics.scarce import starved, warning_of_few_tokens, warning_of_no_data
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
+from lightning_prehab.statistics.trials import Trials, Tried
 from lightning_prehab.surgery.factors import compute_factors, planned_targets
 from lightning_prehab.surgery.pretrained import check_pretrained
 from lightning_prehab.surgery.swap import swap_
@@ -47,7 +49,8 @@ class ProcessSite(Site):
 
     Args:
         model: Any module with layers to cut.
-        batches: Calibration batches, or None. They are gone through once for each block, and once more for probes.
+        batches: Calibration batches, or None. They are gone through once for each block, and once more for probes. For
+            a policy that tries cuts a few of them are held back; see :func:`hold_back_few`.
         forward: ``(model, batch) -> output or loss``; see :func:`~lightning_prehab.collect_statistics`.
         optimizers: Those that hold the weights.
         layers_at_once: So many targets are observed and decomposed at a time, and of their decompositions only what
@@ -81,6 +84,8 @@ class ProcessSite(Site):
         self._layers_at_once = layers_at_once
         self._decompositions: dict[str, Decomposition] = {}
         self._kept = KeptBatches()
+        self._trials: Trials | None = None
+        self._tried: dict[tuple[Cut, ...], Tried] = {}
         self._starved: dict[str, int] = {}  # layers that have been observed: tokens needed, of those that saw few
 
     @property
@@ -98,6 +103,15 @@ class ProcessSite(Site):
         for warning in filter(None, found):
             warnings.warn(warning, stacklevel=2)
         return targets
+
+    def hold_back(self) -> bool:
+        """A few of the calibration batches, if there are any; those of the evaluation are for the end alone."""
+        if self._batches is None:
+            return False
+        if self._trials is None:
+            self._batches, held = hold_back_few(list(self._batches))
+            self._trials = Trials(self.model, held, self._forward)
+        return True
 
     def score(self) -> Score | None:
         """On the batches of the evaluation, if there is one."""
@@ -155,20 +169,36 @@ class ProcessSite(Site):
         """From the decompositions of this site."""
         return compute_factors(self.model, plan, self._decompositions)
 
+    def divergence(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> float:
+        """By one pass over what has been held back; see :class:`~lightning_prehab.statistics.trials.Trials`."""
+        assert self._trials is not None
+        tried = self._tried[plan.cuts] = self._trials.of(self._changes(plan, factors))
+        return tried.divergence
+
+    def _changes(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> list[Change]:
+        targets = planned_targets(self.model, plan)
+        return [Change.by_cut(view_of(targets[name]), found) for name, found in factors.items()]
+
     def release(self) -> None:
         """Forgets them."""
         self._decompositions.clear()
 
     def effect(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> float | None:
-        """On held-back batches, else on the first ones of the calibration; None, with a warning, where that fails."""
-        if not self._kept:
+        """What a trial of this very cut has said; else on held-back batches, else on the first ones of the calibration.
+
+        None, with a warning, where that fails.
+        """
+        tried = self._tried.get(plan.cuts)
+        if not self._kept and tried is None:
             return None
         targets = planned_targets(self.model, plan)
         views = {name: view_of(targets[name]) for name in factors}
         try:
+            if self._trials is not None and tried is not None:
+                return self._trials.increase(self._changes(plan, factors), tried)
             held_back = None if self._evaluation is None else self._evaluation.some_batches()
-            tried = held_back or [batch for batch, _ in self._kept]
-            return effect_of_cuts(self.model, views, factors, tried, self._forward)
+            some = held_back or [batch for batch, _ in self._kept]
+            return effect_of_cuts(self.model, views, factors, some, self._forward)
         except Exception as error:  # a loss is anybody's code, and the cut does not need to know
             if ends_the_work(error):
                 raise

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_prehab.errors import StatisticsError
 from lightning_prehab.kinds import MatrixView
 from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.progress import tell
 from lightning_prehab.statistics.batches import call_model, to_device
 from lightning_prehab.statistics.calibration import Forward, as_found
@@ -44,6 +45,7 @@ class Change(NamedTuple):
 
     @classmethod
     @torch.no_grad()
+    @in_full_precision
     def by_cut(cls, view: MatrixView, factors: Factors) -> "Change":
         """What turns a matrix into the product of its factors.
 

@@ -9,8 +9,30 @@ from torch import Tensor
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.statistics.batches import batch_size
 
+#: Of the calibration data, what is held back to try cuts on.
+FEW = 1 / 16
 
-def hold_back(batches: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
+
+def hold_back_few(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Parts batches as :func:`hold_back` does, with as little held back as is enough to try cuts on.
+
+    One row in 16; of fewer batches or rows than that one of them.
+
+    Raises:
+        ArgumentError: If there is nothing to part.
+
+    >>> [len(part) for part in hold_back_few([torch.zeros(8, 3) for _ in range(64)])]
+    [60, 4]
+    >>> [[len(batch) for batch in part] for part in hold_back_few([torch.zeros(8, 3), torch.zeros(8, 3)])]
+    [[7, 7], [1, 1]]
+    """
+    finest = max([len(batches), *map(batch_size, batches)])
+    return hold_back(batches, max(FEW, 1 / max(finest, 2)), " (a policy with trials tries cuts on a part of them)")
+
+
+def hold_back(
+    batches: Sequence[Any], share: float, or_else: str = ", or evaluate= other batches"
+) -> tuple[list[Any], list[Any]]:
     """Parts batches in those to calibrate with and those to measure on: always the same ones, spread evenly.
 
     Whole batches, if the share is that of one or more, to rounding, and not of all; else rows of each batch, where all
@@ -19,6 +41,7 @@ def hold_back(batches: Sequence[Any], share: float) -> tuple[list[Any], list[Any
     Args:
         batches: In order.
         share: Of them, in ``(0, 1)``.
+        or_else: What else can be done where there is nothing to part.
 
     Returns:
         What remains, and what is held back; neither is empty.
@@ -40,7 +63,7 @@ def hold_back(batches: Sequence[Any], share: float) -> tuple[list[Any], list[Any
     if len(batches) < 2:
         raise ArgumentError(
             f"Nothing can be held back of {len(batches)} batch{'' if len(batches) == 1 else 'es'} of "
-            f"{batch_size(batches[0]) if batches else 0} rows; give more batches, or evaluate= other batches."
+            f"{batch_size(batches[0]) if batches else 0} rows; give more batches{or_else}."
         )
     chosen = set(_spread(min(max(whole, 1), len(batches) - 1), len(batches)))
     rest = [batch for number, batch in enumerate(batches) if number not in chosen]

@@ -31,6 +31,14 @@ def logits_in(output: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) and found.dim() >= 2 and found.shape[-1] >= 2 else None
 
 
+def main_tensor(output: Any) -> Tensor | None:
+    """What a model is asked for: its logits, or the first floating tensor of two dimensions or more."""
+    found = logits_in(output)
+    if found is None:
+        found = next((one for one in tensors(output) if one.is_floating_point() and one.dim() >= 2), None)
+    return None if found is None else found.detach()
+
+
 def divergence(before: Tensor, after: Tensor, batch: Any) -> tuple[float, int]:
     """Kullback-Leibler divergence between the predictions of two models for a batch.
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_prehab as lp
-from lightning_prehab.callbacks import _trial
+from lightning_prehab.callbacks import _site, _trial
 from lightning_prehab.callbacks._forecast import BATCHES, Forecast
 
 
@@ -49,7 +49,7 @@ def test_a_trial_is_not_counted_and_changes_no_weight(attention, factorization, 
     for tried in (True, False):
         if not tried:
             monkeypatch.setattr(Forecast, "follow", lambda *args, **kwargs: None)
-            monkeypatch.setattr(_trial, "effect_in_training", lambda *args: 1.0)
+            monkeypatch.setattr(_site, "where_possible", lambda work: 1.0)
         module = copy.deepcopy(lit)
         torch.manual_seed(1)
         seen, prehab, compression = run(make_trainer, module, data, kind=factorization)

@@ -15,7 +15,7 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
-from lightning_prehab.callbacks import _site
+from lightning_prehab.callbacks import _site, _trial
 from lightning_prehab.errors import PrehabError
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -307,6 +307,7 @@ def check_a_broken_step_breaks_on_all_ranks():
     for step, epoch, policy in (
         ("collect_in_own_pass", 0, None),
         ("probe_in_own_pass", 1, lp.ProbeBudget(0.5)),
+        ("Trial", 1, lp.CalibratedBudget(0.5, trials=2)),
         ("compute_factors", 1, None),
         ("prepare_swap", 1, None),
     ):
@@ -314,7 +315,7 @@ def check_a_broken_step_breaks_on_all_ranks():
         before = copy.deepcopy(lit.net)
         with pytest.MonkeyPatch.context() as patch:
             if distributed.is_initialized() and distributed.get_rank() == 1:
-                patch.setattr(_site, step, broken)
+                patch.setattr(_trial if step == "Trial" else _site, step, broken)
             with pytest.raises((PrehabError, MemoryError), match="no memory"):
                 fit(lit, [lp.CompressionCallback(epoch, keep=0.5, policy=policy)], epoch + 1)
         assert str(lit.net) == str(before), step
@@ -457,12 +458,15 @@ def check_strength_share():
 
 def check_policies_that_measure():
     """Probes and first-order effects are measured by each rank for its own layers or data, and merged."""
-    for policy in (lp.ProbeBudget(0.5), lp.ZeroSum(0.5)):
+    for policy in (lp.ProbeBudget(0.5), lp.ZeroSum(0.5), lp.CalibratedBudget(0.5, trials=4)):
         lit = Lit(make_net(), torch.optim.Adam)
         compression = lp.CompressionCallback(1, policy=policy, factorization=lp.KroneckerSVD("auto", "auto"))
         fit(lit, [compression], 2)
         assert compression.report.keep <= 0.5
         assert_ranks_identical(lit)
+        notes = [None, None]
+        distributed.all_gather_object(notes, (compression.report.plan.note, compression.report.plan.loss_increase))
+        assert notes[0] == notes[1]
 
 
 def check_logs_ask_for_nothing():
