@@ -62,6 +62,7 @@ KNOW_LIGHTNING = {"callbacks", "cli"}
 #: and yaml need none: lightning brings yaml, and whoever prints with rich has it.
 EXTRAS = {
     ("callbacks/_printing.py", "rich"),
+    ("cli/calibration_text.py", "safetensors"),
     ("cli/inputs.py", "safetensors"),
     ("cli/inputs.py", "transformers"),
     ("cli/outputs.py", "rich"),
@@ -71,6 +72,7 @@ EXTRAS = {
     ("files/folders.py", "safetensors"),
     ("files/statistics.py", "safetensors"),
     ("integrations/huggingface.py", "transformers"),
+    ("integrations/own_samples.py", "transformers"),
     ("layers/blocks.py", "transformers"),
     ("progress/faces.py", "rich"),
     ("progress/display.py", "rich"),

@@ -130,7 +130,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     for made in (planning, compressing, measuring):
         made.add_argument("--model", metavar="CLASS", help="class of the checkpoint: some.module.ClassName (imported)")
-        made.add_argument("--data", type=file, metavar="FILE", help="lines of text, or batches as .pt or .safetensors")
+        _add_data(made, own=made is not measuring)
         if made is not measuring:
             made.add_argument(
                 "--evaluate",
@@ -182,6 +182,22 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     return parser, commands
 
 
+def _add_data(parser: Parser, *, own: bool) -> None:
+    """What is looked at: the user's data, and, if so said, what the model writes."""
+    text = "lines of text, or batches as .pt or .safetensors"
+    if not own:
+        parser.add_argument("--data", type=file, metavar="FILE", help=text)
+        return
+    words = f"{text}; self: what the model writes (default of language models); none"
+    parser.add_argument("--data", type=data, metavar="FILE", help=words)
+    parser.add_argument(
+        "--self-share", type=mixture, metavar="SHARE", help="of all tokens, written by the model beside --data FILE"
+    )
+    parser.add_argument(
+        "--self-sequences", type=count, metavar="N", default=64, help="of --data self, of 512 tokens each (64)"
+    )
+
+
 def share(word: str) -> float:
     """A share to keep, in ``(0, 1]``.
 
@@ -213,6 +229,22 @@ def file(word: str) -> str:
             f"{word} is a folder, give a file" if path.is_dir() else f"{word} does not exist"
         )
     return word
+
+
+def data(word: str) -> str:
+    """A file that is there, ``self`` or ``none``; a file of that name is ``./self``."""
+    return word if word in ("self", "none") else file(word)
+
+
+def mixture(word: str) -> float:
+    """A share between 0 and 1."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < 1.0:
+        raise argparse.ArgumentTypeError(f"must be a number in (0, 1), such as 0.5, got {word}; alone: --data self")
+    return value
 
 
 def evaluation(word: str) -> float | str:

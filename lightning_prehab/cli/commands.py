@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_prehab.cli.calibration_text import SELF, own_text, settle_data, with_own_text
 from lightning_prehab.cli.evaluation import (
     FEWEST_ROWS,
     Measured,
@@ -51,10 +52,12 @@ def plan(settings: Any) -> None:
     """What each budget would do; the model is not changed."""
     keeps = settings.keep or [None]
     recipes = [read_recipe(settings, keep) for keep in keeps]
+    settle_data(settings, recipes[0])
     _check_data(recipes[0], settings)
     files = None if settings.output is None else PlanFiles(settings.output, keeps, settings.force)
     model, batches = _inputs(settings)
     batches, measured = read_evaluation(settings, batches)  # the calibration sees what that of compress would
+    batches = with_own_text(model, batches, settings)
     given = {"layers_at_once": settings.layers_at_once, "evaluate": None if measured is None else measured.evaluation()}
     said: list[str] = []
     if files is None:
@@ -76,10 +79,12 @@ def compress(settings: Any) -> None:
     source, output = Path(settings.source), Path(settings.output)
     check_output(output, settings.force)
     wish = read_recipe(settings, settings.keep) if settings.plan is None else read_plan(settings)
+    settle_data(settings, wish)
     if isinstance(wish, Recipe):
         _check_data(wish, settings)
     model, batches = _inputs(settings)
     batches, measured = read_evaluation(settings, batches)
+    batches = with_own_text(model, batches, settings)
     before = megabytes(model)
     with shown():
         if isinstance(wish, CompressionPlan):
@@ -179,11 +184,14 @@ def _inputs(settings: Any) -> tuple[nn.Module, Batches | None]:
                 raise
             raise ArgumentError(f"--device {settings.device!r} cannot be used: {reason(error)}.") from error
         batches = None
-        if settings.data is not None:
+        if settings.data not in (None, SELF):
             batches = read_batches(settings.data, settings.source, settings.batch_size, settings.max_length)
             _check_fit(model, batches[0], settings)
             text = Path(settings.data).suffix not in (".pt", ".safetensors")
             note(f"{settings.data}: {describe(batches, text=text)}")
+    if settings.data == SELF:
+        with shown():
+            batches = own_text(model, settings)
     return model, batches
 
 

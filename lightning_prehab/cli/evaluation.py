@@ -142,6 +142,8 @@ def _rows(batches: Batches) -> int:
 
 
 def _found(file: str, settings: Any, share: float | None) -> dict[str, Any]:
+    if settings.output is None:  # nothing is kept that could be found again
+        return {}
     rows = {"batch_size": settings.batch_size, "max_length": settings.max_length, "share": share}
     return {"file": str(Path(file).absolute()), "sha256": _checksum(Path(file)), **rows}
 

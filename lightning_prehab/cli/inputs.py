@@ -203,19 +203,50 @@ def _tokens(path: Path, source: Path, max_length: int) -> dict[str, Tensor]:
         raise ArgumentError(f"--data {path}: text needs a Hugging Face folder with a tokenizer; give .pt batches.")
     if not lines:
         raise ArgumentError(f"--data {path} holds no text.")
-    transformers = _transformers()
-    if not any(file for pattern in ("*token*", "vocab*", "*.model", "*.spm") for file in source.glob(pattern)):
-        raise ArgumentError(
-            f'{source} holds no tokenizer to read --data {path}; save it there, tokenizer.save_pretrained("{source}"), '
-            "or give .pt batches."
-        )
+    tokenizer = read_tokenizer(source, f"to read --data {path}; give .pt batches, or save it there, ")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         encoded = tokenizer(lines, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
     except Exception as error:  # whatever a damaged tokenizer leads to
-        raise ArgumentError(f"{source}: its tokenizer cannot be used ({reason(error)}).") from error
+        raise _no_use(source, error) from error
     return dict(encoded)
+
+
+def read_tokenizer(source: Path, why: str) -> Any:
+    """The tokenizer of a Hugging Face folder.
+
+    Args:
+        source: The folder.
+        why: What for and what else could be done, in the middle of a sentence.
+
+    Raises:
+        ArgumentError: If there is none, or it cannot be read.
+    """
+    if not _has_tokenizer(source):
+        raise ArgumentError(f'{source} holds no tokenizer {why}tokenizer.save_pretrained("{source}").')
+    try:
+        return _transformers().AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except PrehabError:
+        raise
+    except Exception as error:  # whatever a damaged tokenizer leads to
+        raise _no_use(source, error) from error
+
+
+def can_write(source: str) -> bool:
+    """Whether a source is a Hugging Face folder of a language model that writes text, with its tokenizer."""
+    try:
+        names = json.loads((Path(source) / "config.json").read_bytes())["architectures"]
+        return bool(re.search(r"(ForCausalLM|LMHeadModel)$", names[0])) and _has_tokenizer(Path(source))
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _has_tokenizer(source: Path) -> bool:
+    return any(file for pattern in ("*token*", "vocab*", "*.model", "*.spm") for file in source.glob(pattern))
+
+
+def _no_use(source: Path, error: Exception) -> ArgumentError:
+    return ArgumentError(f"{source}: its tokenizer cannot be used ({reason(error)}).")
 
 
 def _split(found: object, rows: int, path: Path) -> Batches:

@@ -6,10 +6,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from lightning_prehab.documents.checks import check_real
 from lightning_prehab.errors import StatisticsError
 from lightning_prehab.factorizations.base import MetricFactorization, check_shrinkage
 from lightning_prehab.linalg.matrices import shrink, shrinkage_intensity
-from lightning_prehab.statistics.sums import LayerStatistics
+from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 
 #: Enough to make ``G`` invertible; more made no difference on MiniLM and a small GPT.
 GRADIENT_SHRINKAGE = 1e-4
@@ -35,6 +36,11 @@ class KroneckerSVD(MetricFactorization):
             (:func:`~lightning_prehab.linalg.matrices.shrinkage_intensity`), but never below the default.
         input_shrinkage: In ``[0, 1]``, or ``"auto"``; the same for ``C``. Raise it when there are fewer calibration
             tokens than about four times ``in_features``.
+        gradient_trim: In ``[0, 0.5)``; share of each sequence that is left out of ``G`` at its begin and at its end,
+            as LEMS does (ICML 2026, there 0.125). For outputs of shape ``(batch, positions, m)``; padding is no part of
+            a sequence, and where the batch has ``position_ids`` that begin anew, so does the sequence.
+        gradient_clip: Positive; gradients of tokens that are longer than so many times the median one of their batch
+            are made that long before they are summed to ``G`` (LEMS). None leaves them as they are.
 
     Raises:
         ArgumentError: If a value is out of range.
@@ -42,6 +48,8 @@ class KroneckerSVD(MetricFactorization):
 
     gradient_shrinkage: float | Literal["auto"] = GRADIENT_SHRINKAGE
     input_shrinkage: float | Literal["auto"] = 0.0
+    gradient_trim: float = 0.0
+    gradient_clip: float | None = None
     needs_inputs: ClassVar[bool] = True
     needs_gradients: ClassVar[bool] = True
     comparable: ClassVar[bool] = True
@@ -49,6 +57,13 @@ class KroneckerSVD(MetricFactorization):
     def __post_init__(self) -> None:
         check_shrinkage("gradient_shrinkage", self.gradient_shrinkage)
         check_shrinkage("input_shrinkage", self.input_shrinkage)
+        check_real("gradient_trim", self.gradient_trim, "[0, 0.5)")
+        check_real("gradient_clip", self.gradient_clip, "(0, inf)", optional=True)
+
+    @property
+    def wanted(self) -> Wanted:
+        """As for any method, with what is to be done to the gradients."""
+        return super().wanted._replace(gradient_trim=self.gradient_trim, gradient_clip=self.gradient_clip)
 
     @property
     def needs_halves(self) -> bool:

@@ -53,11 +53,25 @@ def padding_mask(batch: Any) -> Tensor | None:
     Returns:
         Booleans of shape ``(batch, positions)``, True for tokens; None if there is no such mask.
     """
+    mask = _of_tokens(batch, "attention_mask")
+    return None if mask is None else mask.bool()
+
+
+def position_ids(batch: Any) -> Tensor | None:
+    """The ``position_ids`` of a mapping, or of one inside a tuple or list; shape ``(batch or 1, positions)``, or None.
+
+    They begin anew where several sequences lie in one row.
+    """
+    return _of_tokens(batch, "position_ids")
+
+
+def _of_tokens(batch: Any, name: str) -> Tensor | None:
+    """What a batch says of each token under this name, if it is a matrix."""
     if isinstance(batch, Mapping):
-        mask = batch.get("attention_mask")
-        return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        found = batch.get(name)
+        return found if isinstance(found, Tensor) and found.dim() == 2 else None
     if isinstance(batch, tuple | list):
-        return next((mask for part in batch if (mask := padding_mask(part)) is not None), None)
+        return next((found for part in batch if (found := _of_tokens(part, name)) is not None), None)
     return None
 
 

@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.errors import ArgumentError, StatisticsError
 from lightning_prehab.kinds import MatrixView, kind_of, view_of
-from lightning_prehab.statistics.batches import batch_size, padding_mask
+from lightning_prehab.statistics.batches import batch_size, padding_mask, position_ids
+from lightning_prehab.statistics.hygiene import clipped, inner
 from lightning_prehab.statistics.sums import (
     InputSums,
     LayerStatistics,
@@ -131,6 +132,7 @@ class Collector:
         self._whole = (batches or 0) // (2 * EVERY) * 2 * EVERY  # later ones, of no whole cycle, stand for themselves
         self._handles: list[RemovableHandle] = []
         self._mask: Tensor | None = None
+        self._positions: Tensor | None = None
         self._batch_size = 1
         self._turn = 0
         self._counting = False
@@ -185,7 +187,7 @@ class Collector:
                 watched.statistics.share_inputs_(leader)
 
     def begin_batch(self, batch: Any, index: int = 0) -> None:
-        """Starts counting; the padding mask and the number of samples are read from the batch.
+        """Starts counting; padding mask, positions and the number of samples are read from the batch.
 
         Args:
             batch: The batch.
@@ -193,6 +195,7 @@ class Collector:
                 it decides which batches and tokens are looked at.
         """
         self._mask, self._batch_size = padding_mask(batch), batch_size(batch)
+        self._positions = position_ids(batch) if self.wanted.gradient_trim else None
         self.loss_scale = 1.0
         self._counting = True
         self._turn = index
@@ -201,7 +204,7 @@ class Collector:
 
     def end_batch(self) -> None:
         """Stops counting until the next batch begins."""
-        self._counting, self._mask, self._last, self._computed = False, None, None, None
+        self._counting, self._mask, self._positions, self._last, self._computed = False, None, None, None, None
         for watched in self._watched.values():
             if watched.weight_gradient is not None:
                 watched.statistics.update_weight_gradient(watched.weight_gradient, self._batch_size)
@@ -268,21 +271,24 @@ class Collector:
             parts = list(self._parts(view, x, gradient))
             for part, mask, gradient_part in parts:
                 tokens = _tokens(view.inputs(part), mask) if fresh or self.wanted.weight_gradients else None
-                g, copies = None, 1
+                g, kept, copies = None, None, 1
                 if gradient_part is not None:
-                    aligned = mask is not None or self._drop_overflow or self.wanted.weight_gradients
+                    aligned = mask is not None or self._drop_overflow or self.wanted.aligned
                     outputs, copies = (view.outputs, 1) if aligned else (view.distinct_outputs, view.copies)
-                    g = _tokens(outputs(gradient_part), mask)
+                    g = outputs(gradient_part)
+                    kept = self._inner(g, mask) if gradient_part.dim() == 3 else None
+                    g = _tokens(g, mask)
                 if self._drop_overflow and g is not None:
                     finite = torch.isfinite(g).all(-1)
                     tokens, g = None if tokens is None else tokens[finite], g[finite]
+                    kept = None if kept is None else kept[finite]
                 if fresh and tokens is not None:
                     at_most = self._at_most(view, view.in_features, len(tokens), len(parts))
                     added = input_sums(tokens, at_most, magnitudes=self.wanted.magnitudes, turn=self._turn)
                     sums = added if sums is None else sums.plus(added)
                 if g is not None:
                     at_most = self._at_most(view, view.out_features // copies, len(g), len(parts))
-                    self._add_gradient(watched, tokens, g, copies, at_most, batches)
+                    self._add_gradient(watched, tokens, g, kept, copies, at_most, batches)
         assert sums is not None
         if fresh:
             sums = sums if batches == 1 else sums.times(batches)._replace(tokens=sums.tokens * batches)
@@ -293,8 +299,26 @@ class Collector:
         for statistics in self._of(watched):
             statistics.add_inputs(sums)
 
+    def _inner(self, g: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Of the tokens of a batch of sequences, those that ``sum g g^T`` does not leave out; None for all."""
+        if not self.wanted.gradient_trim or g.is_nested or g.dim() != 3 or g.shape[0] != self._batch_size:
+            return None
+        present, positions = mask, self._positions
+        if present is None or present.shape != g.shape[:2]:
+            present = torch.ones(g.shape[:2], dtype=torch.bool, device=g.device)
+        if positions is not None and (positions.shape[1] != g.shape[1] or len(positions) not in (1, len(g))):
+            positions = None
+        return inner(present, self.wanted.gradient_trim, positions)[present]
+
     def _add_gradient(
-        self, watched: _Watched, x: Tensor | None, g: Tensor, copies: int, at_most: int | None, batches: int
+        self,
+        watched: _Watched,
+        x: Tensor | None,
+        g: Tensor,
+        kept: Tensor | None,
+        copies: int,
+        at_most: int | None,
+        batches: int,
     ) -> None:
         if self.wanted.weight_gradients and x is not None:
             product = (g.float().mT @ x.float()) / self.loss_scale
@@ -302,9 +326,15 @@ class Collector:
                 product if watched.weight_gradient is None else watched.weight_gradient.add_(product)
             )
         if self.wanted.gradients:
+            share = 1.0
+            if kept is not None:
+                share = len(kept) / max(int(kept.sum()), 1)  # what is left stands for all
+                g = g[kept]
+            if self.wanted.gradient_clip is not None:
+                g = clipped(g, self.wanted.gradient_clip)
             # The gradient of the mean over the batch, times its size, is that of the sample's own loss.
             gram = gradient_gram(g, at_most, self._turn)
-            gram *= (self._batch_size / self.loss_scale) ** 2
+            gram *= share * (self._batch_size / self.loss_scale) ** 2
             if batches > 1:
                 gram *= batches
             for statistics in self._of(watched):

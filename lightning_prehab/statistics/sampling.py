@@ -62,7 +62,8 @@ def sample_by_energy(rows: Tensor, at_most: int | None) -> Tensor:
     if at_most is None or rows.shape[0] <= at_most:
         return rows.float()
     order = _shuffled(rows.shape[0], rows.device)
-    energy = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()[order]
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    energy = torch.linalg.vector_norm(rows, dim=1, dtype=wide).float().square()[order]
     total = energy.sum()
     marks = (torch.arange(at_most, dtype=energy.dtype, device=rows.device) + 0.5) * (total / at_most)
     taken = torch.searchsorted(energy.cumsum(0), marks).clamp_max_(len(energy) - 1)

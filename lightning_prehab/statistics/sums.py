@@ -23,6 +23,8 @@ class Wanted(NamedTuple):
         weight_gradients: Sums of the weight gradients of the batches and of their squares.
         halves: The sums of every other batch alone too.
         magnitudes: ``sum |x|``.
+        gradient_trim: Share of each sequence, at both ends, that ``sum g g^T`` leaves out.
+        gradient_clip: How many times the median norm of a batch a ``g`` may be long in it, or None.
     """
 
     inputs: bool = False
@@ -30,15 +32,22 @@ class Wanted(NamedTuple):
     weight_gradients: bool = False
     halves: bool = False
     magnitudes: bool = False
+    gradient_trim: float = 0.0
+    gradient_clip: float | None = None
 
     @property
     def backward(self) -> bool:
         """Whether a backward pass is needed."""
         return self.gradients or self.weight_gradients
 
+    @property
+    def aligned(self) -> bool:
+        """Whether it has to be known which output gradient belongs to which input."""
+        return self.weight_gradients or self.gradient_trim > 0.0
+
     def union(self, other: "Wanted") -> "Wanted":
-        """What both want."""
-        return Wanted(*(mine or theirs for mine, theirs in zip(self, other, strict=True)))
+        """What both want; of two settings for gradients, the first one's."""
+        return Wanted._make(mine or theirs for mine, theirs in zip(self, other, strict=True))
 
 
 class InputSums(NamedTuple):

@@ -92,6 +92,14 @@ def test_sampling_by_energy_approaches_the_gram_matrix_and_finds_rare_rows():
     assert len(torch.unique(sample.sign(), dim=0)) == len(torch.unique(rare[::500].sign(), dim=0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_rows_of_any_type_are_sampled(dtype):
+    rows = torch.randn(64, 5).to(dtype)
+    taken = sample_by_energy(rows, 16)
+    assert taken.dtype == torch.float32
+    torch.testing.assert_close(taken.square().sum(), rows.float().square().sum())
+
+
 def test_sampling_leaves_the_random_state_alone_and_is_repeatable():
     rows, state = torch.randn(400, 5), torch.get_rng_state()
     assert torch.equal(sample_by_energy(rows, 50), sample_by_energy(rows, 50))

@@ -1,0 +1,125 @@
+"""What a model is calibrated with: data, text that it writes itself, both, or nothing."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prehab.cli.inputs import Batches, can_write, describe, read_batches, read_tokenizer
+from lightning_prehab.cli.outputs import beside, note
+from lightning_prehab.errors import ArgumentError, PrehabError
+from lightning_prehab.files.statistics import fingerprint
+from lightning_prehab.integrations.own_samples import check_writes, own_samples
+from lightning_prehab.plan.recipe import Recipe
+
+#: Words for ``--data`` that are no files.
+SELF, NONE = "self", "none"
+#: Tokens of a sequence that the model writes, if it has positions for them.
+LENGTH = 512
+
+
+def settle_data(settings: Any, wish: object) -> None:
+    """Before any work: writes into the settings what ``--data`` means where it is not given, or ``none``.
+
+    Args:
+        settings: Parsed options.
+        wish: The recipe; anything else, such as a plan, brings what it needs.
+
+    Raises:
+        ArgumentError: If ``--self-share`` has nothing to be a share of.
+    """
+    if settings.data is None and isinstance(wish, Recipe) and _profits(wish) and can_write(settings.source):
+        settings.data = SELF
+        note(
+            "no --data: calibrated with text that the model writes itself; --data FILE takes yours, "
+            "--data none cuts without."
+        )
+    elif settings.data == NONE:
+        settings.data = None
+    if settings.self_share is not None and settings.data in (None, SELF):
+        raise ArgumentError("--self-share is the part of own samples beside a text; give --data FILE too.")
+
+
+def _profits(recipe: Recipe) -> bool:
+    """Whether the recipe would look at data."""
+    return recipe.factorization is None or any(recipe.wanted) or recipe.policy_or_default.needs_probes
+
+
+def own_text(model: nn.Module, settings: Any) -> Batches:
+    """Text that the model writes, for ``--data self``; in the settings its file stands for it from now on."""
+    batches, file = _written(model, settings, settings.self_sequences, _longest(model))
+    settings.data = "own samples" if file is None else str(file)
+    note(f"{settings.data}: {describe(batches, text=False)}")
+    return batches
+
+
+def with_own_text(model: nn.Module, batches: Batches | None, settings: Any) -> Batches | None:
+    """The batches, with so many of the model's own between them that these have the asked share of all tokens.
+
+    Raises:
+        ArgumentError: If the tokens of the batches cannot be counted.
+    """
+    share = settings.self_share
+    if share is None or batches is None:
+        return batches
+    wanted = round(share / (1.0 - share) * sum(_count(batch, settings.data) for batch in batches))
+    longest = _longest(model)
+    sequences = max(-(-wanted // longest), 1)
+    own, _ = _written(model, settings, sequences, max(round(wanted / sequences), 2))
+    note(f"own samples beside {settings.data}: {describe(own, text=False)}")
+    places = [
+        ((2 * number + 1) / len(part), which, number)
+        for which, part in enumerate((batches, own))
+        for number in range(len(part))
+    ]
+    return [(batches, own)[which][number] for _, which, number in sorted(places)]
+
+
+def _written(model: nn.Module, settings: Any, sequences: int, length: int) -> tuple[Batches, Path | None]:
+    """The model's own text, and the file beside the output that keeps it: made once for the same model and settings."""
+    tokenizer = read_tokenizer(Path(settings.source), "to write own samples with; save it there, ")
+    check_writes(model)
+    made = {"sequences": sequences, "length": length, "seed": 0, "temperature": 1.0}
+    file = None
+    if settings.output is not None:
+        key = hashlib.sha256(json.dumps([fingerprint(model), made]).encode()).hexdigest()[:8]
+        name = f"{Path(settings.source).resolve().name}-own-samples-{key}.safetensors"
+        file = Path(settings.output).absolute().parent / name
+    if file is None or not file.is_file():
+        batches: Batches = own_samples(model, tokenizer, **made, batch_size=settings.batch_size)  # type: ignore[arg-type]
+        if file is None:
+            return batches, None
+        _keep(batches, file)
+    return read_batches(str(file), settings.source, settings.batch_size, length), file
+
+
+def _keep(batches: Batches, file: Path) -> None:
+    """Writes one file, whole or not at all."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise PrehabError("Files need the safetensors package: pip install 'lightning-prehab[hf]'.") from error
+    with beside(file) as work:
+        made = work / file.name
+        save_file({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}, made)
+        (work / "like").touch()
+        made.chmod((work / "like").stat().st_mode)  # safetensors makes files that nobody else can read
+        os.replace(made, file)
+
+
+def _longest(model: nn.Module) -> int:
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min(LENGTH, positions) if isinstance(positions, int) and positions > 0 else LENGTH
+
+
+def _count(batch: Any, data: str) -> int:
+    """Tokens of a batch, padding left out."""
+    tokens = batch.get("attention_mask", batch.get("input_ids")) if isinstance(batch, Mapping) else None
+    if not isinstance(tokens, Tensor):
+        raise ArgumentError(f"--self-share counts tokens, and batches of {data} have no input_ids; give text.")
+    return int(tokens.bool().sum()) if "attention_mask" in batch else tokens.numel()
