@@ -1,5 +1,6 @@
 """Tiny models that differ in the shape of their trouble, and a quiet Trainer."""
 
+import gc
 import logging
 import os
 from typing import Any
@@ -21,6 +22,29 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+#: Each takes more than 1 GB, and imports for itself all that the tests need.
+MOST_PROCESSES = 4
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Shares the whole suite among processes, one for each core, file by file; what is named runs in this process.
+
+    ``-n 0`` runs all of it in one process.
+    """
+    options = config.option
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
+    if whole and getattr(options, "numprocesses", 0) is None and not options.usepdb:
+        options.numprocesses, options.maxprocesses = "logical", MOST_PROCESSES
+        options.dist, options.loadscopereorder = "loadfile", False
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is no garbage: who searches for what holds a weight need not go through all of it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 class LitRegressor(pl.LightningModule):
