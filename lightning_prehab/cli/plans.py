@@ -30,6 +30,7 @@ _DECIDED = (
     "rank_override",
     "rank_multiple_of",
     "split_fused",
+    "layout",
 )
 
 
