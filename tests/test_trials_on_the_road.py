@@ -148,6 +148,19 @@ def test_the_choice_is_never_worse_than_the_base_and_its_effect_is_measured_once
         assert report.plan.loss_increase == pytest.approx(kl, rel=1e-3)
 
 
+def test_in_the_pivot_layout_what_is_tried_is_what_comes_out():
+    dense, low = net(), net()
+    site = Watched(low, batches())
+    recipe = lp.Recipe(policy=lp.CalibratedBudget(0.5), layout="pivot", **BLIND)
+    report = operate(recipe, site)
+    assert {layer.layout for layer in report.plan.layers if layer.rank is not None} == {"pivot"}
+    x = torch.cat(site._trials._batches)
+    with torch.no_grad():
+        p, q = (model(x).double().log_softmax(-1) for model in (dense, low))
+    assert float((p.exp() * (p - q)).sum(-1).mean()) == pytest.approx(min(cost for _, cost in site.tried), rel=1e-3)
+    assert report.keep <= 0.5
+
+
 def test_what_is_held_back_is_not_in_the_statistics():
     tokens = {}
 

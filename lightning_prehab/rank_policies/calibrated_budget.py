@@ -109,9 +109,9 @@ class CalibratedBudget(BudgetPolicy):
         best = min(costs, key=costs.__getitem__)  # the first of equals
         least, base = f"{costs[best]:.3g}", f"{costs[Lean()]:.3g}"
         if not best.gamma:
-            return f"no depth multiplier: measured effect {base}, the best of {len(costs)} trials"
+            return f"no depth multiplier: effect {base}, best of {len(costs)} trials"
         multiplier = f"depth multiplier alpha={best.alpha:g}, gamma={best.gamma:g}"
-        return f"{multiplier}: measured effect {least} instead of {base}, the best of {len(costs)} trials"
+        return f"{multiplier}: effect {least} instead of {base}, best of {len(costs)} trials"
 
     def _at(self, point: Lean) -> "CalibratedBudget":
         return replace(self, trials=0, alpha=point.alpha if point.gamma else 0.0, gamma=point.gamma)

@@ -169,9 +169,9 @@ class CompressionReport(Facts):
         the loss, parameters are counts, latencies are seconds; "or null" means not known.
 
         - ``version`` (int): of this form, 1; other versions are refused when read. Within a version keys are added
-          only, and such keys may be missing: ``new_bias``, ``nonzeros``, ``groups``, ``form``, ``layout``,
-          both ``loss_increase``, ``spectrum``, ``latency``, ``scores``, ``prehab``, ``model``, ``created``,
-          ``versions`` and ``note`` were. Pass over keys that you do not know.
+          only, and such keys may be missing: ``new_bias``, ``nonzeros``, ``groups``, ``form``, ``layout``, both
+          ``loss_increase``, ``spectrum``, ``latency``, ``scores``, ``prehab``, ``model``, ``created``, ``versions`` and
+          ``note`` were. Pass over keys that you do not know.
         - ``model`` (str): its class, and where it was loaded from. ``created`` (str): when it was cut, ISO 8601 in
           UTC. ``versions`` (object): ``{package: version}``.
         - ``factorization`` (str): for people. ``method`` (object): the same for :meth:`load_json`.

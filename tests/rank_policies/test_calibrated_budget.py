@@ -208,11 +208,9 @@ def test_what_a_search_says():
                 policy = search.send(cost(policy))
         return heard[0]
 
-    assert (
-        said(lambda policy: 1.0 + abs(policy.gamma)) == "no depth multiplier: measured effect 1, the best of 7 trials"
-    )
+    assert said(lambda policy: 1.0 + abs(policy.gamma)) == "no depth multiplier: effect 1, best of 7 trials"
     found = said(lambda policy: 1.0 - policy.gamma / 10)
-    assert found == "depth multiplier alpha=2, gamma=7: measured effect 0.3 instead of 1, the best of 10 trials"
+    assert found == "depth multiplier alpha=2, gamma=7: effect 0.3 instead of 1, best of 10 trials"
 
 
 def test_trials_are_the_same_budget_without_trials_of_their_own():
