@@ -75,7 +75,8 @@ def test_what_is_no_number_is_refused():
 
 
 @pytest.mark.parametrize(
-    "order", [torch.tensor([0, 0, 1]), torch.tensor([0, 1, 3]), torch.tensor([-1, 0, 1]), torch.rand(3), torch.arange(4)]
+    "order",
+    [torch.tensor([0, 0, 1]), torch.tensor([0, 1, 3]), torch.tensor([-1, 0, 1]), torch.rand(3), torch.arange(4)],
 )
 def test_what_is_no_order_is_told(order):
     assert not is_order(order, 3)
