@@ -7,7 +7,6 @@ from torch import nn
 
 import lightning_prehab as lp
 
-
 LAYOUTS = pytest.mark.parametrize("made", [lp.LowRankLinear, lp.PivotLinear])
 
 
