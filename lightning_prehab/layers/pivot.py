@@ -66,7 +66,9 @@ class PivotLayer(LowRankLayer):
     def _product(self) -> Tensor:
         d, c = dequantized(self.D.weight), dequantized(self.C.weight)
         matrix = d.flatten(1)
-        return torch.cat([matrix, c.flatten(1) @ matrix]).index_select(0, self.order).reshape([-1] + list(d.shape[1:]))
+        sizes: list[int] = list(d.shape)
+        sizes[0] = -1
+        return torch.cat([matrix, c.flatten(1) @ matrix]).index_select(0, self.order).reshape(sizes)
 
 
 class PivotLinear(PivotLayer):

@@ -25,9 +25,7 @@ from lightning_prehab.targets.names import Patterns, clean_name, join, match_nam
 
 
 @names_holders
-def to_pivot_(
-    model: nn.Module, names: Patterns = None, optimizers: Iterable[torch.optim.Optimizer] = ()
-) -> list[str]:
+def to_pivot_(model: nn.Module, names: Patterns = None, optimizers: Iterable[torch.optim.Optimizer] = ()) -> list[str]:
     """Stores low-rank layers in the pivot layout, in place: ``r (m + n - r)`` numbers instead of ``r (m + n)``.
 
     The function stays the same to rounding.

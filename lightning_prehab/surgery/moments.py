@@ -110,11 +110,11 @@ def mixed_state(terms: Sequence[tuple[Mapping[str, Any], Tensor, Tensor]], value
         else:
             squares = key in SECOND_MOMENTS or key in LARGEST
             total = first.new_zeros(value.shape, dtype=torch.float64)
-            for part, (_, left, right) in zip(parts, terms, strict=True):
+            for part, (_, *sides) in zip(parts, terms, strict=True):
                 assert part is not None
-                part = part.double().square() if key in LARGEST else part.double()
-                left, right = (side.double().square() if squares else side.double() for side in (left, right))
-                total += left @ part.reshape(left.shape[1], right.shape[0]) @ right
+                left, right = (side.double().square() if squares else side.double() for side in sides)
+                wide = part.double().reshape(left.shape[1], right.shape[0])
+                total += left @ (wide.square() if key in LARGEST else wide) @ right
             moved[key] = (total.sqrt() if key in LARGEST else total).to(first.dtype)
     _raise_(moved)
     if "grad_avg" in moved:

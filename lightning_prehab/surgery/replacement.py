@@ -17,7 +17,6 @@ from lightning_prehab.surgery.moments import bias_state, block_state, entry_stat
 from lightning_prehab.targets.locate import Layer
 from lightning_prehab.targets.names import join
 
-
 #: What an optimizer knows of a parameter, as :func:`~lightning_prehab.surgery.meanings.readable_state` gives it.
 StateOf = Callable[[Tensor], Mapping[str, Any] | None]
 

@@ -27,9 +27,10 @@ def stored_factors(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str,
             sparse = Sparse(places, values) if isinstance(places, Tensor) and isinstance(values, Tensor) else None
             found[name] = Factors(a, b, state_dict.get(f"{prefix}{name}.B.bias"), sparse)
         name = key.removeprefix(prefix).removesuffix(".D.weight")
-        c, order = (state_dict.get(f"{prefix}{name}.{part}") for part in ("C.weight", "order"))
-        if key == f"{prefix}{name}.D.weight" and all(isinstance(part, Tensor) for part in (a, c, order)):
-            found[name] = _pivoted(name, a, c, order)._replace(bias_shift=state_dict.get(f"{prefix}{name}.bias"))
+        parts = [state_dict.get(f"{prefix}{name}.{part}") for part in ("D.weight", "C.weight", "order")]
+        d, c, order = (part if isinstance(part, Tensor) else None for part in parts)
+        if key == f"{prefix}{name}.D.weight" and d is not None and c is not None and order is not None:
+            found[name] = _pivoted(name, d, c, order)._replace(bias_shift=state_dict.get(f"{prefix}{name}.bias"))
     return found
 
 

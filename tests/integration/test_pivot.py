@@ -145,7 +145,8 @@ def fit(folder, lit, ckpt_path=None, epochs=EPOCHS, **settings):
     torch.manual_seed(0)
     trainer = pl.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
-        enable_checkpointing=False, max_epochs=epochs, callbacks=[lp.CompressionCallback(2, 0.6, layout="pivot", **settings)],
+        enable_checkpointing=False, max_epochs=epochs,
+        callbacks=[lp.CompressionCallback(2, 0.6, layout="pivot", **settings)],
     )  # fmt: skip
     trainer.fit(lit, DataLoader(data, 16), ckpt_path=ckpt_path)
     trainer.save_checkpoint(folder / f"{epochs}.ckpt")
