@@ -188,7 +188,7 @@ def _add_data(parser: Parser, *, own: bool) -> None:
     if not own:
         parser.add_argument("--data", type=file, metavar="FILE", help=text)
         return
-    words = f"{text}; self: what the model writes (default of language models); none"
+    words = "lines of text, batches (.pt, .safetensors), none, or self: the model writes it (default, if it can)"
     parser.add_argument("--data", type=data, metavar="FILE", help=words)
     parser.add_argument(
         "--self-share", type=mixture, metavar="SHARE", help="of all tokens, written by the model beside --data FILE"

@@ -21,6 +21,8 @@ from lightning_prehab.plan.recipe import Recipe
 SELF, NONE = "self", "none"
 #: Tokens of a sequence that the model writes, if it has positions for them.
 LENGTH = 512
+_SAID = "no --data: calibrated with text that the model writes; --data FILE takes yours, --data none cuts without."
+_WHY = "to write own samples with; save it there, "
 
 
 def settle_data(settings: Any, wish: object) -> None:
@@ -34,11 +36,13 @@ def settle_data(settings: Any, wish: object) -> None:
         ArgumentError: If ``--self-share`` has nothing to be a share of.
     """
     if settings.data is None and isinstance(wish, Recipe) and _profits(wish) and can_write(settings.source):
-        settings.data = SELF
-        note(
-            "no --data: calibrated with text that the model writes itself; --data FILE takes yours, "
-            "--data none cuts without."
-        )
+        try:
+            read_tokenizer(Path(settings.source), _WHY)
+        except ArgumentError as error:
+            note(f"no own samples: {error}")
+        else:
+            settings.data = SELF
+            note(_SAID)
     elif settings.data == NONE:
         settings.data = None
     if settings.self_share is not None and settings.data in (None, SELF):
@@ -82,7 +86,7 @@ def with_own_text(model: nn.Module, batches: Batches | None, settings: Any) -> B
 
 def _written(model: nn.Module, settings: Any, sequences: int, length: int) -> tuple[Batches, Path | None]:
     """The model's own text, and the file beside the output that keeps it: made once for the same model and settings."""
-    tokenizer = read_tokenizer(Path(settings.source), "to write own samples with; save it there, ")
+    tokenizer = read_tokenizer(Path(settings.source), _WHY)
     check_writes(model)
     made = {"sequences": sequences, "length": length, "seed": 0, "temperature": 1.0}
     file = None

@@ -110,7 +110,7 @@ def test_an_interrupted_run_finds_them_and_leaves_nothing_half_written(
 def test_a_language_model_without_data_uses_its_own_text_and_says_so(folder, tmp_path, capsys):
     assert main(["compress", str(folder), "--self-sequences", "32", "--output", str(tmp_path / "small")]) == 0
     out, err = capsys.readouterr()
-    assert "no --data: calibrated with text that the model writes itself" in err
+    assert calibration_text._SAID in err
     assert "32 rows, 768 tokens in 4 batches" in err
     assert "KroneckerSVD" in out
     assert "held-back rows of tiny-own-samples-" in " ".join(out.split())
@@ -200,6 +200,9 @@ def test_what_is_refused(folder, tmp_path, capsys):
     told = refused(capsys, "compress", silent, "--data", "self", "--output", tmp_path / "small")
     assert "holds no tokenizer to write own samples with" in told
     assert not calibration_text.can_write(str(silent))
+    (silent / "tokenizer.json").write_text("{}")
+    assert main(["plan", str(silent)]) == 0  # as without any data
+    assert "no own samples: " in capsys.readouterr().err
 
 
 def test_models_that_do_not_write(folder, tmp_path, capsys):

@@ -129,7 +129,7 @@ def test_what_is_not_known_is_said(command, folder, tmp_path, capsys):
     (tmp_path / "few.txt").write_text("\n".join(LINES[:29]))
     blind, unmeasured = "without --data plain SVD is used", "not measured: fewer than 30 rows of --data"
     for words, expected in (
-        ([], (True, False)),
+        (["--data", "none"], (True, False)),
         (["--data", tmp_path / "few.txt"], (False, True)),
         (["--data", tmp_path / "few.txt", "--evaluate", 0], (False, False)),
         (["--data", folder / "text.txt"], (False, False)),
@@ -153,14 +153,15 @@ def test_a_plan_predicts_for_the_rows_that_it_is_measured_on(folder, capsys):
 
 
 def test_without_calibration_a_file_can_be_measured_on(folder, tmp_path, capsys):
-    words = ["compress", folder, "--json", "--output", tmp_path / "a", "--evaluate", folder / "other.txt"]
+    words = ["compress", folder, "--data", "none", "--json", "--output", tmp_path / "a"]
+    words += ["--evaluate", folder / "other.txt"]
     assert json.loads(run(capsys, *words))["report"]["scores"]["data"] == "5 rows of other.txt"
 
 
 def test_wrong_values(folder, tmp_path, capsys):
     words = ["compress", folder, "--output", tmp_path / "small", "--evaluate"]
     data = ["--data", folder / "text.txt"]
-    assert "--evaluate 0.1 holds rows of --data back; give --data" in refused(capsys, *words, 0.1)
+    assert "--evaluate 0.1 holds rows of --data back; give --data" in refused(capsys, *words, 0.1, "--data", "none")
     for value, message in (
         (1, "--evaluate must be a share in [0, 1) or a file, got 1."),
         ("-0.1", "--evaluate must be a share in [0, 1) or a file, got -0.1."),
@@ -191,7 +192,7 @@ def test_bench_says_what_both_are_worth(folder, tmp_path, capsys, monkeypatch):
 def test_a_report_takes_the_scores_of_a_bench(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(timing, "LEAST_SECONDS", 1e-6)
     out, bench = tmp_path / "small", tmp_path / "bench.json"
-    run(capsys, "compress", folder, "--output", out)
+    run(capsys, "compress", folder, "--data", "none", "--output", out)
     words = ["bench", folder, "--compressed", out, "--batch-sizes", 1, "--json"]
     bench.write_text(run(capsys, *words, "--data", folder / "other.txt"))
     assert "on 5 rows of other.txt" in run(capsys, "report", out, "--bench", bench)
