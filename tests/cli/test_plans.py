@@ -61,31 +61,34 @@ def no_calibration(monkeypatch):
     return forbid
 
 
-@pytest.mark.parametrize("evaluate", ["0", "0.2"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        [],
-        ["--method", "whitened"],
-        ["--method", "activation"],
-        ["--method", "fisher"],
-        ["--policy", "zero-sum"],
-        ["--policy", "probe"],
-        ["--layers-at-once", "1"],
-        ["--recipe", "auto.yaml"],
-        ["--recipe", "sparse.yaml"],
-        ["--split-fused"],
-        ["--layout", "pivot"],
-    ],
-    ids=" ".join,
-)
+OPTIONS = [
+    [],
+    ["--method", "whitened"],
+    ["--method", "activation"],
+    ["--method", "fisher"],
+    ["--policy", "zero-sum"],
+    ["--policy", "probe"],
+    ["--layers-at-once", "1"],
+    ["--recipe", "auto.yaml"],
+    ["--recipe", "sparse.yaml"],
+    ["--split-fused"],
+    ["--layout", "pivot"],
+]
+#: Every pair of a model, options and a share to evaluate on is there.
+PAIRS = [
+    pytest.param(kind, options, ("0", "0.2")[(i + j) % 2], id=f"{kind.__name__} {' '.join(options)}")
+    for i, kind in enumerate(LINEAR)
+    for j, options in enumerate(OPTIONS)
+    if not (kind is LitConv and "sparse.yaml" in options)  # has no linear layers
+]
+
+
+@pytest.mark.parametrize(("words", "options", "evaluate"), PAIRS, indirect=["words"])
 def test_a_plan_gives_the_very_weights_of_compress(words, options, evaluate, capsys, no_calibration):
     model, data, kind = words
     auto = lp.KroneckerSVD(gradient_shrinkage="auto", input_shrinkage="auto")
     lp.Recipe(factorization=auto).to_yaml("auto.yaml")
     lp.Recipe(factorization=lp.LowRankPlusSparse(0.05), target_modules=LINEAR[kind]).to_yaml("sparse.yaml")
-    if "sparse.yaml" in options and kind is LitConv:
-        pytest.skip("has no linear layers")
     data = [*data, "--evaluate", evaluate]
     run(capsys, "compress", *model, *data, *options, "--keep", 0.6, "--output", "at-once")
     said = run(capsys, "plan", *model, *data, *options, "--keep", 0.6, "--output", "plan.yaml")

@@ -1,9 +1,12 @@
-"""The three callbacks from a LightningCLI YAML, in a process of their own."""
+"""The three callbacks from a LightningCLI YAML: in a process of its own once, then as if it was one."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 MAIN = """
 import lightning_prehab
@@ -46,31 +49,53 @@ trainer:
 """
 
 
-def run(folder: Path, *arguments: str, config: str = CONFIG) -> subprocess.CompletedProcess:
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs the program in this process, where all is imported already; what it prints."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # the program sets it; undone after the test
+
+    def start(config: str, *arguments: str) -> str:
+        write(tmp_path, config)
+        monkeypatch.setattr(sys, "argv", [*COMMAND, *arguments])
+        runpy.run_path("main.py", run_name="__main__")
+        return capsys.readouterr().out
+
+    yield start
+    sys.modules.pop("own", None)
+
+
+def write(folder: Path, config: str) -> None:
     (folder / "main.py").write_text(MAIN)
     (folder / "config.yaml").write_text(config)
-    return subprocess.run(
-        [sys.executable, "main.py", "fit", "--config", "config.yaml", *arguments],
-        cwd=folder,
+
+
+COMMAND = ["main.py", "fit", "--config", "config.yaml"]
+
+
+def test_a_run_from_yaml(tmp_path):
+    write(tmp_path, CONFIG)
+    done = subprocess.run(
+        [sys.executable, *COMMAND],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"},
     )
-
-
-def test_a_run_from_yaml(tmp_path):
-    done = run(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "layer.0  32x32     5" in done.stdout
     assert "KroneckerSVD(gradient_shrinkage=0.01" in done.stdout
 
 
-def test_a_wrong_value_is_named(tmp_path):
-    done = run(tmp_path, "--trainer.callbacks+=lightning_prehab.RehabSchedule", "--trainer.callbacks.shape=square")
-    assert done.returncode != 0
-    assert "square" in done.stderr
+def test_a_wrong_value_is_named(run, capsys):
+    wrong = ("--trainer.callbacks+=lightning_prehab.RehabSchedule", "--trainer.callbacks.shape=square")
+    with pytest.raises(SystemExit, match="2"):
+        run(CONFIG, *wrong)
+    assert "square" in capsys.readouterr().err
 
 
 OWN = """
@@ -132,16 +157,14 @@ NESTED_CONFIG = f"""{START}
 """
 
 
-def test_classes_of_the_user(tmp_path):
+def test_classes_of_the_user(run, tmp_path):
     (tmp_path / "own.py").write_text(OWN)
-    done = run(tmp_path, config=OWN_CONFIG)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "layer.0  32x32     3" in done.stdout
-    assert "LeadingColumns(scale=2.0)" in done.stdout
+    said = run(OWN_CONFIG)
+    assert "layer.0  32x32     3" in said
+    assert "LeadingColumns(scale=2.0)" in said
 
 
-def test_a_factorization_inside_of_another_and_an_automatic_surgery(tmp_path):
-    done = run(tmp_path, config=NESTED_CONFIG)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "LowRankPlusSparse(density=0.1, base=KroneckerSVD(" in done.stdout
-    assert "input_shrinkage='auto'" in done.stdout
+def test_a_factorization_inside_of_another_and_an_automatic_surgery(run):
+    said = run(NESTED_CONFIG)
+    assert "LowRankPlusSparse(density=0.1, base=KroneckerSVD(" in said
+    assert "input_shrinkage='auto'" in said

@@ -15,7 +15,7 @@ HARNESS = Path(__file__).with_name("faults.py")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_resumed_runs_end_as_if_nothing_had_happened(processes, tmp_path):
     run = subprocess.run(
-        [sys.executable, str(HARNESS), "--processes", str(processes), "--fixed", "--random", "4", str(tmp_path)],
+        [sys.executable, str(HARNESS), "--processes", str(processes), "--fixed", "--random", "2", str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=900,

@@ -118,15 +118,26 @@ class SaveEverywhere(pl.Callback):
         self.save(trainer, "epoch")
 
 
-@pytest.fixture(scope="module", params=["flat", "name", "type"])
+GROUPINGS = ["flat", "name", "type"]
+
+
+@pytest.fixture(scope="module", params=GROUPINGS)
 def uninterrupted(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     return folder, request.param, fit(folder, [*acts(), SaveEverywhere(folder)], grouping=request.param)
 
 
-@pytest.mark.parametrize("epoch", range(EPOCHS - 1))
-@pytest.mark.parametrize("moment", ["batch", "validation", "epoch"])
-def test_resume_from_every_kind_of_checkpoint(moment, epoch, uninterrupted, tmp_path):
+MOMENTS = ["batch", "validation", "epoch"]
+#: Every pair of a grouping, a moment and an epoch is there.
+SAVED = [
+    (GROUPINGS[(i + epoch) % len(GROUPINGS)], moment, epoch)
+    for i, moment in enumerate(MOMENTS)
+    for epoch in range(EPOCHS - 1)
+]
+
+
+@pytest.mark.parametrize(("uninterrupted", "moment", "epoch"), SAVED, indirect=["uninterrupted"])
+def test_resume_from_every_kind_of_checkpoint(uninterrupted, moment, epoch, tmp_path):
     folder, grouping, reference = uninterrupted
     file = folder / f"{moment}-{epoch}.ckpt"
     resumed = fit(tmp_path, acts(), file, grouping=grouping)

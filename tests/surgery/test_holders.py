@@ -19,9 +19,9 @@ from tests.replaceable import CASES, WAYS, by_compress, by_plan
 OUTSIDE = []  # a global that holds something now and then
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _what_was_imported_holds_too():
-    """See tests/conftest.py: here a global is searched for."""
+@pytest.fixture
+def _globals_too():
+    """What was imported is gone through as well, as in a program of a user; see tests/conftest.py."""
     gc.unfreeze()
     yield
     gc.freeze()
@@ -227,6 +227,7 @@ HOLD = [
 ]
 
 
+@pytest.mark.usefixtures("_globals_too")
 @pytest.mark.parametrize("hold", HOLD)
 def test_who_is_named(hold):
     model = small()
@@ -261,6 +262,7 @@ def test_loading_names_them_too(way, tmp_path):
         (lp.to_dense_ if way == "to_dense_" else partial(WAYS[way], case=case, folder=tmp_path))(model)
 
 
+@pytest.mark.usefixtures("_globals_too")
 def test_a_list_of_the_module_in_a_trainer(mlp, loader, make_trainer, lit_class, tmp_path):
     """The case that happens: gradients are clipped over a list that was made in __init__."""
 
@@ -298,6 +300,7 @@ def test_a_list_of_the_module_in_a_trainer(mlp, loader, make_trainer, lit_class,
         resume(Anew)
 
 
+@pytest.mark.usefixtures("_globals_too")
 def test_who_is_not_named(mlp, loader, make_trainer, lit_class, data):
     """Variables of the caller, what find_targets gave, graphs, a Trainer that is done, what waits for the collector."""
     lit = lit_class(mlp)
