@@ -14,6 +14,8 @@ from lightning_prehab.layers.linear import LowRankLinear, LowRankPlusSparseLinea
 from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.rank_policies import EnergyThreshold, ParameterBudget, ProbeBudget, RankRatio, ZeroSum
+from lightning_prehab.refinement.refine import refine_
+from lightning_prehab.refinement.settings import Refinement
 from lightning_prehab.regularizers import (
     EffectiveRank,
     NuclearNorm,
@@ -58,6 +60,7 @@ __all__ = [
     "ProbeBudget",
     "RankRatio",
     "Recipe",
+    "Refinement",
     "RehabSchedule",
     "SpectralWeightDecay",
     "StableRank",
@@ -74,6 +77,7 @@ __all__ = [
     "load_from_checkpoint",
     "make_plan",
     "print_compression",
+    "refine_",
     "save_compressed",
     "to_dense_",
 ]

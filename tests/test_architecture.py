@@ -96,6 +96,7 @@ STEPS = {
     "effect_in_training": {"callbacks/_site.py"},
     "prepare_swap": {"surgery/swap.py", "callbacks/_site.py"},
     "swap_": {"sites/process.py"},
+    "refine_with_": {"sites/process.py", "refinement/refine.py"},
 }
 FILES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 

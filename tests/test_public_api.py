@@ -33,6 +33,7 @@ NAMES = {
     "ProbeBudget",
     "RankRatio",
     "Recipe",
+    "Refinement",
     "RehabSchedule",
     "SpectralWeightDecay",
     "StableRank",
@@ -49,6 +50,7 @@ NAMES = {
     "load_from_checkpoint",
     "make_plan",
     "print_compression",
+    "refine_",
     "save_compressed",
     "to_dense_",
 }
