@@ -11,6 +11,7 @@ from lightning_prehab.layers.attention import LowRankMultiheadAttention
 from lightning_prehab.layers.blocks import LowRankBlocks
 from lightning_prehab.layers.conv import LowRankConv1d, LowRankConv2d
 from lightning_prehab.layers.linear import LowRankLinear, LowRankPlusSparseLinear
+from lightning_prehab.layers.pivot import PivotConv1d, PivotConv2d, PivotLinear
 from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.rank_policies import EnergyThreshold, ParameterBudget, ProbeBudget, RankRatio, ZeroSum
@@ -55,6 +56,9 @@ __all__ = [
     "NuclearNorm",
     "PaperPrehab",
     "ParameterBudget",
+    "PivotConv1d",
+    "PivotConv2d",
+    "PivotLinear",
     "PrehabCallback",
     "PrehabError",
     "ProbeBudget",

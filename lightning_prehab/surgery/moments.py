@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_prehab.layers.pivot import PivotLayer
+from lightning_prehab.linalg.pivot import from_factor
 from lightning_prehab.surgery.meanings import ITERATES, LARGEST, MEANINGS, SECOND_MOMENTS, STEP_SIZES
 
 
@@ -50,6 +52,30 @@ def factor_states(state: Mapping[str, Any], a: Tensor, b: Tensor) -> tuple[dict[
         if "grad_avg" in moved:
             moved["square_avg"] += moved["grad_avg"].square()
     return for_a, for_b
+
+
+def pivot_states(state: Mapping[str, Any], layer: PivotLayer) -> dict[Tensor, dict[str, Any]]:
+    """States of ``D`` and ``C`` from the state of ``W``.
+
+    ``W = M D``, where the rows of ``M`` are those of the identity and of ``C``: see :func:`factor_states`. Only those
+    of ``C`` are trained.
+
+    Args:
+        state: Of ``W``.
+        layer: What holds the two.
+
+    Returns:
+        ``{D.weight: its state, C.weight: its state}``; both are empty if the state holds a matrix of unknown meaning.
+    """
+    factors = layer.factors()
+    for_d, for_rows = factor_states(state, factors.A, factors.B)
+    assert factors.order is not None
+    for_c = {
+        key: from_factor(value, factors.order).reshape(layer.C.weight.shape) if _is_matrix(value) else value
+        for key, value in for_rows.items()
+    }
+    for_d = {key: value.reshape(layer.D.weight.shape) if _is_matrix(value) else value for key, value in for_d.items()}
+    return {layer.D.weight: for_d, layer.C.weight: for_c}
 
 
 def block_state(state: Mapping[str, Any], shape: Sequence[int], part: Callable[[Tensor], Tensor]) -> dict[str, Any]:

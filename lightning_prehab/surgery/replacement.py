@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from lightning_prehab.kinds import MatrixView
 from lightning_prehab.layers.linear import LowRankLayer, LowRankPlusSparseLinear
+from lightning_prehab.layers.pivot import PivotLayer, bias_holder
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.sparse import Sparse
-from lightning_prehab.surgery.moments import bias_state, block_state, entry_state, factor_states
+from lightning_prehab.surgery.moments import bias_state, block_state, entry_state, factor_states, pivot_states
 from lightning_prehab.targets.locate import Layer
 from lightning_prehab.targets.names import join
 
@@ -42,7 +43,8 @@ class Replacement:
         for part, found in mine.items():
             if found.bias_shift is not None and views[part].bias is None:
                 shift = found.bias_shift.clone()
-                made.child(part).B.bias = nn.Parameter(shift, requires_grad=views[part].parameter.requires_grad)
+                holder: Any = bias_holder(made.child(part))
+                holder.bias = nn.Parameter(shift, requires_grad=views[part].parameter.requires_grad)
         return made
 
     @property
@@ -89,8 +91,8 @@ class Replacement:
             found |= _factor_states(view, child, seen)
             if isinstance(child, LowRankPlusSparseLinear):
                 found[child.values] = entry_state(seen, child.indices, view.shape, child.values)
-            if child.B.bias is not None and view.bias is None:
-                found[child.B.bias] = bias_state(seen, child.B.bias)
+            if child.bias is not None and view.bias is None:
+                found[child.bias] = bias_state(seen, child.bias)
         return {parameter: moved for parameter, moved in found.items() if moved}
 
     def shifts(self, parameter: Tensor) -> list[tuple[slice, Tensor]]:
@@ -128,6 +130,8 @@ class Replacement:
 
 def _factor_states(view: MatrixView, child: Any, state: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
     """States of the two factors of a matrix, from the state of the matrix."""
+    if isinstance(child, PivotLayer):
+        return pivot_states(state, child)
     a, b = view.unfold(child.A.weight, child.B.weight)
     if view.group_count == 1:
         for_a, for_b = factor_states(state, a, b)
