@@ -16,6 +16,7 @@ from lightning_prehab.plan.recipe import RankOverride, Recipe
 from lightning_prehab.plan.spectra import Solver
 from lightning_prehab.progress import shown
 from lightning_prehab.rank_policies import Probe, RankPolicy
+from lightning_prehab.refinement.settings import Refinement
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.report.evaluation import Evaluation
 from lightning_prehab.road import apply, operate, survey
@@ -47,6 +48,7 @@ def compress_(
     split_fused: bool = False,
     layers_at_once: int | None = None,
     layout: Layout = "factors",
+    refine: Refinement | bool | int | None = None,
     evaluate: float | Iterable[Any] | None = None,
     progress: bool = True,
 ) -> CompressionReport:
@@ -76,6 +78,9 @@ def compress_(
             ``layout="pivot"``). None keeps all, in one pass.
         layout: How a matrix of rank ``r`` is stored: ``"factors"``, two factors, or ``"pivot"``, in ``r`` times ``r``
             fewer numbers; see :class:`~lightning_prehab.Recipe`.
+        refine: Train the cut model right after the cut, without labels, to answer as the dense one did, on ``batches``:
+            True, a number of steps, or a :class:`~lightning_prehab.Refinement`. It is given more data than statistics
+            need with profit; :func:`~lightning_prehab.refine_` does the same afterwards, on other data.
         evaluate: Say in the report what the model is worth before and after: its loss, for language models the
             perplexity, and the accuracy where there are labels. Batches to measure on; or a share of ``batches``, in
             ``(0, 1)``, which is then held back from the calibration (``batches`` are kept in memory for that). None
@@ -107,9 +112,10 @@ def compress_(
     )
     if isinstance(batches, Iterator) and recipe.policy_or_default.needs_probes:
         batches = list(batches)  # another pass is needed
+    refinement = Refinement.of(refine)
     site = ProcessSite(model, batches, loss, optimizers, layers_at_once=layers_at_once, evaluate=evaluate)
     with shown(progress):
-        return operate(recipe, site)
+        return operate(recipe, site, refinement)
 
 
 @outside_inference_mode

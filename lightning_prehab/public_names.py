@@ -23,6 +23,8 @@ from lightning_prehab.rank_policies import (
     RankRatio,
     ZeroSum,
 )
+from lightning_prehab.refinement.refine import refine_
+from lightning_prehab.refinement.settings import Refinement
 from lightning_prehab.regularizers import (
     EffectiveRank,
     NuclearNorm,
@@ -72,6 +74,7 @@ __all__ = [
     "ProbeBudget",
     "RankRatio",
     "Recipe",
+    "Refinement",
     "RehabSchedule",
     "SpectralWeightDecay",
     "StableRank",
@@ -89,6 +92,7 @@ __all__ = [
     "make_plan",
     "own_samples",
     "print_compression",
+    "refine_",
     "save_compressed",
     "to_dense_",
     "to_factors_",

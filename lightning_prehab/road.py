@@ -5,10 +5,11 @@ Trainer (``CompressionCallback``), or on the way to plans alone (``make_plan`` a
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
+from typing import Any, TypeVar
 
 from lightning_prehab.errors import ArgumentError, StatisticsError
 from lightning_prehab.linalg.factors import Factors
@@ -20,11 +21,15 @@ from lightning_prehab.plan.spectra import Solver, Spectrum
 from lightning_prehab.plan.usable import require_targets, usable_targets
 from lightning_prehab.progress import counted, length_of, quiet, tell
 from lightning_prehab.rank_policies import Probe
+from lightning_prehab.refinement.settings import Refinement
 from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.report.refined import RefinementReport
 from lightning_prehab.report.scores import Score, Scores
 from lightning_prehab.sites.base import Site
 from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.forms import in_chosen_forms, name_in_form
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,14 @@ class Survey:
         return plan_ranks(self.targets, self.forms, recipe, self.spectra, probes=probes)
 
 
-def operate(recipe: Recipe, site: Site) -> CompressionReport:
-    """Cuts a model, where it lives, as the recipe says.
+def operate(recipe: Recipe, site: Site, refinement: Refinement | None = None) -> CompressionReport:
+    """Cuts a model, where it lives, as the recipe says, and refines what is left of it, if that is wished for.
 
     Raises:
         PrehabError: If something is wrong; the model is then as it was.
     """
+    if refinement is not None:
+        site.check_refinement(refinement)
     recipe = recipe.where_calibrated(site.calibrates)
     targets = _find([recipe], site)
     before = site.score()
@@ -73,7 +80,8 @@ def operate(recipe: Recipe, site: Site) -> CompressionReport:
     site.release()
     plan = _in_the_unit_of_the_loss(plan, site, factors)
     forms = {layer.name: name_in_form(layer.name, layer.form) for layer in plan.layers}
-    return _carry_out(plan, site, factors, {name: found.spectra[form] for name, form in forms.items()}, before)
+    spectra = {name: found.spectra[form] for name, form in forms.items()}
+    return _carry_out(plan, site, factors, spectra, before, refinement)
 
 
 def survey(recipe: Recipe, site: Site, others: Sequence[Recipe] = ()) -> Survey:
@@ -222,27 +230,40 @@ def _carry_out(
     factors: Mapping[str, Factors],
     spectra: Mapping[str, Spectrum],
     before: Score | None,
+    refinement: Refinement | None = None,
 ) -> CompressionReport:
-    """The last part of the road: the swap, and what it did. Spectra, by the name of the layer, are for the report."""
+    """The last part of the road: the swap, what it did, and what refining brings.
+
+    Spectra, by the name of the layer, are for the report.
+    """
+    teacher = None if refinement is None else site.teacher(refinement)
     report = site.swap(plan, factors)
     report = report.with_spectra({name: one.singular_values for name, one in spectra.items()})
+    if refinement is not None:
+        report = report.with_refinement(_refined(site, refinement, teacher))
+        del teacher
     return report if before is None else report.with_scores(_scores(site, before))
 
 
+def _refined(site: Site, refinement: Refinement, teacher: Any) -> RefinementReport | None:
+    return _after_the_cut(lambda: site.refine(refinement, teacher), "it could not be refined", "refined")
+
+
 def _scores(site: Site, before: Score) -> Scores | None:
+    after = _after_the_cut(site.score, "what it is worth now could not be measured", "measured")
+    return None if after is None else Scores(before, after)
+
+
+def _after_the_cut(work: Callable[[], T], failed: str, done: str) -> T | None:
+    """What goes wrong here is a warning: a model is anybody's code, and it is cut already."""
     try:
-        after = site.score()
-    except Exception as error:  # a loss is anybody's code, and the model is cut already
-        warnings.warn(
-            "The model is compressed, but what it is worth now could not be measured "
-            f"({type(error).__name__}: {error}).",
-            stacklevel=2,
-        )
+        return work()
+    except Exception as error:
+        warnings.warn(f"The model is compressed, but {failed} ({type(error).__name__}: {error}).", stacklevel=2)
         return None
     except BaseException:
         warnings.warn(
-            "Interrupted while the compressed model was measured: the model in memory is cut, and there is no report.",
+            f"Interrupted while the compressed model was {done}: the model in memory is cut, and there is no report.",
             stacklevel=2,
         )
         raise
-    return None if after is None else Scores(before, after)

@@ -36,6 +36,7 @@ FLOORS = [
     {
         "report": "what happened: numbers, figures, pages",
         "surgery": "the change of a model and its optimizers",
+        "refinement": "training of a cut model toward the dense one",
     },
     {
         "sites": "where a model can live",
@@ -97,6 +98,7 @@ STEPS = {
     "CutsInTraining": {"callbacks/_site.py"},
     "prepare_swap": {"surgery/swap.py", "callbacks/_site.py"},
     "swap_": {"sites/process.py"},
+    "refine_with_": {"sites/process.py", "refinement/refine.py"},
 }
 FILES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 

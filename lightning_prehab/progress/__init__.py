@@ -13,10 +13,12 @@ from lightning_prehab.progress.events import (
     quiet,
     tell,
 )
+from lightning_prehab.progress.words import clock_time
 
 __all__ = [
     "Listener",
     "Progress",
+    "clock_time",
     "counted",
     "doing",
     "ends_the_work",

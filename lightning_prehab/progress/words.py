@@ -18,6 +18,8 @@ _PHASES = {
     "time": ("timing", "layer", "layers"),
     "factorize": ("factorizing", "layer", "layers"),
     "try": ("trying the cut", "pass", "passes"),
+    "refine": ("refining", "step", "steps"),
+    "refine blocks": ("refining", "block", "blocks"),
     "evaluate": ("evaluating", "batch", "batches"),
     "train": ("training", "step", "steps"),
     "run": ("running", "run", "runs"),

@@ -21,6 +21,7 @@ from lightning_prehab.report.latency import ModelLatency
 from lightning_prehab.report.origin import Origin
 from lightning_prehab.report.page import build_page
 from lightning_prehab.report.panels import spectra_figure
+from lightning_prehab.report.refined import RefinementReport
 from lightning_prehab.report.rows import headlines, table_of_layers
 from lightning_prehab.report.scores import Scores
 from lightning_prehab.report.thinned_spectrum import LayerSpectrum
@@ -49,6 +50,7 @@ class CompressionReport(Facts):
         scores: What the model is worth before and after, or None, where nobody has asked or it cannot be measured.
         prehab: What a training run with :class:`~lightning_prehab.PrehabCallback` went through, else None.
         origin: Which model it was, and when. Reports that differ in it alone are equal.
+        refinement: What training right after the cut has brought, or None where there was none.
     """
 
     @property
@@ -91,6 +93,10 @@ class CompressionReport(Facts):
         """The same report with what the model is worth before and after."""
         return replace(self, scores=scores)
 
+    def with_refinement(self, refinement: RefinementReport | None) -> "CompressionReport":
+        """The same report with what training right after the cut has brought."""
+        return replace(self, refinement=refinement)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, ready for JSON."""
         return {
@@ -127,6 +133,7 @@ class CompressionReport(Facts):
             "latency": None if self.latency is None else self.latency.to_dict(),
             "scores": None if self.scores is None else self.scores.to_dict(),
             "prehab": None if self.prehab is None else self.prehab.to_dict(),
+            "refinement": None if self.refinement is None else self.refinement.to_dict(),
         }
 
     @classmethod
@@ -150,6 +157,7 @@ class CompressionReport(Facts):
             if layer.get("spectrum") is not None
         }
         latency, scores, prehab = data.get("latency"), data.get("scores"), data.get("prehab")
+        refinement = data.get("refinement")
         return cls(
             plan,
             errors,
@@ -160,6 +168,7 @@ class CompressionReport(Facts):
             None if scores is None else Scores.from_dict(scores),
             None if prehab is None else PrehabCourse.from_dict(prehab),
             Origin.from_dict(data),
+            None if refinement is None else RefinementReport.from_dict(refinement),
         )
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
@@ -170,8 +179,8 @@ class CompressionReport(Facts):
 
         - ``version`` (int): of this form, 1; other versions are refused when read. Within a version keys are added
           only, and such keys may be missing: ``new_bias``, ``nonzeros``, ``groups``, ``form``, ``layout``, both
-          ``loss_increase``, ``spectrum``, ``latency``, ``scores``, ``prehab``, ``model``, ``created``, ``versions`` and
-          ``note`` were. Pass over keys that you do not know.
+          ``loss_increase``, ``spectrum``, ``latency``, ``scores``, ``prehab``, ``refinement``, ``model``,
+          ``created``, ``versions`` and ``note`` were. Pass over keys that you do not know.
         - ``model`` (str): its class, and where it was loaded from. ``created`` (str): when it was cut, ISO 8601 in
           UTC. ``versions`` (object): ``{package: version}``.
         - ``factorization`` (str): for people. ``method`` (object): the same for :meth:`load_json`.
@@ -194,6 +203,9 @@ class CompressionReport(Facts):
           to act), right before the ``cut`` and at its ``end`` (null while it goes on), each an object with ``step``
           (int), ``loss`` (float or null): of training, smoothed, ``validation`` (object): ``{name: value}`` as logged,
           ``stable_rank``, ``effective_rank`` and ``tail_energy`` (float or null): means over the layers.
+        - ``refinement`` (object or null): training right after the cut: ``scope`` (str), ``measure`` (str),
+          ``before`` and ``after`` (float): of this measure, on ``data`` (str), ``steps`` (int), ``seconds`` (float),
+          ``kept`` (bool), ``stopped`` (str or null): why it ended before its time.
         - ``layers`` (list of objects, in model order), each with:
 
           - ``name`` (str), ``shape`` (``[out_features, in_features]``), ``rank`` (int; null: stayed dense),

@@ -7,6 +7,7 @@ from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.report.course import PrehabCourse
 from lightning_prehab.report.latency import ModelLatency
 from lightning_prehab.report.origin import Origin
+from lightning_prehab.report.refined import RefinementReport
 from lightning_prehab.report.scores import Scores
 from lightning_prehab.report.thinned_spectrum import LayerSpectrum
 
@@ -24,6 +25,7 @@ class Facts:
     scores: Scores | None = None
     prehab: PrehabCourse | None = None
     origin: Origin = field(default_factory=Origin, compare=False)
+    refinement: RefinementReport | None = None
 
     @property
     def keep(self) -> float:

@@ -18,6 +18,8 @@ def headlines(facts: Facts) -> list[str]:
         plan.headline(),
         *plan.method_lines(),
     ]
+    if facts.refinement is not None:
+        lines.append(facts.refinement.summary())
     if facts.latency is not None:
         lines.append(facts.latency.summary())
     if facts.prehab is not None and facts.prehab.summary():

@@ -2,15 +2,18 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.storage import Layout
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.plan.spectra import Solver, Spectrum
 from lightning_prehab.rank_policies import Probe
+from lightning_prehab.refinement.settings import Refinement
 from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.report.refined import RefinementReport
 from lightning_prehab.report.scores import Score
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 from lightning_prehab.targets.find import Targets
@@ -120,3 +123,28 @@ class Site(ABC):
     @abstractmethod
     def swap(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> CompressionReport:
         """Puts the factors in the place of the planned layers: the only question that changes something."""
+
+    def check_refinement(self, refinement: Refinement) -> None:
+        """Asked before the work begins: can the cut model be refined here?
+
+        Raises:
+            PrehabError: If it cannot.
+        """
+        raise UnsupportedError(
+            f"A model cannot be refined in a {type(self).__name__}; refine it afterwards with refine_, or train it."
+        )
+
+    def teacher(self, refinement: Refinement) -> Any:
+        """Asked right before the swap: what :meth:`refine` needs of the dense model."""
+        return None
+
+    def refine(self, refinement: Refinement, teacher: Any) -> RefinementReport:
+        """Trains the cut model toward the dense one; asked after the swap, where :meth:`check_refinement` agreed.
+
+        What it raises becomes a warning, and the report has no refinement: the model is cut already.
+
+        Args:
+            refinement: The settings.
+            teacher: What :meth:`teacher` has kept.
+        """
+        raise NotImplementedError

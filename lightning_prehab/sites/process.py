@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.documents.checks import check_whole
-from lightning_prehab.errors import ArgumentError
+from lightning_prehab.errors import ArgumentError, UnsupportedError
 from lightning_prehab.factorizations import Decomposition
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
@@ -20,8 +20,13 @@ from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.plan.spectra import Solver, Spectrum
 from lightning_prehab.progress import ends_the_work, tell
 from lightning_prehab.rank_policies import Probe
+from lightning_prehab.refinement.refine import refine_with_
+from lightning_prehab.refinement.sequences import Sequences
+from lightning_prehab.refinement.settings import Refinement
+from lightning_prehab.refinement.teacher import in_half, keep_teacher
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.report.evaluation import Evaluation, for_calibration
+from lightning_prehab.report.refined import RefinementReport
 from lightning_prehab.report.scores import Score
 from lightning_prehab.sites.base import Site
 from lightning_prehab.statistics.batches import check_batches
@@ -211,6 +216,25 @@ class ProcessSite(Site):
     def swap(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> CompressionReport:
         """In the model and the optimizers."""
         return swap_(self.model, plan, factors, self._optimizers)
+
+    def check_refinement(self, refinement: Refinement) -> None:
+        """There must be batches to refine on, and no optimizer whose moments the new factors would not fit."""
+        if any(optimizer.state for optimizer in self._optimizers):
+            raise UnsupportedError(
+                "The model cannot be refined under an optimizer that has made steps: its moments would be those of "
+                "other weights. Give no optimizers, and make one after compress_."
+            )
+        if isinstance(self._batches, Iterator):
+            self._batches = list(self._batches)  # another pass is needed
+        self._sequences = Sequences(self._batches, refinement)
+
+    def teacher(self, refinement: Refinement) -> nn.Module:
+        """The dense model, in half precision where that is fast."""
+        return keep_teacher(self.model, in_half(refinement, next(self.model.parameters()).device))
+
+    def refine(self, refinement: Refinement, teacher: nn.Module) -> RefinementReport:
+        """On the batches of the calibration."""
+        return refine_with_(self.model, teacher, self._sequences, refinement)
 
 
 class KnownSite(ProcessSite):

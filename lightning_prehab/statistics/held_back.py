@@ -78,7 +78,12 @@ def _part(batch: Any, share: float) -> tuple[Any, Any | None]:
         return batch, None
     chosen = torch.zeros(rows, dtype=torch.bool)
     chosen[_spread(count, rows)] = True
-    return _rows_of(batch, ~chosen), _rows_of(batch, chosen)
+    return _chosen(batch, ~chosen), _chosen(batch, chosen)
+
+
+def rows_of(batch: Any, chosen: Tensor) -> Any | None:
+    """Some rows of a batch, told by booleans of shape ``(rows,)``; None where they cannot be told apart."""
+    return _chosen(batch, chosen) if _has_rows(batch, len(chosen)) else None
 
 
 def _spread(count: int, total: int) -> list[int]:
@@ -94,10 +99,10 @@ def _has_rows(batch: Any, rows: int) -> bool:
     return all(isinstance(part, Tensor) and part.dim() > 0 and len(part) == rows for part in parts)
 
 
-def _rows_of(batch: Any, chosen: Tensor) -> Any:
+def _chosen(batch: Any, chosen: Tensor) -> Any:
     if isinstance(batch, Tensor):
         return batch[chosen.to(batch.device)]
     if isinstance(batch, Mapping):
-        return {key: _rows_of(part, chosen) for key, part in batch.items()}
-    parts = [_rows_of(part, chosen) for part in batch]
+        return {key: _chosen(part, chosen) for key, part in batch.items()}
+    parts = [_chosen(part, chosen) for part in batch]
     return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)

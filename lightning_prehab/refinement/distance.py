@@ -1,0 +1,131 @@
+"""How far the answers of a model are from those of another one, to be trained on."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_prehab.errors import StatisticsError
+from lightning_prehab.statistics.batches import padding_mask, tensors
+from lightning_prehab.statistics.outputs import ROWS
+
+_WHOLE = (torch.int32, torch.int64)
+
+
+class Distance(NamedTuple):
+    """A sum over predictions, and what to divide it by.
+
+    Attributes:
+        total: Scalar float32 tensor, differentiable.
+        weight: Number of predictions, or for squared errors the square of the right outputs.
+    """
+
+    total: Tensor
+    weight: float
+
+    @property
+    def mean(self) -> Tensor:
+        """Scalar float32 tensor."""
+        return self.total / max(self.weight, torch.finfo(torch.float32).tiny)
+
+
+def answer_in(output: Any) -> Tensor:
+    """What counts as the answer: the output itself, its logits, its last hidden state, or its first floating tensor.
+
+    Raises:
+        StatisticsError: If there is none.
+    """
+    for name in ("logits", "last_hidden_state"):
+        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(found, Tensor):
+            return found
+    found = next((one for one in tensors(output) if one.is_floating_point() and one.dim() > 0), None)
+    if found is None:
+        raise StatisticsError(f"The output ({type(output).__name__}) holds no tensor to be trained on.")
+    return found
+
+
+def measure_for(model: Any, output: Any, batch: Any) -> str:
+    """``"divergence"`` for logits, ``"squared"`` for other answers.
+
+    Logits are what is called so, and a tensor of which each prediction stands at a label or token of the batch, or that
+    has as many columns as the model says to have classes (``num_classes``, as timm's models).
+    """
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    answer = answer_in(output)
+    if answer is named:
+        return "divergence"
+    classes = answer.shape[-1]
+    if not isinstance(output, Tensor) or answer.dim() < 2 or classes < 2:
+        return "squared"
+    if getattr(model, "num_classes", None) == classes and answer.dim() == 2:
+        return "divergence"
+    fits = (
+        one.dtype in _WHOLE and one.shape == answer.shape[:-1] and 0 <= int(one.min()) <= int(one.max()) < classes
+        for one in tensors(batch)
+        if one.numel() > 0
+    )
+    return "divergence" if any(fits) else "squared"
+
+
+def distance(measure: str, answer: Tensor, right: Tensor, batch: Any) -> Distance:
+    """How far an answer is from the right one; positions that ``attention_mask`` leaves out do not count.
+
+    Args:
+        measure: ``"divergence"``: ``KL(right || answer)`` in nats of logits of shape ``(..., classes)``; or
+            ``"squared"``.
+        answer: Of the model that is trained.
+        right: Of the other one, same shape.
+        batch: What both were asked.
+
+    Raises:
+        StatisticsError: If the answers differ in shape.
+    """
+    if answer.shape != right.shape:
+        raise StatisticsError(
+            f"The model answers with shape {tuple(answer.shape)}, the teacher with {tuple(right.shape)}; the teacher "
+            "must be the dense form of the model."
+        )
+    mask = padding_mask(batch)
+    if mask is not None and mask.shape == answer.shape[:2] and answer.dim() > 2:
+        mask = mask.to(answer.device)
+        answer, right = answer[mask], right[mask]
+    if measure == "squared":
+        right = right.float()
+        return Distance((answer.float() - right).square().sum(), float(right.square().sum()))
+    answer, right = answer.reshape(-1, answer.shape[-1]), right.reshape(-1, right.shape[-1])
+    return Distance(_Divergence.apply(answer, right), len(answer))
+
+
+class _Divergence(torch.autograd.Function):
+    """``KL(right || answer)``, summed over the rows, some rows at a time.
+
+    Logits of a vocabulary are the largest tensors of a language model. Computed at once, this would keep several copies
+    of them in float32; here the gradient alone is kept, in the dtype of the logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, answer: Tensor, right: Tensor) -> Tensor:
+        """Both of shape ``(rows, classes)``."""
+        total = torch.zeros((), device=answer.device, dtype=torch.float32)
+        gradient = torch.empty_like(answer) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(answer), ROWS):
+            part = slice(start, start + ROWS)
+            q, p = (_log_softmax(logits[part]) for logits in (answer, right))
+            chances = p.exp()
+            total += torch.where(chances > 0, chances * (p - q), 0.0).sum()
+            if gradient is not None:
+                gradient[part] = q.exp_().sub_(chances)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, None]:
+        """The difference of the two distributions."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0].to(gradient.dtype), None
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.to(torch.float32 if logits.dtype.itemsize < 8 else logits.dtype).log_softmax(-1)

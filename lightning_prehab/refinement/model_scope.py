@@ -1,0 +1,32 @@
+"""Refines a whole model at once, end to end."""
+
+from contextlib import nullcontext
+
+from lightning_prehab.refinement.checkpointing import checkpointed, is_due
+from lightning_prehab.refinement.course import Course, Outcome
+from lightning_prehab.refinement.pair import Pair
+from lightning_prehab.refinement.sequences import Sequences
+from lightning_prehab.refinement.settings import Refinement
+from lightning_prehab.refinement.trained import balance_, parameters_to_train
+
+
+def refine_model_(pair: Pair, sequences: Sequences, refinement: Refinement) -> Outcome:
+    """Trains all factors, norms and biases toward the answers of the teacher.
+
+    Args:
+        pair: The model and its teacher; the model is ready to be trained.
+        sequences: What it is trained and measured on.
+        refinement: The settings.
+    """
+    parameters = parameters_to_train(pair.model)
+    steps = refinement.steps_in("model")
+    twice = refinement.checkpointing
+    if twice is None:
+        twice = is_due(pair, sequences.training[0], parameters)
+    with checkpointed(pair.model) if twice else nullcontext():
+        return Course(parameters, steps, refinement.rate_in("model"), refinement.patience).run(
+            sequences.order(steps),
+            lambda number: pair.distance(sequences.training[number]).mean,
+            lambda: pair.mean_distance(sequences.held_back),
+            lambda: balance_(pair.model),
+        )

@@ -1,0 +1,166 @@
+"""Refines a cut model: the whole way, from what is wished for to what came of it."""
+
+import time
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prehab.errors import ArgumentError, TargetError
+from lightning_prehab.layers import LowRankLayer
+from lightning_prehab.linalg.modes import outside_inference_mode
+from lightning_prehab.progress import shown
+from lightning_prehab.refinement.block_scope import refine_blocks_
+from lightning_prehab.refinement.blocks import find_blocks
+from lightning_prehab.refinement.course import Outcome
+from lightning_prehab.refinement.memory import bytes_to_train, free_memory
+from lightning_prehab.refinement.model_scope import refine_model_
+from lightning_prehab.refinement.pair import Pair
+from lightning_prehab.refinement.sequences import Sequences
+from lightning_prehab.refinement.settings import Refinement, Scope
+from lightning_prehab.refinement.teacher import in_half
+from lightning_prehab.refinement.trained import parameters_to_train, trainable, undisturbed
+from lightning_prehab.report.refined import RefinementReport
+from lightning_prehab.statistics.effect import same_randomness
+
+#: Share of the free memory that gradients and optimizer states may take.
+ROOM = 0.7
+
+
+@outside_inference_mode
+def refine_(
+    model: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Any],
+    refinement: Refinement | bool | int | None = None,
+    *,
+    progress: bool = True,
+) -> RefinementReport:
+    """Trains a cut model, in place and without labels, to answer as the dense one does.
+
+    ``compress_(..., refine=True)`` does the same right after the cut, with the batches of the calibration. More data
+    than statistics need is worth it here: up to what the steps take.
+
+    Args:
+        model: With low-rank layers. Their factors, and all norms and biases, are trained; modes, gradients,
+            ``requires_grad``, hooks, buffers and random numbers are afterwards as they were.
+        teacher: The dense model, as it was before the cut. It is not changed.
+        batches: As for :func:`~lightning_prehab.collect_statistics`; labels are not needed. A part of them is held back
+            to measure on. ``attention_mask`` leaves padding out.
+        refinement: Settings, or a number of steps; None means ``Refinement()``.
+        progress: Show on standard error what is being done; see :func:`~lightning_prehab.progress.shown`.
+
+    Returns:
+        What came of it. The model is never worse than before on the rows that were held back: what is not measured to
+        be better is undone.
+
+    Raises:
+        ArgumentError: If something cannot be used; the model is then as it was.
+        StatisticsError: If the answers of both do not fit together.
+        UnsupportedError: If the blocks of the model cannot be refined one by one.
+
+    >>> import lightning_prehab as lp
+    >>> dense, model = (nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 8)) for _ in range(2))
+    >>> _ = model.load_state_dict(dense.state_dict())
+    >>> batches = [torch.randn(64, 24) for _ in range(8)]
+    >>> _ = lp.compress_(model, 0.5, batches)
+    >>> found = refine_(model, dense, batches, 20)
+    >>> found.after < found.before, found.steps
+    (True, 20)
+    """
+    wish = Refinement.of(True if refinement is None else refinement)
+    if wish is None:
+        raise ArgumentError("refinement is False; leave refine_ out, or give settings.")
+    check_models(model, teacher)
+    with shown(progress):
+        return refine_with_(model, teacher, Sequences(batches, wish), wish)
+
+
+def check_models(model: nn.Module, teacher: nn.Module) -> None:
+    """Raises :class:`ArgumentError` unless one can learn from the other."""
+    for name, found in (("model", model), ("teacher", teacher)):
+        if not isinstance(found, nn.Module):
+            raise ArgumentError(f"{name} must be an nn.Module, got {type(found).__name__}.")
+    if not any(isinstance(one, LowRankLayer) for one in model.modules()):
+        raise ArgumentError(f"{type(model).__name__} has no low-rank layers; compress it first.")
+    theirs = {id(one) for one in teacher.parameters()}
+    if any(id(one) in theirs for one in parameters_to_train(model)):
+        raise ArgumentError(
+            "The teacher shares weights with the model that are going to be trained; give a copy of the dense model, "
+            "made before the cut: copy.deepcopy(model)."
+        )
+
+
+def refine_with_(
+    model: nn.Module, teacher: nn.Module, sequences: Sequences, refinement: Refinement
+) -> RefinementReport:
+    """Refines a model, both of them checked."""
+    began = time.perf_counter()
+    parameters = parameters_to_train(model)
+    device = parameters[0].device
+    scope = refinement.scope or fitting_scope(model, parameters)
+    pair = Pair(model, teacher, in_half(refinement, device), refinement.measure)
+    first = [parameter.detach().clone() for parameter in parameters]
+    try:
+        with same_randomness(device), undisturbed(model), undisturbed(teacher):
+            with trainable(model, parameters):
+                found = _refine_in(scope, pair, sequences, refinement)
+            if found.kept and scope == "model" and any(one.dtype.itemsize < 4 for one in parameters):
+                found = _rounded(found, pair, sequences)
+    except Exception:
+        _restore_(parameters, first)
+        raise
+    except BaseException:
+        warnings.warn(
+            "Interrupted while the model was refined: it is in the best state that was measured so far.", stacklevel=2
+        )
+        raise
+    if not found.kept:
+        _restore_(parameters, first)
+        found = found._replace(after=found.before)
+    return RefinementReport(
+        scope,
+        pair.measure or "squared",
+        found.before,
+        found.after,
+        found.steps,
+        time.perf_counter() - began,
+        found.kept,
+        sequences.data,
+        found.stopped,
+    )
+
+
+def fitting_scope(model: nn.Module, parameters: list[nn.Parameter]) -> Scope:
+    """``"model"``, unless that would not fit into memory and there are blocks."""
+    free = free_memory(parameters[0].device)
+    if free is None or bytes_to_train(parameters) <= ROOM * free:
+        return "model"
+    try:
+        find_blocks(model)
+    except TargetError:
+        return "model"
+    return "blocks"
+
+
+def _refine_in(scope: Scope, pair: Pair, sequences: Sequences, refinement: Refinement) -> Outcome:
+    if scope == "model":
+        return refine_model_(pair, sequences, refinement)
+    before = pair.mean_distance(sequences.held_back)
+    outcomes = refine_blocks_(pair, sequences, refinement)
+    after = pair.mean_distance(sequences.held_back)
+    return Outcome(before, after, sum(one.steps for one in outcomes), after < before, None)
+
+
+def _rounded(found: Outcome, pair: Pair, sequences: Sequences) -> Outcome:
+    """What is left of it in weights that have been rounded."""
+    after = pair.mean_distance(sequences.held_back)
+    return found._replace(after=after, kept=after < found.before)
+
+
+@torch.no_grad()
+def _restore_(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)

@@ -1,0 +1,78 @@
+"""What a refinement trains of a model, and how the model is made ready for it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_prehab.layers import LowRankConv1d, LowRankConv2d, LowRankLayer, LowRankLinear
+from lightning_prehab.layers.conv import matrix_to_kernel
+from lightning_prehab.linalg.balance import balanced
+from lightning_prehab.statistics.calibration import as_found
+
+
+def parameters_to_train(module: nn.Module) -> list[nn.Parameter]:
+    """Those of low-rank layers, and all vectors: norms and biases; each once, in order."""
+    ours = {id(one) for layer in module.modules() if isinstance(layer, LowRankLayer) for one in layer.parameters()}
+    return [one for one in module.parameters() if one.is_floating_point() and (one.dim() <= 1 or id(one) in ours)]
+
+
+@torch.no_grad()
+def balance_(module: nn.Module) -> None:
+    """Gives both factors of each product the same singular values; the product stays, to rounding.
+
+    One learning rate then suits both: factors as a metric leaves them can differ in size by orders of magnitude.
+    """
+    for layer in module.modules():
+        if isinstance(layer, LowRankLinear):
+            a, b = layer.A.weight, layer.B.weight
+            if a.is_floating_point() and b.is_floating_point():
+                new_a, new_b = balanced(a, b)
+                a.copy_(new_a)
+                b.copy_(new_b)
+        elif isinstance(layer, LowRankConv1d | LowRankConv2d) and layer.groups == 1:
+            new_a, new_b = balanced(*layer.factors())
+            layer.A.weight.copy_(matrix_to_kernel(new_a, list(layer.A.weight.shape)))
+            layer.B.weight.copy_(matrix_to_kernel(new_b, list(layer.B.weight.shape), layer.scheme))
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Inside, eval mode and no cache of keys and values; outside all is as it was, gradients and buffers too."""
+    found: list[Any] = [getattr(one, "config", None) for one in model.modules()]
+    configs = list({id(one): one for one in found if getattr(one, "use_cache", None) is True}.values())
+    try:
+        for config in configs:
+            config.use_cache = False
+        with as_found(model):
+            yield
+    finally:
+        for config in configs:
+            config.use_cache = True
+
+
+@contextmanager
+def trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, weights are float32 and have gradients if they are trained; outside that is as it was.
+
+    The values of the parameters are those that the training has left, rounded to their own dtype.
+    """
+    wanted = [(one, one.requires_grad) for one in model.parameters()]
+    short = [(one, one.dtype) for one in model.parameters() if one.is_floating_point() and one.dtype.itemsize < 4]
+    chosen = {id(one) for one in parameters}
+    try:
+        for one, _ in short:
+            one.data = one.data.float()
+        for one, _ in wanted:
+            if one.is_floating_point():
+                one.requires_grad_(id(one) in chosen)
+        with torch.enable_grad():
+            yield
+    finally:
+        for one, dtype in short:
+            one.data = one.data.to(dtype)
+        for one, requires in wanted:
+            if one.is_floating_point():
+                one.requires_grad_(requires)
