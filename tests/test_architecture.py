@@ -36,6 +36,7 @@ FLOORS = [
     {
         "report": "what happened: numbers, figures, pages",
         "surgery": "the change of a model and its optimizers",
+        "refinement": "training of a cut model toward the dense one",
     },
     {
         "sites": "where a model can live",

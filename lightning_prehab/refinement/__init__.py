@@ -1,0 +1,1 @@
+"""Label-free training of a cut model toward the dense one."""
