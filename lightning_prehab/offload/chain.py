@@ -68,7 +68,7 @@ class Entrance:
         return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())
 
 
-class _Arrived(Exception):  # noqa: N818  # no error: the part of the model before the last block is over
+class _Arrived(Exception):  # no error: the part of the model before the last block is over
     """Ends a forward pass that nobody needs the rest of."""
 
 

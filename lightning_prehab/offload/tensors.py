@@ -71,7 +71,7 @@ def read_into(file: Any, tensor: Tensor, path: Path) -> None:
     if not tensor.numel():
         return
     view = memoryview(_bytes_of(tensor))
-    while len(view):
+    while view:
         count = file.readinto(view)
         if not count:
             raise CheckpointError(f"{path} ends too early; copy it again.")
