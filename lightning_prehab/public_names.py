@@ -7,6 +7,7 @@ from lightning_prehab.factorizations import SVD, ActivationSVD, FisherSVD, Krone
 from lightning_prehab.files.checkpoints import LowRankCheckpointMixin, load_from_checkpoint
 from lightning_prehab.files.folders import load_compressed, save_compressed
 from lightning_prehab.integrations.metrics import EffectiveRankMetric, StableRankMetric
+from lightning_prehab.larger_than_memory import compress_folder
 from lightning_prehab.layers.attention import LowRankMultiheadAttention
 from lightning_prehab.layers.blocks import LowRankBlocks
 from lightning_prehab.layers.conv import LowRankConv1d, LowRankConv2d
@@ -69,6 +70,7 @@ __all__ = [
     "apply_plan_",
     "collect_statistics",
     "compress_",
+    "compress_folder",
     "find_targets",
     "load_compressed",
     "load_from_checkpoint",

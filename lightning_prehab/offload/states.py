@@ -1,6 +1,6 @@
 """Tensors between the blocks, on disk: one file for all batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,20 +13,21 @@ from lightning_prehab.offload.work import Work
 
 
 class States:
-    """One tensor for each batch, of known shapes and one dtype.
+    """One tensor for each batch: in each file they have the same shapes and the same dtype.
 
     Args:
         work: Where the files lie.
-        shapes: Of the tensors, batch by batch.
-        dtype: Of all.
     """
 
-    def __init__(self, work: Work, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> None:
-        self._work, self._shapes, self._dtype = work, list(shapes), dtype
-        sizes = [torch.Size(shape).numel() * dtype.itemsize for shape in shapes]
-        self._starts = [sum(sizes[:number]) for number in range(len(sizes))]
-        #: Bytes of one file.
-        self.nbytes = sum(sizes)
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._like: list[Tensor] = []  # without memory
+        self._starts = [0]
+
+    def note(self, tensor: Tensor) -> None:
+        """How large the tensor of the next batch is, in every file."""
+        self._like.append(torch.empty_like(tensor, device="meta"))
+        self._starts.append(self._starts[-1] + tensor.numel() * tensor.element_size())
 
     def is_there(self, name: str) -> bool:
         """Whether a file is."""
@@ -35,7 +36,7 @@ class States:
     def read(self, name: str, number: int) -> Tensor:
         """The tensor of a batch."""
         path = self._work.path(name)
-        found = torch.empty(self._shapes[number], dtype=self._dtype, device="cpu")
+        found = torch.empty_like(self._like[number], device="cpu")
         with path.open("rb", buffering=0) as file:
             file.seek(self._starts[number])
             read_into(file, found, path)

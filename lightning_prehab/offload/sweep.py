@@ -1,11 +1,11 @@
 """The passes over a model on disk: forward block by block, then back, with what calibration sees of each on the way."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prehab.errors import StatisticsError
 from lightning_prehab.offload.chain import Call, Chain
@@ -39,25 +39,21 @@ class Sweep:
     def __init__(self, skeleton: Skeleton, chain: Chain, batches: Sequence[Any], wanted: Wanted, work: Work) -> None:
         self._skeleton, self._chain, self._batches, self._wanted = skeleton, chain, batches, wanted
         self._calls: list[list[Call]] = []  # of each batch, of each block
-        entrances = []
-        for batch in batches:
-            entrances.append(chain.enter(batch))
-            self._calls.append(entrances[-1].calls)
-        chain.rest()
-        dtype = entrances[0].states.dtype
-        self._states = States(work, [tuple(one.states.shape) for one in entrances], dtype)
-        #: What blocks are called with beside the hidden states, which stays in memory.
-        self.kept_bytes = sum(entrance.nbytes for entrance in entrances)
-        if not work.done("states-0"):
+        self._states = States(work)
+        if work.done("states-0"):
+            self._enter(lambda states: None)
+        else:
             with self._states.writing("states-0") as file:
-                for entrance in entrances:
-                    file.add(entrance.states)
+                self._enter(file.add)
             work.finish("states-0")
 
-    @property
-    def nbytes(self) -> int:
-        """Of the hidden states of all batches before one block."""
-        return self._states.nbytes
+    def _enter(self, take: Callable[[Tensor], None]) -> None:
+        for batch in self._batches:
+            entrance = self._chain.enter(batch)
+            self._calls.append(entrance.calls)
+            self._states.note(entrance.states)
+            take(entrance.states)
+        self._chain.rest()
 
     def forward(self, number: int) -> None:
         """Sees to it that the hidden states before a block are there."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prehab.errors import ArgumentError
 from lightning_prehab.files.beside import REPORT, copy_beside, write_index
 from lightning_prehab.files.folders import STRUCTURE, describe_structure
 from lightning_prehab.linalg.factors import Factors
@@ -24,6 +25,22 @@ from lightning_prehab.surgery.structure import follow_state_dict_
 from lightning_prehab.surgery.swap import swap_
 from lightning_prehab.targets.find import count_parameters
 from lightning_prehab.targets.locate import locate
+
+
+def check_place(output: Path, source: Path, overwrite: bool) -> None:
+    """Before any work: whether a folder can be written there.
+
+    Raises:
+        ArgumentError: If something is there already, or nothing can be.
+    """
+    near = next(folder for folder in output.parents if folder.exists())
+    if not near.is_dir() or not os.access(near, os.W_OK | os.X_OK):
+        raise ArgumentError(f"{output} cannot be written: {near} is not a folder to write in.")
+    if output == source.resolve():
+        raise ArgumentError(f"{output} is the model that is read; give another output.")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())) or overwrite:
+        return
+    raise ArgumentError(f"{output} exists; give overwrite=True (--force) to replace it, or another output.")
 
 
 class FolderWriter:

@@ -15,7 +15,7 @@ class Progress(NamedTuple):
     told of a part of it.
 
     Attributes:
-        phase: What is being done: ``"read"``, ``"block"``, ``"calibrate"``, ``"decompose"``, ``"alternate"``,
+        phase: What is being done: ``"read"``, ``"block"``, ``"forward"``, ``"calibrate"``, ``"decompose"``, ``"alternate"``,
             ``"probe"``, ``"time"``, ``"prepare"``, ``"factorize"``, ``"try"``, ``"evaluate"``, ``"measure"`` or
             ``"write"``.
         done: How many are done, from 0.
