@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,9 +78,7 @@ def make_folder(folder: Path, sizes: dict) -> int:
     for number, part in enumerate((names[:half], names[half:])):
         file = f"model-{number + 1:05}-of-00002.safetensors"
         tensors = {
-            name: Written(
-                tuple(state[name].shape), torch.bfloat16, lambda shape=tuple(state[name].shape): values(shape)
-            )
+            name: Written(tuple(state[name].shape), torch.bfloat16, partial(values, tuple(state[name].shape)))
             for name in part
         }
         write_tensors(folder / file, tensors)

@@ -26,11 +26,12 @@ from lightning_prehab.cli.inputs import (
     reason,
 )
 from lightning_prehab.cli.offloaded import compress_offloaded
-from lightning_prehab.cli.outputs import REPORT, check_output, how_to_load, megabytes, note, show, write_model
+from lightning_prehab.cli.outputs import check_output, how_to_load, megabytes, note, show, write_model
 from lightning_prehab.cli.plans import PlanFiles, RecordingSite, beside_plan, read_plan
 from lightning_prehab.cli.recipes import read_recipe
 from lightning_prehab.compress import apply_plan_
 from lightning_prehab.errors import ArgumentError, PrehabError
+from lightning_prehab.files.beside import REPORT
 from lightning_prehab.files.folders import load_compressed
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.recipe import Recipe

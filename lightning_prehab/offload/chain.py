@@ -194,9 +194,7 @@ class Chain:
         with _without_cache(self._model):
             found = _states_in(self.blocks[number](*args, **settings))
         if found is None or found.shape != states.shape or found.dtype != states.dtype:
-            raise self._refusal(
-                f"{self.names[number]!r} returns something else than hidden states like those before it"
-            )
+            raise self._refusal(f"{self.names[number]!r} does not return hidden states like those that it is given")
         return found
 
     def leave(self, batch: Any, states: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""What is known of the parts of a model that have been observed and decomposed: kept on disk, read when it is needed."""
+"""What is known of the parts of a model that have been observed and decomposed, on disk."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -135,7 +135,7 @@ class Decompositions:
         kept = _are_nested(factors, solution.decomposition.factors(max(highest // 2, 1)))
         if kept:
             wide = torch.promote_types(dtype, torch.float32)
-            parts = {name: Written.of(part.detach().to(wide)) for name, part in zip("AB", factors, strict=False)}
+            parts = {"A": Written.of(factors.A.detach().to(wide)), "B": Written.of(factors.B.detach().to(wide))}
             with self._work.writing(self._file(form)) as path:
                 write_tensors(path, parts)
         self._work.finish(f"decomposed-{form}", {"spectrum": solution.spectrum.to_lists(), "kept": kept, "part": part})

@@ -28,10 +28,12 @@ from lightning_prehab.targets.locate import Target
 LOSS = 15
 #: Numbers that a block keeps of each token for the backward pass, for each input and output of its matrices (measured).
 GRAPH = 2.0
-#: Copies, in float32, of the largest Gram matrix of a layer that is decomposed (measured).
-COPIES = 3.5
-#: Share of the estimate that nobody knows where it goes: buffers of libraries, memory in pieces.
+#: Copies, in float32, of the largest Gram matrix of a layer that is decomposed: as it is read, shrunk, in float64.
+COPIES = 4.0
+#: Share of the estimate that nobody knows where it goes: memory in pieces.
 REST = 0.05
+#: Bytes that libraries take only when they begin to compute (measured).
+LATER = 150 * 10**6
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -109,9 +111,7 @@ class Needs:
         layers = [sums_of({name: target}, wanted) for name, target in targets.items()]
         shapes = [view_of(target).shape for target in targets.values()]
         size = next(iter(model.parameters())).element_size()
-        inside = [
-            sum(sum(view_of(one).shape) for one in place.values()) for at, place in places.items() if at is not None
-        ]
+        inside = [sum(sum(view_of(one).shape) for one in place.values()) for place in places.values()]
         hidden = _hidden_size(model, targets)
         grams = [max(max(m, n) ** 2, 1) for m, n in shapes]
         has_head = model.get_output_embeddings() is not None if hasattr(model, "get_output_embeddings") else False
@@ -141,9 +141,9 @@ class Needs:
             "the parts before the blocks": self.around + self.block,
             "a block with its statistics": self.block + sums + self.temporary + self.tokens * self.row,
             "the loss": self.around + LOSS * self.tokens * self.vocabulary,
-            "a decomposition": self.block + self.decomposition,
+            "a decomposition": self.decomposition,
         }
-        return {name: round((self.base + size) * (1 + REST)) for name, size in found.items()}
+        return {name: round(self.base + LATER + size * (1 + REST)) for name, size in found.items()}
 
     @property
     def memory(self) -> int:
@@ -212,8 +212,9 @@ def fitting_batches(needs: Needs, batches: list[Any] | None, limit: int | None) 
             return batches, needs
     what = max(needs.stages(), key=lambda name: needs.stages()[name])
     raise ArgumentError(
-        f"memory={_gigabytes(limit)} is too little: {what} takes about {_gigabytes(needs.memory)}, {_gigabytes(needs.base)} "
-        f"of which are Python and its libraries{_of_rows(needs)}. Give more, or shorter rows of data."
+        f"memory={_gigabytes(limit)} is too little: about {_gigabytes(needs.memory)} are needed for {what}"
+        f"{_of_rows(needs)}, {_gigabytes(needs.base)} of which are Python and its libraries. Give more, or shorter rows "
+        "of data."
     )
 
 

@@ -42,7 +42,8 @@ class Source:
             files = sorted(path.name for path in folder.glob("*.safetensors"))
         if not files:
             raise ArgumentError(
-                f'{folder} holds no weights in safetensors; save them anew in Python: model.save_pretrained("{folder}").'
+                f"{folder} holds no weights in safetensors; save them anew in Python: "
+                f'model.save_pretrained("{folder}").'
             )
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:

@@ -58,12 +58,13 @@ class _Writer:
     def __init__(self, file: Any, name: str) -> None:
         self._file, self._name = file, name
 
-    def add(self, tensor: Tensor) -> None:
+    def add(self, tensor: Tensor | None) -> None:
         """The tensor of the next batch.
 
         Raises:
             NumericalError: If it is not finite.
         """
+        assert tensor is not None
         if not bool(torch.isfinite(tensor).all()):
             raise NumericalError(f"{self._name}: NaN or Inf between two blocks; check the batches and the weights.")
         self._file.write(Written.of(tensor).raw())

@@ -86,7 +86,8 @@ class Sweep:
                 with torch.set_grad_enabled(backward):
                     found = chain.run(number, states, self._calls[index][number])
                 if backward:
-                    found.backward(self._states.read(f"gradients-{number + 1}", index))
+                    gradient = self._states.read(f"gradients-{number + 1}", index)
+                    found.backward(gradient)  # type: ignore[no-untyped-call]
                     block.zero_grad(set_to_none=True)
                     file.add(states.grad)
                 else:

@@ -15,8 +15,8 @@ class Progress(NamedTuple):
     told of a part of it.
 
     Attributes:
-        phase: What is being done: ``"read"``, ``"block"``, ``"forward"``, ``"calibrate"``, ``"decompose"``, ``"alternate"``,
-            ``"probe"``, ``"time"``, ``"prepare"``, ``"factorize"``, ``"try"``, ``"evaluate"``, ``"measure"`` or
+        phase: What is being done: ``"read"``, ``"block"``, ``"forward"``, ``"calibrate"``, ``"decompose"``,
+            ``"alternate"``, ``"probe"``, ``"time"``, ``"prepare"``, ``"factorize"``, ``"try"``, ``"evaluate"``, ``"measure"`` or
             ``"write"``.
         done: How many are done, from 0.
         total: Of how many, or None if that is not known. 1 for what cannot be counted.
