@@ -13,9 +13,8 @@ from torch import Tensor
 from lightning_prehab.documents.settings import show
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.kinds import view_of
-from lightning_prehab.linalg.matrices import break_even_rank
 from lightning_prehab.offload.chain import Chain
-from lightning_prehab.offload.parts import sums_of
+from lightning_prehab.offload.parts import highest_rank, sums_of
 from lightning_prehab.offload.skeleton import Skeleton
 from lightning_prehab.offload.work import Work
 from lightning_prehab.plan.recipe import Recipe
@@ -129,7 +128,7 @@ class Needs:
             total=sum(map(_tokens, batches)) if batches else 0,
             state=size * hidden,
             blocks=len(chain.blocks),
-            factors=sum(_factors(target, size) for target in targets.values()),
+            factors=sum(_factors(target, size, recipe.layout) for target in targets.values()),
             wanted=wanted,
             output=sum(entry.nbytes for entry in skeleton.source.entries.values()),
         )
@@ -213,8 +212,8 @@ def fitting_batches(needs: Needs, batches: list[Any] | None, limit: int | None) 
     what = max(needs.stages(), key=lambda name: needs.stages()[name])
     raise ArgumentError(
         f"memory={_gigabytes(limit)} is too little: about {_gigabytes(needs.memory)} are needed for {what}"
-        f"{_of_rows(needs)}, {_gigabytes(needs.base)} of which are Python and its libraries. Give more, or shorter rows "
-        "of data."
+        f"{_of_rows(needs)}, {_gigabytes(needs.base)} of which are Python and its libraries. Give more, or shorter "
+        "rows of data."
     )
 
 
@@ -271,10 +270,8 @@ def _decomposition(shapes: Sequence[tuple[int, int]], observed: bool) -> int:
     )
 
 
-def _factors(target: Target, size: int) -> int:
-    view = view_of(target)
-    m, n = view.shape
-    return max(size, 4) * max(break_even_rank(m, n, view.group_count), 1) * (m + n)
+def _factors(target: Target, size: int, layout: str) -> int:
+    return max(size, 4) * highest_rank(target, layout) * sum(view_of(target).shape)
 
 
 def _gigabytes(size: int) -> str:

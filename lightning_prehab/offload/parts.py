@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from lightning_prehab.kinds import view_of
+from lightning_prehab.linalg.matrices import break_even_rank
 from lightning_prehab.offload.chain import Chain
 from lightning_prehab.statistics.sums import Wanted, statistics_bytes
 from lightning_prehab.targets.find import Targets
@@ -65,6 +66,13 @@ def parts_of(targets: Targets, chain: Chain, wanted: Wanted, at_most: int | None
 def sums_of(targets: Mapping[str, Target], wanted: Wanted) -> int:
     """Bytes of the statistics of some targets, in all forms."""
     return statistics_bytes((view_of(view).shape for view in in_all_forms(targets).values()), wanted)
+
+
+def highest_rank(target: Target, layout: str) -> int:
+    """The highest rank that a plan can choose: with two factors break-even, else that of the matrix."""
+    view = view_of(target)
+    m, n, groups = *view.shape, view.group_count
+    return min(m // groups, n) if layout == "pivot" else max(break_even_rank(m, n, groups), 1)
 
 
 def _groups(targets: Mapping[str, Target], wanted: Wanted, at_most: int | None) -> list[dict[str, Target]]:

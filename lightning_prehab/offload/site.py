@@ -10,10 +10,9 @@ from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import Decomposition
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
-from lightning_prehab.linalg.matrices import break_even_rank
 from lightning_prehab.offload.chain import Chain
 from lightning_prehab.offload.memories import Decompositions, Remembered, Seen
-from lightning_prehab.offload.parts import Part, parts_of
+from lightning_prehab.offload.parts import Part, highest_rank, parts_of
 from lightning_prehab.offload.skeleton import Skeleton
 from lightning_prehab.offload.sweep import Sweep
 from lightning_prehab.offload.work import Work
@@ -89,8 +88,7 @@ class FolderSite(Site):
     def blocks(self, targets: Targets) -> list[Targets]:
         """The parts of the model, in the order of the passes."""
         wanted = self._wanted
-        if any(wanted) and self._sweep is None:
-            assert self._batches is not None
+        if any(wanted) and self._sweep is None and self._batches is not None:
             self._sweep = Sweep(self._skeleton, self._chain, self._batches, wanted, self._work)
         parts = parts_of(targets, self._chain, wanted, self._sums_at_most)
         self._parts = {id(part.targets): part for part in parts}
@@ -99,7 +97,7 @@ class FolderSite(Site):
     def observe(self, targets: Targets, wanted: Wanted) -> Mapping[str, LayerStatistics] | None:
         """What calibration sees of a part, on disk."""
         part = self._part = self._parts[id(targets)]
-        if not any(wanted):
+        if not any(wanted) or self._batches is None:
             return None
         key = f"statistics-{part.key}"
         if self._work.done(key) is None:
@@ -120,7 +118,7 @@ class FolderSite(Site):
             statistics = None if solver.statistics is None else Seen(self._work, key)
             with self._skeleton.loaded(view.module):
                 solution = replace(solver, statistics=statistics)([form])[form]
-                self._decompositions.keep(form, solution, _highest(target), view.parameter.dtype, key)
+                self._decompositions.keep(form, solution, highest_rank(target, self._recipe.layout), view.parameter.dtype, key)
         notes = [self._decompositions.note(form) for form in solver.targets]
         if all(note is not None and note["kept"] for note in notes):
             self._work.remove(f"{key}.safetensors")
@@ -193,12 +191,6 @@ class _Factors(Mapping[str, Factors]):
 
     def __len__(self) -> int:
         return len(self._cuts)
-
-
-def _highest(target: Target) -> int:
-    """The highest rank that a plan can choose."""
-    view = view_of(target)
-    return max(break_even_rank(*view.shape, view.group_count), 1)
 
 
 def check_possible(recipe: Recipe) -> None:

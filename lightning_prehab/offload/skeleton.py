@@ -192,7 +192,7 @@ def _without_weights(folder: Path) -> nn.Module:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                empty = nn.Parameter(_nothing_like(parameter), requires_grad=parameter.requires_grad)
+                empty = nn.Parameter(nothing_like(parameter), requires_grad=parameter.requires_grad)
                 setattr(module, name, memo.setdefault(id(parameter), empty))
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
@@ -201,7 +201,7 @@ def _without_weights(folder: Path) -> nn.Module:
                         f"{type(module).__name__} of {type(model).__name__} has a buffer {name!r} that is neither in "
                         "the file nor computed when the model is made; compress it in memory, with compress_."
                     )
-                module.register_buffer(name, _nothing_like(buffer))
+                module.register_buffer(name, nothing_like(buffer))
     return model.eval()
 
 
@@ -212,15 +212,20 @@ def _tensors_of(module: nn.Module, recurse: bool) -> Iterator[Tensor]:
 
 def _forget(tensor: Tensor) -> None:
     if isinstance(tensor, nn.Parameter):
-        tensor.data = _nothing_like(tensor)
+        tensor.data = nothing_like(tensor)
 
 
-def _nothing_like(tensor: Tensor) -> Tensor:
+def nothing_like(tensor: Tensor) -> Tensor:
     """A tensor of the same shape and dtype that takes no memory: NaN, or 0, wherever one looks."""
-    value = float("nan") if tensor.dtype.is_floating_point else 0
-    return torch.full((), value, dtype=tensor.dtype, device="cpu").expand(tensor.shape)
+    return nothing_of(tuple(tensor.shape), tensor.dtype)
+
+
+def nothing_of(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The same of a shape and a dtype."""
+    value = float("nan") if dtype.is_floating_point else 0
+    return torch.full((), value, dtype=dtype, device="cpu").expand(shape)
 
 
 def _is_empty(tensor: Tensor) -> bool:
-    """Whether a tensor is one of :func:`_nothing_like`: all of it is one place in memory."""
+    """Whether a tensor is one of :func:`nothing_like`: all of it is one place in memory."""
     return not any(tensor.stride()) and tensor.untyped_storage().nbytes() <= tensor.element_size()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prehab.errors import StatisticsError
+from lightning_prehab.errors import ArgumentError, PrehabError, StatisticsError
 from lightning_prehab.offload.chain import Call, Chain
 from lightning_prehab.offload.skeleton import Skeleton
 from lightning_prehab.offload.states import States
@@ -48,8 +48,16 @@ class Sweep:
             work.finish("states-0")
 
     def _enter(self, take: Callable[[Tensor], None]) -> None:
-        for batch in self._batches:
-            entrance = self._chain.enter(batch)
+        for number, batch in enumerate(self._batches):
+            try:
+                entrance = self._chain.enter(batch)
+            except PrehabError:
+                raise
+            except Exception as error:  # whatever the model leads to
+                raise ArgumentError(
+                    f"The model cannot be called on batch {number} ({type(error).__name__}: {error}); give data of this "
+                    "model, in rows that are not too long for it."
+                ) from error
             self._calls.append(entrance.calls)
             self._states.note(entrance.states)
             take(entrance.states)

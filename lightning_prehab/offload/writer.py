@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_prehab.errors import ArgumentError
@@ -14,7 +13,7 @@ from lightning_prehab.files.beside import REPORT, copy_beside, write_index
 from lightning_prehab.files.folders import STRUCTURE, describe_structure
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.offload.chain import Chain
-from lightning_prehab.offload.skeleton import Skeleton
+from lightning_prehab.offload.skeleton import Skeleton, nothing_of
 from lightning_prehab.offload.tensors import Written, entries_in, write_tensors
 from lightning_prehab.offload.work import Work
 from lightning_prehab.plan.compression_plan import CompressionPlan
@@ -172,10 +171,11 @@ class FolderWriter:
         """Gives the model the structure of a part that was cut before."""
         entries = entries_in(self._new / note["file"])
         state: dict[str, Tensor] = {
-            name: one.read() if name.endswith(".indices") else torch.empty(one.shape, dtype=one.dtype, device="meta")
+            name: nothing_of(one.shape, one.dtype) if one.dtype.is_floating_point else one.read()
             for name, one in entries.items()
         }
         follow_state_dict_(self._skeleton.model, state)
+        self._skeleton.unload(self._skeleton.model)
 
 
 def _modules(model: nn.Module, plan: CompressionPlan) -> list[nn.Module]:
