@@ -40,6 +40,7 @@ RECIPE = lp.Recipe(
     rank_overrides={"blocks.0.*": 32, "blocks.1.*": 0.5, "blocks.2.fc1": "dense"},
     rank_multiple_of=8,
     split_fused=True,
+    layout="pivot",
 )
 HEAD = """\
 # All options

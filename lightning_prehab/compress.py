@@ -10,8 +10,9 @@ from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import Factorization
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.modes import outside_inference_mode
+from lightning_prehab.linalg.storage import Layout
 from lightning_prehab.plan.compression_plan import CompressionPlan
-from lightning_prehab.plan.recipe import Layout, RankOverride, Recipe
+from lightning_prehab.plan.recipe import RankOverride, Recipe
 from lightning_prehab.plan.spectra import Solver
 from lightning_prehab.progress import shown
 from lightning_prehab.rank_policies import Probe, RankPolicy
@@ -71,8 +72,10 @@ def compress_(
             they are one matrix.
         layers_at_once: Keep the statistics of so many layers in memory at a time, and run over the batches once for
             each such block: for models whose Gram matrices do not fit. Of a layer that is done its factors up to the
-            break-even rank stay, at most as large as the weight. None keeps all, in one pass.
-        layout: How a matrix is stored; ``"factors"``, two factors, is the only one.
+            largest rank that saves parameters stay, at most as large as the weight (as two weights for
+            ``layout="pivot"``). None keeps all, in one pass.
+        layout: How a matrix of rank ``r`` is stored: ``"factors"``, two factors, or ``"pivot"``, in ``r`` times ``r``
+            fewer numbers; see :class:`~lightning_prehab.Recipe`.
         evaluate: Say in the report what the model is worth before and after: its loss, for language models the
             perplexity, and the accuracy where there are labels. Batches to measure on; or a share of ``batches``, in
             ``(0, 1)``, which is then held back from the calibration (``batches`` are kept in memory for that). None
@@ -119,6 +122,7 @@ def make_plan(
     rank_multiple_of: int = 1,
     *,
     probes: Mapping[str, Probe] | None = None,
+    layout: Layout = "factors",
 ) -> CompressionPlan:
     """Decides the rank of each target. The model is not changed.
 
@@ -133,8 +137,9 @@ def make_plan(
             reach is left alone, with the reason.
         rank_overrides: ``{pattern: rank}``: an int is a rank, a float a share of the layer's parameters, ``"dense"``
             keeps the layer. Later patterns win.
-        rank_multiple_of: Ranks are multiples of this; layers whose break-even rank is smaller than it are free.
+        rank_multiple_of: Ranks are multiples of this; layers for which none saves parameters are free.
         probes: ``{name: Probe}`` for policies that read them; see :func:`~lightning_prehab.plan.probes.measure_probes`.
+        layout: How a matrix is going to be stored: ``"factors"`` or ``"pivot"``; see :class:`~lightning_prehab.Recipe`.
 
     Returns:
         The plan; its achieved ``keep`` is never above the asked one.
@@ -151,6 +156,7 @@ def make_plan(
         factorization=factorization,
         rank_overrides=rank_overrides,
         rank_multiple_of=rank_multiple_of,
+        layout=layout,
     )
     if isinstance(targets, nn.Module):
         raise ArgumentError("make_plan takes targets, not a model: write make_plan(find_targets(model), ...).")
@@ -172,7 +178,8 @@ def apply_plan_(
 ) -> CompressionReport:
     """Replaces the planned layers by :class:`~lightning_prehab.LowRankLinear`, in place.
 
-    Layers with a sparse part become :class:`~lightning_prehab.LowRankPlusSparseLinear`.
+    Layers with a sparse part become :class:`~lightning_prehab.LowRankPlusSparseLinear`, those planned in the pivot
+    layout :class:`~lightning_prehab.PivotLinear`.
 
     Args:
         model: The module that the plan was made for.
@@ -195,6 +202,7 @@ def apply_plan_(
     """
     targets = cut_targets(model, plan)
     check_pretrained(model, (view_of(target).module for target in targets.values()))
-    solver = Solver(targets, plan.factorization, statistics)
+    pivot = any(layer.layout == "pivot" for layer in plan.layers)
+    solver = Solver(targets, plan.factorization, statistics, layout="pivot" if pivot else "factors")
     site = ProcessSite(model, optimizers=optimizers, layers_at_once=layers_at_once, evaluate=evaluate)
     return apply(plan, site, solver)

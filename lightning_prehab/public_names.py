@@ -12,6 +12,7 @@ from lightning_prehab.layers.attention import LowRankMultiheadAttention
 from lightning_prehab.layers.blocks import LowRankBlocks
 from lightning_prehab.layers.conv import LowRankConv1d, LowRankConv2d
 from lightning_prehab.layers.linear import LowRankLinear, LowRankPlusSparseLinear
+from lightning_prehab.layers.pivot import PivotConv1d, PivotConv2d, PivotLinear
 from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.rank_policies import EnergyThreshold, ParameterBudget, ProbeBudget, RankRatio, ZeroSum
@@ -27,6 +28,7 @@ from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.report.extent import print_compression
 from lightning_prehab.statistics.calibration import collect_statistics
 from lightning_prehab.statistics.sums import LayerStatistics
+from lightning_prehab.surgery.layouts import to_factors_, to_pivot_
 from lightning_prehab.surgery.structure import to_dense_
 from lightning_prehab.targets.find import find_targets
 
@@ -54,6 +56,9 @@ __all__ = [
     "NuclearNorm",
     "PaperPrehab",
     "ParameterBudget",
+    "PivotConv1d",
+    "PivotConv2d",
+    "PivotLinear",
     "PrehabCallback",
     "PrehabError",
     "ProbeBudget",
@@ -78,4 +83,6 @@ __all__ = [
     "print_compression",
     "save_compressed",
     "to_dense_",
+    "to_factors_",
+    "to_pivot_",
 ]

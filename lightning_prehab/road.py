@@ -103,6 +103,7 @@ def _examine(targets: Targets, recipe: Recipe, site: Site) -> Survey:
             recipe.factorization_or_default,
             statistics,
             components=recipe.policy_or_default.needs_weight_gradients,
+            layout=recipe.layout,
         )
         spectra.update(site.decompose(solver))
         forms.add(usable)
@@ -166,7 +167,7 @@ def _decide(recipe: Recipe, site: Site, found: Survey) -> CompressionPlan:
     policy, probes = recipe.policy_or_default, None
     if policy.needs_probes:
         chosen = site.decide(lambda: choose_forms(found.targets, found.forms, recipe, found.spectra))
-        probes = site.probe(in_chosen_forms(found.forms, chosen), policy.probe_keep)
+        probes = site.probe(in_chosen_forms(found.forms, chosen), policy.probe_keep, recipe.layout)
     return site.decide(partial(found.plan, recipe, probes))
 
 

@@ -28,6 +28,9 @@ NAMES = {
     "LowRankPlusSparseLinear",
     "PaperPrehab",
     "ParameterBudget",
+    "PivotConv1d",
+    "PivotConv2d",
+    "PivotLinear",
     "PrehabCallback",
     "PrehabError",
     "ProbeBudget",
@@ -52,6 +55,8 @@ NAMES = {
     "print_compression",
     "save_compressed",
     "to_dense_",
+    "to_factors_",
+    "to_pivot_",
 }
 
 

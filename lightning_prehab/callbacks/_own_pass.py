@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_prehab.callbacks._trainer import gradient_scale, uses_loss_scaling
 from lightning_prehab.errors import StatisticsError, UnsupportedError
 from lightning_prehab.factorizations import Decomposition
+from lightning_prehab.linalg.storage import Layout
 from lightning_prehab.plan.probes import measure_probes
 from lightning_prehab.progress import counted
 from lightning_prehab.rank_policies import Probe
@@ -74,6 +75,7 @@ def probe_in_own_pass(
     decompositions: Mapping[str, Decomposition],
     probe_keep: float,
     batches: int,
+    layout: Layout = "factors",
 ) -> dict[str, Probe]:
     """Measures what a small cut of each layer alone does to the loss of the first training batches, on a copy.
 
@@ -96,6 +98,7 @@ def probe_in_own_pass(
             prepared,
             probe_keep,
             forward=forward,
+            layout=layout,
         )
 
 

@@ -19,6 +19,7 @@ from lightning_prehab.callbacks._trial import effect_in_training, where_possible
 from lightning_prehab.factorizations import Decomposition
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.linalg.storage import Layout
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.plan.spectra import Solver, Spectrum
@@ -94,11 +95,12 @@ class TrainerSite(Site):
         plain = merge(self._trainer, {name: spectrum.to_lists() for name, (_, spectrum) in solved.items()})
         return {name: Spectrum.of_lists(*plain[name]) for name in solver.targets}
 
-    def probe(self, targets: Targets, probe_keep: float) -> dict[str, Probe] | None:
+    def probe(self, targets: Targets, probe_keep: float, layout: Layout = "factors") -> dict[str, Probe] | None:
         """Each process measures the layers that it has decomposed, on its own batches."""
         here = {name: target for name, target in targets.items() if form_name(name, target) in self._decompositions}
         batches = min(self._batches, PROBE_BATCHES)
-        arguments = self._trainer, self._pl_module, Targets(here, {}, None), self._decompositions, probe_keep, batches
+        own = Targets(here, {}, None)
+        arguments = self._trainer, self._pl_module, own, self._decompositions, probe_keep, batches, layout
         return merge(self._trainer, together(self._trainer, lambda: probe_in_own_pass(*arguments)))
 
     def decide(self, answer: Callable[[], T]) -> T:

@@ -57,10 +57,11 @@ from lightning_prehab.factorizations import Factorization
 from lightning_prehab.kinds import view_of
 from lightning_prehab.layers.linear import LowRankLayer
 from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.linalg.storage import Layout
 from lightning_prehab.plan.choices import added_parameters
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.ranks import check_recipe
-from lightning_prehab.plan.recipe import Layout, RankOverride, Recipe
+from lightning_prehab.plan.recipe import RankOverride, Recipe
 from lightning_prehab.rank_policies import RankPolicy
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.road import operate
@@ -118,7 +119,8 @@ class CompressionCallback(OnlyOne):
             free; positive.
         split_fused: Cut the parts of fused projections (queries, keys and values; gate and up) each for itself; else
             they are one matrix.
-        layout: How a matrix is stored; ``"factors"``, two factors, is the only one.
+        layout: How a matrix of rank ``r`` is stored: ``"factors"``, two factors, or ``"pivot"``, in ``r`` times ``r``
+            fewer numbers, which are then trained on as they are; see :class:`~lightning_prehab.Recipe`.
 
     Attributes:
         recipe: What is wished for, as one object.

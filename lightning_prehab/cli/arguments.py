@@ -14,6 +14,8 @@ PROGRAM = "lightning-prehab"
 #: Short names; what they stand for is in :mod:`lightning_prehab.cli.recipes`.
 METHODS = ("svd", "activation", "fisher", "whitened", "kronecker")
 POLICIES = ("budget", "ratio", "probe", "zero-sum")
+#: Those of :data:`lightning_prehab.linalg.storage.Layout`.
+LAYOUTS = ("factors", "pivot")
 #: Those of :mod:`lightning_prehab.report.figures`.
 FIGURES = ("ranks", "errors", "parameters", "spectra", "latency")
 
@@ -157,6 +159,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             help="a rank, a share of the layer's parameters below 1, or dense",
         )
         group.add_argument("--rank-multiple-of", type=count, metavar="N", help="ranks are multiples of this (1)")
+        group.add_argument(
+            "--layout", **_one_of(LAYOUTS), help="how a cut matrix is stored; pivot needs less (factors)"
+        )
         group.add_argument("--split-fused", action="store_true", help="cut queries, keys and values each for itself")
         group.add_argument(
             "--layers-at-once", type=count, metavar="N", help="calibrate so many at a time, in less memory"

@@ -29,6 +29,7 @@ _DECIDED = (
     "rank_override",
     "rank_multiple_of",
     "split_fused",
+    "layout",
 )
 
 

@@ -45,6 +45,7 @@ def read_recipe(settings: Any, keep: float | None) -> Recipe:
         "rank_overrides": None if settings.rank_override is None else dict(settings.rank_override),
         "rank_multiple_of": settings.rank_multiple_of,
         "split_fused": settings.split_fused or None,
+        "layout": settings.layout,
     }
     recipe = replace(recipe, **{name: value for name, value in options.items() if value is not None})
     if settings.policy is not None:

@@ -9,6 +9,7 @@ from torchmetrics import Metric
 
 from lightning_prehab.errors import ArgumentError, TargetError
 from lightning_prehab.layers.linear import LowRankLinear
+from lightning_prehab.layers.pivot import PivotLinear
 from lightning_prehab.linalg.matrices import effective_rank, stable_rank
 
 
@@ -92,8 +93,13 @@ def _matrices(tensor: Tensor) -> list[Tensor]:
 
 def _weights(module: nn.Module) -> list[Tensor]:
     """Weights of the linear layers, each parameter once; of low-rank layers the product, not the factors."""
-    inside = {id(part) for layer in module.modules() if isinstance(layer, LowRankLinear) for part in layer.children()}
-    kinds = (nn.Linear, LowRankLinear)
+    inside = {
+        id(part)
+        for layer in module.modules()
+        if isinstance(layer, LowRankLinear | PivotLinear)
+        for part in layer.children()
+    }
+    kinds = (nn.Linear, LowRankLinear, PivotLinear)
     layers = [layer for layer in module.modules() if isinstance(layer, kinds) and id(layer) not in inside]
     if not layers:
         raise TargetError(f"{type(module).__name__} has no linear layer to take a spectrum of.")

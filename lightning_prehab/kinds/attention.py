@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.kinds.base import Kind, MatrixView, See, dense_linear, not_its_own
 from lightning_prehab.layers.attend import Masks, Projections, Three, attend, each
-from lightning_prehab.layers.attention import PARTS, LowRankMultiheadAttention
-from lightning_prehab.layers.linear import LowRankLinear, low_rank_linear
+from lightning_prehab.layers.attention import PARTS, LowRankMultiheadAttention, Projection
+from lightning_prehab.layers.pivot import low_rank_linear
 from lightning_prehab.linalg.factors import Factors
 
 Watcher = Callable[[str, Tensor, Tensor], None]
@@ -72,6 +72,7 @@ class MultiheadAttentionKind(Kind):
 
     linear: ClassVar[bool] = True
     sparse: ClassVar[bool] = True
+    pivot: ClassVar[bool] = True
 
     def fits(self, module: nn.Module) -> bool:
         """The exact type."""
@@ -123,13 +124,13 @@ class MultiheadAttentionKind(Kind):
         return [_Watch(module, watcher), module.register_forward_pre_hook(_keep_slow)]
 
 
-def _child(view: AttentionView, factors: Factors | None) -> nn.Linear | LowRankLinear:
+def _child(view: AttentionView, factors: Factors | None) -> Projection:
     """A projection with its factors, or dense: then with the parameter itself if that holds nothing else."""
     dense = dense_linear(view.weight, view.parameter, view.module.training)
     if view.part == "out_proj":
         dense.register_parameter("bias", view.module.out_proj._parameters["bias"])
     if factors is not None:
-        return low_rank_linear(factors.A, factors.B, dense, factors.sparse)
+        return low_rank_linear(factors, dense)
     if not view.packed:
         dense.weight = view.parameter
     return dense

@@ -153,10 +153,12 @@ class Kind(ABC):
         linear: Every matrix is applied to the last dimension of the input as it is: the time of a matrix product is the
             time of the layer.
         sparse: A sparse part can be kept beside the factors.
+        pivot: A matrix can be stored in the pivot layout; see :meth:`can_pivot`.
     """
 
     linear: ClassVar[bool] = False
     sparse: ClassVar[bool] = False
+    pivot: ClassVar[bool] = False
 
     @abstractmethod
     def fits(self, module: nn.Module) -> bool:
@@ -206,6 +208,10 @@ class Kind(ABC):
             views: As from :meth:`views`.
             factors: By part, at least one.
         """
+
+    def can_pivot(self, view: MatrixView) -> bool:
+        """Whether a matrix can be stored in the pivot layout: :meth:`low_rank` is then given factors with an order."""
+        return self.pivot and view.group_count == 1
 
     def watch(self, module: nn.Module, views: Sequence[MatrixView], see: See) -> list[RemovableHandle]:
         """Calls ``see`` whenever the layer has been called, until the handles are removed."""

@@ -7,7 +7,7 @@ outputs are those of a linear layer that is fed with patches. The spatial scheme
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from lightning_prehab.layers.conv import (
     kernel_to_matrix,
     matrix_to_kernel,
 )
+from lightning_prehab.layers.pivot import PivotConv, PivotConv1d, PivotConv2d
 from lightning_prehab.linalg.factors import Factors
 
 Conv = nn.Conv1d | nn.Conv2d
@@ -278,6 +279,7 @@ class ConvKind(Kind):
         ArgumentError: If the scheme is not known.
     """
 
+    pivot: ClassVar[bool] = True
     scheme: Scheme | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
@@ -320,13 +322,20 @@ class ConvKind(Kind):
         candidates = self.candidates(module)
         return candidates if self.scheme == "auto" else candidates[:1]
 
+    def can_pivot(self, view: MatrixView) -> bool:
+        """Where the second convolution is 1x1: a horizontal one mixes places."""
+        return super().can_pivot(view) and not isinstance(view, SpatialView)
+
     def low_rank(
         self, module: nn.Module, views: Mapping[str, MatrixView], factors: Mapping[str, Factors]
-    ) -> LowRankConv:
-        """A :class:`~lightning_prehab.LowRankConv1d` or :class:`~lightning_prehab.LowRankConv2d`."""
+    ) -> LowRankConv | PivotConv:
+        """A :class:`~lightning_prehab.LowRankConv1d` or :class:`~lightning_prehab.LowRankConv2d`, or one that is packed."""
         assert isinstance(module, nn.Conv1d | nn.Conv2d)
         view, found = views[""], factors[""]
         assert isinstance(view, _ConvView)
+        if found.order is not None:
+            packed = PivotConv1d if isinstance(module, nn.Conv1d) else PivotConv2d
+            return packed.from_factors(found.A, found.B, module, found.order)
         kind = LowRankConv1d if isinstance(module, nn.Conv1d) else LowRankConv2d
         return kind.from_factors(found.A, found.B, module, view.scheme)
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from lightning_prehab.kinds.base import Kind, MatrixView, dense_linear, not_its_own
 from lightning_prehab.layers.blocks import LowRankBlocks
-from lightning_prehab.layers.linear import LowRankLayer, low_rank_linear
+from lightning_prehab.layers.linear import LowRankLayer
+from lightning_prehab.layers.pivot import low_rank_linear
 from lightning_prehab.linalg.factors import Factors
 
 
@@ -95,6 +96,7 @@ class LinearKind(Kind):
 
     linear: ClassVar[bool] = True
     sparse: ClassVar[bool] = True
+    pivot: ClassVar[bool] = True
 
     def fits(self, module: nn.Module) -> bool:
         """Whether this is an ``nn.Linear``, by its exact type."""
@@ -117,14 +119,14 @@ class LinearKind(Kind):
     def low_rank(
         self, module: nn.Module, views: Mapping[str, MatrixView], factors: Mapping[str, Factors]
     ) -> LowRankLayer:
-        """A :class:`~lightning_prehab.LowRankLinear`, or :class:`~lightning_prehab.LowRankBlocks` of some."""
+        """A :class:`~lightning_prehab.LowRankLinear` (or its like), or :class:`~lightning_prehab.LowRankBlocks` of some."""
         if "" in views:
             return self.one(module, factors[""])
         return self.joined(module, {part: _child(view, factors.get(part)) for part, view in views.items()})
 
     def one(self, module: nn.Module, factors: Factors) -> LowRankLayer:
         """The low-rank module for a layer that is one matrix."""
-        return low_rank_linear(factors.A, factors.B, module, factors.sparse)
+        return low_rank_linear(factors, module)
 
     def joined(self, module: nn.Module, children: Mapping[str, nn.Module]) -> LowRankLayer:
         """The low-rank module for a layer of row blocks."""
@@ -134,4 +136,4 @@ class LinearKind(Kind):
 def _child(view: MatrixView, factors: Factors | None) -> nn.Module:
     """A block with its factors, or dense."""
     dense = dense_linear(view.weight, view.parameter, view.module.training)
-    return dense if factors is None else low_rank_linear(factors.A, factors.B, dense, factors.sparse)
+    return dense if factors is None else low_rank_linear(factors, dense)

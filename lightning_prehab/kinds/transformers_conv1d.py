@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_prehab.kinds.base import MatrixView, not_its_own
 from lightning_prehab.kinds.linear import LinearKind
-from lightning_prehab.layers.blocks import LowRankConv1D, LowRankConv1DBlocks
+from lightning_prehab.layers.blocks import LowRankConv1D, LowRankConv1DBlocks, PivotConv1D
 from lightning_prehab.layers.linear import LowRankLayer
 from lightning_prehab.linalg.factors import Factors
 
@@ -56,6 +56,8 @@ class Conv1DKind(LinearKind):
 
     def one(self, module: nn.Module, factors: Factors) -> LowRankLayer:
         """The low-rank module for a layer that is one matrix."""
+        if factors.order is not None:
+            return PivotConv1D.from_factors(factors.A, factors.B, module, factors.order)
         return LowRankConv1D.from_factors(factors.A, factors.B, module)
 
     def joined(self, module: nn.Module, children: Mapping[str, nn.Module]) -> LowRankLayer:

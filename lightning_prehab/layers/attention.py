@@ -9,17 +9,20 @@ from torch.nn import functional as F
 
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.layers.attend import Masks, Projections, Three, attend
-from lightning_prehab.layers.linear import LowRankLayer, LowRankLinear
+from lightning_prehab.layers.linear import LowRankLayer, LowRankLinear, weights_in
+from lightning_prehab.layers.pivot import PivotLinear
 
 #: The weight matrices of an attention layer, in the order of its parameters.
 PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
+#: What a projection may be.
+Projection = nn.Linear | LowRankLinear | PivotLinear
 
 
 class LowRankMultiheadAttention(LowRankLayer):
     """Multi-head attention whose projections are low-rank: takes the place of ``nn.MultiheadAttention``.
 
-    The children ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj`` are :class:`LowRankLinear` layers or, where a
-    matrix is not cut, ordinary ``nn.Linear`` ones. The three input biases stay one parameter, ``in_proj_bias``, as in
+    The children ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj`` are :class:`LowRankLinear` layers (or
+    :class:`PivotLinear`) or, where a matrix is not cut, ordinary ``nn.Linear`` ones. The three input biases stay one parameter, ``in_proj_bias``, as in
     the dense module. The result, the random numbers of the dropout and the meaning of all arguments are those of the
     dense module with the products of the factors as weights.
 
@@ -55,10 +58,10 @@ class LowRankMultiheadAttention(LowRankLayer):
         in_proj_bias: nn.Parameter | None
         bias_k: nn.Parameter | None
         bias_v: nn.Parameter | None
-        q_proj: nn.Linear | LowRankLinear
-        k_proj: nn.Linear | LowRankLinear
-        v_proj: nn.Linear | LowRankLinear
-        out_proj: nn.Linear | LowRankLinear
+        q_proj: Projection
+        k_proj: Projection
+        v_proj: Projection
+        out_proj: Projection
 
     def __init__(
         self,
@@ -205,12 +208,12 @@ class LowRankMultiheadAttention(LowRankLayer):
 
     @classmethod
     def from_parts(
-        cls, like: nn.MultiheadAttention, parts: Mapping[str, nn.Linear | LowRankLinear]
+        cls, like: "nn.MultiheadAttention | LowRankMultiheadAttention", parts: Mapping[str, Projection]
     ) -> "LowRankMultiheadAttention":
-        """A module of the given children that *shares* the input bias, ``bias_k`` and ``bias_v`` of a dense one.
+        """A module of the given children that *shares* the input bias, ``bias_k`` and ``bias_v`` of another one.
 
         Args:
-            like: The dense module; sizes, settings and train/eval mode are taken from it.
+            like: The dense module, or one of these; sizes, settings and train/eval mode are taken from it.
             parts: A child for each of ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``. Those of the inputs have no
                 bias where ``like`` has one.
         """
@@ -247,7 +250,7 @@ class LowRankMultiheadAttention(LowRankLayer):
             device="meta",
         )
         weights = [child.weight.detach().clone() for child in children]
-        learn = [next(child.parameters()).requires_grad for child in children]
+        learn = [next(weights_in(child)).requires_grad for child in children]
         if dense._qkv_same_embed_dim:
             dense.in_proj_weight = nn.Parameter(torch.cat(weights[:3]), requires_grad=any(learn[:3]))
         else:
@@ -281,5 +284,5 @@ def _or(bias: Tensor | None, zeros: Tensor) -> Tensor:
     return zeros if bias is None else bias
 
 
-def _bias(child: nn.Linear | LowRankLinear) -> nn.Parameter | None:
+def _bias(child: Projection) -> nn.Parameter | None:
     return child.bias

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.errors import ArgumentError
-from lightning_prehab.layers.linear import LowRankLayer, LowRankLinear
+from lightning_prehab.layers.linear import LowRankLayer, LowRankLinear, weights_in
+from lightning_prehab.layers.pivot import PivotLinear
 from lightning_prehab.linalg.matrices import dequantized
 
 
@@ -82,7 +83,7 @@ class LowRankBlocks(LowRankLayer):
         """An ``nn.Linear`` with the same function; its parameters are copies."""
         weight = self._product()
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=weight.dtype)
-        requires_grad = next(next(self.children()).parameters()).requires_grad
+        requires_grad = next(weights_in(next(self.children()))).requires_grad
         linear.weight = nn.Parameter(weight, requires_grad=requires_grad)
         biases = [block.bias for block in self._blocks()]
         if self.bias is not None or any(bias is not None for bias in biases):
@@ -110,6 +111,25 @@ class LowRankConv1D(LowRankLinear):
         """Maps ``(*, in_features)`` to ``(*, out_features)``; the argument is named as in ``Conv1D``."""
         y: Tensor = self.B(self.A(x))
         return y
+
+    def to_dense(self) -> nn.Module:
+        """A dense ``Conv1D`` with the same function; its parameters are copies."""
+        return _conv1d(self.to_linear())
+
+
+class PivotConv1D(PivotLinear):
+    """A :class:`PivotLinear` in the place of a ``Conv1D`` of transformers; its ``weight`` is transposed likewise."""
+
+    _factors = LowRankConv1D
+
+    @property
+    def weight(self) -> Tensor:
+        """Dense product of shape ``(in_features, out_features)``, as of a ``Conv1D``; read-only."""
+        return self._show(self._product().mT, "weight")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``(*, in_features)`` to ``(*, out_features)``; the argument is named as in ``Conv1D``."""
+        return self._map(x)
 
     def to_dense(self) -> nn.Module:
         """A dense ``Conv1D`` with the same function; its parameters are copies."""

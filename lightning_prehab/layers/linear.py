@@ -1,6 +1,7 @@
 """Drop-in low-rank modules."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, no_type_check
 
 import torch
@@ -280,11 +281,9 @@ class LowRankPlusSparseLinear(LowRankLinear):
         return sparse_matrix(self.indices, self.values, self.out_features, self.in_features)
 
 
-def low_rank_linear(a: Tensor, b: Tensor, like: nn.Module, sparse: Sparse | None = None) -> LowRankLinear:
-    """A layer of the kind that the factors need; see :meth:`LowRankLinear.from_factors`."""
-    if sparse is None:
-        return LowRankLinear.from_factors(a, b, like)
-    return LowRankPlusSparseLinear.from_factors(a, b, like, sparse)
+def weights_in(layer: nn.Module) -> Iterator[nn.Parameter]:
+    """The matrices that a layer is made of, without its biases."""
+    return (parameter for parameter in layer.parameters() if parameter.dim() > 1)
 
 
 def parameter_like(value: Tensor, like: Tensor) -> nn.Parameter:

@@ -5,10 +5,12 @@ from collections.abc import Iterable, Mapping
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import Factorization
 from lightning_prehab.kinds import view_of
+from lightning_prehab.linalg.storage import Layout, largest_saving_rank, rank_within
 from lightning_prehab.plan.layer_plan import NO_MULTIPLE, LayerPlan
 from lightning_prehab.plan.recipe import RankOverride, Recipe
 from lightning_prehab.plan.spectra import Spectrum
 from lightning_prehab.rank_policies import LayerChoices
+from lightning_prehab.targets.layouts import layout_of
 from lightning_prehab.targets.locate import Target, layer_names
 from lightning_prehab.targets.names import match_names
 
@@ -27,7 +29,7 @@ def choices_of(
     elif isinstance(override, int):
         ranks = (override,)
     else:
-        limit = rank_limit(layer, factorization)
+        limit = rank_limit(layer, factorization, recipe.layout)
         ranks = tuple(range(multiple, limit + 1, multiple)) or tuple(range(1, limit + 1))
     dense = override is None or override == "dense"
     added = added_parameters(layer, factorization)
@@ -41,21 +43,22 @@ def choices_of(
         spectrum.components,
         positions=spectrum.positions,
         groups=view.group_count,
+        layout=layout_of(layer, recipe.layout),
     )
 
 
 def added_parameters(layer: Target, factorization: Factorization) -> int:
-    """Parameters that a cut adds beside the two factors: a new bias, the values of a sparse part."""
+    """Parameters that a cut adds beside the low-rank matrix: a new bias, the values of a sparse part."""
     view = view_of(layer)
     new_bias = view.bias_size if factorization.adds_bias and view.bias is None else 0
     return new_bias + factorization.nonzeros(*view.shape)
 
 
-def rank_limit(layer: Target, factorization: Factorization) -> int:
-    """The break-even rank, with what a cut adds beside the factors counted."""
+def rank_limit(layer: Target, factorization: Factorization, layout: Layout) -> int:
+    """The largest rank that saves parameters in a layout, with what a cut adds beside the low-rank matrix counted."""
     view = view_of(layer)
-    (m, n), groups = view.shape, view.group_count
-    return max(m * n - added_parameters(layer, factorization) - 1, 0) // (m + groups * n)
+    beside = added_parameters(layer, factorization)
+    return largest_saving_rank(*view.shape, layout_of(layer, layout), view.group_count, beside)
 
 
 def too_small(dense: LayerPlan, multiple: int) -> str | None:
@@ -70,21 +73,23 @@ def resolve_overrides(recipe: Recipe, targets: Mapping[str, Target]) -> dict[str
     resolved: dict[str, int | str] = {}
     for pattern, wish in (recipe.rank_overrides or {}).items():
         for name in match_names(pattern, list(targets), "rank_overrides", layer_names(targets)):
-            resolved[name] = _resolve_override(name, wish, targets[name], recipe.factorization_or_default)
+            resolved[name] = _resolve_override(name, wish, targets[name], recipe)
     return resolved
 
 
-def _resolve_override(name: str, wish: RankOverride, layer: Target, factorization: Factorization) -> int | str:
+def _resolve_override(name: str, wish: RankOverride, layer: Target, recipe: Recipe) -> int | str:
     (m, n), groups = view_of(layer).shape, view_of(layer).group_count
-    limit = rank_limit(layer, factorization)
+    factorization = recipe.factorization_or_default
+    limit = rank_limit(layer, factorization, recipe.layout)
     if wish == "dense":
         return "dense"
     if isinstance(wish, float) and 0.0 < wish < 1.0:
-        wish = max(int((wish * m * n - added_parameters(layer, factorization)) / (m + groups * n)), 1)
+        spare = wish * m * n - added_parameters(layer, factorization)
+        wish = max(rank_within(spare, m, n, layout_of(layer, recipe.layout), groups), 1)
     if isinstance(wish, bool) or not isinstance(wish, int) or not 1 <= wish <= limit:
         raise ArgumentError(
             f"rank_overrides: {wish!r} does not suit layer {name!r} ({m}x{n}); give a rank from 1 to {limit} "
-            "(break-even), a share in (0, 1), or 'dense'."
+            "(above, nothing is saved), a share in (0, 1), or 'dense'."
         )
     return wish
 

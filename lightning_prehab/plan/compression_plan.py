@@ -228,7 +228,8 @@ class CompressionPlan:
         """How it is cut, and what that is predicted to cost."""
         increase = format_increase(self.loss_increase, self.worst_error).lstrip("+")
         predicted = [] if self.loss_increase is None else [f"predicted loss increase {increase}"]
-        return [f"method {self.factorization}", *predicted]
+        pivot = any(layer.rank is not None and layer.layout == "pivot" for layer in self.layers)
+        return [f"method {self.factorization}" + (", in the pivot layout" if pivot else ""), *predicted]
 
     def headline(self) -> str:
         """One line about the targets: what is kept of them, and how many are cut."""

@@ -2,14 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from lightning_prehab.documents import settings
 from lightning_prehab.documents.numbers import format_error, format_increase
 from lightning_prehab.errors import PlanError
+from lightning_prehab.linalg.storage import Layout, largest_saving_rank, stored_parameters
+from lightning_prehab.targets.layouts import AS_FACTORS
 
 #: How the reason begins for a rank that is no multiple of what was asked for.
 NO_MULTIPLE = "not a multiple of"
+#: Between two reasons.
+AND = "; "
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class LayerPlan:
         name: Dotted name.
         out_features: ``m``.
         in_features: ``n``.
-        rank: Rank of the factors, or None if the layer stays dense.
+        rank: Rank that the layer is cut to, or None if it stays dense.
         relative_error: Predicted ``|error| / |W|`` in the metric of the factorization, in [0, 1]; None if unknown.
         reason: Why the layer stays dense, or has a rank of another kind than was asked for; else None.
         new_bias: Parameters of a bias that the factorization adds to a layer without one, if it is cut.
@@ -30,6 +34,7 @@ class LayerPlan:
             the ordinary one. The shape tells it too.
         loss_increase: Predicted increase of the mean loss by cutting this layer, in units of the loss; only for
             factorizations whose spectrum measures the loss (KroneckerSVD), else None.
+        layout: How the matrix is stored, if the layer is cut: ``"factors"`` or ``"pivot"``.
     """
 
     name: str
@@ -43,6 +48,7 @@ class LayerPlan:
     loss_increase: float | None = None
     groups: int = 1
     form: str = ""
+    layout: Layout = "factors"
 
     @property
     def dense_parameters(self) -> int:
@@ -51,16 +57,20 @@ class LayerPlan:
 
     @property
     def parameters(self) -> int:
-        """Parameters after: ``r (m + groups n)``, a new bias and a sparse part, or ``m n`` if it stays dense."""
+        """Parameters after: ``m n`` if the layer stays dense.
+
+        Else ``r (m + groups n)``, or ``r (m + n - r)`` in the pivot layout, with a new bias and a sparse part.
+        """
         if self.rank is None:
             return self.dense_parameters
-        return self.rank * (self.out_features + self.groups * self.in_features) + self.new_bias + self.nonzeros
+        stored = stored_parameters(self.out_features, self.in_features, self.rank, self.layout, self.groups)
+        return stored + self.new_bias + self.nonzeros
 
     @property
     def max_rank(self) -> int:
         """The largest rank that saves parameters; 0 if there is none."""
-        spare = self.dense_parameters - self.new_bias - self.nonzeros - 1
-        return max(spare, 0) // (self.out_features + self.groups * self.in_features)
+        beside = self.new_bias + self.nonzeros
+        return largest_saving_rank(self.out_features, self.in_features, self.layout, self.groups, beside)
 
     def with_rank(self, rank: int | str | None) -> "LayerPlan":
         """The same layer at another rank, its predictions dropped.
@@ -83,8 +93,12 @@ class LayerPlan:
             )
         if rank == self.rank:
             return self
-        said = None if self.reason is None or self.reason.startswith(NO_MULTIPLE) else self.reason
-        reason = (said or "chosen by hand") if rank is None else None
+        said = (self.reason or "").split(AND)
+        if rank is None:
+            kept = [part for part in said if part and not part.startswith((NO_MULTIPLE, AS_FACTORS))]
+            reason: str | None = AND.join(kept) or "chosen by hand"
+        else:
+            reason = next((part for part in said if part.startswith(AS_FACTORS)), None)
         return replace(self, rank=rank, relative_error=None, loss_increase=None, reason=reason)
 
     def cells(self) -> dict[str, str]:
@@ -114,6 +128,7 @@ class LayerPlan:
             **({"nonzeros": self.nonzeros} if self.nonzeros else {}),
             **({"groups": self.groups} if self.groups > 1 else {}),
             **({"form": self.form} if self.form else {}),
+            **({"layout": self.layout} if self.layout != "factors" else {}),
             "predicted": {"rank": rank, "relative_error": self.relative_error, "loss_increase": self.loss_increase},
         }
 
@@ -126,7 +141,7 @@ class LayerPlan:
         """
         name = data.get("name") if isinstance(data, Mapping) else None
         where = "A layer" if name is None else f"Layer {settings.show(name)}"
-        optional = ["reason", "new_bias", "nonzeros", "groups", "form", "predicted"]
+        optional = ["reason", "new_bias", "nonzeros", "groups", "form", "layout", "predicted"]
         entries = settings.read_mapping(data, where, ["name", "shape", "rank"], optional)
         shape, rank, reason = entries["shape"], entries["rank"], entries.get("reason")
         if not isinstance(shape, list | tuple) or len(shape) != 2:
@@ -145,7 +160,11 @@ class LayerPlan:
             nonzeros=settings.read_integer(entries.get("nonzeros", 0), f"{where}: nonzeros", 0, m * n),
             groups=settings.read_integer(entries.get("groups", 1), f"{where}: groups", 1, m),
             form=settings.read_text(entries.get("form", ""), f"{where}: form"),
+            layout=_read_layout(entries.get("layout", "factors"), where),
         )
+        if layer.layout == "pivot" and (layer.groups > 1 or layer.nonzeros):
+            what = "a grouped convolution" if layer.groups > 1 else "a sparse part"
+            raise PlanError(f"{where}: {what} goes with two factors alone; leave layout out, or make it 'factors'.")
         if rank is None:
             raise PlanError(f"{where}: rank is empty; give a rank from 1 to {layer.max_rank}, or 'dense'.")
         if predicted["rank"] != "dense":
@@ -156,3 +175,13 @@ class LayerPlan:
             loss_increase=settings.read_number(predicted.get("loss_increase"), f"{where}: loss_increase"),
         )
         return planned.with_rank(rank)
+
+
+def _read_layout(value: object, where: str) -> Layout:
+    for layout in get_args(Layout):
+        if value == layout:
+            found: Layout = layout
+            return found
+    raise PlanError(
+        f"{where}: layout must be one of {', '.join(map(repr, get_args(Layout)))}, got {settings.show(value)}."
+    )

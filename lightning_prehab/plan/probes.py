@@ -1,6 +1,5 @@
 """Measures what a small cut of each layer alone does to the model's output; nothing is changed."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, cast
@@ -11,8 +10,8 @@ from torch import Tensor, nn
 from lightning_prehab.errors import StatisticsError
 from lightning_prehab.factorizations import Factors
 from lightning_prehab.kinds import view_of
-from lightning_prehab.linalg.matrices import break_even_rank
 from lightning_prehab.linalg.modes import outside_inference_mode
+from lightning_prehab.linalg.storage import Layout, largest_saving_rank, rank_within
 from lightning_prehab.progress import counted, naming_items, tell
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.rank_policies.base import check_probe_keep
@@ -20,6 +19,7 @@ from lightning_prehab.statistics.batches import batch_size, call_model, check_ba
 from lightning_prehab.statistics.calibration import Forward, as_found
 from lightning_prehab.statistics.collector import recompile, run_eagerly
 from lightning_prehab.statistics.outputs import divergence, logits_in, loss_in, require_finite_output
+from lightning_prehab.targets.layouts import layout_of
 from lightning_prehab.targets.locate import Target, locate
 from lightning_prehab.targets.names import join
 
@@ -32,6 +32,7 @@ def measure_probes(
     batches: Iterable[Any],
     probe_keep: float = 0.9,
     forward: Forward | None = None,
+    layout: Layout = "factors",
 ) -> dict[str, Probe]:
     """Runs the model with one target cut at a time and compares its output with that of the dense model.
 
@@ -50,6 +51,7 @@ def measure_probes(
         probe_keep: Share of its parameters that a layer is cut to, in ``(0, 1)``.
         forward: ``(model, batch) -> output`` instead of that. A scalar output is taken as the loss, a mean over
             samples; a tensor of two or more dimensions as logits, classes last.
+        layout: How a cut layer is going to be stored, which says how many parameters a rank has.
 
     Returns:
         ``{name: Probe}``, without the targets that the passes do not reach.
@@ -84,7 +86,7 @@ def measure_probes(
             if name not in cutter.reached:
                 continue
             view = view_of(target)
-            rank = probe_rank(*view.shape, probe_keep, view.group_count)
+            rank = probe_rank(*view.shape, probe_keep, view.group_count, layout_of(target, layout))
             cutter.cut(name, factors_of(name, rank))
             total = 0.0
             for batch, before, after in zip(listed, dense, outputs(), strict=True):
@@ -94,14 +96,16 @@ def measure_probes(
     return probes
 
 
-def probe_rank(out_features: int, in_features: int, probe_keep: float, groups: int = 1) -> int:
-    """The largest rank with at most the given share of the dense parameters; at least 1, never above break-even.
+def probe_rank(
+    out_features: int, in_features: int, probe_keep: float, groups: int = 1, layout: Layout = "factors"
+) -> int:
+    """The largest rank with at most the given share of the dense parameters; at least 1, none that saves nothing.
 
-    >>> probe_rank(768, 768, 0.9)
-    345
+    >>> probe_rank(768, 768, 0.9), probe_rank(768, 768, 0.9, layout="pivot")
+    (345, 525)
     """
-    wanted = math.floor(probe_keep * out_features * in_features / (out_features + groups * in_features) + 1e-9)
-    return max(min(wanted, break_even_rank(out_features, in_features, groups)), 1)
+    wanted = rank_within(probe_keep * out_features * in_features, out_features, in_features, layout, groups)
+    return max(min(wanted, largest_saving_rank(out_features, in_features, layout, groups)), 1)
 
 
 class _Cutter:

@@ -12,6 +12,7 @@ from lightning_prehab.kinds import kind_of, view_of
 from lightning_prehab.plan.choices import choices_of, dense_parameters, resolve_overrides, too_small
 from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
 from lightning_prehab.plan.form_choice import choose_forms
+from lightning_prehab.plan.layer_plan import AND
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.plan.spectra import Spectrum
 from lightning_prehab.plan.timing import measure_latencies
@@ -19,6 +20,7 @@ from lightning_prehab.plan.usable import require_targets
 from lightning_prehab.rank_policies import LayerChoices, Probe, RankPolicy
 from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.forms import in_chosen_forms
+from lightning_prehab.targets.layouts import why_factors
 from lightning_prehab.targets.locate import Target
 
 
@@ -62,11 +64,14 @@ def plan_ranks(
     ]
     if policy.needs_latencies:
         admissible = {choice.name: choice.ranks for choice in choices}
-        latencies = measure_latencies(usable, policy.latency_tokens, admissible)
+        layouts = {choice.name: choice.layout for choice in choices}
+        latencies = measure_latencies(usable, policy.latency_tokens, admissible, layouts)
         choices = [replace(choice, latencies=latencies[choice.name]) for choice in choices]
     ranks = _checked(policy(choices), policy, choices)
-    planned = [_layer_plan(layer, ranks[layer.name], overrides.get(layer.name), recipe) for layer in choices]
-    layers = tuple(replace(layer, form=view_of(usable[layer.name]).form) for layer in planned)
+    layers = tuple(
+        _layer_plan(layer, usable[layer.name], ranks[layer.name], overrides.get(layer.name), recipe)
+        for layer in choices
+    )
     plan = CompressionPlan(layers, recipe.factorization_or_default, usable.skipped, usable.model_parameters)
     _require_budget(policy, choices, plan)
     return plan
@@ -100,6 +105,12 @@ def check_recipe(recipe: Recipe, targets: Mapping[str, Target]) -> None:
             f"{policy} counts operations or time, and the sparse part of {factorization} saves neither: it is "
             "multiplied as a dense matrix. Count parameters, or choose a factorization without a sparse part."
         )
+    for name, target in targets.items() if recipe.layout != "factors" else ():
+        if factorization.nonzeros(*view_of(target).shape):
+            raise ArgumentError(
+                f"{factorization} keeps a sparse part beside two factors; the {recipe.layout} layout has no place for "
+                f"it (layer {name!r}). Leave layout out, or choose a factorization without a sparse part."
+            )
     for name, target in targets.items() if policy.needs_latencies else ():
         kind = kind_of(view_of(target).module)
         if kind is None or not kind.linear:
@@ -139,23 +150,38 @@ def _require_budget(policy: RankPolicy, choices: Sequence[LayerChoices], plan: C
         )
 
 
-def _layer_plan(layer: LayerChoices, rank: int | None, override: int | str | None, recipe: Recipe) -> LayerPlan:
+def _layer_plan(
+    layer: LayerChoices, target: Target, rank: int | None, override: int | str | None, recipe: Recipe
+) -> LayerPlan:
     m, n, factorization = layer.out_features, layer.in_features, recipe.factorization_or_default
     nonzeros = factorization.nonzeros(m, n)
     new_bias = layer.new_bias - nonzeros
-    dense = LayerPlan(layer.name, m, n, None, new_bias=new_bias, nonzeros=nonzeros, groups=layer.groups)
+    dense = LayerPlan(
+        layer.name,
+        m,
+        n,
+        None,
+        new_bias=new_bias,
+        nonzeros=nonzeros,
+        groups=layer.groups,
+        form=view_of(target).form,
+        layout=layer.layout,
+    )
     comparable = factorization.comparable
     if rank is None:
-        reason = "rank_overrides" if override == "dense" else "every rank below break-even costs more than it saves"
+        limit = "break-even" if layer.layout == "factors" else "the full one"
+        reason = "rank_overrides" if override == "dense" else f"every rank below {limit} costs more than it saves"
         return replace(dense, relative_error=0.0, reason=reason, loss_increase=0.0 if comparable else None)
     retained = layer.retained()
     dropped = float((retained[-1] - retained[rank]).clamp_min(0.0))
     error = min(dropped / max(float(retained[-1]), 1e-300), 1.0) ** 0.5
     loss_increase = 0.5 * dropped if comparable else None
+    multiple = None if override is not None else too_small(dense, recipe.rank_multiple_of)
+    reasons = (multiple, why_factors(target, recipe.layout))
     return replace(
         dense,
         rank=rank,
         relative_error=error,
         loss_increase=loss_increase,
-        reason=None if override is not None else too_small(dense, recipe.rank_multiple_of),
+        reason=AND.join(filter(None, reasons)) or None,
     )

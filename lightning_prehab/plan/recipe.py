@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from lightning_prehab.documents import settings
 from lightning_prehab.documents.checks import check_whole
 from lightning_prehab.errors import ArgumentError, PlanError
 from lightning_prehab.factorizations import SVD, Factorization, KroneckerSVD
+from lightning_prehab.linalg.storage import Layout
 from lightning_prehab.rank_policies import ParameterBudget, RankPolicy, RankRatio
 from lightning_prehab.rank_policies.base import check_choice, check_keep
 from lightning_prehab.statistics.sums import Wanted
@@ -21,8 +22,6 @@ from lightning_prehab.targets.names import Patterns
 
 #: For a layer: a rank (int), a share of its parameters (float), or "dense".
 RankOverride = int | float | str
-#: How a matrix of some rank is stored: as the two factors A and B.
-Layout = Literal["factors"]
 
 _HEADER = """\
 # Recipe of lightning_prehab: how a model is to be cut. What is left out has its default value.
@@ -42,14 +41,17 @@ class Recipe:
             spectra compare between layers (the default one), :class:`~lightning_prehab.RankRatio` for the others.
         factorization: How factors are computed. None means :class:`~lightning_prehab.KroneckerSVD`, and
             :class:`~lightning_prehab.SVD` where there is no data to calibrate with.
-        layout: How a matrix is stored; ``"factors"``, two factors, is the only one.
+        layout: How a matrix of rank ``r`` is stored: ``"factors"``, two factors, ``r (m + n)`` numbers; or ``"pivot"``,
+            some of its rows and what the others are made of, ``r (m + n - r)`` numbers: a higher rank for the same
+            budget, the same function for the same rank. Layers that cannot be stored like that keep two factors, and
+            the plan says so.
         target_modules: Names or fnmatch patterns of the layers to cut; None takes all that can be cut, but for
             projections to a vocabulary, see :func:`~lightning_prehab.find_targets`.
         exclude_modules: Names or fnmatch patterns of the layers to leave.
         rank_overrides: ``{pattern: rank}``: an int is a rank, a float a share of the layer's parameters in ``(0, 1)``,
             ``"dense"`` keeps the layer. Later patterns win.
-        rank_multiple_of: Ranks are multiples of this; multiples of 8 to 32 run faster on most hardware. Layers whose
-            break-even rank is smaller are free.
+        rank_multiple_of: Ranks are multiples of this; multiples of 8 to 32 run faster on most hardware. Layers for
+            which no multiple saves parameters are free.
         split_fused: Cut the parts of fused projections (queries, keys and values; gate and up) each for itself; else
             they are one matrix.
 

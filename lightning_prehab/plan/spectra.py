@@ -11,8 +11,10 @@ from torch import Tensor
 from lightning_prehab.errors import PrehabError
 from lightning_prehab.factorizations import Decomposition, Factorization, Factors
 from lightning_prehab.kinds import view_of
+from lightning_prehab.linalg.storage import Layout, largest_saving_rank
 from lightning_prehab.progress import naming_items
 from lightning_prehab.statistics.sums import LayerStatistics
+from lightning_prehab.targets.layouts import layout_of
 from lightning_prehab.targets.locate import Target, group_names
 
 
@@ -89,12 +91,19 @@ class Solver:
         factorization: The method.
         statistics: What it reads, or None.
         components: Whether planning wants the effect of each component.
+        layout: How a cut is going to be stored, which says what ranks are of use.
     """
 
     targets: Mapping[str, Target]
     factorization: Factorization
     statistics: Mapping[str, LayerStatistics] | None = None
     components: bool = False
+    layout: Layout = "factors"
+
+    def rank_limit(self, name: str) -> int:
+        """The largest rank of a target that can be asked for, at least 1."""
+        view = view_of(self.targets[name])
+        return max(largest_saving_rank(*view.shape, layout_of(self.targets[name], self.layout), view.group_count), 1)
 
     def __call__(self, names: Sequence[str]) -> dict[str, Solution]:
         """Decomposes the named targets; an error names the layer."""

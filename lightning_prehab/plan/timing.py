@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.kinds import MatrixView, view_of
 from lightning_prehab.layers.linear import LowRankLinear
-from lightning_prehab.linalg.matrices import break_even_rank
+from lightning_prehab.layers.pivot import PivotLinear
+from lightning_prehab.linalg.pivot import as_factor
+from lightning_prehab.linalg.storage import Layout, largest_saving_rank
 from lightning_prehab.progress import counted
 from lightning_prehab.targets.locate import Target
 
@@ -24,7 +26,10 @@ LEAST_SECONDS = 5e-4
 
 
 def measure_latencies(
-    targets: Mapping[str, Target], tokens: int, ranks: Mapping[str, Sequence[int]] | None = None
+    targets: Mapping[str, Target],
+    tokens: int,
+    ranks: Mapping[str, Sequence[int]] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
 ) -> dict[str, dict[int | None, float]]:
     """Seconds of a forward pass of each target, dense and at some ranks, for rank policies that count time.
 
@@ -35,7 +40,8 @@ def measure_latencies(
         targets: ``{name: layer}``; weights are read, hooks are not called.
         tokens: Rows of the input, at least 1.
         ranks: ``{name: ranks that may be chosen}``, out of which about six are measured, the smallest and the largest
-            among them; by default all up to break-even.
+            among them; by default all that save parameters.
+        layouts: ``{name: how a cut of it is stored}``; by default as two factors.
 
     Returns:
         ``{name: {rank: seconds}}``, with None for dense.
@@ -50,10 +56,11 @@ def measure_latencies(
     for name, layer in counted(targets.items(), "time"):
         view = view_of(layer)
         m, n = view.shape
-        grid = spread(range(1, break_even_rank(m, n) + 1) if ranks is None else ranks[name])
-        key = (m, n, view.bias is None, view.parameter.device, view.parameter.dtype, grid)
+        layout: Layout = "factors" if layouts is None else layouts[name]
+        grid = spread(range(1, largest_saving_rank(m, n, layout) + 1) if ranks is None else ranks[name])
+        key = (m, n, view.bias is None, view.parameter.device, view.parameter.dtype, grid, layout)
         if key not in measured:
-            measured[key] = _measure(view, tokens, grid)
+            measured[key] = _measure(view, tokens, grid, layout)
         latencies[name] = dict(measured[key])
     return latencies
 
@@ -70,7 +77,7 @@ def spread(ranks: Iterable[int]) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _measure(view: MatrixView, tokens: int, grid: Sequence[int]) -> dict[int | None, float]:
+def _measure(view: MatrixView, tokens: int, grid: Sequence[int], layout: Layout) -> dict[int | None, float]:
     generator = torch.Generator().manual_seed(0)
     weight, bias = view.weight.contiguous(), view.bias
 
@@ -83,9 +90,12 @@ def _measure(view: MatrixView, tokens: int, grid: Sequence[int]) -> dict[int | N
     dense.register_parameter("bias", None if bias is None else nn.Parameter(bias))
     calls: dict[int | None, Callable[[], Tensor]] = {None: partial(nn.functional.linear, x, weight, bias)}
     for rank in grid:
-        calls[rank] = partial(
-            LowRankLinear.from_factors(normal(rank, view.in_features), normal(view.out_features, rank), like=dense), x
-        )
+        a, b = normal(rank, view.in_features), normal(view.out_features, rank)
+        if layout == "pivot":  # any order will do: nobody looks at the numbers
+            order = torch.randperm(view.out_features, generator=generator, device="cpu").to(weight.device)
+            calls[rank] = partial(PivotLinear.from_factors(a, as_factor(b[rank:], order), dense, order), x)
+        else:
+            calls[rank] = partial(LowRankLinear.from_factors(a, b, like=dense), x)
     return time_calls(calls, weight.device)
 
 

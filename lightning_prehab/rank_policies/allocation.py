@@ -1,9 +1,9 @@
 """The best way to spend a budget: one option for each item, largest total value, total cost within the budget.
 
-This is the multiple-choice knapsack problem. A Lagrange multiplier gives an upper bound that the optimum misses by less
-than one component; only options whose Lagrangian loss is within that gap can be part of the optimum, and few are left
-for an exact search (Pisinger, "A minimal algorithm for the multiple-choice knapsack problem", 1995,
-https://doi.org/10.1016/0377-2217(95)00015-I).
+This is the multiple-choice knapsack problem, for costs and values of any shape. A Lagrange multiplier gives an upper
+bound; only options whose Lagrangian loss is within the gap between bound and optimum can be part of the optimum. Few
+are left for an exact search (Pisinger, "A minimal algorithm for the multiple-choice knapsack problem", 1995,
+https://doi.org/10.1016/0377-2217(95)00015-I), the fewer the nearer value over cost is to a concave curve in each item.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,11 @@ from lightning_prehab.errors import PlanError
 
 #: Partial solutions kept at a time. Only near-ties by the thousand reach it; the answer is then the best of those kept.
 MAX_STATES = 20_000
+#: The gap is widened in so many steps, each by this factor. The best choice within a gap is the best of all, and nearly
+#: always there is one in a small gap, where few options are left.
+LEVELS, WIDER = 8, 8.0
+#: So few options are looked at in the whole gap at once.
+AT_ONCE = 1000
 
 
 def best_allocation(costs: Sequence[Tensor], values: Sequence[Tensor], budget: int) -> list[int]:
@@ -46,12 +51,23 @@ def best_allocation(costs: Sequence[Tensor], values: Sequence[Tensor], budget: i
     price, choice = _lagrangian_choice(cost, value, budget)
     if price == 0.0:
         return choice.tolist()
-    incumbent = _fill(cost, value, budget, choice)
+    best = _fill(cost, value, budget, choice)
     reduced = value - price * cost
     slack = reduced.amax(1, keepdim=True) - reduced  # what choosing an option takes off the upper bound
-    best = float(_pick(value, incumbent).sum())
-    gap = max(float(price * budget + reduced.amax(1).sum()) - best, 0.0) + 1e-12 * (best + price * budget)  # rounding
-    return _search(cost, value, slack, gap=gap, budget=budget, incumbent=incumbent)
+    bound = float(price * budget + reduced.amax(1).sum())
+
+    def missing(choice: Tensor) -> float:
+        rounding = 1e-12 * (bound + price * budget)
+        return max(bound - float(_pick(value, choice).sum()), 0.0) + rounding
+
+    for level in reversed(range(LEVELS if value.numel() > AT_ONCE else 1)):
+        gap = missing(best) / WIDER**level
+        found, complete = _search(cost, value, slack, price=price, gap=gap, budget=budget)
+        if found is not None and missing(found) < missing(best):
+            best = found
+        if missing(best) <= gap or (found is not None and not complete):
+            break
+    return best.tolist()
 
 
 def _pick(table: Tensor, choice: Tensor) -> Tensor:
@@ -94,15 +110,24 @@ def _fill(cost: Tensor, value: Tensor, budget: int, choice: Tensor) -> Tensor:
         choice[best // cost.shape[1]] = best % cost.shape[1]
 
 
-def _search(cost: Tensor, value: Tensor, slack: Tensor, *, gap: float, budget: int, incumbent: Tensor) -> list[int]:
-    """Exact search among the options whose slack is within the gap; dominated pairs (cost, value) are dropped."""
+def _search(
+    cost: Tensor, value: Tensor, slack: Tensor, *, price: float, gap: float, budget: int
+) -> tuple[Tensor | None, bool]:
+    """The best choice that misses the upper bound by no more than a gap, if there is one, and whether that is sure.
+
+    Among the options whose slack is within the gap; what is left of the budget in the end misses its price. Of partial
+    choices those are dropped that another one beats in value for the same cost or less.
+    """
     slack = slack.masked_fill(value == -torch.inf, torch.inf)
     candidates = [torch.nonzero(row <= gap)[:, 0] for row in slack]
-    cheapest_rest = [0.0]
+    cheapest_rest, dearest_rest = [0.0], [0.0]
     for row, options in zip(cost.flip(0), reversed(candidates), strict=True):
         cheapest_rest.append(cheapest_rest[-1] + float(row[options].min()))
+        dearest_rest.append(dearest_rest[-1] + float(row[options].max()))
     cheapest_rest.reverse()
+    dearest_rest.reverse()
 
+    complete = True
     total_cost, total_value, total_slack = (torch.zeros(1, dtype=torch.float64, device="cpu") for _ in range(3))
     trail: list[tuple[Tensor, Tensor]] = []
     for item, options in enumerate(candidates):
@@ -111,7 +136,8 @@ def _search(cost: Tensor, value: Tensor, slack: Tensor, *, gap: float, budget: i
         next_cost = total_cost[parent] + cost[item, option]
         next_value = total_value[parent] + value[item, option]
         next_slack = total_slack[parent] + slack[item, option]
-        keep = (next_cost + cheapest_rest[item + 1] <= budget) & (next_slack <= gap)
+        unspent = (budget - dearest_rest[item + 1] - next_cost).clamp_min(0.0)
+        keep = (next_cost + cheapest_rest[item + 1] <= budget) & (next_slack + price * unspent <= gap)
         keep = torch.nonzero(keep)[:, 0]
         keep = keep[next_value[keep].argsort(descending=True, stable=True)]
         keep = keep[next_cost[keep].argsort(stable=True)]  # by cost, the largest value of equals first
@@ -122,16 +148,15 @@ def _search(cost: Tensor, value: Tensor, slack: Tensor, *, gap: float, budget: i
         keep = keep[ordered > best_before]
         if len(keep) > MAX_STATES:
             keep = keep[next_slack[keep].argsort(stable=True)[:MAX_STATES]].sort().values
+            complete = False
         if len(keep) == 0:
-            return incumbent.tolist()
+            return None, complete
         total_cost, total_value, total_slack = next_cost[keep], next_value[keep], next_slack[keep]
         trail.append((parent[keep], option[keep]))
 
     state = int(total_value.argmax())
-    if float(total_value[state]) <= float(_pick(value, incumbent).sum()):
-        return incumbent.tolist()
     chosen: list[int] = []
     for parents, options in reversed(trail):
         chosen.append(int(options[state]))
         state = int(parents[state])
-    return chosen[::-1]
+    return torch.tensor(chosen[::-1], device="cpu"), complete

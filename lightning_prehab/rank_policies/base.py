@@ -13,6 +13,7 @@ from lightning_prehab.documents.checks import check_real, check_whole
 from lightning_prehab.documents.settings import show
 from lightning_prehab.errors import ArgumentError, PlanError
 from lightning_prehab.linalg.matrices import require_finite
+from lightning_prehab.linalg.storage import Layout, stored_parameters
 
 #: What ``keep`` is a share of: the parameters of the targets, or those of the whole model.
 Scope = Literal["targets", "model"]
@@ -40,15 +41,16 @@ class LayerChoices:
         in_features: ``n``.
         singular_values: Spectrum in the metric of the factorization, shape ``(min(m / groups, n),)``, descending,
             float64 on the CPU.
-        ranks: Ranks that may be chosen, ascending, none above break-even.
+        ranks: Ranks that may be chosen, ascending, none that saves nothing.
         dense: Whether the layer may also stay dense.
-        new_bias: Parameters that a cut adds beside the two factors: a new bias, the values of a sparse part.
+        new_bias: Parameters that a cut adds beside the low-rank matrix: a new bias, the values of a sparse part.
         components: Predicted change of the loss when component ``i`` alone is removed, first order, with its sign;
             same shape; None unless the policy asks for weight gradients.
         probe: Measured effect of a small cut of this layer alone, or None.
         positions: Tokens that go through the layer per sample; FLOPs are parameters times positions.
         latencies: Measured seconds at some ranks and dense (None), or None.
         groups: Number of groups of a grouped convolution; each has its factors, all of the same rank.
+        layout: How a cut is stored, which :meth:`parameters` counts by: ``"factors"`` or ``"pivot"``.
     """
 
     name: str
@@ -63,6 +65,7 @@ class LayerChoices:
     positions: float = 1.0
     latencies: Mapping[int | None, float] | None = None
     groups: int = 1
+    layout: Layout = "factors"
 
     def __post_init__(self) -> None:
         size = min(self.out_features // self.groups, self.in_features)
@@ -84,7 +87,7 @@ class LayerChoices:
     def parameters(self, rank: int | None) -> int:
         """Parameters at ``rank``, with a new bias; None means dense."""
         m, n = self.out_features, self.in_features
-        return m * n if rank is None else rank * (m + self.groups * n) + self.new_bias
+        return m * n if rank is None else stored_parameters(m, n, rank, self.layout, self.groups) + self.new_bias
 
     def retained(self) -> Tensor:
         """``sum of s_i^2 over i <= r`` at index ``r``, one more than singular values."""

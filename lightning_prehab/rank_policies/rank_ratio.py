@@ -1,15 +1,18 @@
 """The same share of parameters in every layer."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lightning_prehab.linalg.storage import rank_within
 from lightning_prehab.rank_policies.base import BudgetPolicy, LayerChoices, require_within
 
 
 @dataclass(frozen=True)
 class RankRatio(BudgetPolicy):
-    """Uniform: ``r = floor(keep m n / (m + n))`` in every layer, rounded down to an admissible rank.
+    """Uniform: the largest admissible rank within ``keep`` of the parameters of each layer by itself.
+
+    That is ``r = floor(keep m n / (m + n))`` for two factors, and in the pivot layout ``r = floor((m + n -
+    sqrt((m + n)^2 - 4 keep m n)) / 2)``.
 
     The safe choice for factorizations whose spectra mean different things in different layers (SVD, WhitenedSVD), where
     trading ranks between layers may gain or lose: measure it. On ``benchmarks/digits_vit.py`` it loses clearly.
@@ -42,5 +45,5 @@ class RankRatio(BudgetPolicy):
         if not ranks or (self.keep == 1.0 and layer.dense):
             return None
         m, n = layer.out_features, layer.in_features
-        wanted = math.floor((self.keep * m * n - layer.new_bias) / (m + layer.groups * n) + 1e-9)
+        wanted = rank_within(self.keep * m * n - layer.new_bias, m, n, layer.layout, layer.groups)
         return max((rank for rank in ranks if rank <= wanted), default=ranks[0])

@@ -113,6 +113,7 @@ class CompressionReport(Facts):
                     "nonzeros": layer.nonzeros,
                     "groups": layer.groups,
                     "form": layer.form,
+                    "layout": layer.layout,
                     "predicted_error": layer.relative_error,
                     "loss_increase": layer.loss_increase,
                     "weight_error": self.weight_errors.get(layer.name, 0.0),
@@ -167,8 +168,8 @@ class CompressionReport(Facts):
         the loss, parameters are counts, latencies are seconds; "or null" means not known.
 
         - ``version`` (int): of this form, 1; other versions are refused when read. Within a version keys are added
-          only, and such keys may be missing: ``new_bias``, ``nonzeros``, ``groups``, ``form``, both
-          ``loss_increase``, ``spectrum``, ``latency``, ``scores``, ``prehab``, ``model``, ``created`` and
+          only, and such keys may be missing: ``new_bias``, ``nonzeros``, ``groups``, ``form``, ``layout``,
+          both ``loss_increase``, ``spectrum``, ``latency``, ``scores``, ``prehab``, ``model``, ``created`` and
           ``versions`` were. Pass over keys that you do not know.
         - ``model`` (str): its class, and where it was loaded from. ``created`` (str): when it was cut, ISO 8601 in
           UTC. ``versions`` (object): ``{package: version}``.
@@ -194,11 +195,12 @@ class CompressionReport(Facts):
         - ``layers`` (list of objects, in model order), each with:
 
           - ``name`` (str), ``shape`` (``[out_features, in_features]``), ``rank`` (int; null: stayed dense),
-            ``reason`` (str or null): why it stayed dense.
+            ``reason`` (str or null): why it stayed dense, or is cut in another way than asked for.
           - ``parameters_before``, ``parameters_after`` (int): of the weight; after it, of all that replaces it.
           - ``new_bias``, ``nonzeros`` (int): parameters of a bias that the cut adds, values of a sparse part.
           - ``groups`` (int): of a grouped convolution, each with factors of its own; else 1.
           - ``form`` (str): which of several ways to see the layer as a matrix, such as ``"spatial"``; else empty.
+          - ``layout`` (str): how it is stored: ``"factors"`` or ``"pivot"``.
           - ``predicted_error`` (float or null): in the metric of the factorization.
           - ``weight_error`` (float): measured, ``|W - W'|_F / |W|_F``; 0 for dense layers.
           - ``loss_increase`` (float or null): predicted, of this cut.
@@ -344,4 +346,5 @@ def _read_layer(layer: Mapping[str, Any]) -> LayerPlan:
         groups=layer.get("groups", 1),
         form=layer.get("form", ""),
         loss_increase=layer.get("loss_increase"),
+        layout=layer.get("layout", "factors"),
     )

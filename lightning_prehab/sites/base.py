@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.linalg.storage import Layout
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.plan.spectra import Solver, Spectrum
@@ -67,12 +68,13 @@ class Site(ABC):
         """
 
     @abstractmethod
-    def probe(self, targets: Targets, probe_keep: float) -> dict[str, Probe] | None:
+    def probe(self, targets: Targets, probe_keep: float, layout: Layout = "factors") -> dict[str, Probe] | None:
         """What a small cut of each target alone does to the model; None if that cannot be measured here.
 
         Args:
             targets: Decomposed ones, each in one form, by the name of the target.
             probe_keep: Share of its parameters that a layer is cut to.
+            layout: How a cut layer is going to be stored.
         """
 
     @abstractmethod

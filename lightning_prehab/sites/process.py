@@ -13,7 +13,7 @@ from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import Decomposition
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
-from lightning_prehab.linalg.matrices import break_even_rank
+from lightning_prehab.linalg.storage import Layout
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.probes import measure_probes
 from lightning_prehab.plan.recipe import Recipe
@@ -51,7 +51,7 @@ class ProcessSite(Site):
         forward: ``(model, batch) -> output or loss``; see :func:`~lightning_prehab.collect_statistics`.
         optimizers: Those that hold the weights.
         layers_at_once: So many targets are observed and decomposed at a time, and of their decompositions only what
-            ranks up to break-even need is kept; None takes all at once.
+            ranks that save parameters need is kept; None takes all at once.
         evaluate: What the model is scored on before and after: batches, a share of ``batches`` to hold back, in
             ``(0, 1)``, or an evaluation of its own; None scores nothing.
 
@@ -129,16 +129,15 @@ class ProcessSite(Site):
         for name, (decomposition, _) in solved.items():
             self._decompositions[name] = decomposition
             if self._layers_at_once is not None and decomposition.compact is not None:
-                view = view_of(solver.targets[name])
-                decomposition.compact(max(break_even_rank(*view.shape, view.group_count), 1))
+                decomposition.compact(solver.rank_limit(name))
         return {name: spectrum for name, (_, spectrum) in solved.items()}
 
-    def probe(self, targets: Targets, probe_keep: float) -> dict[str, Probe] | None:
+    def probe(self, targets: Targets, probe_keep: float, layout: Layout = "factors") -> dict[str, Probe] | None:
         """On all batches."""
         if self._batches is None:
             return None
         factors_of = factors_in_forms(targets, self._decompositions)
-        return measure_probes(self.model, targets, factors_of, self._batches, probe_keep, forward=self._forward)
+        return measure_probes(self.model, targets, factors_of, self._batches, probe_keep, self._forward, layout)
 
     def decide(self, answer: Callable[[], T]) -> T:
         """This process decides; it warns if it has seen too little to decide by."""

@@ -98,7 +98,7 @@ def _checked_factors(cut: LayerPlan, target: Target, plan: CompressionPlan, deco
     weight = view.parameter
     where = f"Layer {cut.name!r} ({cut.out_features}x{cut.in_features}): "
     with torch.no_grad(), naming(cut.name, target):
-        a, b, shift, sparse = decomposition.factors(cut.rank)
+        a, b, shift, sparse, _ = decomposition.factors(cut.rank)
     expected = (cut.groups * cut.rank, cut.in_features), (cut.out_features, cut.rank)
     if (a.shape, b.shape) != expected:
         raise PlanError(
@@ -111,6 +111,12 @@ def _checked_factors(cut: LayerPlan, target: Target, plan: CompressionPlan, deco
             f"{where}{plan.factorization} returned a sparse part of {nonzeros} values; the plan expects "
             f"{cut.nonzeros}, each at a place of its own, in ascending order."
         )
+    order = None
+    if cut.layout == "pivot":
+        with naming(cut.name, target):
+            a, b, _, _, order = Factors(a, b).pivoted()
+        assert order is not None
+        order = order.to(weight.device)
     a, b = a.to(weight), b.to(weight)
     shift = None if shift is None else view.to_bias(shift).to(weight)
     if sparse is not None:
@@ -118,4 +124,4 @@ def _checked_factors(cut: LayerPlan, target: Target, plan: CompressionPlan, deco
     parts = (a, b, shift, None if sparse is None else sparse.values)
     if not all(bool(torch.isfinite(part).all()) for part in parts if part is not None):
         raise NumericalError(f"{where}{plan.factorization} returned factors with NaN or Inf at rank {cut.rank}.")
-    return Factors(a, b, shift, sparse)
+    return Factors(a, b, shift, sparse, order)

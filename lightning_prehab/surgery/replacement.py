@@ -1,20 +1,55 @@
 """One layer and what takes its place: its parameters, what optimizers know of them, its error. Changes nothing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prehab.kinds import MatrixView
 from lightning_prehab.layers.linear import LowRankLayer, LowRankPlusSparseLinear
+from lightning_prehab.layers.pivot import PivotLayer, bias_holder
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.sparse import Sparse
-from lightning_prehab.surgery.moments import bias_state, block_state, entry_state, factor_states
+from lightning_prehab.surgery.moments import bias_state, block_state, entry_state, factor_states, pivot_states
 from lightning_prehab.targets.locate import Layer
 from lightning_prehab.targets.names import join
+
+
+#: What an optimizer knows of a parameter, as :func:`~lightning_prehab.surgery.meanings.readable_state` gives it.
+StateOf = Callable[[Tensor], Mapping[str, Any] | None]
+
+
+class Exchange(Protocol):
+    """A layer and what takes its place, as an optimizer has to know of it."""
+
+    @property
+    def old(self) -> nn.Module:
+        """The one."""
+
+    @property
+    def new(self) -> nn.Module:
+        """The other."""
+
+    def replaced(self) -> list[nn.Parameter]:
+        """The parameters that the new layer does not hold any more."""
+
+    def parameters(self, weight: Tensor) -> dict[str, Tensor]:
+        """What takes the place of one of them, by name in the new layer."""
+
+    def states(self, weight: Tensor, state: Mapping[str, Any], of: StateOf) -> dict[Tensor, dict[str, Any]]:
+        """What is known of those; see :meth:`Replacement.states`."""
+
+    def shifts(self, parameter: Tensor) -> list[tuple[slice, Tensor]]:
+        """What is added to a parameter that both hold."""
+
+
+def renamed(exchange: Exchange) -> list[tuple[Tensor, tuple[str, str]]]:
+    """Parameters that both layers hold, each with its old and its new name within the layer."""
+    old = {id(parameter): name for name, parameter in exchange.old.named_parameters()}
+    return [(p, (old[id(p)], name)) for name, p in exchange.new.named_parameters() if id(p) in old]
 
 
 @dataclass
@@ -42,7 +77,8 @@ class Replacement:
         for part, found in mine.items():
             if found.bias_shift is not None and views[part].bias is None:
                 shift = found.bias_shift.clone()
-                made.child(part).B.bias = nn.Parameter(shift, requires_grad=views[part].parameter.requires_grad)
+                holder: Any = bias_holder(made.child(part))
+                holder.bias = nn.Parameter(shift, requires_grad=views[part].parameter.requires_grad)
         return made
 
     @property
@@ -70,12 +106,13 @@ class Replacement:
             if id(parameter) not in kept
         }
 
-    def states(self, weight: Tensor, state: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
+    def states(self, weight: Tensor, state: Mapping[str, Any], of: StateOf) -> dict[Tensor, dict[str, Any]]:
         """What an optimizer knows of these parameters, from what it knows of the weight; unknown ones are left out.
 
         Args:
             weight: The weight.
             state: As :func:`~lightning_prehab.surgery.meanings.readable_state` gives it.
+            of: The same for other weights.
         """
         found: dict[Tensor, dict[str, Any]] = {}
         for part, view in self.views.items():
@@ -89,8 +126,8 @@ class Replacement:
             found |= _factor_states(view, child, seen)
             if isinstance(child, LowRankPlusSparseLinear):
                 found[child.values] = entry_state(seen, child.indices, view.shape, child.values)
-            if child.B.bias is not None and view.bias is None:
-                found[child.B.bias] = bias_state(seen, child.B.bias)
+            if child.bias is not None and view.bias is None:
+                found[child.bias] = bias_state(seen, child.bias)
         return {parameter: moved for parameter, moved in found.items() if moved}
 
     def shifts(self, parameter: Tensor) -> list[tuple[slice, Tensor]]:
@@ -120,14 +157,11 @@ class Replacement:
             errors[join(self.layer.name, part)] = float(error.norm() / norm)
         return errors
 
-    def renamed(self) -> list[tuple[Tensor, tuple[str, str]]]:
-        """Parameters that both layers hold, each with its old and its new name within the layer."""
-        old = {id(parameter): name for name, parameter in self.old.named_parameters()}
-        return [(p, (old[id(p)], name)) for name, p in self.new.named_parameters() if id(p) in old]
-
 
 def _factor_states(view: MatrixView, child: Any, state: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
     """States of the two factors of a matrix, from the state of the matrix."""
+    if isinstance(child, PivotLayer):
+        return pivot_states(state, child)
     a, b = view.unfold(child.A.weight, child.B.weight)
     if view.group_count == 1:
         for_a, for_b = factor_states(state, a, b)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from lightning_prehab.cli import arguments, main
 from lightning_prehab.cli.arguments import parse
 from lightning_prehab.cli.recipes import METHODS, POLICIES, read_recipe
 from lightning_prehab.errors import ArgumentError
+from lightning_prehab.linalg.storage import Layout
 from tests.before_the_house.make import Lit, Loader, batches, trainer_of
 
 MODEL = "transformer"
@@ -52,6 +54,7 @@ def same(one, other):
         ),
         (["--rank-multiple-of", "8"], lp.Recipe(rank_multiple_of=8)),
         (["--split-fused"], lp.Recipe(split_fused=True)),
+        (["--layout", "pivot"], lp.Recipe(layout="pivot")),
     ],
 )
 def test_an_option_for_every_field(command, options, recipe):
@@ -60,12 +63,11 @@ def test_an_option_for_every_field(command, options, recipe):
 
 def test_no_field_is_forgotten():
     """What a recipe can say has an option, in the word of the field or in one of these."""
-    options = {"factorization": "method", "rank_overrides": "rank_override", "layout": None}
+    options = {"factorization": "method", "rank_overrides": "rank_override"}
     for command in ("plan", "compress"):
         known = vars(parse([command, "m", "--output", "o.yaml"]))
         for field in fields(lp.Recipe):
-            option = options.get(field.name, field.name)
-            assert option is None or option in known, field.name
+            assert options.get(field.name, field.name) in known, field.name
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -73,6 +75,10 @@ def test_policies_by_name(policy):
     assert set(POLICIES) == set(arguments.POLICIES)
     assert recipe_of("--policy", policy, keep=0.3) == lp.Recipe(0.3, policy=POLICIES[policy](0.3))
     assert recipe_of("--policy", policy) == lp.Recipe(policy=POLICIES[policy](0.5))
+
+
+def test_the_layouts_are_those_of_recipes():
+    assert get_args(Layout) == arguments.LAYOUTS
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -75,6 +75,7 @@ def no_calibration(monkeypatch):
         ["--recipe", "auto.yaml"],
         ["--recipe", "sparse.yaml"],
         ["--split-fused"],
+        ["--layout", "pivot"],
     ],
     ids=" ".join,
 )
@@ -213,6 +214,7 @@ def test_what_does_not_fit_a_plan(bert, tmp_path, capsys, monkeypatch):  # noqa:
         ["--rank-override", "a=3"],
         ["--recipe", "plan.yaml"],
         ["--split-fused"],
+        ["--layout", "pivot"],
         ["--target-modules", "a"],
         ["--exclude-modules", "a"],
         ["--rank-multiple-of", 2],

@@ -58,13 +58,15 @@ def compressed(tmp_path: Path, *options: str) -> Path:
     return tmp_path / "small"
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_loader_gives_the_same_model(name, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "layout"), [*((name, "factors") for name in MODELS), ("llama", "pivot"), ("gpt2", "pivot")]
+)
+def test_every_loader_gives_the_same_model(name, layout, tmp_path, capsys):
     dense = MODELS[name]()
     dense.save_pretrained(tmp_path / "dense")
-    folder = compressed(tmp_path, "--keep", "0.4")
+    folder = compressed(tmp_path, "--keep", "0.4", "--layout", layout)
     reference = type(dense).from_pretrained(tmp_path / "dense")
-    lp.compress_(reference, 0.4)
+    lp.compress_(reference, 0.4, layout=layout)
     assert any(isinstance(module, LowRankLayer) for module in reference.modules())
     again, loading = type(dense).from_pretrained(folder, output_loading_info=True)
     assert not any(loading.values()), loading

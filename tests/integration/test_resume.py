@@ -196,6 +196,10 @@ def sparse_acts():
     return acts(factorization=lp.LowRankPlusSparse(0.1, steps=2))
 
 
+def pivot_acts():
+    return acts(layout="pivot")
+
+
 def without_losses(report):
     """What the cut does to the loss is measured on batches that a resumed run has seen, which are others.
 
@@ -206,12 +210,19 @@ def without_losses(report):
     return replace(report, plan=replace(report.plan, layers=tuple(layers)), origin=Origin(), prehab=None).to_dict()
 
 
-def test_sparse_parts_resume_and_are_followed(tmp_path):
+@pytest.mark.parametrize(
+    ("own_acts", "kind", "said"),
+    [
+        (sparse_acts, lp.LowRankPlusSparseLinear, "factorization=None"),
+        (pivot_acts, lp.PivotLinear, "layout='factors'"),
+    ],
+)
+def test_other_layers_resume_and_are_followed(own_acts, kind, said, tmp_path):
     """Killed before, at and after the surgery; evaluated, loaded and taken back by a module of any structure."""
-    lit, trainer = reference = fit(tmp_path, [*sparse_acts(), SaveEverywhere(tmp_path)])
-    assert any(isinstance(m, lp.LowRankPlusSparseLinear) for m in lit.modules())
+    lit, trainer = reference = fit(tmp_path, [*own_acts(), SaveEverywhere(tmp_path)])
+    assert any(isinstance(m, kind) for m in lit.modules())
     for moment, epoch in (("batch", 1), ("epoch", 1), ("batch", 2), ("validation", 3), ("epoch", 3)):
-        callbacks = sparse_acts()
+        callbacks = own_acts()
         resumed = fit(tmp_path / "again", callbacks, tmp_path / f"{moment}-{epoch}.ckpt")
         assert_same_end(resumed, reference, steps=(EPOCHS - 1 - epoch) * STEPS)
         assert without_losses(callbacks[1].report) == without_losses(trainer.callbacks[1].report)
@@ -233,10 +244,10 @@ def test_sparse_parts_resume_and_are_followed(tmp_path):
         assert all(torch.equal(value, stored[name]) for name, value in module.state_dict().items())
     assert_same_model(module.eval().net, lit.net, x)
 
-    callbacks = sparse_acts()
-    with pytest.warns(UserWarning, match="from after a cut with factorization=None: the model stays as it was cut"):
+    callbacks = own_acts()
+    with pytest.warns(UserWarning, match=f"from after a cut with {said}: the model stays as it was cut"):
         again = fit(tmp_path / "again", callbacks, others / "epoch-3.ckpt")  # the stored structure counts
-    assert not any(isinstance(m, lp.LowRankPlusSparseLinear) for m in again[0].modules())
+    assert not any(isinstance(m, kind) for m in again[0].modules())
     again[0].rows = []
     assert_same_end(fit(tmp_path / "again", callbacks, tmp_path / "epoch-0.ckpt", lit=again[0]), reference)
 

@@ -16,19 +16,32 @@ from lightning_prehab.layers import (
     LowRankLinear,
     LowRankMultiheadAttention,
     LowRankPlusSparseLinear,
+    PivotConv1d,
+    PivotConv2d,
+    PivotLayer,
+    PivotLinear,
 )
-from lightning_prehab.layers.blocks import LowRankConv1D, LowRankConv1DBlocks
+from lightning_prehab.layers.blocks import LowRankConv1D, LowRankConv1DBlocks, PivotConv1D
 from lightning_prehab.layers.conv import LowRankConv
+from lightning_prehab.layers.pivot import PivotConv
 
-BASES = {LowRankLayer, LowRankConv}
+BASES = {LowRankLayer, LowRankConv, PivotLayer, PivotConv}
 
 
 def blocks():
     return {"q": LowRankLinear(12, 8, 2, bias=False), "k": nn.Linear(12, 4, bias=False)}
 
 
-def in_blocks(bias=True):
-    return LowRankBlocks(blocks(), nn.Parameter(torch.randn(12)) if bias else None)
+def mixed(layer):
+    """A layer in the pivot layout, with its rows in another order than that of its parts."""
+    torch.randperm(len(layer.order), out=layer.order)
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    return layer
+
+
+def in_blocks(bias=True, kind=LowRankBlocks):
+    return kind(blocks(), nn.Parameter(torch.randn(12)) if bias else None)
 
 
 def attention(**settings):
@@ -45,13 +58,22 @@ CASES = {
         (lambda: LowRankLinear(12, 8, 3), [(5, 12)]),
         (lambda: LowRankLinear(12, 8, 3, bias=False), [(5, 12)]),
     ],
+    PivotLinear: [
+        (lambda: mixed(PivotLinear(12, 8, 3)), [(5, 12)]),
+        (lambda: mixed(PivotLinear(12, 8, 3, bias=False)), [(5, 12)]),
+    ],
     LowRankPlusSparseLinear: [
         (lambda: LowRankPlusSparseLinear(12, 8, 3, 6), [(5, 12)]),
         (lambda: LowRankPlusSparseLinear(12, 8, 3, bias=False), [(5, 12)]),
     ],
-    LowRankBlocks: [(in_blocks, [(5, 12)]), (lambda: in_blocks(bias=False), [(5, 12)])],
+    LowRankBlocks: [
+        (in_blocks, [(5, 12)]),
+        (lambda: in_blocks(bias=False), [(5, 12)]),
+        (lambda: LowRankBlocks({"q": mixed(PivotLinear(12, 8, 2, bias=False))}), [(5, 12)]),
+    ],
     LowRankConv1D: [(lambda: LowRankConv1D(12, 8, 3), [(5, 12)])],
-    LowRankConv1DBlocks: [(lambda: LowRankConv1DBlocks(blocks(), nn.Parameter(torch.randn(12))), [(5, 12)])],
+    PivotConv1D: [(lambda: mixed(PivotConv1D(12, 8, 3)), [(5, 12)])],
+    LowRankConv1DBlocks: [(lambda: in_blocks(kind=LowRankConv1DBlocks), [(5, 12)])],
     LowRankConv1d: [
         (lambda: LowRankConv1d(6, 8, 3, 2, padding="same"), [(5, 6, 7)]),
         (lambda: LowRankConv1d(6, 8, 3, 2, 2, groups=2, bias=False), [(5, 6, 7)]),
@@ -60,6 +82,11 @@ CASES = {
         (lambda: LowRankConv2d(6, 8, (3, 2), 2, padding=1, groups=2), [(5, 6, 7, 7)]),
         (lambda: LowRankConv2d(6, 8, 3, 2, 2, 1, scheme="spatial", padding_mode="reflect"), [(5, 6, 7, 7)]),
         (lambda: LowRankConv2d(6, 8, 3, 2, bias=False), [(5, 6, 7, 7)]),
+    ],
+    PivotConv1d: [(lambda: mixed(PivotConv1d(6, 8, 3, 2, padding="same")), [(5, 6, 7)])],
+    PivotConv2d: [
+        (lambda: mixed(PivotConv2d(6, 8, (3, 2), 2, 2, padding=1, padding_mode="reflect")), [(5, 6, 7, 7)]),
+        (lambda: mixed(PivotConv2d(6, 8, 3, 3, bias=False)), [(6, 7, 7)]),
     ],
     LowRankMultiheadAttention: [
         (lambda: attention(batch_first=True), [(5, 7, 12)] * 3),

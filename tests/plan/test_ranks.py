@@ -134,7 +134,7 @@ def test_overrides_leave_room_for_the_entries(prepared):
     method = lp.LowRankPlusSparse(0.25, lp.SVD())
     plan = lp.make_plan(targets, 0.8, method, rank_overrides={"0": 0.5})
     assert plan.ranks["0"] == int((0.5 * 192 - 48) / 28)
-    with pytest.raises(ArgumentError, match="give a rank from 1 to 5 .break-even"):
+    with pytest.raises(ArgumentError, match="give a rank from 1 to 5 .above, nothing is saved"):
         lp.make_plan(targets, 0.8, method, rank_overrides={"0": 6})
     assert lp.make_plan(targets, 1.0, method, rank_overrides={"0": 5}).layers[0].parameters == 5 * 28 + 48
 

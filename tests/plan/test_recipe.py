@@ -86,7 +86,7 @@ def test_it_prints_what_was_said_and_cannot_be_changed():
         ({"policy": 0.5}, "Expected a RankPolicy, got 0.5"),
         ({"factorization": lp.SVD}, r"write SVD\(...\)"),
         ({"factorization": "svd"}, "Expected a Factorization, got 'svd'"),
-        ({"layout": "pifa"}, "layout must be one of 'factors', got 'pifa'"),
+        ({"layout": "pifa"}, "layout must be one of 'factors', 'pivot', got 'pifa'"),
         ({"target_modules": 3}, "target_modules must be a name"),
         ({"exclude_modules": ["a", 3]}, "exclude_modules must be a name"),
         ({"rank_overrides": ["a"]}, "rank_overrides must be a mapping"),

@@ -18,9 +18,9 @@ def test_every_target_gets_a_curve_and_each_shape_is_measured_once(monkeypatch):
     shapes = []
     real = timing._measure
 
-    def counting(layer, tokens, grid):
+    def counting(layer, tokens, grid, layout):
         shapes.append((layer.out_features, layer.in_features, layer.bias is None, tokens, grid))
-        return real(layer, tokens, grid)
+        return real(layer, tokens, grid, layout)
 
     monkeypatch.setattr(timing, "_measure", counting)
     model = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 12), nn.Linear(12, 20), nn.Linear(12, 20, bias=False))

@@ -51,3 +51,25 @@ def test_a_capped_search_still_fills_the_budget(monkeypatch):
     chosen = best_allocation(costs, values, 900)
     spent = sum(int(c[i]) for c, i in zip(costs, chosen, strict=True))
     assert 900 - 7 < spent <= 900
+
+
+@pytest.mark.parametrize("curve", ["concave", "convex"])
+def test_the_best_choice_of_a_gap_is_the_best_of_all(monkeypatch, curve):
+    """Concave costs, as of the pivot layout, make value over cost convex; wide gaps and narrow ones agree."""
+    monkeypatch.setattr("lightning_prehab.rank_policies.allocation.AT_ONCE", 0)
+    generator = torch.Generator().manual_seed(3)
+    ranks = torch.arange(1, 25)
+    for _ in range(5):
+        sides = torch.randint(50, 70, (5,), generator=generator).tolist()
+        costs = [ranks * (side - ranks if curve == "convex" else side) for side in sides]
+        falls = torch.rand(5, generator=generator).mul(0.2).tolist()
+        values = [torch.exp(-fall * ranks.double()).cumsum(0) for fall in falls]
+        budget = int(0.55 * sum(int(cost[-1]) for cost in costs))
+        chosen = best_allocation(costs, values, budget)
+        monkeypatch.setattr("lightning_prehab.rank_policies.allocation.LEVELS", 1)
+        whole = best_allocation(costs, values, budget)
+        monkeypatch.undo()
+        monkeypatch.setattr("lightning_prehab.rank_policies.allocation.AT_ONCE", 0)
+        totals = [sum(float(v[i]) for v, i in zip(values, one, strict=True)) for one in (chosen, whole)]
+        assert totals[0] == pytest.approx(totals[1], rel=1e-12)
+        assert sum(int(c[i]) for c, i in zip(costs, chosen, strict=True)) <= budget

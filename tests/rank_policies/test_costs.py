@@ -10,15 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_prehab.errors import ArgumentError, PlanError
-from lightning_prehab.linalg.matrices import break_even_rank
+from lightning_prehab.linalg.storage import largest_saving_rank
 from lightning_prehab.rank_policies import LayerChoices, ParameterBudget
 from lightning_prehab.rank_policies.costs import isotonic, option_costs
 
+LAYOUTS = st.sampled_from(["factors", "pivot"])
 
-def layer(index, m, n, seed, **settings):
+
+def layer(index, m, n, seed, layout="factors", **settings):
     generator = torch.Generator().manual_seed(seed)
     values = (torch.rand(min(m, n), generator=generator, dtype=torch.float64) * 3).sort(descending=True).values
-    return LayerChoices(f"layer{index}", m, n, values, tuple(range(1, break_even_rank(m, n) + 1)), **settings)
+    ranks = tuple(range(1, largest_saving_rank(m, n, layout) + 1))
+    return LayerChoices(f"layer{index}", m, n, values, ranks, layout=layout, **settings)
 
 
 def by_interpolation(layer, rank):
@@ -60,9 +63,9 @@ problems = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(problems, st.floats(0.3, 1.0))
-def test_flops_equal_brute_force(shapes, keep):
-    layers = [layer(i, m, n, seed, positions=p / 4) for i, (m, n, seed, p) in enumerate(shapes)]
+@given(problems, st.floats(0.3, 1.0), LAYOUTS)
+def test_flops_equal_brute_force(shapes, keep, layout):
+    layers = [layer(i, m, n, seed, layout, positions=p / 4) for i, (m, n, seed, p) in enumerate(shapes)]
     total = sum(math.ceil(one.parameters(None) * one.positions) for one in layers)
 
     def rounded(layers, ranks):
@@ -80,10 +83,10 @@ def test_flops_equal_brute_force(shapes, keep):
     assert retained(layers, ranks) == pytest.approx(expected, rel=1e-9)
 
 
-@given(problems, st.floats(0.3, 1.0))
+@given(problems, st.floats(0.3, 1.0), LAYOUTS)
 @settings(max_examples=60, deadline=None)
-def test_flops_at_equal_positions_are_parameters(shapes, keep):
-    layers = [layer(i, m, n, seed) for i, (m, n, seed, _) in enumerate(shapes)]
+def test_flops_at_equal_positions_are_parameters(shapes, keep, layout):
+    layers = [layer(i, m, n, seed, layout) for i, (m, n, seed, _) in enumerate(shapes)]
     try:
         expected = ParameterBudget(keep)(layers)
     except PlanError:
@@ -96,13 +99,14 @@ def test_flops_at_equal_positions_are_parameters(shapes, keep):
     problems,
     st.lists(st.lists(st.floats(1e-6, 1e-3), min_size=4, max_size=4), min_size=3, max_size=3),
     st.floats(0.2, 1.0),
+    LAYOUTS,
 )
-def test_latency_equals_brute_force(shapes, times, keep):
+def test_latency_equals_brute_force(shapes, times, keep, layout):
     layers = []
     for i, ((m, n, seed, _), (dense, *measured)) in enumerate(zip(shapes, times, strict=False)):
-        top = break_even_rank(m, n)
+        top = largest_saving_rank(m, n, layout)
         curve = dict(zip(sorted({1, (top + 1) // 2, top}), sorted(measured), strict=False))
-        layers.append(layer(i, m, n, seed, latencies={None: dense, **curve}))
+        layers.append(layer(i, m, n, seed, layout, latencies={None: dense, **curve}))
     budget = keep * sum(one.latencies[None] for one in layers)
 
     def faster(one, rank):

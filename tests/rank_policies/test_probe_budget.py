@@ -8,15 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_prehab.errors import ArgumentError, PlanError, StatisticsError
-from lightning_prehab.linalg.matrices import break_even_rank
+from lightning_prehab.linalg.storage import largest_saving_rank
 from lightning_prehab.rank_policies import LayerChoices, ParameterBudget, Probe, ProbeBudget
 
 
-def layer(index, m, n, seed, increase=1.0):
+def layer(index, m, n, seed, increase=1.0, layout="factors"):
     generator = torch.Generator().manual_seed(seed)
     values = (torch.rand(min(m, n), generator=generator, dtype=torch.float64) * 3 + 0.1).sort(descending=True).values
-    top = break_even_rank(m, n)
-    return LayerChoices(f"layer{index}", m, n, values, tuple(range(1, top + 1)), probe=Probe(top, increase))
+    top = largest_saving_rank(m, n, layout)
+    ranks, probe = tuple(range(1, top + 1)), Probe(top, increase)
+    return LayerChoices(f"layer{index}", m, n, values, ranks, probe=probe, layout=layout)
 
 
 def matched(one, other):
@@ -44,9 +45,9 @@ problems = st.lists(
 
 
 @settings(max_examples=200, deadline=None)
-@given(problems, st.floats(0.2, 1.0))
-def test_equals_brute_force(shapes, keep):
-    layers = [layer(i, *shape) for i, shape in enumerate(shapes)]
+@given(problems, st.floats(0.2, 1.0), st.sampled_from(["factors", "pivot"]))
+def test_equals_brute_force(shapes, keep, layout):
+    layers = [layer(i, *shape, layout) for i, shape in enumerate(shapes)]
     budget = math.floor(keep * sum(one.parameters(None) for one in layers) + 1e-6)
     choices = [
         dict(zip([one.name for one in layers], choice, strict=True))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lightning_prehab import rank_policies
 from lightning_prehab.errors import ArgumentError, NumericalError, PlanError
-from lightning_prehab.linalg.matrices import break_even_rank
+from lightning_prehab.linalg.storage import largest_saving_rank
 from lightning_prehab.rank_policies import (
     BudgetPolicy,
     EnergyThreshold,
@@ -23,11 +23,15 @@ from lightning_prehab.rank_policies import (
     RankRatio,
 )
 
+LAYOUTS = st.sampled_from(["factors", "pivot"])
+both_layouts = pytest.mark.parametrize("layout", ["factors", "pivot"])
 
-def layer(index, m, n, seed):
+
+def layer(index, m, n, seed, layout="factors"):
     generator = torch.Generator().manual_seed(seed)
     values = (torch.rand(min(m, n), generator=generator, dtype=torch.float64) * 3).sort(descending=True).values
-    return LayerChoices(f"layer{index}", m, n, values, tuple(range(1, break_even_rank(m, n) + 1)))
+    ranks = tuple(range(1, largest_saving_rank(m, n, layout) + 1))
+    return LayerChoices(f"layer{index}", m, n, values, ranks, layout=layout)
 
 
 def retained(layers, ranks):
@@ -45,11 +49,16 @@ problems = st.lists(st.tuples(st.integers(2, 8), st.integers(2, 8), st.integers(
 
 
 @settings(max_examples=250, deadline=None)
-@given(problems, st.floats(0.2, 1.0))
-def test_parameter_budget_equals_brute_force(shapes, keep):
-    layers = [layer(i, *shape) for i, shape in enumerate(shapes) if break_even_rank(*shape[:2]) > 0]
+@given(problems, st.floats(0.2, 1.0), st.lists(LAYOUTS, min_size=3, max_size=3), st.integers(1, 3), st.booleans())
+def test_parameter_budget_equals_brute_force(shapes, keep, layouts, multiple, overridden):
+    layers = [layer(i, *shape, layout) for i, (shape, layout) in enumerate(zip(shapes, layouts, strict=False))]
+    layers = [
+        dataclasses.replace(one, ranks=one.ranks[multiple - 1 :: multiple] or one.ranks) for one in layers if one.ranks
+    ]
     if not layers:
         return
+    if overridden:
+        layers[0] = dataclasses.replace(layers[0], ranks=layers[0].ranks[:1], dense=False)
     budget = math.floor(keep * sum(one.out_features * one.in_features for one in layers) + 1e-6)
     allowed = [
         dict(zip([one.name for one in layers], choice, strict=True))
@@ -87,12 +96,18 @@ def test_min_rank():
     assert ParameterBudget(0.5, min_rank=3)(layers)["weak"] == 3
 
 
-@given(st.integers(2, 60), st.integers(2, 60), st.floats(0.01, 0.99))
-def test_rank_ratio_is_the_formula(m, n, keep):
-    if break_even_rank(m, n) == 0:
+@given(st.integers(2, 60), st.integers(2, 60), st.floats(0.01, 0.99), LAYOUTS)
+def test_rank_ratio_is_the_formula(m, n, keep, layout):
+    one = layer(0, m, n, 0, layout)
+    if not one.ranks:
         return
-    rank = RankRatio(keep)([layer(0, m, n, 0)])["layer0"]
-    assert rank == max(1, min(math.floor(keep * m * n / (m + n) + 1e-9), break_even_rank(m, n)))
+    wanted = keep * m * n / (m + n)
+    if layout == "pivot":
+        wanted = ((m + n) - math.sqrt((m + n) ** 2 - 4 * keep * m * n)) / 2
+    rank = RankRatio(keep)([one])["layer0"]
+    assert rank == max(1, min(math.floor(wanted + 1e-9), one.ranks[-1]))
+    assert rank == 1 or one.parameters(rank) <= keep * m * n + 1e-6
+    assert rank == one.ranks[-1] or one.parameters(rank + 1) > keep * m * n - 1e-6
 
 
 def test_rank_ratio_respects_admissible_ranks():
@@ -101,10 +116,10 @@ def test_rank_ratio_respects_admissible_ranks():
     assert RankRatio(0.1)([one]) == {"a": 8}
 
 
-def measured_layer(index, m, n, seed):
+def measured_layer(index, m, n, seed, layout="factors"):
     """With everything that any policy reads."""
     generator = torch.Generator().manual_seed(seed)
-    one = layer(index, m, n, seed)
+    one = layer(index, m, n, seed, layout)
     return dataclasses.replace(
         one,
         components=torch.randn(min(m, n), generator=generator, dtype=torch.float64),
@@ -131,15 +146,16 @@ POLICIES = [
 ]
 
 
+@both_layouts
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
-def test_conformance(policy):
+def test_conformance(policy, layout):
     kind = type(policy)
     assert eval(repr(policy), vars(rank_policies)) == policy
     assert kind(**yaml.safe_load(yaml.safe_dump(dataclasses.asdict(policy)))) == policy
     share = dataclasses.fields(kind)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(policy, share, 0.1)
-    layers = [measured_layer(i, 9, 7, i) for i in range(3)]
+    layers = [measured_layer(i, 9, 7, i, layout) for i in range(3)]
     policy.check(layers)
     ranks = policy(layers)
     assert list(ranks) == [one.name for one in layers]
@@ -156,9 +172,10 @@ def test_conformance(policy):
             dataclasses.replace(policy, min_rank=wrong)
 
 
+@both_layouts
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
-def test_overridden_ranks_are_kept(policy):
-    one, other, third = (measured_layer(i, 20, 16, i) for i in range(3))
+def test_overridden_ranks_are_kept(policy, layout):
+    one, other, third = (measured_layer(i, 20, 16, i, layout) for i in range(3))
     layers = [
         dataclasses.replace(one, ranks=(5,), dense=False),
         dataclasses.replace(other, ranks=(), dense=True),
@@ -169,20 +186,22 @@ def test_overridden_ranks_are_kept(policy):
     assert (ranks["layer0"], ranks["layer1"]) == (5, None)
 
 
+@both_layouts
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
 @pytest.mark.parametrize("value", [0.0, 1e-170])
-def test_a_layer_of_zeros_does_not_disturb(policy, value):
+def test_a_layer_of_zeros_does_not_disturb(policy, value, layout):
     zeros = dataclasses.replace(
-        measured_layer(0, 9, 7, 0), singular_values=torch.full((7,), value).double(), probe=Probe(2, 0.0)
+        measured_layer(0, 9, 7, 0, layout), singular_values=torch.full((7,), value).double(), probe=Probe(2, 0.0)
     )
-    layers = [zeros, measured_layer(1, 9, 7, 1)]
+    layers = [zeros, measured_layer(1, 9, 7, 1, layout)]
     ranks = policy(layers)
     assert all(ranks[one.name] in one.options(policy.min_rank) for one in layers)
 
 
+@both_layouts
 @pytest.mark.parametrize("kind", list(kinds(BudgetPolicy)))
-def test_whole_model_budget(kind):
-    layers = [measured_layer(i, 9, 7, i) for i in range(3)]
+def test_whole_model_budget(kind, layout):
+    layers = [measured_layer(i, 9, 7, i, layout) for i in range(3)]
     targets, model = 189, 250
     policy = kind(0.7, scope="model")
     with pytest.raises(PlanError, match="must be told the size of the model"):
@@ -228,9 +247,10 @@ def test_what_a_layer_looks_like_is_checked():
 
 
 @settings(max_examples=200, deadline=None)
-@given(problems, st.floats(0.01, 1.0), st.integers(1, 3), st.integers(1, 4), st.booleans())
-def test_energy_threshold_equals_brute_force(shapes, energy, min_rank, multiple, dense):
-    layers = [layer(i, *shape) for i, shape in enumerate(shapes) if break_even_rank(*shape[:2]) >= multiple]
+@given(problems, st.floats(0.01, 1.0), st.integers(1, 3), st.integers(1, 4), st.booleans(), LAYOUTS)
+def test_energy_threshold_equals_brute_force(shapes, energy, min_rank, multiple, dense, layout):
+    layers = [layer(i, *shape, layout) for i, shape in enumerate(shapes)]
+    layers = [one for one in layers if len(one.ranks) >= multiple]
     layers = [dataclasses.replace(one, ranks=one.ranks[multiple - 1 :: multiple], dense=dense) for one in layers]
     ranks = EnergyThreshold(energy, min_rank)(layers)
     for one in layers:

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_prehab.errors import PlanError, StatisticsError
-from lightning_prehab.linalg.matrices import break_even_rank
+from lightning_prehab.linalg.storage import largest_saving_rank
 from lightning_prehab.rank_policies import LayerChoices, ZeroSum
 
 
@@ -23,7 +23,8 @@ def by_hand(layers, keep, min_rank):
         allowed = [rank for rank in one.ranks if rank >= min_rank] or list(one.ranks[-1:])
         for rank in allowed:
             if rank >= count:
-                return rank * (one.out_features + one.in_features) + one.new_bias, rank
+                sides = one.out_features + one.in_features - (rank if one.layout == "pivot" else 0)
+                return rank * sides + one.new_bias, rank
         return one.out_features * one.in_features, None
 
     def smallest(one):
@@ -49,7 +50,8 @@ def by_hand(layers, keep, min_rank):
 @st.composite
 def layer_choices(draw, index):
     m, n = draw(st.integers(3, 12)), draw(st.integers(3, 12))
-    k, top = min(m, n), break_even_rank(m, n)
+    layout = draw(st.sampled_from(["factors", "pivot"]))
+    k, top = min(m, n), largest_saving_rank(m, n, layout)
     delta = st.one_of(st.integers(-3, 3).map(float), st.floats(-1, 1))
     components = torch.tensor(draw(st.lists(delta, min_size=k, max_size=k)), dtype=torch.float64)
     multiple = draw(st.integers(1, 3))
@@ -60,7 +62,7 @@ def layer_choices(draw, index):
         ranks, dense = (draw(st.integers(1, top)),), False
     elif kind == "dense":
         ranks = ()
-    return LayerChoices(f"layer{index}", m, n, torch.ones(k).double(), ranks, dense, bias, components)
+    return LayerChoices(f"layer{index}", m, n, torch.ones(k).double(), ranks, dense, bias, components, layout=layout)
 
 
 @settings(max_examples=400, deadline=None)
