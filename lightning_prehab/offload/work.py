@@ -87,7 +87,11 @@ class Work:
                 path.unlink()
 
     def close(self) -> None:
-        """Lets another process go on with it."""
+        """Lets another process go on with it; a folder in which nothing is done goes."""
+        if self._lock is None and not self.folder.exists():
+            return
+        if not any(self.folder.glob("*.done")):
+            shutil.rmtree(self.folder, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
             self._lock = None
