@@ -8,6 +8,7 @@ from lightning_prehab.files.checkpoints import LowRankCheckpointMixin, load_from
 from lightning_prehab.files.folders import load_compressed, save_compressed
 from lightning_prehab.integrations.metrics import EffectiveRankMetric, StableRankMetric
 from lightning_prehab.integrations.own_samples import own_samples
+from lightning_prehab.larger_than_memory import compress_folder
 from lightning_prehab.layers.attention import LowRankMultiheadAttention
 from lightning_prehab.layers.blocks import LowRankBlocks
 from lightning_prehab.layers.conv import LowRankConv1d, LowRankConv2d
@@ -86,6 +87,7 @@ __all__ = [
     "apply_plan_",
     "collect_statistics",
     "compress_",
+    "compress_folder",
     "find_targets",
     "load_compressed",
     "load_from_checkpoint",

@@ -40,11 +40,13 @@ FLOORS = [
     },
     {
         "sites": "where a model can live",
+        "offload": "a model in a folder, one block in memory at a time",
         "files": "compressed models on disk",
     },
     {"road": "the one way from a recipe to a report"},
     {
         "compress": "the way without a Trainer",
+        "larger_than_memory": "the way from a folder to a folder",
         "callbacks": "the way inside a Lightning Trainer",
         "integrations": "transformers and torchmetrics",
         "model_latency": "a public name of report.latency",
@@ -75,6 +77,7 @@ EXTRAS = {
     ("integrations/huggingface.py", "transformers"),
     ("integrations/own_samples.py", "transformers"),
     ("layers/blocks.py", "transformers"),
+    ("offload/skeleton.py", "transformers"),
     ("progress/faces.py", "rich"),
     ("progress/display.py", "rich"),
     ("report/compression_report.py", "matplotlib"),
@@ -93,11 +96,11 @@ STEPS = {
     "collect_statistics": {"sites/process.py"},
     "decompose_targets": {"plan/spectra.py"},
     "measure_probes": {"sites/process.py", "callbacks/_own_pass.py"},
-    "compute_factors": {"sites/process.py", "callbacks/_site.py"},
+    "compute_factors": {"sites/process.py", "callbacks/_site.py", "offload/site.py"},
     "effect_of_cuts": {"sites/process.py"},
     "CutsInTraining": {"callbacks/_site.py"},
     "prepare_swap": {"surgery/swap.py", "callbacks/_site.py"},
-    "swap_": {"sites/process.py"},
+    "swap_": {"sites/process.py", "offload/writer.py"},
     "refine_with_": {"sites/process.py", "refinement/refine.py"},
 }
 FILES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}

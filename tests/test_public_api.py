@@ -49,6 +49,7 @@ NAMES = {
     "apply_plan_",
     "collect_statistics",
     "compress_",
+    "compress_folder",
     "find_targets",
     "load_compressed",
     "load_from_checkpoint",

@@ -124,6 +124,10 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "--plan", type=file, metavar="FILE", help="carry out what plan --output has written, edited or not"
     )
     compressing.add_argument("--force", action="store_true", help="replace a compressed model that is there")
+    compressing.add_argument(
+        "--offload", action="store_true", help="one block in memory at a time: for folders larger than memory"
+    )
+    compressing.add_argument("--memory", metavar="SIZE", help="what --offload may take, such as 3GB")
     measuring.add_argument("--compressed", metavar="FOLDER", required=True, help="the folder that compress has written")
     measuring.add_argument(
         "--batch-sizes", type=count, nargs="+", metavar="N", default=[1, 8], help="rows of the measured batches (1 8)"

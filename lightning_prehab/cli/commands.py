@@ -26,11 +26,13 @@ from lightning_prehab.cli.inputs import (
     read_batches,
     reason,
 )
-from lightning_prehab.cli.outputs import REPORT, check_output, how_to_load, megabytes, note, show, write_model
+from lightning_prehab.cli.offloaded import compress_offloaded
+from lightning_prehab.cli.outputs import check_output, how_to_load, megabytes, note, show, write_model
 from lightning_prehab.cli.plans import PlanFiles, RecordingSite, beside_plan, read_plan
 from lightning_prehab.cli.recipes import read_recipe
 from lightning_prehab.compress import apply_plan_
 from lightning_prehab.errors import ArgumentError, PrehabError
+from lightning_prehab.files.beside import REPORT
 from lightning_prehab.files.folders import load_compressed
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.recipe import Recipe
@@ -76,6 +78,11 @@ def plan(settings: Any) -> None:
 
 def compress(settings: Any) -> None:
     """Writes a compressed model and the report of it into a folder, whole or not at all."""
+    if settings.offload:
+        compress_offloaded(settings)
+        return
+    if settings.memory is not None:
+        raise ArgumentError("--memory is for --offload; give both, or --layers-at-once.")
     source, output = Path(settings.source), Path(settings.output)
     check_output(output, settings.force)
     wish = read_recipe(settings, settings.keep) if settings.plan is None else read_plan(settings)

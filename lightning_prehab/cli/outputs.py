@@ -14,31 +14,10 @@ from typing import Any
 from torch import nn
 
 from lightning_prehab.errors import ArgumentError
+from lightning_prehab.files.beside import REPORT, copy_beside, write_index
 from lightning_prehab.files.folders import STRUCTURE, save_compressed
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.report.compression_report import CompressionReport
-
-#: Of a folder that ``compress`` has written.
-REPORT = "report.json"
-#: What makes a Hugging Face folder usable beside its weights and ``config.json``: tokenizers, templates, settings of
-#: processors and generation, code, licenses, the parts of a sentence transformer.
-_BESIDE = (
-    "*_config.json",
-    "config_*.json",
-    "*token*.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.spm",
-    "*.tiktoken",
-    "*chat_template*",
-    "*.py",
-    "modules.json",
-    "[0-9]_*",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 
 def check_output(output: Path, force: bool) -> None:
@@ -98,20 +77,11 @@ def _make_pretrained(model: nn.Module, source: Path, folder: Path) -> None:
     """Adds to a folder of ``save_compressed`` what ``from_pretrained`` reads."""
     structure = json.loads((folder / STRUCTURE).read_bytes())
     weights = structure["weights"]["file"]
-    index = {
-        "metadata": {"total_size": round(megabytes(model) * 1e6)},
-        "weight_map": dict.fromkeys(structure["tensors"], weights),
-    }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    write_index(folder, dict.fromkeys(structure["tensors"], weights), round(megabytes(model) * 1e6))
     config: Any = model.config
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    for pattern in _BESIDE:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copy(file, folder / file.name)  # with its permissions
-            elif file.is_dir():
-                shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
+    copy_beside(source, folder)
 
 
 def megabytes(model: nn.Module) -> float:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from lightning_prehab.surgery.structure import follow_state_dict_
 
 #: Of the folder's layout.
 VERSION = 1
+#: Of one whose weights lie in several files, as :func:`~lightning_prehab.compress_folder` writes it.
+VERSION_OF_SEVERAL = 2
 STRUCTURE = "structure.json"
 _SAME = "Build the model with the class and the settings that it was saved with."
 _WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
@@ -77,28 +79,49 @@ def save_compressed(model: nn.Module, folder: str | os.PathLike[str], report: Co
     stored, aliases = _without_aliases(state)
     weights: bytes = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in stored.items()})
     digest = hashlib.sha256(weights).hexdigest()
-    structure = {
-        "format": "lightning_prehab",
-        "version": VERSION,
-        "written_by": f"lightning_prehab {__version__}, torch {torch.__version__}",
-        "weights": {"file": f"weights-{digest[:16]}.safetensors", "sha256": digest},
-        "layers": _layers(model, report),
-        "tensors": {name: {"shape": list(t.shape), "dtype": str(t.dtype)} for name, t in stored.items()},
-        "aliases": aliases,
-    }
-    structure["checksum"] = _checksum(structure)
+    name = f"weights-{digest[:16]}.safetensors"
+    tensors = {name: {"shape": list(t.shape), "dtype": str(t.dtype)} for name, t in stored.items()}
+    structure = describe_structure(model, report, {name: digest}, tensors, aliases)
 
     path = Path(folder)
     if path.is_file():
         raise CheckpointError(f"{str(path)!r} is a file; give the path of a folder, which may be there or not.")
     path.mkdir(parents=True, exist_ok=True)
-    name = str(structure["weights"]["file"])  # type: ignore[index]
     _write(path / name, weights)
-    _write(path / STRUCTURE, (json.dumps(structure, indent=1) + "\n").encode())
+    _write(path / STRUCTURE, structure.encode())
     for old in path.glob("weights-*.safetensors"):
         if old.name != name and _WEIGHTS.fullmatch(old.name):
             old.unlink()
     return path
+
+
+def describe_structure(
+    model: nn.Module,
+    report: CompressionReport | None,
+    files: Mapping[str, str],
+    tensors: Mapping[str, Mapping[str, Any]],
+    aliases: Mapping[str, str],
+) -> str:
+    """The content of ``structure.json``.
+
+    Args:
+        model: With its low-rank layers; their values do not matter.
+        report: Of the cut, or None.
+        files: ``{name: SHA-256}`` of the files that hold the weights, one or several.
+        tensors: ``{name: {"shape", "dtype"}}`` of what they hold.
+        aliases: Other names of tied tensors.
+    """
+    stored = [{"file": name, "sha256": digest} for name, digest in files.items()]
+    structure = {
+        "format": "lightning_prehab",
+        "version": VERSION if len(stored) == 1 else VERSION_OF_SEVERAL,
+        "written_by": f"lightning_prehab {__version__}, torch {torch.__version__}",
+        "weights": stored[0] if len(stored) == 1 else stored,
+        "layers": _layers(model, report),
+        "tensors": dict(tensors),
+        "aliases": dict(aliases),
+    }
+    return json.dumps({**structure, "checksum": _checksum(structure)}, indent=1) + "\n"
 
 
 @names_holders
@@ -123,7 +146,7 @@ def load_compressed(folder: str | os.PathLike[str], model: nn.Module) -> nn.Modu
     _check_folder(path)
     try:
         structure, weights = _read(path)
-        state = dict(load(weights))
+        state = {name: tensor for part in weights for name, tensor in load(part).items()}
         described = {name: (list(t.shape), str(t.dtype)) for name, t in state.items()}
         if described != {name: (entry["shape"], entry["dtype"]) for name, entry in structure["tensors"].items()}:
             raise CheckpointError("the tensors in the weights file are not those that structure.json lists")
@@ -165,27 +188,33 @@ def _check_folder(path: Path) -> None:
         raise CheckpointError(f"The folder {str(path)!r} holds no {STRUCTURE}: {why}.")
 
 
-def _read(path: Path) -> tuple[dict[str, Any], bytes]:
-    """The structure and the bytes of the weights, both with the right checksum."""
+def _read(path: Path) -> tuple[dict[str, Any], Iterator[bytes]]:
+    """The structure and the bytes of the files of weights, all with the right checksum."""
     structure = json.loads((path / STRUCTURE).read_bytes())
     if not isinstance(structure, dict) or structure.get("format") != "lightning_prehab":
         raise CheckpointError(f"{STRUCTURE} was not written by lightning_prehab")
-    if structure.get("version") != VERSION:
+    if structure.get("version") not in (VERSION, VERSION_OF_SEVERAL):
         raise CheckpointError(
             f"{STRUCTURE} has version {structure.get('version')!r}, this lightning_prehab ({__version__}) reads "
-            f"version {VERSION}; install the version that wrote it"
+            f"versions {VERSION} and {VERSION_OF_SEVERAL}; install the version that wrote it"
         )
     if structure.pop("checksum", None) != _checksum(structure):
         raise CheckpointError(f"{STRUCTURE} has been changed since it was written: its checksum is wrong")
-    name = structure["weights"]["file"]
-    if not _WEIGHTS.fullmatch(name):
-        raise CheckpointError(f"{STRUCTURE} names a weights file that cannot be one of ours: {name!r}")
-    if not (path / name).is_file():
-        raise CheckpointError(f"the weights file {name} is missing")
-    weights = (path / name).read_bytes()
-    if hashlib.sha256(weights).hexdigest() != structure["weights"]["sha256"]:
-        raise CheckpointError(f"{name} is damaged: its checksum is wrong")
-    return structure, weights
+    stored = structure["weights"]
+    stored = stored if isinstance(stored, list) else [stored]
+    for one in stored:
+        if not _WEIGHTS.fullmatch(one["file"]):
+            raise CheckpointError(f"{STRUCTURE} names a weights file that cannot be one of ours: {one['file']!r}")
+        if not (path / one["file"]).is_file():
+            raise CheckpointError(f"the weights file {one['file']} is missing")
+    return structure, (_weights(path / one["file"], one["sha256"]) for one in stored)
+
+
+def _weights(path: Path, digest: str) -> bytes:
+    weights = path.read_bytes()
+    if hashlib.sha256(weights).hexdigest() != digest:
+        raise CheckpointError(f"{path.name} is damaged: its checksum is wrong")
+    return weights
 
 
 def _check_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:

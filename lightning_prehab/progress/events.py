@@ -15,9 +15,9 @@ class Progress(NamedTuple):
     told of a part of it.
 
     Attributes:
-        phase: What is being done: ``"read"``, ``"block"``, ``"calibrate"``, ``"decompose"``, ``"alternate"``,
-            ``"probe"``, ``"budget"``, ``"time"``, ``"prepare"``, ``"factorize"``, ``"try"``, ``"refine"``,
-            ``"refine blocks"``, ``"evaluate"``, ``"measure"``, ``"sample"`` or ``"write"``.
+        phase: What is being done: ``"read"``, ``"block"``, ``"forward"``, ``"calibrate"``, ``"decompose"``,
+            ``"alternate"``, ``"probe"``, ``"budget"``, ``"time"``, ``"prepare"``, ``"factorize"``, ``"try"``,
+            ``"refine"``, ``"refine blocks"``, ``"evaluate"``, ``"measure"``, ``"sample"`` or ``"write"``.
         done: How many are done, from 0.
         total: Of how many, or None if that is not known. 1 for what cannot be counted.
         what: The one that comes next, such as the name of a layer; empty if it has none.

@@ -9,6 +9,7 @@ from pathlib import Path
 _PHASES = {
     "read": ("reading the model", "", ""),
     "block": ("in parts", "part", "parts"),
+    "forward": ("running forward", "block", "blocks"),
     "calibrate": ("calibrating", "batch", "batches"),
     "prepare": ("preparing the regularizer", "layer", "layers"),
     "decompose": ("decomposing", "layer", "layers"),

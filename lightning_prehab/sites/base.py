@@ -93,7 +93,7 @@ class Site(ABC):
         """The answer of one process, which all of them then have."""
 
     @abstractmethod
-    def factors(self, plan: CompressionPlan) -> dict[str, Factors]:
+    def factors(self, plan: CompressionPlan) -> Mapping[str, Factors]:
         """Factors of all layers that the plan cuts, equal on every process.
 
         Raises:

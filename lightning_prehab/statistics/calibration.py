@@ -93,7 +93,7 @@ def _pass(
                 with torch.set_grad_enabled(wanted.backward):
                     output = call_model(model, batch) if forward is None else forward(model, batch)
                     if wanted.backward:
-                        loss = _loss_of(output, batch_size(batch), generator)
+                        loss = loss_of(output, batch_size(batch), generator)
                         if not loss.requires_grad:
                             raise StatisticsError(
                                 "The loss has no gradient: it was computed under torch.no_grad(), detached, or does "
@@ -114,7 +114,7 @@ def _pass(
     return collector.statistics
 
 
-def _loss_of(output: Any, size: int, generator: torch.Generator) -> Tensor:
+def loss_of(output: Any, size: int, generator: torch.Generator) -> Tensor:
     """The loss of a batch, a mean over its samples."""
     if isinstance(output, Tensor) and output.dim() == 0:
         return output

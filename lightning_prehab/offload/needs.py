@@ -1,0 +1,278 @@
+"""What a folder takes in memory and on disk, said before it is compressed, and batches that fit."""
+
+import math
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_prehab.documents.settings import show
+from lightning_prehab.errors import ArgumentError
+from lightning_prehab.kinds import view_of
+from lightning_prehab.offload.chain import Chain
+from lightning_prehab.offload.parts import highest_rank, sums_of
+from lightning_prehab.offload.skeleton import Skeleton
+from lightning_prehab.offload.work import Work
+from lightning_prehab.plan.recipe import Recipe
+from lightning_prehab.statistics.batches import batch_size, padding_mask, tensors
+from lightning_prehab.statistics.sums import Wanted
+from lightning_prehab.targets.find import Targets
+from lightning_prehab.targets.locate import Target
+
+#: Bytes for each entry of the logits of a batch while the loss and its gradient are computed (measured: 14.5).
+LOSS = 15
+#: Numbers that a block keeps of each token for the backward pass, for each input and output of its matrices (measured).
+GRAPH = 2.0
+#: Copies, in float32, of the largest Gram matrix of a layer that is decomposed: as it is read, shrunk, in float64.
+COPIES = 4.0
+#: Share of the estimate that nobody knows where it goes: memory in pieces.
+REST = 0.05
+#: Bytes that libraries take only when they begin to compute (measured).
+LATER = 150 * 10**6
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def bytes_in(memory: int | str | None) -> int | None:
+    """An amount of memory as people write it.
+
+    >>> bytes_in("3GB"), bytes_in("1.5 GiB"), bytes_in(10**9)
+    (3000000000, 1610612736, 1000000000)
+    """
+    if memory is None:
+        return None
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]i?)?b?\s*", str(memory).lower())
+    try:
+        if isinstance(memory, bool) or found is None:
+            raise ValueError
+        value = round(float(found[1]) * _UNITS[found[2] or ""])
+    except ValueError:
+        raise ArgumentError(f"memory must be bytes or words such as '3GB' or '2.5GiB', got {show(memory)}.") from None
+    if value < 2**20:
+        raise ArgumentError(f"memory must be enough to work with, got {show(memory)} ({value:,} bytes).")
+    return value
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What is known of a folder and of data before the work begins.
+
+    Attributes:
+        base: Memory of the process as it is, with all libraries loaded.
+        around: Bytes of what lies outside of the blocks.
+        block: Bytes of the largest block.
+        sums: Bytes of the statistics of the largest block.
+        largest: Bytes of the statistics of the largest layer: less cannot be in memory.
+        temporary: Bytes that adding to the statistics of a layer takes for a while.
+        decomposition: Bytes that decomposing the largest layer takes, with its statistics.
+        row: Bytes that a block takes for each token while it runs.
+        vocabulary: Entries of the logits of a token; 0 where there are none.
+        tokens: Of the largest batch.
+        total: Tokens of all batches.
+        state: Bytes of the hidden states of a token.
+        blocks: How many there are.
+        factors: Bytes of the factors of all targets that are kept.
+        wanted: What is collected.
+        sums_at_most: Bytes of the statistics that are in memory at a time; None: those of a block.
+        output: Bytes of the new folder, at most.
+    """
+
+    base: int
+    around: int
+    block: int
+    sums: int
+    largest: int
+    temporary: int
+    decomposition: int
+    row: int
+    vocabulary: int
+    tokens: int
+    total: int
+    state: int
+    blocks: int
+    factors: int
+    wanted: Wanted
+    output: int
+    sums_at_most: int | None = None
+
+    @classmethod
+    def of(cls, skeleton: Skeleton, chain: Chain, recipe: Recipe, batches: Sequence[Any] | None) -> "Needs":
+        """What the model, the wish and the data say."""
+        model: Any = skeleton.model
+        targets = recipe.find_targets(model)
+        wanted = recipe.wanted
+        places: dict[int | None, dict[str, Target]] = {}
+        for name, target in targets.items():
+            places.setdefault(chain.place_of(name), {})[name] = target
+        layers = [sums_of({name: target}, wanted) for name, target in targets.items()]
+        shapes = [view_of(target).shape for target in targets.values()]
+        size = next(iter(model.parameters())).element_size()
+        inside = [sum(sum(view_of(one).shape) for one in place.values()) for place in places.values()]
+        hidden = _hidden_size(model, targets)
+        grams = [max(max(m, n) ** 2, 1) for m, n in shapes]
+        has_head = model.get_output_embeddings() is not None if hasattr(model, "get_output_embeddings") else False
+        return cls(
+            base=resident(),
+            around=skeleton.bytes_of(chain.around.values()),
+            block=max(skeleton.bytes_of([block]) for block in chain.blocks),
+            sums=max(sums_of(place, wanted) for place in places.values()) if any(wanted) else 0,
+            largest=max(layers) if any(wanted) else 0,
+            temporary=8 * max(grams) if any(wanted) else 0,
+            decomposition=_decomposition(shapes, any(wanted)),
+            row=round(GRAPH * size * max(inside, default=0)),
+            vocabulary=(getattr(model.config, "vocab_size", 0) or 0) if has_head and wanted.backward else 0,
+            tokens=max(map(_tokens, batches)) if batches else 0,
+            total=sum(map(_tokens, batches)) if batches else 0,
+            state=size * hidden,
+            blocks=len(chain.blocks),
+            factors=sum(_factors(target, size, recipe.layout) for target in targets.values()),
+            wanted=wanted,
+            output=sum(entry.nbytes for entry in skeleton.source.entries.values()),
+        )
+
+    def stages(self) -> dict[str, int]:
+        """Bytes of memory that each kind of work takes, with everything else."""
+        sums = self.sums if self.sums_at_most is None else min(self.sums, max(self.sums_at_most, self.largest))
+        found = {
+            "the parts before the blocks": self.around + self.block,
+            "a block with its statistics": self.block + sums + self.temporary + self.tokens * self.row,
+            "the loss": self.around + LOSS * self.tokens * self.vocabulary,
+            "a decomposition": self.decomposition,
+        }
+        return {name: round(self.base + LATER + size * (1 + REST)) for name, size in found.items()}
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory at the peak."""
+        return max(self.stages().values())
+
+    @property
+    def disk(self) -> int:
+        """Bytes on disk at the peak, beside the source."""
+        between = self.total * self.state * (self.blocks + 3 if self.wanted.backward else 2)
+        return between + self.factors + max(self.sums, 0) + self.output
+
+    def check_disk(self, output: Path, work: Work) -> None:
+        """Raises :class:`ArgumentError` if there is not so much room, less what lies there already."""
+        there = sum(path.stat().st_size for path in work.folder.rglob("*") if path.is_file())
+        free = shutil.disk_usage(work.folder).free
+        if free + there < self.disk:
+            raise ArgumentError(
+                f"{output.parent} has {_gigabytes(free)} left, and about {_gigabytes(self.disk)} are needed there for "
+                "unfinished work and the result; give an output on another disk, or fewer batches."
+            )
+
+    def lines(self, work: Work) -> list[str]:
+        """What is said before the work begins."""
+        what = max(self.stages(), key=lambda name: self.stages()[name])
+        data = f"; batches of at most {self.tokens:,} tokens, {self.total:,} in all" if self.tokens else ""
+        found = [
+            f"{self.blocks} blocks, one at a time: about {_gigabytes(self.memory)} of memory (for {what}) and "
+            f"{_gigabytes(self.disk)} of disk{data}."
+        ]
+        if work.resumed:
+            found.append(f"Going on with the unfinished work in {work.folder}.")
+        found += [
+            f"There is unfinished work of another wish in {other}; delete it if it is not needed."
+            for other in work.others()
+        ]
+        return found
+
+
+def fitting_batches(needs: Needs, batches: list[Any] | None, limit: int | None) -> tuple[list[Any] | None, Needs]:
+    """Batches of so few rows, and so few layers at a time, that a limit is kept.
+
+    Args:
+        needs: With the batches as they are.
+        batches: As they were given.
+        limit: In bytes, or None.
+
+    Raises:
+        ArgumentError: If nothing helps.
+    """
+    if limit is None or needs.memory <= limit:
+        return batches, needs
+    rows = max(batch_size(batch) for batch in batches or [0])
+    while True:
+        over = round((needs.memory - limit) / (1 + REST))
+        smaller = replace(needs, sums_at_most=max(needs.sums - over, needs.largest))
+        if smaller.memory <= limit:
+            return batches, smaller
+        if batches is None or rows <= 1:
+            needs = smaller
+            break
+        rows = max(rows // 2, 1)
+        batches = [part for batch in batches for part in _in_rows(batch, rows)]
+        needs = replace(needs, tokens=max(map(_tokens, batches)))
+        if needs.memory <= limit:
+            return batches, needs
+    what = max(needs.stages(), key=lambda name: needs.stages()[name])
+    raise ArgumentError(
+        f"memory={_gigabytes(limit)} is too little: about {_gigabytes(needs.memory)} are needed for {what}"
+        f"{_of_rows(needs)}, {_gigabytes(needs.base)} of which are Python and its libraries. Give more, or shorter "
+        "rows of data."
+    )
+
+
+def _of_rows(needs: Needs) -> str:
+    return f", with one row of {needs.tokens:,} tokens at a time" if needs.tokens else ""
+
+
+def resident() -> int:
+    """Memory of this process that is there, in bytes."""
+    import resource  # Windows has none
+
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+    except (OSError, LookupError, ValueError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if peak > 2**26 else 1024 * peak  # bytes on macOS
+
+
+def _in_rows(batch: Any, rows: int) -> list[Any]:
+    """A batch in smaller ones; as it is where its rows cannot be told apart."""
+    count = batch_size(batch)
+    parts = (
+        list(batch.values()) if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else [batch]
+    )
+    if count <= rows or not all(isinstance(one, Tensor) and one.dim() > 0 and len(one) == count for one in parts):
+        return [batch]
+    starts = range(0, count, rows)
+    if isinstance(batch, Tensor):
+        return [batch[start : start + rows] for start in starts]
+    if isinstance(batch, Mapping):
+        return [{key: one[start : start + rows] for key, one in batch.items()} for start in starts]
+    return [type(batch)(one[start : start + rows] for one in batch) for start in starts]
+
+
+def _tokens(batch: Any) -> int:
+    """Positions of a batch, padding too."""
+    mask = padding_mask(batch)
+    if mask is not None:
+        return mask.numel()
+    first = next(tensors(batch), None)
+    return 0 if first is None else math.prod(first.shape[:2])
+
+
+def _hidden_size(model: Any, targets: Targets) -> int:
+    size = getattr(model.config, "hidden_size", None)
+    return size if isinstance(size, int) else max(min(view_of(target).shape) for target in targets.values())
+
+
+def _decomposition(shapes: Sequence[tuple[int, int]], observed: bool) -> int:
+    """Of the largest layer: copies of its Gram matrices, roots and eigenvectors of the smaller side in float64."""
+    return max(
+        round(4 * COPIES * max(m, n) ** 2 if observed else 0) + 8 * 8 * min(m, n) ** 2 + 24 * m * n for m, n in shapes
+    )
+
+
+def _factors(target: Target, size: int, layout: str) -> int:
+    return max(size, 4) * highest_rank(target, layout) * sum(view_of(target).shape)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.0f} MB"

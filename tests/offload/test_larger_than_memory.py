@@ -1,0 +1,123 @@
+"""A folder that is compressed block by block is the one of the cut in memory, bit by bit."""
+
+import pytest
+import torch
+
+import lightning_prehab as lp
+from lightning_prehab.layers.linear import LowRankLayer
+
+pytest.importorskip("transformers")
+
+from tests.offload.folders import MODELS, batches, dense
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fewer calibration tokens")
+
+RECIPES = {
+    "default": lp.Recipe(0.5),
+    "svd": lp.Recipe(0.5, factorization=lp.SVD()),
+    "forward only": lp.Recipe(0.6, factorization=lp.WhitenedSVD()),
+    "with a bias": lp.Recipe(0.6, factorization=lp.WhitenedSVD(centered=True)),
+    "weight gradients": lp.Recipe(0.5, policy=lp.ZeroSum(0.5), factorization=lp.FisherSVD()),
+    "halves": lp.Recipe(0.5, factorization=lp.KroneckerSVD("auto"), rank_multiple_of=2),
+    "sparse": lp.Recipe(0.5, factorization=lp.LowRankPlusSparse(0.05)),
+    "pivot": lp.Recipe(0.5, layout="pivot"),
+    "some": lp.Recipe(0.6, target_modules=["*.1.*"], split_fused=True, rank_overrides={"*.mlp.*": 0.5}),
+}
+CASES = [(model, "default") for model in MODELS]
+CASES += [("llama", recipe) for recipe in RECIPES if recipe != "default"]
+CASES += [("gpt2", "some"), ("opt", "forward only")]
+
+
+@pytest.mark.parametrize(("name", "wish"), CASES)
+def test_it_is_the_cut_in_memory(name, wish, tmp_path):
+    kind, recipe = dense(name, tmp_path / "dense"), RECIPES[wish]
+    data = batches() if any(recipe.wanted) else None
+    reference = kind.from_pretrained(tmp_path / "dense", dtype="auto")
+    expected = lp.compress_(reference, recipe, data, progress=False)
+    report = lp.compress_folder(tmp_path / "dense", tmp_path / "small", recipe, data, progress=False)
+    assert report.ranks == expected.ranks
+    assert report.weight_errors == pytest.approx(expected.weight_errors, rel=1e-4)
+    assert (report.parameters_before, report.parameters_after) == (
+        expected.parameters_before,
+        expected.parameters_after,
+    )
+    assert any(isinstance(module, LowRankLayer) for module in reference.modules())
+    again, loading = kind.from_pretrained(tmp_path / "small", dtype="auto", output_loading_info=True)
+    assert not any(loading.values()), loading
+    other = lp.load_compressed(tmp_path / "small", kind.from_pretrained(tmp_path / "dense", dtype="auto"))
+    for found in (again, other):
+        ours, theirs = found.state_dict(), reference.state_dict()
+        assert list(ours) == list(theirs)
+        for key, tensor in ours.items():
+            assert tensor.dtype == theirs[key].dtype
+            torch.testing.assert_close(tensor, theirs[key], rtol=1e-5, atol=1e-6)
+    shared = len({tensor.data_ptr() for tensor in reference.state_dict().values()})
+    assert len({tensor.data_ptr() for tensor in again.state_dict().values()}) == shared  # tied weights are tied
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "small"]
+    stored = lp.CompressionReport.load_json(tmp_path / "small" / "report.json")
+    assert stored.ranks == report.ranks
+
+
+def test_what_lies_beside_the_weights_comes_along(tmp_path):
+    dense("llama", tmp_path / "dense")
+    (tmp_path / "dense" / "tokenizer.json").write_text("{}")
+    (tmp_path / "dense" / "LICENSE").write_text("free")
+    lp.compress_folder(tmp_path / "dense", tmp_path / "small", 0.5, batches(1), progress=False)
+    names = {path.name for path in (tmp_path / "small").iterdir()}
+    assert {"tokenizer.json", "LICENSE", "config.json", "report.json", "structure.json"} <= names
+    assert len([name for name in names if name.endswith(".safetensors")]) == 3  # of each block, and around them
+
+
+def test_an_output_that_is_there_is_kept(tmp_path):
+    dense("llama", tmp_path / "dense")
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "mine.txt").write_text("mine")
+    with pytest.raises(lp.PrehabError, match="exists; give overwrite=True"):
+        lp.compress_folder(tmp_path / "dense", tmp_path / "small", 0.5, batches(1), progress=False)
+    assert (tmp_path / "small" / "mine.txt").is_file()
+    report = lp.compress_folder(tmp_path / "dense", tmp_path / "small", 0.5, batches(1), overwrite=True, progress=False)
+    assert report.keep <= 0.5
+    assert not (tmp_path / "small" / "mine.txt").exists()
+    with pytest.raises(lp.PrehabError, match="is the model that is read"):
+        lp.compress_folder(tmp_path / "dense", tmp_path / "dense", 0.5, batches(1), overwrite=True)
+
+
+def test_wrong_wishes_are_refused_before_the_work(tmp_path):
+    dense("llama", tmp_path / "dense")
+
+    def refused(message, *args, **settings):
+        with pytest.raises(lp.PrehabError, match=message):
+            lp.compress_folder(tmp_path / "dense", tmp_path / "small", *args, progress=False, **settings)
+        assert not (tmp_path / "small").exists()
+
+    refused("tries cuts on the whole model", lp.Recipe(policy=lp.ProbeBudget(0.5)), batches(1))
+    refused("refine is not possible", 0.5, batches(1), refine=True)
+    refused("memory must be bytes or words", 0.5, batches(1), memory="much")
+    refused("too little: about .* are needed for", 0.5, batches(1), memory="1MiB")
+    refused("batches is one", 0.5, batches(1)[0])
+    refused("needs calibration statistics", lp.Recipe(factorization=lp.WhitenedSVD()))
+    refused("cannot be called on batch 0", 0.5, [{"pixels": torch.zeros(2, 3)}])
+    refused("cannot be called on batch 0", 0.5, [torch.full((2, 3), 48)])
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+    with pytest.raises(lp.PrehabError, match="holds no config.json"):
+        lp.compress_folder(tmp_path, tmp_path / "small", 0.5, batches(1))
+    with pytest.raises(lp.PrehabError, match="is no folder"):
+        lp.compress_folder(tmp_path / "nowhere", tmp_path / "small", 0.5, batches(1))
+
+
+def test_memory_is_kept_to_with_smaller_batches_and_fewer_layers(tmp_path, capsys, monkeypatch):
+    from lightning_prehab.offload import needs
+
+    dense("llama", tmp_path / "dense")
+    reference = lp.compress_folder(tmp_path / "dense", tmp_path / "whole", 0.5, batches())
+    said = capsys.readouterr().err
+    assert "2 blocks, one at a time: about " in said
+    assert "batches of at most 36 tokens, 108 in all" in said
+    monkeypatch.setattr(needs, "resident", lambda: 0)
+    monkeypatch.setattr(needs, "LATER", 0)
+    monkeypatch.setattr(needs, "COPIES", 0.0)
+    report = lp.compress_folder(tmp_path / "dense", tmp_path / "small", 0.5, batches(), memory=2**20)
+    said = capsys.readouterr().err
+    assert "batches of at most" in said
+    assert report.keep <= 0.5
+    assert abs(report.keep - reference.keep) < 0.05
