@@ -7,6 +7,7 @@ from lightning_prehab.factorizations import SVD, ActivationSVD, FisherSVD, Krone
 from lightning_prehab.files.checkpoints import LowRankCheckpointMixin, load_from_checkpoint
 from lightning_prehab.files.folders import load_compressed, save_compressed
 from lightning_prehab.integrations.metrics import EffectiveRankMetric, StableRankMetric
+from lightning_prehab.integrations.own_samples import own_samples
 from lightning_prehab.layers.attention import LowRankMultiheadAttention
 from lightning_prehab.layers.blocks import LowRankBlocks
 from lightning_prehab.layers.conv import LowRankConv1d, LowRankConv2d
@@ -77,6 +78,7 @@ __all__ = [
     "load_compressed",
     "load_from_checkpoint",
     "make_plan",
+    "own_samples",
     "print_compression",
     "save_compressed",
     "to_dense_",

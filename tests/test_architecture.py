@@ -71,6 +71,7 @@ EXTRAS = {
     ("files/folders.py", "safetensors"),
     ("files/statistics.py", "safetensors"),
     ("integrations/huggingface.py", "transformers"),
+    ("integrations/own_samples.py", "transformers"),
     ("layers/blocks.py", "transformers"),
     ("progress/faces.py", "rich"),
     ("progress/display.py", "rich"),

@@ -51,6 +51,7 @@ NAMES = {
     "load_compressed",
     "load_from_checkpoint",
     "make_plan",
+    "own_samples",
     "print_compression",
     "save_compressed",
     "to_dense_",

@@ -16,8 +16,8 @@ class Progress(NamedTuple):
 
     Attributes:
         phase: What is being done: ``"read"``, ``"block"``, ``"calibrate"``, ``"decompose"``, ``"alternate"``,
-            ``"probe"``, ``"time"``, ``"prepare"``, ``"factorize"``, ``"try"``, ``"evaluate"``, ``"measure"`` or
-            ``"write"``.
+            ``"probe"``, ``"time"``, ``"prepare"``, ``"factorize"``, ``"try"``, ``"evaluate"``, ``"measure"``,
+            ``"sample"`` or ``"write"``.
         done: How many are done, from 0.
         total: Of how many, or None if that is not known. 1 for what cannot be counted.
         what: The one that comes next, such as the name of a layer; empty if it has none.

@@ -21,6 +21,7 @@ _PHASES = {
     "train": ("training", "step", "steps"),
     "run": ("running", "run", "runs"),
     "measure": ("measuring", "batch", "batches"),
+    "sample": ("writing own samples", "token", "tokens"),
     "write": ("writing", "", ""),
 }
 
