@@ -43,6 +43,7 @@ trainer:
         policy: {class_path: lightning_prehab.ParameterBudget, init_args: {keep: 0.4}}
         factorization: {class_path: lightning_prehab.KroneckerSVD, init_args: {gradient_shrinkage: 0.01}}
         rank_overrides: {"layer.*": 5}
+        layout: pivot
     - class_path: RehabSchedule
       init_args:
         warmup_steps: 4
@@ -89,6 +90,7 @@ def test_a_run_from_yaml(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "layer.0  32x32     5" in done.stdout
     assert "KroneckerSVD(gradient_shrinkage=0.01" in done.stdout
+    assert "in the pivot layout" in done.stdout
 
 
 def test_a_wrong_value_is_named(run, capsys):

@@ -97,16 +97,17 @@ def test_the_policy_decides_what_a_full_svd_says(session):
         policy(1.5)
 
 
+@pytest.mark.parametrize("layout", ["factors", "pivot"])
 @pytest.mark.parametrize("settings", [(0.5,), (0.9, 2)])
-def test_the_policy_passes_the_tests_of_its_shelf(session, settings, monkeypatch):
+def test_the_policy_passes_the_tests_of_its_shelf(session, settings, layout, monkeypatch):
     """As if its file lay on the shelf and its name stood in ``__init__``."""
     kind = session["RelativeCutoff"]
     monkeypatch.setattr(rank_policies, kind.__name__, kind, raising=False)
     policy = kind(*settings)
-    shelf.test_conformance(policy)
-    shelf.test_overridden_ranks_are_kept(policy)
+    shelf.test_conformance(policy, layout)
+    shelf.test_overridden_ranks_are_kept(policy, layout)
     for value in (0.0, 1e-170):
-        shelf.test_a_layer_of_zeros_does_not_disturb(policy, value)
+        shelf.test_a_layer_of_zeros_does_not_disturb(policy, value, layout)
 
 
 def test_the_policy_passes_the_checks_before_a_commit(session, tmp_path):
