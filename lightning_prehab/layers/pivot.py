@@ -144,7 +144,7 @@ class PivotLinear(PivotLayer):
     def _map(self, input: Tensor) -> Tensor:
         d = self.D(input)
         y = torch.cat([d, self.C(d)], -1).index_select(-1, self.order)
-        return y if self.bias is None else y + self.bias.to(y.dtype)  # autocast multiplies in another dtype
+        return y if self.bias is None else y.add_(self.bias)  # in place: it is of the dtype that autocast multiplies in
 
     @classmethod
     def from_factors(cls, a: Tensor, b: Tensor, like: nn.Module, order: Tensor | None = None) -> "PivotLinear":
@@ -251,7 +251,7 @@ class PivotConv(PivotLayer):
         """Does what the dense convolution with the kernel :attr:`weight` does."""
         d = self.D(input)
         y = torch.cat([d, self.C(d)], self._axis).index_select(self._axis, self.order)
-        return y if self.bias is None else y + self.bias.to(y.dtype).view(self._bias_shape)
+        return y if self.bias is None else y.add_(self.bias.view(self._bias_shape))
 
     def extra_repr(self) -> str:
         """Sizes for ``repr``."""

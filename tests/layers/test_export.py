@@ -86,7 +86,13 @@ def test_the_pivot_layout_in_onnx_is_two_products_and_one_gather(tmp_path):
     x = torch.randn(4, 32)
     torch.onnx.export(model, (x,), dynamo=True, verbose=False).save(tmp_path / "model.onnx")
     kinds = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
-    assert sorted(kinds) == ["Add", "Concat", "Gather", "MatMul", "MatMul"]
+    assert sorted("MatMul" if kind == "Gemm" else kind for kind in kinds) == [
+        "Add",
+        "Concat",
+        "Gather",
+        "MatMul",
+        "MatMul",
+    ]
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(output), model(x).detach(), atol=1e-4, rtol=1e-4)
