@@ -29,6 +29,7 @@ from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.report.extent import print_compression
 from lightning_prehab.statistics.calibration import collect_statistics
 from lightning_prehab.statistics.sums import LayerStatistics
+from lightning_prehab.surgery.layouts import to_factors_, to_pivot_
 from lightning_prehab.surgery.structure import to_dense_
 from lightning_prehab.targets.find import find_targets
 
@@ -84,4 +85,6 @@ __all__ = [
     "refine_",
     "save_compressed",
     "to_dense_",
+    "to_factors_",
+    "to_pivot_",
 ]

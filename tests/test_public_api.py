@@ -56,6 +56,8 @@ NAMES = {
     "refine_",
     "save_compressed",
     "to_dense_",
+    "to_factors_",
+    "to_pivot_",
 }
 
 

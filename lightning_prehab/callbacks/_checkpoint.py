@@ -107,8 +107,8 @@ def _put_dense_(
     old = {id(parameter): key for key, parameter in layer.module.named_parameters()}
     kept = {old[id(p)]: key for key, p in low_rank.named_parameters() if id(p) in old}  # dense name -> low-rank name
     stored = {key: state_dict.pop(prefix + key) for key in low_rank.state_dict() if prefix + key in state_dict}
-    for part in factors:  # biases that the surgery has added
-        state_dict.pop(f"{prefix}{join(part, 'B')}.bias", None)
+    for part, found in factors.items():  # biases that the surgery has added
+        state_dict.pop(prefix + join(part, "B.bias" if found.order is None else "bias"), None)
     dense = {key: parameter.detach() for key, parameter in layer.module.named_parameters()}
     for key, name in kept.items():
         del dense[key]
@@ -138,6 +138,7 @@ def plan_of_factors(module: nn.Module, factors: Mapping[str, Factors], factoriza
             nonzeros=0 if f.sparse is None else len(f.sparse.values),
             groups=views[name].group_count,
             form=views[name].form,
+            layout="factors" if f.order is None else "pivot",
         )
         for name, f in factors.items()
     )

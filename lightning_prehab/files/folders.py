@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lightning_prehab.__about__ import __version__
 from lightning_prehab.errors import CheckpointError, PrehabError, UnsupportedError
 from lightning_prehab.layers.linear import LowRankLayer, LowRankPlusSparseLinear
+from lightning_prehab.layers.pivot import PivotLayer
 from lightning_prehab.linalg.matrices import is_quantized
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.surgery.holders import names_holders
@@ -224,22 +225,21 @@ def _layers(model: nn.Module, report: CompressionReport | None) -> list[dict[str
     facts = {} if report is None else {layer["name"]: layer for layer in report.to_dict()["layers"]}
     layers = []
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLayer) and {"A", "B"} <= module._modules.keys():
-            parts: Any = module
-            a, b = parts.A.weight, parts.B.weight
-            entry = {
-                "name": name,
-                "kind": type(module).__name__,
-                "shape": [b.shape[0], a[0].numel()],
-                "rank": b.shape[1],
-            }
-            if isinstance(module, LowRankPlusSparseLinear):
-                entry["nonzeros"] = module.nonzeros
-            if name in facts and report is not None:
-                entry["method"] = repr(report.plan.factorization)
-                entry["predicted_error"] = facts[name]["predicted_error"]
-                entry["weight_error"] = facts[name]["weight_error"]
-            layers.append(entry)
+        parts: Any = module
+        if isinstance(module, PivotLayer):
+            a, rows, rank = parts.D.weight, len(parts.order), module.rank
+        elif isinstance(module, LowRankLayer) and {"A", "B"} <= module._modules.keys():
+            a, (rows, rank) = parts.A.weight, parts.B.weight.shape[:2]
+        else:
+            continue
+        entry = {"name": name, "kind": type(module).__name__, "shape": [rows, a[0].numel()], "rank": rank}
+        if isinstance(module, LowRankPlusSparseLinear):
+            entry["nonzeros"] = module.nonzeros
+        if name in facts and report is not None:
+            entry["method"] = repr(report.plan.factorization)
+            entry["predicted_error"] = facts[name]["predicted_error"]
+            entry["weight_error"] = facts[name]["weight_error"]
+        layers.append(entry)
     return layers
 
 

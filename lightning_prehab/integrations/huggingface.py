@@ -12,7 +12,7 @@ from torch import nn
 from lightning_prehab.errors import CheckpointError, PrehabError
 from lightning_prehab.kinds import kind_of
 from lightning_prehab.layers.linear import LowRankLayer
-from lightning_prehab.surgery.pretrained import FORMAT_VERSION, GUARD, METHOD, check_pretrained, note_structure_
+from lightning_prehab.surgery.pretrained import FORMAT_VERSIONS, GUARD, METHOD, check_pretrained, note_structure_
 from lightning_prehab.surgery.structure import follow_state_dict_
 
 try:
@@ -45,8 +45,8 @@ class LowRankConfig(QuantizationConfigMixin):
 
     Args:
         format_version: Of the entry.
-        layers: ``{name: {"shape": [out, in], "rank": r, "bias": bool}}``, with ``"nonzeros"`` for a sparse part and
-            ``"factors": [shape of A, shape of B]`` where these are no matrices.
+        layers: ``{name: {"shape": [out, in], "rank": r, "bias": bool}}``, with ``"nonzeros"`` for a sparse part,
+            ``"layout": "pivot"`` and ``"factors": [shape of A, shape of B]`` (of D and C) where these are no matrices.
         quant_method: Always ``"lightning_prehab"``.
         unknown: Anything else is refused.
 
@@ -57,10 +57,11 @@ class LowRankConfig(QuantizationConfigMixin):
     def __init__(self, format_version: int = 0, layers: Any = None, quant_method: str = METHOD, **unknown: Any) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version
-        if format_version != FORMAT_VERSION or unknown:
+        if format_version not in FORMAT_VERSIONS or unknown:
             raise CheckpointError(
                 f"config.json has the entry of lightning_prehab in version {format_version!r}"
-                f"{f' with {sorted(unknown)}' if unknown else ''}, this package reads version {FORMAT_VERSION}. "
+                f"{f' with {sorted(unknown)}' if unknown else ''}, this package reads versions {FORMAT_VERSIONS[0]} to "
+                f"{FORMAT_VERSIONS[-1]}. "
                 "Install the version of lightning-prehab that wrote it."
             )
         if not isinstance(layers, dict) or not all(map(_is_layer, layers.values())):
@@ -126,12 +127,19 @@ def _is_layer(layer: Any) -> bool:
         return False
     if not all(type(number) is int and number > 0 for size in sizes for number in size):
         return False
+    if layer.get("layout", "pivot") != "pivot":
+        return False
     return all(type(number) is int for number in numbers) and 1 <= numbers[2] <= min(numbers[:2]) and numbers[3] >= 0
 
 
 def _empty_state(name: str, layer: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What the state dict of the layer would hold, on the meta device but for the places of a sparse part."""
+    """What the state dict of the layer would hold, on the meta device but for places and orders."""
     (m, n), rank = layer["shape"], layer["rank"]
+    if layer.get("layout") == "pivot":
+        d, c = layer.get("factors", [[rank, n], [m - rank, rank]])
+        state = {f"{name}.D.weight": torch.empty(d, device="meta"), f"{name}.C.weight": torch.empty(c, device="meta")}
+        state[f"{name}.order"] = torch.arange(m, device="cpu")
+        return state | ({f"{name}.bias": torch.empty(m, device="meta")} if layer.get("bias") else {})
     a, b = layer.get("factors", [[rank, n], [m, rank]])
     state = {
         f"{name}.A.weight": torch.empty(a, device="meta"),

@@ -93,7 +93,12 @@ def _matrices(tensor: Tensor) -> list[Tensor]:
 
 def _weights(module: nn.Module) -> list[Tensor]:
     """Weights of the linear layers, each parameter once; of low-rank layers the product, not the factors."""
-    inside = {id(part) for layer in module.modules() if isinstance(layer, LowRankLinear | PivotLinear) for part in layer.children()}
+    inside = {
+        id(part)
+        for layer in module.modules()
+        if isinstance(layer, LowRankLinear | PivotLinear)
+        for part in layer.children()
+    }
     kinds = (nn.Linear, LowRankLinear, PivotLinear)
     layers = [layer for layer in module.modules() if isinstance(layer, kinds) and id(layer) not in inside]
     if not layers:

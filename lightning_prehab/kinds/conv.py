@@ -329,7 +329,7 @@ class ConvKind(Kind):
     def low_rank(
         self, module: nn.Module, views: Mapping[str, MatrixView], factors: Mapping[str, Factors]
     ) -> LowRankConv | PivotConv:
-        """A :class:`~lightning_prehab.LowRankConv1d` or :class:`~lightning_prehab.LowRankConv2d`, or one that is packed."""
+        """A :class:`~lightning_prehab.LowRankConv1d` or :class:`~lightning_prehab.LowRankConv2d`, or its like."""
         assert isinstance(module, nn.Conv1d | nn.Conv2d)
         view, found = views[""], factors[""]
         assert isinstance(view, _ConvView)

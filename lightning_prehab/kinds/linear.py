@@ -119,7 +119,7 @@ class LinearKind(Kind):
     def low_rank(
         self, module: nn.Module, views: Mapping[str, MatrixView], factors: Mapping[str, Factors]
     ) -> LowRankLayer:
-        """A :class:`~lightning_prehab.LowRankLinear` (or its like), or :class:`~lightning_prehab.LowRankBlocks` of some."""
+        """A :class:`~lightning_prehab.LowRankLinear` or its like, or :class:`~lightning_prehab.LowRankBlocks`."""
         if "" in views:
             return self.one(module, factors[""])
         return self.joined(module, {part: _child(view, factors.get(part)) for part, view in views.items()})

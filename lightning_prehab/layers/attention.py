@@ -22,9 +22,9 @@ class LowRankMultiheadAttention(LowRankLayer):
     """Multi-head attention whose projections are low-rank: takes the place of ``nn.MultiheadAttention``.
 
     The children ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj`` are :class:`LowRankLinear` layers (or
-    :class:`PivotLinear`) or, where a matrix is not cut, ordinary ``nn.Linear`` ones. The three input biases stay one parameter, ``in_proj_bias``, as in
-    the dense module. The result, the random numbers of the dropout and the meaning of all arguments are those of the
-    dense module with the products of the factors as weights.
+    :class:`PivotLinear`) or, where a matrix is not cut, ordinary ``nn.Linear`` ones. The three input biases stay one
+    parameter, ``in_proj_bias``, as in the dense module. The result, the random numbers of the dropout and the meaning
+    of all arguments are those of the dense module with the products of the factors as weights.
 
     The products can be read under the names of the dense weights (``in_proj_weight``, ``q_proj_weight``, ...); they are
     differentiable and computed anew at each access. The fused kernels of ``nn.TransformerEncoderLayer`` need dense

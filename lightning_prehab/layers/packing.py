@@ -64,7 +64,7 @@ def _why_not_read(layer: nn.Module) -> str | None:
     return "it is quantized" if any(is_quantized(parameter) for parameter in layer.parameters()) else None
 
 
-def _with_parts(layer: LowRankLayer, change: Callable[[Any], nn.Module]) -> Any:
+def _with_parts(layer: LowRankLayer, change: Callable[[Any], LowRankLayer]) -> LowRankLayer:
     """A layer whose matrices are changed."""
     if isinstance(layer, LowRankBlocks):
         children = {name: _changed(child, change) for name, child in layer.named_children()}
@@ -75,17 +75,17 @@ def _with_parts(layer: LowRankLayer, change: Callable[[Any], nn.Module]) -> Any:
     return change(layer)
 
 
-def _changed(child: nn.Module, change: Callable[[Any], nn.Module]) -> Any:
+def _changed(child: nn.Module, change: Callable[[Any], LowRankLayer]) -> Any:
     return change(child) if isinstance(child, LowRankLayer) else child
 
 
-def _pack(layer: LowRankLayer) -> nn.Module:
+def _pack(layer: LowRankLayer) -> LowRankLayer:
     if isinstance(layer, PivotLayer):
         return layer
     reason = why_not_packed(layer)
     if reason is not None:
         raise UnsupportedError(f"{type(layer).__name__} has no pivot layout: {reason}.")
-    made: nn.Module
+    made: LowRankLayer
     if isinstance(layer, LowRankConv):
         like = like_conv(layer, layer.A.weight, layer.bias)
         made = _PACKED[type(layer)].from_factors(*layer.factors(), like=like)
@@ -96,7 +96,7 @@ def _pack(layer: LowRankLayer) -> nn.Module:
     return made
 
 
-def _unpack(layer: LowRankLayer) -> nn.Module:
+def _unpack(layer: LowRankLayer) -> LowRankLayer:
     if not isinstance(layer, PivotLayer):
         return layer
     reason = _why_not_read(layer)

@@ -66,7 +66,9 @@ class PivotLayer(LowRankLayer):
     def _product(self) -> Tensor:
         d, c = dequantized(self.D.weight), dequantized(self.C.weight)
         matrix = d.flatten(1)
-        return torch.cat([matrix, c.flatten(1) @ matrix]).index_select(0, self.order).reshape([-1] + list(d.shape[1:]))
+        sizes: list[int] = list(d.shape)
+        sizes[0] = -1
+        return torch.cat([matrix, c.flatten(1) @ matrix]).index_select(0, self.order).reshape(sizes)
 
 
 class PivotLinear(PivotLayer):
@@ -297,19 +299,20 @@ class PivotConv(PivotLayer):
     def to_dense(self) -> nn.Module:
         """A dense convolution with the same function; its parameters are copies."""
         bias = None if self.bias is None else parameter_like(self.bias, self.bias)
-        return self._like(parameter_like(self._product(), self.D.weight), bias)
+        dense: nn.Module = self._like(parameter_like(self._product(), self.D.weight), bias)
+        return dense
 
     def count_dense(self) -> int:
         """Parameters of the dense layer."""
         kernel = self.out_channels * self.in_channels * math.prod(self.kernel_size)
         return kernel + (0 if self.bias is None else self.out_channels)
 
-    def _like(self, weight: nn.Parameter, bias: nn.Parameter | None) -> Any:
+    def _like(self, weight: Any, bias: nn.Parameter | None) -> Any:
         return like_conv(self, weight, bias)
 
 
 class PivotConv1d(PivotConv):
-    """A one-dimensional convolution whose kernel of rank ``r`` is stored as ``r`` of its rows; see :class:`PivotLinear`.
+    """A one-dimensional convolution whose kernel is stored as some of its rows; see :class:`PivotLinear`.
 
     The children are ordinary ``nn.Conv1d`` modules without bias: ``D`` is the dense layer with ``rank`` of its output
     channels, ``C`` has kernel size 1 and makes the others of those. ``weight`` can be read as on ``nn.Conv1d``; it is
@@ -341,7 +344,7 @@ class PivotConv1d(PivotConv):
 
 
 class PivotConv2d(PivotConv):
-    """A two-dimensional convolution whose kernel of rank ``r`` is stored as ``r`` of its rows; see :class:`PivotLinear`.
+    """A two-dimensional convolution whose kernel is stored as some of its rows; see :class:`PivotLinear`.
 
     The children are ordinary ``nn.Conv2d`` modules without bias: ``D`` is the dense layer with ``rank`` of its output
     channels, ``C`` is 1x1 and makes the others of those. ``weight`` can be read as on ``nn.Conv2d``; it is the dense
@@ -372,7 +375,7 @@ class PivotConv2d(PivotConv):
     _factors = LowRankConv2d
 
 
-def low_rank_linear(factors: Factors, like: nn.Module) -> LowRankLayer:
+def low_rank_linear(factors: Factors, like: nn.Module) -> LowRankLinear | PivotLinear:
     """A layer of the kind that the factors need; see :meth:`LowRankLinear.from_factors`."""
     if factors.order is not None:
         return PivotLinear.from_factors(factors.A, factors.B, like, factors.order)
@@ -387,7 +390,7 @@ def bias_holder(layer: Any) -> nn.Module:
     return holder
 
 
-def like_linear(weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> nn.Module:
+def like_linear(weight: Any, bias: nn.Parameter | None, training: bool) -> nn.Module:
     """What the constructors of low-rank layers take for a dense layer: its flags are those of a parameter."""
     like = nn.Module()
     like.register_parameter("weight", weight)
@@ -395,7 +398,7 @@ def like_linear(weight: nn.Parameter, bias: nn.Parameter | None, training: bool)
     return like.train(training)
 
 
-def like_conv(layer: Any, weight: nn.Parameter, bias: nn.Parameter | None) -> Any:
+def like_conv(layer: Any, weight: Any, bias: nn.Parameter | None) -> Any:
     """A dense convolution of the geometry of a low-rank one, with given parameters."""
     geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, False, layer.padding_mode)
     like = layer._dense(layer.in_channels, layer.out_channels, *geometry, device="meta")

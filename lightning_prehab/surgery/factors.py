@@ -115,6 +115,7 @@ def _checked_factors(cut: LayerPlan, target: Target, plan: CompressionPlan, deco
     if cut.layout == "pivot":
         with naming(cut.name, target):
             a, b, _, _, order = Factors(a, b).pivoted()
+        assert order is not None
         order = order.to(weight.device)
     a, b = a.to(weight), b.to(weight)
     shift = None if shift is None else view.to_bias(shift).to(weight)

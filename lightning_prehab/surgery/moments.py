@@ -78,6 +78,50 @@ def pivot_states(state: Mapping[str, Any], layer: PivotLayer) -> dict[Tensor, di
     return {layer.D.weight: for_d, layer.C.weight: for_c}
 
 
+def mixed_state(terms: Sequence[tuple[Mapping[str, Any], Tensor, Tensor]], value: Tensor) -> dict[str, Any]:
+    """State of a matrix whose gradient is a sum of products ``L g R`` with gradients ``g`` that a state is known of.
+
+    First moments move exactly, the others as in :func:`factor_states`.
+
+    Args:
+        terms: ``(state, L, R)``; the states are of the same optimizer.
+        value: The matrix itself.
+
+    Returns:
+        The state; empty, a fresh start, if there is a tensor of unknown meaning.
+
+    >>> mixed_state([({"exp_avg": torch.ones(1, 2)}, 2 * torch.ones(3, 1), torch.eye(2))], torch.zeros(3, 2))
+    {'exp_avg': tensor([[2., 2.],
+            [2., 2.],
+            [2., 2.]])}
+    """
+    states = [_centered(state) for state, _, _ in terms]
+    moved: dict[str, Any] = {}
+    for key, first in states[0].items():
+        parts = [state.get(key) for state in states]
+        if not _is_matrix(first):
+            moved[key] = _copy(first)
+        elif key not in MEANINGS or not all(isinstance(part, Tensor) for part in parts):
+            return {}
+        elif key in ITERATES:
+            moved[key] = value.detach().to(first.dtype, copy=True)
+        elif key in STEP_SIZES:
+            moved[key] = first.mean().expand(value.shape).clone()
+        else:
+            squares = key in SECOND_MOMENTS or key in LARGEST
+            total = first.new_zeros(value.shape, dtype=torch.float64)
+            for part, (_, *sides) in zip(parts, terms, strict=True):
+                assert part is not None
+                left, right = (side.double().square() if squares else side.double() for side in sides)
+                wide = part.double().reshape(left.shape[1], right.shape[0])
+                total += left @ (wide.square() if key in LARGEST else wide) @ right
+            moved[key] = (total.sqrt() if key in LARGEST else total).to(first.dtype)
+    _raise_(moved)
+    if "grad_avg" in moved:
+        moved["square_avg"] += moved["grad_avg"].square()
+    return moved
+
+
 def block_state(state: Mapping[str, Any], shape: Sequence[int], part: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """State of a part of ``W``, kept as a parameter of its own, from the state of ``W``: that part of each moment.
 

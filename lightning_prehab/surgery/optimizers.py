@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.surgery.meanings import ITERATES, counts_in_group, flags, readable_state
 from lightning_prehab.surgery.rehearsal import fresh_states
-from lightning_prehab.surgery.replacement import Replacement
+from lightning_prehab.surgery.replacement import Exchange, renamed
 from lightning_prehab.surgery.wrapped import caches, family, second_holder
 
 
@@ -109,7 +109,7 @@ class GroupEdit:
             edit.commit()
 
 
-def plan_edits(optimizer: torch.optim.Optimizer, replacements: Sequence[Replacement]) -> list[GroupEdit]:
+def plan_edits(optimizer: torch.optim.Optimizer, replacements: Sequence[Exchange]) -> list[GroupEdit]:
     """What has to change in an optimizer when layers are replaced; nothing is changed yet.
 
     Raises:
@@ -123,11 +123,11 @@ def plan_edits(optimizer: torch.optim.Optimizer, replacements: Sequence[Replacem
         if any(part.dim() < 2 for part in by_weight[id(weight)].parameters(weight).values())
     ]
     check_optimizer(optimizer, split, [weight for one in replacements for weight in one.replaced()])
-    renamed = {id(parameter): names for one in replacements for parameter, names in one.renamed()}
+    names = {id(parameter): both for one in replacements for parameter, both in renamed(one)}
     edits = []
     for one in family(optimizer):
         for group in one.param_groups:
-            edit = _plan_group(one, group, replacements, by_weight, renamed)
+            edit = _plan_group(one, group, replacements, by_weight, names)
             for replacement in replacements:
                 edit.order(list(replacement.new.parameters()))
             edits.append(edit)
@@ -137,9 +137,9 @@ def plan_edits(optimizer: torch.optim.Optimizer, replacements: Sequence[Replacem
 def _plan_group(
     optimizer: torch.optim.Optimizer,
     group: dict[str, Any],
-    replacements: Sequence[Replacement],
-    by_weight: Mapping[int, Replacement],
-    renamed: Mapping[int, tuple[str, str]],
+    replacements: Sequence[Exchange],
+    by_weight: Mapping[int, Exchange],
+    both_names: Mapping[int, tuple[str, str]],
 ) -> GroupEdit:
     """The edit of one group, with the parameters in the order in which they replace each other."""
     removed = [parameter for parameter in group["params"] if id(parameter) in by_weight]
@@ -149,7 +149,7 @@ def _plan_group(
     for parameter, name in zip(group["params"], names, strict=True):
         found = by_weight.get(id(parameter))
         if found is None:
-            before, after = renamed.get(id(parameter), ("", ""))
+            before, after = both_names.get(id(parameter), ("", ""))
             edit.params.append(parameter)
             edit.names.append(name.removesuffix(before) + after)
             own.shifts.extend(_shifts(parameter, optimizer.state.get(parameter), replacements))
@@ -163,14 +163,18 @@ def _plan_group(
 
 
 def _states(
-    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], weight: Tensor, found: Replacement
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], weight: Tensor, found: Exchange
 ) -> dict[Tensor, dict[str, Any]]:
     """What takes the place of the state of a weight; parameters that start with nothing are left out."""
     state = optimizer.state.get(weight)
     if not state:
         return {}
     known = readable_state(optimizer, weight, state)
-    moved = {} if known is None else found.states(weight, known)
+
+    def of(other: Tensor) -> Mapping[str, Any] | None:
+        return readable_state(optimizer, other, optimizer.state.get(other, {}))
+
+    moved = {} if known is None else found.states(weight, known, of)
     rest = [parameter for parameter in found.parameters(weight).values() if parameter not in moved]
     if known is None and counts_in_group(group, state):
         warnings.warn(
@@ -185,7 +189,7 @@ def _states(
 
 
 def _shifts(
-    parameter: Tensor, state: Mapping[str, Any] | None, replacements: Sequence[Replacement]
+    parameter: Tensor, state: Mapping[str, Any] | None, replacements: Sequence[Exchange]
 ) -> list[tuple[Tensor, Tensor]]:
     """Where the state of a bias that is kept holds other values of it, which move with it: parts, and by how much."""
     iterates = [value for key, value in (state or {}).items() if key in ITERATES and type(value) is Tensor]

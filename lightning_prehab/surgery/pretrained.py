@@ -15,12 +15,13 @@ from torch import nn
 
 from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.layers.linear import LowRankLayer, LowRankPlusSparseLinear
+from lightning_prehab.layers.pivot import PivotLayer
 from lightning_prehab.targets.weights import why_not_tensor
 
 #: ``quant_method`` in ``config.json``.
 METHOD = "lightning_prehab"
-#: Of the entry in ``config.json``.
-FORMAT_VERSION = 1
+#: Of the entry in ``config.json``; 2 where a layer has another layout than two factors.
+FORMAT_VERSIONS = (1, 2)
 #: An entry of ``fusion_config`` that transformers refuses by its name unless this package has taken it away.
 GUARD = "lightning_prehab (pip install 'lightning-prehab[hf]', and import lightning_prehab before from_pretrained)"
 
@@ -40,7 +41,7 @@ def note_structure_(model: nn.Module) -> None:
         if layers:
             config.quantization_config = {
                 "quant_method": METHOD,
-                "format_version": FORMAT_VERSION,
+                "format_version": 2 if any("layout" in layer for layer in layers.values()) else 1,
                 "layers": layers,
             }
             fusions[GUARD] = True
@@ -76,12 +77,19 @@ def check_pretrained(model: nn.Module, layers: Iterable[nn.Module]) -> None:
 def describe_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
     """``{name: {shape, rank, bias}}`` of the low-rank layers.
 
-    With ``nonzeros`` where there is a sparse part, and ``factors``, their shapes, where these are no matrices.
+    With ``nonzeros`` where there is a sparse part, ``layout`` where it is not that of two factors, and ``factors``,
+    their shapes, where these are no matrices.
     """
     layers: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLayer) and {"A", "B"} <= module._modules.keys():
-            children: Any = module
+        children: Any = module
+        if isinstance(module, PivotLayer):
+            d, c = children.D.weight, children.C.weight
+            shape = [len(d) + len(c), d[0].numel()]
+            layers[name] = {"shape": shape, "rank": len(d), "bias": children.bias is not None, "layout": "pivot"}
+            if d.dim() > 2:
+                layers[name]["factors"] = [list(d.shape), list(c.shape)]
+        elif isinstance(module, LowRankLayer) and {"A", "B"} <= module._modules.keys():
             a, b = children.A.weight, children.B.weight
             shape = [b.shape[0], a[0].numel()]
             layers[name] = {"shape": shape, "rank": b.shape[1], "bias": children.B.bias is not None}

@@ -1,9 +1,9 @@
 """One layer and what takes its place: its parameters, what optimizers know of them, its error. Changes nothing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,39 @@ from lightning_prehab.linalg.sparse import Sparse
 from lightning_prehab.surgery.moments import bias_state, block_state, entry_state, factor_states, pivot_states
 from lightning_prehab.targets.locate import Layer
 from lightning_prehab.targets.names import join
+
+#: What an optimizer knows of a parameter, as :func:`~lightning_prehab.surgery.meanings.readable_state` gives it.
+StateOf = Callable[[Tensor], Mapping[str, Any] | None]
+
+
+class Exchange(Protocol):
+    """A layer and what takes its place, as an optimizer has to know of it."""
+
+    @property
+    def old(self) -> nn.Module:
+        """The one."""
+
+    @property
+    def new(self) -> nn.Module:
+        """The other."""
+
+    def replaced(self) -> list[nn.Parameter]:
+        """The parameters that the new layer does not hold any more."""
+
+    def parameters(self, weight: Tensor) -> dict[str, Tensor]:
+        """What takes the place of one of them, by name in the new layer."""
+
+    def states(self, weight: Tensor, state: Mapping[str, Any], of: StateOf) -> dict[Tensor, dict[str, Any]]:
+        """What is known of those; see :meth:`Replacement.states`."""
+
+    def shifts(self, parameter: Tensor) -> list[tuple[slice, Tensor]]:
+        """What is added to a parameter that both hold."""
+
+
+def renamed(exchange: Exchange) -> list[tuple[Tensor, tuple[str, str]]]:
+    """Parameters that both layers hold, each with its old and its new name within the layer."""
+    old = {id(parameter): name for name, parameter in exchange.old.named_parameters()}
+    return [(p, (old[id(p)], name)) for name, p in exchange.new.named_parameters() if id(p) in old]
 
 
 @dataclass
@@ -72,12 +105,13 @@ class Replacement:
             if id(parameter) not in kept
         }
 
-    def states(self, weight: Tensor, state: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
+    def states(self, weight: Tensor, state: Mapping[str, Any], of: StateOf) -> dict[Tensor, dict[str, Any]]:
         """What an optimizer knows of these parameters, from what it knows of the weight; unknown ones are left out.
 
         Args:
             weight: The weight.
             state: As :func:`~lightning_prehab.surgery.meanings.readable_state` gives it.
+            of: The same for other weights.
         """
         found: dict[Tensor, dict[str, Any]] = {}
         for part, view in self.views.items():
@@ -121,11 +155,6 @@ class Replacement:
             norm = weight.norm().clamp_min(torch.finfo(torch.float32).tiny)
             errors[join(self.layer.name, part)] = float(error.norm() / norm)
         return errors
-
-    def renamed(self) -> list[tuple[Tensor, tuple[str, str]]]:
-        """Parameters that both layers hold, each with its old and its new name within the layer."""
-        old = {id(parameter): name for name, parameter in self.old.named_parameters()}
-        return [(p, (old[id(p)], name)) for name, p in self.new.named_parameters() if id(p) in old]
 
 
 def _factor_states(view: MatrixView, child: Any, state: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:

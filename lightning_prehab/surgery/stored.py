@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from lightning_prehab.errors import CheckpointError
 from lightning_prehab.factorizations import Factors
 from lightning_prehab.kinds import MatrixView, kind_of
-from lightning_prehab.layers.linear import LowRankLayer
+from lightning_prehab.layers.linear import LowRankLayer, weights_in
+from lightning_prehab.layers.pivot import bias_holder
+from lightning_prehab.linalg.pivot import as_factor, is_order
 from lightning_prehab.linalg.sparse import Sparse
 from lightning_prehab.targets.locate import Layer
 from lightning_prehab.targets.names import join
@@ -24,7 +26,22 @@ def stored_factors(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str,
             places, values = (state_dict.get(f"{prefix}{name}.{part}") for part in ("indices", "values"))
             sparse = Sparse(places, values) if isinstance(places, Tensor) and isinstance(values, Tensor) else None
             found[name] = Factors(a, b, state_dict.get(f"{prefix}{name}.B.bias"), sparse)
+        name = key.removeprefix(prefix).removesuffix(".D.weight")
+        parts = [state_dict.get(f"{prefix}{name}.{part}") for part in ("D.weight", "C.weight", "order")]
+        d, c, order = (part if isinstance(part, Tensor) else None for part in parts)
+        if key == f"{prefix}{name}.D.weight" and d is not None and c is not None and order is not None:
+            found[name] = _pivoted(name, d, c, order)._replace(bias_shift=state_dict.get(f"{prefix}{name}.bias"))
     return found
+
+
+def _pivoted(name: str, d: Tensor, c: Tensor, order: Tensor) -> Factors:
+    """Factors in the pivot layout, checked against each other."""
+    if c.dim() != d.dim() or c.dim() < 2 or c.shape[1] != len(d) or not is_order(order, len(d) + len(c)):
+        raise CheckpointError(
+            f"Layer {name!r}: the checkpoint holds pivot rows of shape {tuple(d.shape)} and {tuple(c.shape)} with an "
+            f"order of shape {tuple(order.shape)}, which do not belong together; the file is damaged."
+        )
+    return Factors(d, as_factor(c, order), order=order)
 
 
 def follower(
@@ -82,7 +99,7 @@ def shapes_of(factors: Mapping[str, Factors]) -> dict[str, tuple[int, int]]:
 def _fitting(name: str, view: MatrixView, stored: Factors) -> Factors:
     """Stored factors as matrices, checked against the matrix that they stand for."""
     m, n, groups = *view.shape, view.group_count
-    a, b, bias, sparse = stored
+    a, b, bias, sparse, order = stored
     try:
         a, b = view.unfold(a, b)
         rank = b.shape[1] if b.dim() == 2 else 0
@@ -100,7 +117,7 @@ def _fitting(name: str, view: MatrixView, stored: Factors) -> Factors:
             f"Layer {name!r}: the checkpoint holds a sparse part of {sparse.values.numel()} values that has no place "
             f"in a {m}x{n} weight; the file is damaged, or the model has other sizes than the one that was saved."
         )
-    return Factors(a, b, bias, sparse)
+    return Factors(a, b, bias, sparse, order)
 
 
 def _low_rank_like(dense: nn.Module, views: Mapping[str, MatrixView], factors: Mapping[str, Factors]) -> LowRankLayer:
@@ -110,7 +127,7 @@ def _low_rank_like(dense: nn.Module, views: Mapping[str, MatrixView], factors: M
     new = kind.low_rank(dense, views, factors)
     for part, stored in factors.items():
         child: Any = new.get_submodule(part)
-        _fit_bias(child.B, stored.bias_shift is not None, child.A.weight, stored.bias_shift)
+        _fit_bias(bias_holder(child), stored.bias_shift is not None, next(weights_in(child)), stored.bias_shift)
     return new
 
 
@@ -119,8 +136,7 @@ def _fit_bias(module: nn.Module, wanted: bool, like: Tensor, value: Tensor | Non
     if not wanted:
         module.register_parameter("bias", None)
     elif module._parameters["bias"] is None:
-        size: Any = module._parameters["weight"]
-        start = like.new_zeros(size.shape[0]) if value is None else value.detach().to(like, copy=True)
+        start = like.new_zeros(len(like)) if value is None else value.detach().to(like, copy=True)
         module.register_parameter("bias", nn.Parameter(start, requires_grad=like.requires_grad))
 
 

@@ -19,7 +19,8 @@ def why_factors(target: Target, wished: Layout) -> str | None:
         return None
     view = view_of(target)
     kind = kind_of(view.module)
-    if view.group_count == 1 and getattr(kind, "pivot", False):
+    if kind is not None and kind.can_pivot(view):
         return None
     what = "a grouped convolution" if view.group_count > 1 else type(view.module).__name__
+    what = f"the {view.form} form of a convolution" if view.form else what
     return f"{AS_FACTORS}: {what} has no {wished} layout"

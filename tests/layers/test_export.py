@@ -78,6 +78,20 @@ def test_onnx_is_plain_products(compressed, tmp_path):
     torch.testing.assert_close(torch.from_numpy(output), compressed(x).detach(), atol=1e-4, rtol=1e-4)
 
 
+def test_the_pivot_layout_in_onnx_is_two_products_and_one_gather(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model = nn.Sequential(lp.PivotLinear.from_linear(nn.Linear(32, 24), 8)).eval()
+    x = torch.randn(4, 32)
+    torch.onnx.export(model, (x,), dynamo=True, verbose=False).save(tmp_path / "model.onnx")
+    kinds = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    assert sorted(kinds) == ["Add", "Concat", "Gather", "MatMul", "MatMul"]
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), model(x).detach(), atol=1e-4, rtol=1e-4)
+
+
 class Logits(nn.Module):
     """The first output of a model, from positional inputs: ``torch.jit.trace`` takes no more than tensors."""
 

@@ -7,6 +7,8 @@ from torch import nn
 
 import lightning_prehab as lp
 
+LAYOUTS = pytest.mark.parametrize("made", [lp.LowRankLinear, lp.PivotLinear])
+
 
 def sparse_layer(dtype=torch.float64, bias=True, nonzeros=9):
     """With factors and entries that are not zero."""
@@ -15,10 +17,15 @@ def sparse_layer(dtype=torch.float64, bias=True, nonzeros=9):
     return lp.LowRankPlusSparseLinear.from_factors(factors.A, factors.B, linear, factors.sparse), linear, factors
 
 
-def test_forward_is_the_dense_product():
-    layer = lp.LowRankLinear(12, 7, rank=3, dtype=torch.float64)
+@LAYOUTS
+def test_forward_is_the_dense_product(made):
+    layer = made.from_linear(nn.Linear(12, 7, dtype=torch.float64), 3)
     x = torch.randn(2, 5, 12, dtype=torch.float64)
-    expected = x @ (layer.B.weight @ layer.A.weight).mT + layer.bias
+    if made is lp.PivotLinear:
+        product = torch.cat([layer.D.weight, layer.C.weight @ layer.D.weight])[layer.order]
+    else:
+        product = layer.B.weight @ layer.A.weight
+    expected = x @ product.mT + layer.bias
     torch.testing.assert_close(layer(x), expected)
     torch.testing.assert_close(nn.functional.linear(x, layer.weight, layer.bias), expected)
 
@@ -26,6 +33,31 @@ def test_forward_is_the_dense_product():
 def test_parameters_stand_in_the_order_of_a_fresh_optimizer():
     assert [name for name, _ in lp.LowRankLinear(4, 4, 2).named_parameters()] == ["A.weight", "B.weight", "B.bias"]
     assert [name for name, _ in lp.LowRankLinear(4, 4, 2, bias=False).named_parameters()] == ["A.weight", "B.weight"]
+
+
+def test_parameters_of_pivot_rows_are_as_many_as_it_says():
+    for m, n, rank in [(7, 12, 3), (12, 7, 7), (5, 5, 1), (64, 48, 30)]:
+        layer = lp.PivotLinear(n, m, rank)
+        assert [name for name, _ in layer.named_parameters()] == ["bias", "D.weight", "C.weight"]
+        assert sum(p.numel() for p in layer.parameters()) == rank * (m + n - rank) + m
+        assert layer.order.dtype == torch.int64
+        assert layer.count_dense() == m * n + m
+
+
+@pytest.mark.parametrize("seed", range(0, 200, 25))
+def test_pivot_rows_are_the_truncated_svd_in_float32(seed):
+    generator = torch.Generator().manual_seed(seed)
+    for number in range(seed, seed + 25):
+        m, n = torch.randint(1, 65, (2,), generator=generator).tolist()
+        top = min(m, n)
+        rank = {0: top, 1: 1}.get(number % 4, int(torch.randint(1, top + 1, (), generator=generator)))
+        linear = nn.Linear(n, m, bias=False)
+        with torch.no_grad():
+            linear.weight.normal_(generator=generator)
+        u, s, vh = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
+        expected = u[:, :rank] * s[:rank] @ vh[:rank]
+        found = lp.PivotLinear.from_linear(linear, rank).weight.detach().double()
+        torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
 
 
 def test_weight_and_bias_are_read_only():
@@ -36,28 +68,31 @@ def test_weight_and_bias_are_read_only():
     assert lp.LowRankLinear(4, 3, 2, bias=False).bias is None
 
 
-def test_weight_is_differentiable():
-    layer = lp.LowRankLinear(4, 3, 2)
+@LAYOUTS
+def test_weight_is_differentiable(made):
+    layer = made(4, 3, 2)
     layer.weight.square().sum().backward()
-    assert layer.A.weight.grad.abs().sum() > 0
-    assert layer.B.weight.grad.abs().sum() > 0
+    for part in layer.children():
+        assert part.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_from_linear_is_the_truncated_svd(bias, dtype):
+@LAYOUTS
+def test_from_linear_is_the_truncated_svd(bias, dtype, made):
     linear = nn.Linear(9, 6, bias=bias, dtype=dtype)
-    low = lp.LowRankLinear.from_linear(linear, 2)
+    low = made.from_linear(linear, 2)
     s = np.linalg.svd(linear.weight.detach().double().numpy(), compute_uv=False)
     error = (linear.weight - low.weight).detach().double().norm().item()
     assert error == pytest.approx(np.sqrt((s[2:] ** 2).sum()), rel=1e-2 if dtype == torch.bfloat16 else 1e-5)
-    assert low.A.weight.dtype == dtype
+    assert all(part.weight.dtype == dtype for part in low.children())
     assert low.bias is linear.bias
 
 
-def test_from_linear_at_full_rank_and_back():
+@LAYOUTS
+def test_from_linear_at_full_rank_and_back(made):
     linear = nn.Linear(9, 6)
-    dense = lp.LowRankLinear.from_linear(linear, 6).to_linear()
+    dense = made.from_linear(linear, 6).to_linear()
     assert type(dense) is nn.Linear
     x = torch.randn(4, 9)
     torch.testing.assert_close(dense(x), linear(x), atol=1e-5, rtol=1e-5)
@@ -65,39 +100,44 @@ def test_from_linear_at_full_rank_and_back():
 
 
 @pytest.mark.parametrize("rank", [0, 4, -2])
-def test_rank_out_of_range(rank):
+@LAYOUTS
+def test_rank_out_of_range(rank, made):
     with pytest.raises(lp.PrehabError, match=rf"rank must lie in \[1, 3\].*got {rank}"):
-        lp.LowRankLinear(5, 3, rank)
+        made(5, 3, rank)
 
 
-def test_state_dict_deepcopy_half_and_meta():
-    layer = lp.LowRankLinear(8, 6, 3)
+@LAYOUTS
+def test_state_dict_deepcopy_half_and_meta(made):
+    layer = made.from_linear(nn.Linear(8, 6), 3)
     clone = copy.deepcopy(layer)
     torch.testing.assert_close(clone.weight, layer.weight)
-    fresh = lp.LowRankLinear(8, 6, 3)
+    fresh = made(8, 6, 3)
     fresh.load_state_dict(layer.state_dict())
     torch.testing.assert_close(fresh.weight, layer.weight)
     assert layer.half().weight.dtype == torch.float16
-    assert lp.LowRankLinear(8, 6, 3, device="meta").weight.device.type == "meta"
+    assert made(8, 6, 3, device="meta").weight.device.type == "meta"
 
 
-def test_from_factors_keeps_flags_and_the_global_random_state():
+@LAYOUTS
+def test_from_factors_keeps_flags_and_the_global_random_state(made):
     linear = nn.Linear(8, 6).eval()
     linear.weight.requires_grad_(False)
     state = torch.get_rng_state()
-    low = lp.LowRankLinear.from_linear(linear, 2)
+    low = made.from_linear(linear, 2)
     assert torch.equal(torch.get_rng_state(), state)
     assert not low.training
-    assert not low.A.weight.requires_grad
+    assert not any(part.weight.requires_grad for part in low.children())
     assert low.bias.requires_grad
+    assert not low.to_dense().weight.requires_grad
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_inside_multihead_attention(training):
+@LAYOUTS
+def test_inside_multihead_attention(training, made):
     attention = nn.MultiheadAttention(16, 4, batch_first=True).train(training)
     x = torch.randn(2, 5, 16)
     expected = attention(x, x, x)[0]
-    attention.out_proj = lp.LowRankLinear.from_linear(attention.out_proj, 16)
+    attention.out_proj = made.from_linear(attention.out_proj, 16)
     torch.testing.assert_close(attention(x, x, x)[0], expected, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(attention(x, x, x)[0], expected.detach(), atol=1e-5, rtol=1e-5)
@@ -105,13 +145,14 @@ def test_inside_multihead_attention(training):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
-def test_inside_transformer_encoder_layer(training, grad):
+@LAYOUTS
+def test_inside_transformer_encoder_layer(training, grad, made):
     encoder = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True).train(training)
     x = torch.randn(2, 5, 16)
     with torch.set_grad_enabled(grad):  # without gradients, eval takes the fast path, which reads linear1.weight
         expected = encoder(x)
-        encoder.linear1 = lp.LowRankLinear.from_linear(encoder.linear1, 16)
-        encoder.linear2 = lp.LowRankLinear.from_linear(encoder.linear2, 16)
+        encoder.linear1 = made.from_linear(encoder.linear1, 16)
+        encoder.linear2 = made.from_linear(encoder.linear2, 16)
         torch.testing.assert_close(encoder(x), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -207,8 +248,9 @@ class TestLowRankPlusSparse:
         assert low.values.data_ptr() != layer.values.data_ptr()
 
 
-def test_meta_and_back_by_assignment():
-    layer = lp.LowRankLinear(8, 6, 3)
+@LAYOUTS
+def test_meta_and_back_by_assignment(made):
+    layer = made.from_linear(nn.Linear(8, 6), 3)
     moved = copy.deepcopy(layer).to(device="meta")
     moved.load_state_dict(layer.state_dict(), assign=True)
     torch.testing.assert_close(moved.state_dict(), layer.state_dict(), atol=0, rtol=0)
@@ -216,34 +258,51 @@ def test_meta_and_back_by_assignment():
     torch.testing.assert_close(moved(x), layer(x))
 
 
-def test_flops_are_those_of_the_factors():
+@LAYOUTS
+def test_flops_are_those_of_the_parts(made):
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        lp.LowRankLinear(16, 12, 3)(torch.randn(5, 16))
-    assert counter.get_total_flops() == 2 * 5 * 3 * (16 + 12)
+        made(16, 12, 3)(torch.randn(5, 16))
+    assert counter.get_total_flops() == 2 * 5 * 3 * (16 + 12 - (3 if made is lp.PivotLinear else 0))
 
 
-def test_parameters_to_vector_and_back():
-    layer, other = lp.LowRankLinear(8, 6, 3), lp.LowRankLinear(8, 6, 3)
+@LAYOUTS
+@pytest.mark.parametrize("bias", [True, False])
+def test_autocast_multiplies_in_half_precision(made, bias):
+    layer = made(8, 6, 3, bias)
+    x = torch.randn(4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+    torch.testing.assert_close(y.float(), layer(x), atol=5e-2, rtol=5e-2)
+
+
+@LAYOUTS
+def test_parameters_to_vector_and_back(made):
+    layer, other = made(8, 6, 3), made(8, 6, 3)
     vector = nn.utils.parameters_to_vector(layer.parameters())
     nn.utils.vector_to_parameters(vector, other.parameters())  # views into the vector, at any address
     torch.testing.assert_close(other.state_dict(), layer.state_dict(), atol=0, rtol=0)
     torch.testing.assert_close(other.weight, layer.weight)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+@LAYOUTS
+def test_gradient_checkpointing_gives_the_same_gradients(made):
     from torch.utils.checkpoint import checkpoint
 
-    layer = lp.LowRankLinear(8, 6, 3)
+    layer = made(8, 6, 3)
     x = torch.randn(2, 8)
     expected = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
     found = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), list(layer.parameters()))
     torch.testing.assert_close(found, expected)
 
 
-def test_compiles_without_a_graph_break():
-    layer = lp.LowRankLinear(8, 6, 3)
+@LAYOUTS
+def test_compiles_without_a_graph_break(made):
+    layer = made.from_linear(nn.Linear(8, 6), 3)
     x = torch.randn(2, 8)
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))

@@ -41,7 +41,7 @@ def factors_of(model, plan, statistics):
     found = {}
     for cut in cuts:
         weight = model.get_submodule(cut.name).weight.detach()
-        a, b, shift, sparse = plan.factorization(weight, cut.rank, statistics[cut.name])
+        a, b, shift, sparse, _ = plan.factorization(weight, cut.rank, statistics[cut.name])
         sparse = None if sparse is None else sparse._replace(values=sparse.values.to(weight))
         found[cut.name] = Factors(a.to(weight), b.to(weight), shift, sparse)
     return found

@@ -1,0 +1,125 @@
+"""How fast is a layer in the pivot layout, beside two factors of as many numbers, and dense?
+
+    python benchmarks/pivot_speed.py          # measures what is missing in pivot_speed.json
+    python benchmarks/pivot_speed.py --table  # prints the stored results only
+
+Random layers with a bias, one thread, float32. The three of a cell are called in turn, medians; "training" is forward
+and backward. At an equal number of numbers the pivot layout has the higher rank, so it is as large as the factors and
+closer to the dense matrix. The last columns are the error of the product when all parts are rounded to bfloat16.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+import lightning_prehab as lp
+from lightning_prehab.linalg.storage import Layout, rank_within
+
+RESULTS = Path(__file__).with_suffix(".json")
+SHAPES = ((576, 576), (1536, 576), (4096, 4096))
+KEEPS, TOKENS = (0.8, 0.6, 0.4), (1, 32, 2048)
+WAYS = ("eager", "training", "compiled")
+
+
+def layers(rows: int, columns: int, keep: float) -> dict[str, nn.Module]:
+    """The three, made of the same dense matrix as far as time goes: the parts are random."""
+    torch.manual_seed(0)
+    made: dict[str, nn.Module] = {"dense": nn.Linear(columns, rows)}
+    for layout, kind in (("factors", lp.LowRankLinear), ("pivot", lp.PivotLinear)):
+        as_layout: Layout = layout  # type: ignore[assignment]
+        made[layout] = kind(columns, rows, rank_within(keep * rows * columns, rows, columns, as_layout))
+    torch.randperm(rows, out=made["pivot"].order)
+    return made
+
+
+def call(layer: Callable[[Tensor], Tensor], x: Tensor, way: str) -> None:
+    if way == "training":
+        x = x.requires_grad_()
+        layer(x).sum().backward()
+    else:
+        with torch.no_grad():
+            layer(x)
+
+
+def seconds(made: dict[str, nn.Module], tokens: int, columns: int, way: str) -> dict[str, float]:
+    x = torch.randn(tokens, columns)
+    run = {name: torch.compile(layer) if way == "compiled" else layer for name, layer in made.items()}
+    taken: dict[str, list[float]] = {name: [] for name in run}
+    for turn in range(-2, 40):  # the first two warm up
+        if turn >= 5 and sum(map(sum, taken.values())) > 3.0:
+            break
+        for name, layer in run.items():
+            start = perf_counter()
+            call(layer, x, way)
+            if turn >= 0:
+                taken[name].append(perf_counter() - start)
+    return {name: median(times) for name, times in taken.items()}
+
+
+def rounding(rows: int, columns: int, keep: float) -> dict[str, float]:
+    """Relative error of the product when the parts are rounded to bfloat16: of a random matrix, cut by SVD."""
+    torch.manual_seed(0)
+    linear = nn.Linear(columns, rows, bias=False)
+    errors = {}
+    for name, kind in (("factors", lp.LowRankLinear), ("pivot", lp.PivotLinear)):
+        as_layout: Layout = name  # type: ignore[assignment]
+        layer = kind.from_linear(linear, rank_within(keep * rows * columns, rows, columns, as_layout))
+        exact = layer.weight.detach().clone()
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.copy_(parameter.bfloat16())
+        errors[name] = float((layer.weight.detach() - exact).norm() / exact.norm())
+    return errors
+
+
+def measure() -> None:
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    done = {(*row["shape"], row["keep"]) for row in rows}
+    for m, n in SHAPES:
+        for keep in KEEPS:
+            if (m, n, keep) in done:
+                continue
+            row = {"shape": [m, n], "keep": keep, "torch": torch.__version__}
+            row["bf16 error"] = rounding(m, n, keep) if m < 4096 else {}
+            for way in WAYS:
+                for tokens in TOKENS:
+                    torch._dynamo.reset()
+                    row[f"{way} {tokens}"] = seconds(layers(m, n, keep), tokens, n, way)
+            rows.append(row)
+            RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+            print(row, flush=True)
+
+
+def print_table() -> None:
+    print("| layer | keep | way | 1 token | 32 tokens | 2,048 tokens |")
+    print("|---" * 6 + "|")
+    for row in json.loads(RESULTS.read_text()):
+        for way in WAYS:
+            times = [row[f"{way} {tokens}"] for tokens in TOKENS]
+            cells = [" / ".join(f"{one['dense'] / one[name]:.2f}" for name in ("factors", "pivot")) for one in times]
+            print(f"| {'x'.join(map(str, row['shape']))} | {row['keep']} | {way} | {' | '.join(cells)} |")
+    print("\n| layer | keep | bf16 error of two factors | of the pivot layout |")
+    print("|---" * 4 + "|")
+    for row in json.loads(RESULTS.read_text()):
+        if row["bf16 error"]:
+            errors = [f"{100 * row['bf16 error'][name]:.2f} %" for name in ("factors", "pivot")]
+            print(f"| {'x'.join(map(str, row['shape']))} | {row['keep']} | {' | '.join(errors)} |")
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--table", action="store_true")
+    if not arguments.parse_args().table:
+        torch.set_num_threads(1)
+        measure()
+    print_table()
+
+
+if __name__ == "__main__":
+    main()
