@@ -180,6 +180,8 @@ def apply_plan_(
     optimizers: Iterable[torch.optim.Optimizer] = (),
     *,
     layers_at_once: int | None = None,
+    batches: Iterable[Any] | None = None,
+    refine: Refinement | bool | int | None = None,
     evaluate: Iterable[Any] | Evaluation | None = None,
 ) -> CompressionReport:
     """Replaces the planned layers by :class:`~lightning_prehab.LowRankLinear`, in place.
@@ -195,6 +197,8 @@ def apply_plan_(
             group, first moments are carried over exactly, learning-rate schedulers go on undisturbed. Both moments of
             the values of a sparse part are carried over exactly.
         layers_at_once: Work on so many layers at a time, as in :func:`compress_`; None takes all at once.
+        batches: What ``refine`` trains on.
+        refine: Train the cut model right after the cut, as in :func:`compress_`.
         evaluate: Batches to say on what the model is worth before and after, as in :func:`compress_`.
 
     Returns:
@@ -210,5 +214,6 @@ def apply_plan_(
     check_pretrained(model, (view_of(target).module for target in targets.values()))
     pivot = any(layer.layout == "pivot" for layer in plan.layers)
     solver = Solver(targets, plan.factorization, statistics, layout="pivot" if pivot else "factors")
-    site = ProcessSite(model, optimizers=optimizers, layers_at_once=layers_at_once, evaluate=evaluate)
-    return apply(plan, site, solver)
+    refinement = Refinement.of(refine)
+    site = ProcessSite(model, batches, None, optimizers, layers_at_once=layers_at_once, evaluate=evaluate)
+    return apply(plan, site, solver, refinement)

@@ -162,17 +162,20 @@ def plan_budgets(recipes: Sequence[Recipe], site: Site) -> list[CompressionPlan]
     return plans
 
 
-def apply(plan: CompressionPlan, site: Site, solver: Solver) -> CompressionReport:
+def apply(plan: CompressionPlan, site: Site, solver: Solver, refinement: Refinement | None = None) -> CompressionReport:
     """Carries out a plan that is there already.
 
     Args:
         plan: What is cut to which rank.
         site: Where the model lives.
         solver: Of the targets to be cut, in the order of the plan.
+        refinement: What is to be done with the cut model, or None.
 
     Raises:
         PrehabError: If something is wrong; the model is then as it was.
     """
+    if refinement is not None:
+        site.check_refinement(refinement)
     before = site.score()
     spectra: dict[str, Spectrum] = {}
     for block in site.blocks(Targets(solver.targets, {}, None)):
@@ -181,7 +184,7 @@ def apply(plan: CompressionPlan, site: Site, solver: Solver) -> CompressionRepor
     factors = site.factors(plan)
     site.release()
     seen = {name: spectra[form] for name, form in zip(cut, solver.targets, strict=True)}
-    return _carry_out(plan, site, factors, seen, before)
+    return _carry_out(plan, site, factors, seen, before, refinement)
 
 
 def _decide(recipe: Recipe, site: Site, found: Survey) -> CompressionPlan:

@@ -123,6 +123,14 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     compressing.add_argument(
         "--plan", type=file, metavar="FILE", help="carry out what plan --output has written, edited or not"
     )
+    compressing.add_argument(
+        "--refine",
+        type=count,
+        nargs="?",
+        const=True,
+        metavar="STEPS",
+        help="train the cut model without labels to answer as the dense one, on the data (128 steps)",
+    )
     compressing.add_argument("--force", action="store_true", help="replace a compressed model that is there")
     compressing.add_argument(
         "--offload", action="store_true", help="one block in memory at a time: for folders larger than memory"

@@ -37,6 +37,7 @@ from lightning_prehab.files.folders import load_compressed
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.progress import doing, shown
+from lightning_prehab.refinement.settings import Refinement
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.report.figures import to_png
 from lightning_prehab.report.latency import ModelLatency, compare_latencies
@@ -85,6 +86,8 @@ def compress(settings: Any) -> None:
         raise ArgumentError("--memory is for --offload; give both, or --layers-at-once.")
     source, output = Path(settings.source), Path(settings.output)
     check_output(output, settings.force)
+    if settings.refine is not None and settings.data is None:
+        raise ArgumentError("--refine trains on text or batches; give --data.")
     wish = read_recipe(settings, settings.keep) if settings.plan is None else read_plan(settings)
     settle_data(settings, wish)
     if isinstance(wish, Recipe):
@@ -99,7 +102,7 @@ def compress(settings: Any) -> None:
         else:
             evaluation = None if measured is None else measured.evaluation()
             site = ProcessSite(model, batches, layers_at_once=settings.layers_at_once, evaluate=evaluation)
-            report = operate(wish, site)
+            report = operate(wish, site, Refinement.of(settings.refine))
     with shown(), doing("write"):
         write_model(model, report, source, output)
     if settings.plan is None:
@@ -160,7 +163,10 @@ def _carry_out(
         statistics = site.observe(targets, plan.factorization.wanted)
         site.warn_of_few_tokens()
     evaluation = None if measured is None else measured.evaluation()
-    return apply_plan_(model, plan, statistics, layers_at_once=at_once, evaluate=evaluation)
+    refine, train_on = settings.refine, None if settings.refine is None else batches
+    return apply_plan_(
+        model, plan, statistics, layers_at_once=at_once, batches=train_on, refine=refine, evaluate=evaluation
+    )
 
 
 def _check_data(recipe: Recipe, settings: Any) -> None:

@@ -3,28 +3,31 @@
 import torch
 from torch import Tensor
 
+from lightning_prehab.linalg.matrices import symmetric_eigh, to_float64
+
 
 def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the same product, both with the square roots of its singular values: ``B = U S^1/2, A = S^1/2 V^T``.
+    """Factors of the same product, ordered by size, each pair of a row of ``A`` and a column of ``B`` of equal norm.
 
-    Computed in float64 from a QR decomposition of each factor and an SVD of a small matrix.
+    Both have the square roots of the product's singular values: ``B = U S^1/2, A = S^1/2 V^T``. One factor is turned
+    into the basis of the other, so that the product stays to rounding, however small its last singular values are.
 
     Args:
-        a: Shape ``(rank, n)``.
-        b: Shape ``(m, rank)``.
+        a: Shape ``(r, n)``, ``r`` at most ``n``.
+        b: Shape ``(m, r)``, ``r`` at most ``m``.
 
     Returns:
-        ``A`` and ``B`` of the same shapes, dtypes and devices.
+        ``A`` and ``B`` of the same shapes, in float64.
 
     >>> a, b = balanced(torch.tensor([[8.0, 0.0]]), torch.tensor([[0.0], [2.0]]))
     >>> a.abs(), b.abs()
-    (tensor([[4., 0.]]), tensor([[0.],
-            [4.]]))
+    (tensor([[4., 0.]], dtype=torch.float64), tensor([[0.],
+            [4.]], dtype=torch.float64))
     """
-    wide = torch.float32 if a.device.type == "mps" else torch.float64
-    q_a, r_a = torch.linalg.qr(a.mT.to(wide))
-    q_b, r_b = torch.linalg.qr(b.to(wide))
-    u, s, vt = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
-    root = s.sqrt()
-    new_a, new_b = root[:, None] * (vt @ q_a.mT), (q_b @ u) * root
-    return new_a.to(a), new_b.to(b)
+    basis, triangle = torch.linalg.qr(to_float64(b))
+    rows = triangle @ to_float64(a)
+    vectors = symmetric_eigh(rows @ rows.mT)[1].to(rows.device)
+    a, b = vectors.mT @ rows, basis @ vectors
+    scale = a.norm(dim=1).sqrt()  # columns of B have length 1
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return a / scale[:, None], b * scale

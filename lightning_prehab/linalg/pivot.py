@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_prehab.linalg.matrices import require_finite, symmetric_eigh, to_float64
+from lightning_prehab.linalg.balance import balanced
+from lightning_prehab.linalg.matrices import require_finite, to_float64
 
 #: Rows are exchanged until no entry of C is larger.
 LARGEST_ENTRY = 1.1
@@ -86,7 +87,7 @@ def from_factor(b: Tensor, order: Tensor) -> Tensor:
 
 
 def balanced_factors(d: Tensor, c: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the same matrix, ordered by size, each pair of a row of ``A`` and a column of ``B`` of equal norm.
+    """Factors of the same matrix; see :func:`~lightning_prehab.linalg.balance.balanced`.
 
     Args:
         d: Shape ``(r, n)``.
@@ -96,13 +97,7 @@ def balanced_factors(d: Tensor, c: Tensor, order: Tensor) -> tuple[Tensor, Tenso
     Returns:
         ``A`` of shape ``(r, n)`` and ``B`` of shape ``(m, r)``, in float64.
     """
-    basis, triangle = torch.linalg.qr(as_factor(to_float64(c), order))
-    rows = triangle @ to_float64(d)
-    vectors = symmetric_eigh(rows @ rows.mT)[1].to(rows.device)
-    a, b = vectors.mT @ rows, basis @ vectors
-    scale = a.norm(dim=1).sqrt()  # columns of B have length 1
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return a / scale[:, None], b * scale
+    return balanced(d, as_factor(to_float64(c), order))
 
 
 def is_order(order: Tensor, rows: int) -> bool:

@@ -86,7 +86,8 @@ def refine_block_(
         return sum(float(one.total) for one in found) / max(sum(one.weight for one in found), 1e-30)
 
     steps = refinement.steps_in("blocks")
-    return Course(parameters_to_train(block), steps, refinement.rate_in("blocks"), refinement.patience).run(
+    parameters = parameters_to_train(block, pair.stand_ins)
+    return Course(parameters, steps, refinement.rate_in("blocks"), refinement.patience).run(
         sequences.order(steps),
         lambda number: error(number, sequences.training[number]).mean,
         measure,

@@ -18,7 +18,7 @@ def refine_model_(pair: Pair, sequences: Sequences, refinement: Refinement) -> O
         sequences: What it is trained and measured on.
         refinement: The settings.
     """
-    parameters = parameters_to_train(pair.model)
+    parameters = parameters_to_train(pair.model, pair.stand_ins)
     steps = refinement.steps_in("model")
     twice = refinement.checkpointing
     if twice is None:

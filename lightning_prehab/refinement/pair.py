@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.refinement.distance import Distance, answer_in, distance, measure_for
+from lightning_prehab.refinement.stand_ins import StandIns
 from lightning_prehab.statistics.batches import call_model, to_device
 
 
@@ -25,6 +26,7 @@ class Pair:
     def __init__(self, model: nn.Module, teacher: nn.Module, half: bool, measure: str | None = None) -> None:
         self.model, self.teacher, self.half, self.measure = model, teacher, half, measure
         self.device = next(model.parameters()).device
+        self.stand_ins = StandIns(model)
 
     def distance(self, batch: Any) -> Distance:
         """How far the model's answer is from the teacher's, with its graph if gradients are on."""

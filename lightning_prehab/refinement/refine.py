@@ -2,7 +2,8 @@
 
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prehab.errors import ArgumentError, TargetError
 from lightning_prehab.layers import LowRankLayer
+from lightning_prehab.layers.pivot import PivotLayer
 from lightning_prehab.linalg.modes import outside_inference_mode
 from lightning_prehab.progress import shown
 from lightning_prehab.refinement.block_scope import refine_blocks_
@@ -102,23 +104,26 @@ def refine_with_(
     device = parameters[0].device
     scope = refinement.scope or fitting_scope(model, parameters)
     pair = Pair(model, teacher, in_half(refinement, device), refinement.measure)
-    first = [parameter.detach().clone() for parameter in parameters]
+    values = [*parameters, *(one.order for one in model.modules() if isinstance(one, PivotLayer))]
+    first = [value.detach().clone() for value in values]
     try:
-        with same_randomness(device), undisturbed(model), undisturbed(teacher):
-            with trainable(model, parameters):
-                found = _refine_in(scope, pair, sequences, refinement)
-            if found.kept and scope == "model" and any(one.dtype.itemsize < 4 for one in parameters):
-                found = _rounded(found, pair, sequences)
+        with _at_work(pair), trainable(model, parameters), pair.stand_ins.in_place():
+            found = _refine_in(scope, pair, sequences, refinement)
+        if found.kept:
+            pair.stand_ins.pack_()
+            if pair.stand_ins or any(one.dtype.itemsize < 4 for one in parameters):
+                found = _as_it_is(found, pair, sequences)
     except Exception:
-        _restore_(parameters, first)
+        _restore_(values, first)
         raise
     except BaseException:
+        pair.stand_ins.pack_()
         warnings.warn(
             "Interrupted while the model was refined: it is in the best state that was measured so far.", stacklevel=2
         )
         raise
     if not found.kept:
-        _restore_(parameters, first)
+        _restore_(values, first)
         found = found._replace(after=found.before)
     return RefinementReport(
         scope,
@@ -154,13 +159,21 @@ def _refine_in(scope: Scope, pair: Pair, sequences: Sequences, refinement: Refin
     return Outcome(before, after, sum(one.steps for one in outcomes), after < before, None)
 
 
-def _rounded(found: Outcome, pair: Pair, sequences: Sequences) -> Outcome:
-    """What is left of it in weights that have been rounded."""
-    after = pair.mean_distance(sequences.held_back)
+def _as_it_is(found: Outcome, pair: Pair, sequences: Sequences) -> Outcome:
+    """What is left of it when weights are packed and rounded."""
+    with _at_work(pair):
+        after = pair.mean_distance(sequences.held_back)
     return found._replace(after=after, kept=after < found.before)
 
 
+@contextmanager
+def _at_work(pair: Pair) -> Iterator[None]:
+    """Inside, both models answer the same at each call; outside they are as they were."""
+    with same_randomness(pair.device), undisturbed(pair.model), undisturbed(pair.teacher):
+        yield
+
+
 @torch.no_grad()
-def _restore_(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
+def _restore_(values: list[Tensor], first: list[Tensor]) -> None:
+    for value, old in zip(values, first, strict=True):
+        value.copy_(old)

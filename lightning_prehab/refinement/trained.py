@@ -10,13 +10,27 @@ from torch import nn
 from lightning_prehab.layers import LowRankConv1d, LowRankConv2d, LowRankLayer, LowRankLinear
 from lightning_prehab.layers.conv import matrix_to_kernel
 from lightning_prehab.linalg.balance import balanced
+from lightning_prehab.refinement.stand_ins import StandIns
 from lightning_prehab.statistics.calibration import as_found
 
 
-def parameters_to_train(module: nn.Module) -> list[nn.Parameter]:
-    """Those of low-rank layers, and all vectors: norms and biases; each once, in order."""
-    ours = {id(one) for layer in module.modules() if isinstance(layer, LowRankLayer) for one in layer.parameters()}
-    return [one for one in module.parameters() if one.is_floating_point() and (one.dim() <= 1 or id(one) in ours)]
+def parameters_to_train(module: nn.Module, stand_ins: StandIns | None = None) -> list[nn.Parameter]:
+    """Those of low-rank layers, and all vectors: norms and biases; each once.
+
+    Args:
+        module: A model or a block.
+        stand_ins: What is trained in the place of layers, or None.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, LowRankLayer)]
+    ours = {id(one) for layer in layers for one in layer.parameters()}
+    found = {id(one): one for one in module.parameters() if one.dim() <= 1 or id(one) in ours}
+    for layer in layers:
+        instead = None if stand_ins is None else stand_ins.parameters_for(layer)
+        if instead is not None:
+            for part in layer.children():
+                found = {key: one for key, one in found.items() if one is not part.weight}
+            found |= {id(one): one for one in instead}
+    return [one for one in found.values() if one.is_floating_point()]
 
 
 @torch.no_grad()
@@ -29,7 +43,7 @@ def balance_(module: nn.Module) -> None:
         if isinstance(layer, LowRankLinear):
             a, b = layer.A.weight, layer.B.weight
             if a.is_floating_point() and b.is_floating_point():
-                new_a, new_b = balanced(a, b)
+                new_a, new_b = balanced(a, b)  # float64
                 a.copy_(new_a)
                 b.copy_(new_b)
         elif isinstance(layer, LowRankConv1d | LowRankConv2d) and layer.groups == 1:
