@@ -18,6 +18,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "cheat-sheet.md"
 CALLBACKS = [lp.PrehabCallback, lp.CompressionCallback, lp.RehabSchedule, lp.PaperPrehab]
 FUNCTIONS = [
     lp.compress_,
+    lp.compress_folder,
     lp.find_targets,
     lp.collect_statistics,
     lp.make_plan,

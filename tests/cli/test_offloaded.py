@@ -1,0 +1,77 @@
+"""``compress --offload``."""
+
+import json
+
+import pytest
+import torch
+
+import lightning_prehab as lp
+from lightning_prehab.cli import main
+
+pytest.importorskip("transformers")
+
+from tests.offload.folders import batches, dense
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fewer calibration tokens")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    dense("llama", tmp_path / "dense")
+    rows = {name: torch.cat([batch[name] for batch in batches()]) for name in batches()[0]}
+    torch.save(rows, tmp_path / "data.pt")
+    return tmp_path
+
+
+def command(folder, *options: str) -> int:
+    data = ["--data", str(folder / "data.pt"), "--batch-size", "3"]
+    return main(["compress", str(folder / "dense"), "--output", str(folder / "small"), "--offload", *data, *options])
+
+
+def test_it_writes_what_the_ordinary_way_writes(folder, capsys):
+    assert command(folder, "--keep", "0.5", "--memory", "100GB") == 0
+    out, err = capsys.readouterr()
+    assert "2 blocks, one at a time: about" in err
+    assert "written to" in out
+    assert "from_pretrained" in out
+    arguments = ["compress", str(folder / "dense"), "--output", str(folder / "ordinary"), "--keep", "0.5"]
+    assert main([*arguments, "--data", str(folder / "data.pt"), "--batch-size", "3", "--evaluate", "0"]) == 0
+    ours, theirs = (lp.CompressionReport.load_json(folder / name / "report.json") for name in ("small", "ordinary"))
+    assert ours.ranks == theirs.ranks
+    assert ours.weight_errors == pytest.approx(theirs.weight_errors, rel=1e-4)
+    names = [{path.name for path in (folder / name).iterdir()} for name in ("small", "ordinary")]
+    assert {name for name in names[1] if "weights-" not in name} == {name for name in names[0] if "weights-" not in name}
+    assert main(["report", str(folder / "small")]) == 0
+    bench = ["bench", str(folder / "dense"), "--compressed", str(folder / "small"), "--batch-sizes", "1"]
+    assert main([*bench, "--data", str(folder / "data.pt"), "--max-length", "8"]) == 0
+
+
+def test_json_and_force(folder, capsys):
+    assert command(folder) == 0
+    assert command(folder) == 1
+    assert "exists; give --force" in capsys.readouterr().err
+    assert command(folder, "--force", "--json", "--keep", "0.4") == 0
+    assert json.loads(capsys.readouterr().out)["report"]["keep"] <= 0.4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--evaluate", "0.1"], "--evaluate needs the whole model"),
+        (["--layers-at-once", "2"], "leave --layers-at-once out"),
+        (["--model", "some.Class"], "leave --model out"),
+        (["--policy", "probe"], "tries cuts on the whole model"),
+        (["--memory", "little"], "memory must be bytes"),
+        (["--memory", "2MB"], "is too little"),
+        (["--device", "cuda"], "computes on the CPU"),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused(options, message, folder, capsys):
+    assert command(folder, *options) == 1
+    assert message in capsys.readouterr().err
+    assert not (folder / "small").exists()
+
+
+def test_memory_alone_has_no_meaning(folder, capsys):
+    assert main(["compress", str(folder / "dense"), "--output", str(folder / "small"), "--memory", "3GB"]) == 1
+    assert "--memory is for --offload" in capsys.readouterr().err

@@ -1,0 +1,81 @@
+"""The blocks of a model are run as the model runs them, or the model is refused with the reason."""
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_prehab as lp
+
+transformers = pytest.importorskip("transformers")
+
+from lightning_prehab.offload.chain import Chain
+from lightning_prehab.offload.skeleton import Skeleton, Source
+from tests.offload.folders import MODELS, SIZES, batches, dense
+
+IDS = {"input_ids": torch.arange(8)[None]}
+
+
+def albert() -> nn.Module:
+    return transformers.AlbertModel(transformers.AlbertConfig(**SIZES, embedding_size=16))
+
+
+def bloom() -> nn.Module:
+    return transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=48, hidden_size=32, n_layer=2, n_head=4))
+
+
+def t5() -> nn.Module:
+    config = transformers.T5Config(
+        vocab_size=48, d_model=32, d_ff=64, d_kv=8, num_layers=3, num_heads=4, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def mixtral() -> nn.Module:
+    config = transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+    return transformers.MixtralForCausalLM(config)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_chain_gives_what_the_model_gives(name, tmp_path):
+    kind = dense(name, tmp_path)
+    model = kind.from_pretrained(tmp_path, dtype="auto").eval()
+    skeleton = Skeleton(Source(tmp_path))
+    chain = Chain(skeleton)
+    batch = batches(2)[1]
+    entrance = chain.enter(batch)
+    chain.rest()
+    states = entrance.states
+    with torch.no_grad():
+        for number, block in enumerate(chain.blocks):
+            with skeleton.loaded(block):
+                states = chain.run(number, states, entrance.calls[number])
+        assert all(tensor.isnan().all() for tensor in skeleton.model.parameters())  # nothing stays in memory
+        output = chain.leave(batch, states)
+        chain.rest()
+        assert torch.equal(output.logits, model(**batch).logits)
+    assert all(tensor.isnan().all() for tensor in skeleton.model.parameters())
+    assert all(parameter.requires_grad for parameter in skeleton.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "message"),
+    [
+        (albert, IDS, "AlbertModel cannot be run block by block"),
+        (bloom, IDS, "cannot be run block by block: 'transformer.h.0' returns more than hidden states"),
+        (t5, {**IDS, "decoder_input_ids": IDS["input_ids"]}, "cannot be run block by block"),
+        (mixtral, IDS, "lays the weights out in another way than the model does"),
+    ],
+)
+def test_what_cannot_be_driven_is_refused(model, batch, message, tmp_path):
+    model().save_pretrained(tmp_path / "dense")
+    with pytest.raises(lp.PrehabError, match=message):
+        lp.compress_folder(tmp_path / "dense", tmp_path / "small", 0.5, [batch], progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_something_between_two_blocks_is_seen(tmp_path):
+    dense("llama", tmp_path)
+    skeleton = Skeleton(Source(tmp_path))
+    skeleton.model.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0] + 1.0, *args[1:]))
+    with pytest.raises(lp.PrehabError, match="'model.layers.1' is given something else than what 'model.layers.0'"):
+        Chain(skeleton).enter(IDS)
