@@ -154,30 +154,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         made.add_argument("--max-length", type=count, metavar="N", default=128, help="tokens of a line of text (128)")
         made.add_argument("--device", type=device, default="cpu", help="where to compute (cpu)")
     for made in (planning, compressing):
-        group = made.add_argument_group("how to cut")
-        group.add_argument("--method", **_one_of(METHODS), help="default: kronecker with data, svd without")
-        group.add_argument("--policy", **_one_of(POLICIES), help="default: budget for kronecker, ratio for others")
-        group.add_argument(
-            "--trials", type=count, metavar="N", help="try so many whole cuts on held-back data, and take the best"
-        )
-        group.add_argument("--target-modules", metavar="NAME", nargs="+", help="names or patterns to take")
-        group.add_argument("--exclude-modules", metavar="NAME", nargs="+", help="names or patterns to leave")
-        group.add_argument(
-            "--rank-override",
-            metavar="PATTERN=RANK",
-            type=override,
-            nargs="+",
-            help="a rank, a share of the layer's parameters below 1, or dense",
-        )
-        group.add_argument("--rank-multiple-of", type=count, metavar="N", help="ranks are multiples of this (1)")
-        group.add_argument(
-            "--layout", **_one_of(LAYOUTS), help="how a cut matrix is stored; pivot needs less (factors)"
-        )
-        group.add_argument("--split-fused", action="store_true", help="cut queries, keys and values each for itself")
-        group.add_argument(
-            "--layers-at-once", type=count, metavar="N", help="calibrate so many at a time, in less memory"
-        )
-        group.add_argument("--recipe", type=file, metavar="FILE", help="YAML of all this; options given beside it win")
+        _add_recipe(made)
     reporting.add_argument("path", metavar="FOLDER", help="what compress has written, or a report.json")
     reporting.add_argument("--html", metavar="FILE", help="write a page with figures too (extra plot)")
     reporting.add_argument(
@@ -192,6 +169,30 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     for made in commands.values():
         made.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser, commands
+
+
+def _add_recipe(parser: Parser) -> None:
+    """How a model is to be cut."""
+    group = parser.add_argument_group("how to cut")
+    group.add_argument("--method", **_one_of(METHODS), help="default: kronecker with data, svd without")
+    group.add_argument("--policy", **_one_of(POLICIES), help="default: budget for kronecker, ratio for others")
+    group.add_argument(
+        "--trials", type=count, metavar="N", help="try so many whole cuts on held-back data, and take the best"
+    )
+    group.add_argument("--target-modules", metavar="NAME", nargs="+", help="names or patterns to take")
+    group.add_argument("--exclude-modules", metavar="NAME", nargs="+", help="names or patterns to leave")
+    group.add_argument(
+        "--rank-override",
+        metavar="PATTERN=RANK",
+        type=override,
+        nargs="+",
+        help="a rank, a share of the layer's parameters below 1, or dense",
+    )
+    group.add_argument("--rank-multiple-of", type=count, metavar="N", help="ranks are multiples of this (1)")
+    group.add_argument("--layout", **_one_of(LAYOUTS), help="how a cut matrix is stored; pivot needs less (factors)")
+    group.add_argument("--split-fused", action="store_true", help="cut queries, keys and values each for itself")
+    group.add_argument("--layers-at-once", type=count, metavar="N", help="calibrate so many at a time, in less memory")
+    group.add_argument("--recipe", type=file, metavar="FILE", help="YAML of all this; options given beside it win")
 
 
 def _add_data(parser: Parser, *, own: bool) -> None:
