@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import lightning_prehab as lp
+from lightning_prehab.documents.settings import describe
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.statistics.batches import position_ids
 from lightning_prehab.statistics.collector import Collector
@@ -150,6 +151,14 @@ def test_the_settings_travel_from_the_method_to_the_collector_and_through_files(
     report.plan.to_yaml(tmp_path / "plan.yaml")
     assert lp.CompressionPlan.from_yaml(tmp_path / "plan.yaml").factorization == method
     assert Wanted(gradients=True).union(method.wanted) == method.wanted
+
+
+def test_settings_that_came_later_are_written_and_shown_where_they_are_set():
+    assert repr(lp.KroneckerSVD()) == "KroneckerSVD(gradient_shrinkage=0.0001, input_shrinkage=0.0)"
+    assert set(describe(lp.KroneckerSVD())["init_args"]) == {"gradient_shrinkage", "input_shrinkage"}
+    method = lp.KroneckerSVD(gradient_clip=3.0)
+    assert eval(repr(method), vars(lp)) == method
+    assert describe(method)["init_args"]["gradient_clip"] == 3.0
 
 
 def test_positions_are_found_where_masks_are():
