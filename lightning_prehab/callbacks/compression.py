@@ -68,7 +68,7 @@ from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.road import operate
 from lightning_prehab.statistics.collector import MANY_BATCHES, Collector
 from lightning_prehab.statistics.kept import KeptBatches
-from lightning_prehab.statistics.sums import LayerStatistics
+from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 from lightning_prehab.surgery.holders import holders_named_later, names_holders
 from lightning_prehab.surgery.optimizers import check_optimizer
 from lightning_prehab.surgery.pretrained import check_pretrained
@@ -377,7 +377,7 @@ class CompressionCallback(OnlyOne):
         return (
             bool(state.get("statistics"))
             and state["epoch"] == self.epoch
-            and state["wanted"] == list(self.recipe.wanted)
+            and Wanted(*state["wanted"]) == self.recipe.wanted
         )
 
     def _replay(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", factors: Mapping[str, Factors]) -> None:

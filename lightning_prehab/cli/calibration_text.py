@@ -93,7 +93,7 @@ def _written(model: nn.Module, settings: Any, sequences: int, length: int) -> tu
     if settings.output is not None:
         key = hashlib.sha256(json.dumps([fingerprint(model), made]).encode()).hexdigest()[:8]
         name = f"{Path(settings.source).resolve().name}-own-samples-{key}.safetensors"
-        file = Path(settings.output).absolute().parent / name
+        file = Path(settings.output).parent / name
     if file is None or not file.is_file():
         batches: Batches = own_samples(model, tokenizer, **made, batch_size=settings.batch_size)  # type: ignore[arg-type]
         if file is None:

@@ -203,8 +203,7 @@ def _inputs(settings: Any) -> tuple[nn.Module, Batches | None]:
             text = Path(settings.data).suffix not in (".pt", ".safetensors")
             note(f"{settings.data}: {describe(batches, text=text)}")
     if settings.data == SELF:
-        with shown():
-            batches = own_text(model, settings)
+        batches = own_text(model, settings)
     return model, batches
 
 

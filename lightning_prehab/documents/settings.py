@@ -10,7 +10,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,6 +75,17 @@ def read_number(value: object, where: str) -> float | None:
     return float(value)
 
 
+def later(default: Any) -> Any:
+    """A field of a dataclass that older versions do not have: at its default it is neither written down nor shown."""
+    return field(default=default, metadata={"later": True})
+
+
+def settings_of(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass instance by name, without those that are :func:`later` ones at their defaults."""
+    found = {one: getattr(value, one.name) for one in fields(value) if one.init}
+    return {one.name: kept for one, kept in found.items() if not (one.metadata.get("later") and kept == one.default)}
+
+
 def describe(value: object) -> dict[str, Any]:
     """A dataclass instance as ``{"class_path": ..., "init_args": {...}}``, as LightningCLI writes it.
 
@@ -93,7 +104,7 @@ def describe(value: object) -> dict[str, Any]:
         path = f"{_PACKAGE}.{kind.__name__}"
     elif "<locals>" in path:
         raise PlanError(f"{path} cannot be written down: it is defined inside a function. Move it to a module.")
-    arguments = {field.name: getattr(value, field.name) for field in fields(value) if field.init}
+    arguments = settings_of(value)
     return {"class_path": path, "init_args": {k: _plain(v, f"{path}: {k}") for k, v in arguments.items()}}
 
 

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from lightning_prehab.documents.checks import check_real
+from lightning_prehab.documents.settings import later, settings_of
 from lightning_prehab.errors import StatisticsError
 from lightning_prehab.factorizations.base import MetricFactorization, check_shrinkage
 from lightning_prehab.linalg.matrices import shrink, shrinkage_intensity
@@ -48,8 +49,8 @@ class KroneckerSVD(MetricFactorization):
 
     gradient_shrinkage: float | Literal["auto"] = GRADIENT_SHRINKAGE
     input_shrinkage: float | Literal["auto"] = 0.0
-    gradient_trim: float = 0.0
-    gradient_clip: float | None = None
+    gradient_trim: float = later(0.0)
+    gradient_clip: float | None = later(None)
     needs_inputs: ClassVar[bool] = True
     needs_gradients: ClassVar[bool] = True
     comparable: ClassVar[bool] = True
@@ -59,6 +60,9 @@ class KroneckerSVD(MetricFactorization):
         check_shrinkage("input_shrinkage", self.input_shrinkage)
         check_real("gradient_trim", self.gradient_trim, "[0, 0.5)")
         check_real("gradient_clip", self.gradient_clip, "(0, inf)", optional=True)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings_of(self).items())})"
 
     @property
     def wanted(self) -> Wanted:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import lightning_prehab as lp
+from lightning_prehab.documents.settings import describe
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.statistics.batches import position_ids
 from lightning_prehab.statistics.collector import Collector
@@ -63,6 +64,18 @@ def test_norms_are_clipped_to_so_many_times_the_median():
     assert torch.equal(clipped(torch.zeros(3, 2), 2.0), torch.zeros(3, 2))
 
 
+class Overflow(torch.autograd.Function):
+    """One gradient is infinite, as loss scaling makes it."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.index_put((torch.tensor(0), torch.tensor(4)), torch.tensor(torch.inf))
+
+
 class Tokens(nn.Module):
     """A layer of sequences and one of pooled rows."""
 
@@ -70,11 +83,12 @@ class Tokens(nn.Module):
         super().__init__()
         self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 3)
 
-    def forward(self, x, attention_mask=None, position_ids=None, keep=None):
+    def forward(self, x, attention_mask=None, position_ids=None, keep=None, overflow=False):
         y = self.first(x)
         if keep is not None:
             y.retain_grad()
             keep.append(y)
+        y = Overflow.apply(y) if overflow else y
         return self.last(y.tanh().mean(1)).square().sum(1).mean()
 
 
@@ -83,7 +97,7 @@ def collected(batch, wanted, **settings):
     collector = Collector(lp.find_targets(model), wanted, **settings)
     collector.attach()
     collector.begin_batch(batch, 0)
-    model(**batch, keep=keep).backward()
+    model(**batch, keep=keep, overflow=settings.get("drop_overflow", False)).backward()
     collector.end_batch()
     collector.detach()
     return collector.statistics, keep[0].grad.numpy().astype(np.float64), model
@@ -104,13 +118,17 @@ def test_the_sums_are_those_of_the_gradients_that_are_left(packed, drop_overflow
         kept[number, : len(flat)] = flat
     wanted = Wanted(inputs=True, gradients=True, gradient_trim=TRIM, gradient_clip=1.1)
     found, g, _ = collected(batch, wanted, drop_overflow=drop_overflow)
+    seen = mask.numpy().copy()
+    if drop_overflow:
+        assert kept[0, 4]
+        kept[0, 4] = seen[0, 4] = False
     rows = g[kept]
     norms = np.linalg.norm(rows, axis=1)
     rows = rows * np.minimum(1.0, 1.1 * np.sort(norms)[(len(norms) - 1) // 2] / norms)[:, None]
-    expected = rows.T @ rows * 3**2 * mask.sum().item() / kept.sum()
+    expected = rows.T @ rows * 3**2 * seen.sum() / kept.sum()
     assert (norms > 1.1 * np.median(norms)).any()
     torch.testing.assert_close(found["first"].gradient_gram.double(), torch.tensor(expected), rtol=1e-4, atol=1e-9)
-    assert int(found["first"].tokens) == mask.sum()  # inputs are all counted
+    assert int(found["first"].tokens) == seen.sum()  # inputs are all counted
     plain, _, model = collected(batch, Wanted(inputs=True, gradients=True))
     assert model is not None
     assert plain["last"].gradient_gram.shape == (3, 3)
@@ -150,6 +168,14 @@ def test_the_settings_travel_from_the_method_to_the_collector_and_through_files(
     report.plan.to_yaml(tmp_path / "plan.yaml")
     assert lp.CompressionPlan.from_yaml(tmp_path / "plan.yaml").factorization == method
     assert Wanted(gradients=True).union(method.wanted) == method.wanted
+
+
+def test_settings_that_came_later_are_written_and_shown_where_they_are_set():
+    assert repr(lp.KroneckerSVD()) == "KroneckerSVD(gradient_shrinkage=0.0001, input_shrinkage=0.0)"
+    assert set(describe(lp.KroneckerSVD())["init_args"]) == {"gradient_shrinkage", "input_shrinkage"}
+    method = lp.KroneckerSVD(gradient_clip=3.0)
+    assert eval(repr(method), vars(lp)) == method
+    assert describe(method)["init_args"]["gradient_clip"] == 3.0
 
 
 def test_positions_are_found_where_masks_are():
