@@ -6,6 +6,7 @@ others of them.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,7 +53,8 @@ class StandIns:
     def parameters_for(self, layer: nn.Module) -> list[nn.Parameter] | None:
         """What is trained instead of the parts of a layer; None if nothing stands for it."""
         made = self._places.get(id(layer))
-        return None if made is None else [part.weight for part in (made.A, made.B)]
+        parts: list[Any] = [] if made is None else [made.A, made.B]
+        return [part.weight for part in parts] or None
 
     @torch.no_grad()
     def pack_(self) -> None:

@@ -22,7 +22,7 @@ EXACT = {"precision": "full", "seed": 3}
 
 
 def refine(model, dense, batches, steps=12, **settings):
-    wish = lp.Refinement(steps, **{"lr": 3e-3, "rows": 128, **EXACT, **settings})
+    wish = lp.Refinement(steps, **{"lr": 3e-3, "rows": 128, "patience": 9, **EXACT, **settings})
     return lp.refine_(model, dense, batches, wish, progress=False)
 
 
@@ -118,7 +118,7 @@ def test_checkpointing_changes_no_gradient():
 def test_what_makes_it_worse_is_undone_bit_by_bit(scope, layout):
     model, dense, batches = cut("language", layout)
     before = copy.deepcopy(model)
-    found = refine(model, dense, batches, scope=scope, lr=30.0, steps=8)
+    found = refine(model, dense, batches, scope=scope, lr=30.0, steps=4)
     assert not found.kept
     assert found.after == found.before
     assert "brought nothing" in found.summary()
