@@ -10,6 +10,7 @@ from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import Decomposition
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.linalg.storage import Layout
 from lightning_prehab.offload.chain import Chain
 from lightning_prehab.offload.memories import Decompositions, Remembered, Seen
 from lightning_prehab.offload.parts import Part, highest_rank, parts_of
@@ -29,7 +30,6 @@ from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 from lightning_prehab.surgery.factors import compute_factors, cut_targets
 from lightning_prehab.surgery.pretrained import check_pretrained
 from lightning_prehab.targets.find import Targets
-from lightning_prehab.targets.locate import Target
 
 T = TypeVar("T")
 _REMEDY = "Give more batches (--data on the command line), or raise the shrinkage of the factorization."
@@ -118,7 +118,9 @@ class FolderSite(Site):
             statistics = None if solver.statistics is None else Seen(self._work, key)
             with self._skeleton.loaded(view.module):
                 solution = replace(solver, statistics=statistics)([form])[form]
-                self._decompositions.keep(form, solution, highest_rank(target, self._recipe.layout), view.parameter.dtype, key)
+                self._decompositions.keep(
+                    form, solution, highest_rank(target, self._recipe.layout), view.parameter.dtype, key
+                )
         notes = [self._decompositions.note(form) for form in solver.targets]
         if all(note is not None and note["kept"] for note in notes):
             self._work.remove(f"{key}.safetensors")
@@ -126,7 +128,7 @@ class FolderSite(Site):
             self._sweep.passed(part.block)
         return {form: self._decompositions.spectrum(form) for form in solver.targets}
 
-    def probe(self, targets: Targets, probe_keep: float) -> dict[str, Probe] | None:
+    def probe(self, targets: Targets, probe_keep: float, layout: Layout = "factors") -> dict[str, Probe] | None:
         """Never asked: such policies are refused."""
         return None
 

@@ -39,7 +39,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": llama,
     "tied llama": lambda: llama(tie_word_embeddings=True),
     "half a llama": lambda: llama().to(torch.bfloat16),
-    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=4)),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=4)
+    ),
     "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, num_key_value_heads=2)),
     "opt": opt,
     "mistral": mistral,

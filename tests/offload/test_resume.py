@@ -128,7 +128,14 @@ def test_killed_processes_leave_what_they_have_done(tmp_path):
     dense("llama", tmp_path / "dense")
     expected = compress(tmp_path, "whole")
     paths = os.pathsep.join([str(Path(lp.__file__).parents[1]), *sys.path])
-    for stage in ("states-0", "statistics-block-1", "decomposed-model.layers.0", "shard-model.layers.0", "complete", ""):
+    for stage in (
+        "states-0",
+        "statistics-block-1",
+        "decomposed-model.layers.0",
+        "shard-model.layers.0",
+        "complete",
+        "",
+    ):
         command = [sys.executable, "-c", KILLER, str(tmp_path), stage]
         code = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, check=False).returncode
         assert code == (-signal.SIGKILL if stage else 0)
