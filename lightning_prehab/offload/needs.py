@@ -76,8 +76,9 @@ class Needs:
         blocks: How many there are.
         factors: Bytes of the factors of all targets that are kept.
         wanted: What is collected.
-        sums_at_most: Bytes of the statistics that are in memory at a time; None: those of a block.
+        masks: Bytes of the attention masks of all batches, where there is padding.
         output: Bytes of the new folder, at most.
+        sums_at_most: Bytes of the statistics that are in memory at a time; None: those of a block.
     """
 
     base: int
@@ -95,6 +96,7 @@ class Needs:
     blocks: int
     factors: int
     wanted: Wanted
+    masks: int
     output: int
     sums_at_most: int | None = None
 
@@ -130,6 +132,7 @@ class Needs:
             blocks=len(chain.blocks),
             factors=sum(_factors(target, size, recipe.layout) for target in targets.values()),
             wanted=wanted,
+            masks=sum(map(_mask, batches or [])),
             output=sum(entry.nbytes for entry in skeleton.source.entries.values()),
         )
 
@@ -142,7 +145,8 @@ class Needs:
             "the loss": self.around + LOSS * self.tokens * self.vocabulary,
             "a decomposition": self.decomposition,
         }
-        return {name: round(self.base + LATER + size * (1 + REST)) for name, size in found.items()}
+        rest = self.base + LATER + self.masks
+        return {name: round(rest + size * (1 + REST)) for name, size in found.items()}
 
     @property
     def memory(self) -> int:
@@ -256,6 +260,12 @@ def _tokens(batch: Any) -> int:
         return mask.numel()
     first = next(tensors(batch), None)
     return 0 if first is None else math.prod(first.shape[:2])
+
+
+def _mask(batch: Any) -> int:
+    """Bytes of a mask of positions by positions, for a batch with padding."""
+    mask = padding_mask(batch)
+    return 0 if mask is None or bool(mask.all()) else mask.shape[0] * mask.shape[1] ** 2
 
 
 def _hidden_size(model: Any, targets: Targets) -> int:

@@ -10,6 +10,7 @@ from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import Decomposition
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.linalg.storage import Layout
 from lightning_prehab.offload.chain import Chain
 from lightning_prehab.offload.memories import Decompositions, Remembered, Seen
 from lightning_prehab.offload.parts import Part, highest_rank, parts_of
@@ -127,7 +128,7 @@ class FolderSite(Site):
             self._sweep.passed(part.block)
         return {form: self._decompositions.spectrum(form) for form in solver.targets}
 
-    def probe(self, targets: Targets, probe_keep: float) -> dict[str, Probe] | None:
+    def probe(self, targets: Targets, probe_keep: float, layout: Layout = "factors") -> dict[str, Probe] | None:
         """Never asked: such policies are refused."""
         return None
 

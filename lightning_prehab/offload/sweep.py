@@ -55,8 +55,8 @@ class Sweep:
                 raise
             except Exception as error:  # whatever the model leads to
                 raise ArgumentError(
-                    f"The model cannot be called on batch {number} ({type(error).__name__}: {error}); give data of this "
-                    "model, in rows that are not too long for it."
+                    f"The model cannot be called on batch {number} ({type(error).__name__}: {error}); give data of "
+                    "this model, in rows that are not too long for it."
                 ) from error
             self._calls.append(entrance.calls)
             self._states.note(entrance.states)

@@ -40,7 +40,9 @@ def test_it_writes_what_the_ordinary_way_writes(folder, capsys):
     assert ours.ranks == theirs.ranks
     assert ours.weight_errors == pytest.approx(theirs.weight_errors, rel=1e-4)
     names = [{path.name for path in (folder / name).iterdir()} for name in ("small", "ordinary")]
-    assert {name for name in names[1] if "weights-" not in name} == {name for name in names[0] if "weights-" not in name}
+    assert {name for name in names[1] if "weights-" not in name} == {
+        name for name in names[0] if "weights-" not in name
+    }
     assert main(["report", str(folder / "small")]) == 0
     bench = ["bench", str(folder / "dense"), "--compressed", str(folder / "small"), "--batch-sizes", "1"]
     assert main([*bench, "--data", str(folder / "data.pt"), "--max-length", "8"]) == 0

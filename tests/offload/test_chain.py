@@ -6,7 +6,9 @@ from torch import nn
 
 import lightning_prehab as lp
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+
+import transformers
 
 from lightning_prehab.offload.chain import Chain
 from lightning_prehab.offload.skeleton import Skeleton, Source
