@@ -98,8 +98,8 @@ def test_every_callback_is_here():
 
 
 @pytest.fixture
-def module(lit_class):
-    class Module(lit_class):
+def module(logging_class):
+    class Module(logging_class):
         def __init__(self):
             super().__init__(
                 nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 14), nn.Tanh(), nn.Linear(14, 6))

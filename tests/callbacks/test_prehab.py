@@ -136,7 +136,7 @@ def test_manual_loss_that_rejects_in_place_changes_is_named(loader, make_trainer
         trainer.fit(lit, loader)
 
 
-def test_the_logged_loss_of_the_user_is_unchanged(mlp, loader, make_trainer, lit_class):
+def test_the_logged_loss_of_the_user_is_unchanged(mlp, loader, make_trainer, logging_class):
     class Log(pl.Callback):
         def __init__(self):
             self.rows = []
@@ -145,7 +145,7 @@ def test_the_logged_loss_of_the_user_is_unchanged(mlp, loader, make_trainer, lit
             metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
             self.rows.append((float(outputs["loss"]), metrics))
 
-    lit, log = lit_class(mlp), Log()
+    lit, log = logging_class(mlp), Log()
     prehab = lp.PrehabCallback(lp.StableRank(), 5.0, ramp_steps=4)
     make_trainer(callbacks=[prehab, log]).fit(lit, loader)
     for step, ((output, metrics), computed) in enumerate(zip(log.rows, lit.losses, strict=True)):

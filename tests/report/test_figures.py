@@ -40,7 +40,8 @@ def test_bars_are_the_numbers(report):
         report.figure("pie")
 
 
-def test_page_from_a_real_run(lit, loader, make_trainer, tmp_path, capsys):
+def test_page_from_a_real_run(mlp, logging_class, loader, make_trainer, tmp_path, capsys):
+    lit = logging_class(mlp)
     logger = CSVLogger(tmp_path, name=None, version="run")
     cut = lp.CompressionCallback(epoch=1, keep=0.5, factorization=lp.SVD())
     make_trainer(max_epochs=2, logger=logger, log_every_n_steps=1, callbacks=[cut]).fit(lit, loader)
