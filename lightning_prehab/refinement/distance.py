@@ -8,9 +8,12 @@ from torch import Tensor
 
 from lightning_prehab.errors import StatisticsError
 from lightning_prehab.statistics.batches import padding_mask, tensors
-from lightning_prehab.statistics.outputs import ROWS
 
 _WHOLE = (torch.int32, torch.int64)
+#: Logits that are compared at a time: few enough to stay in the caches, which is twice as fast as a thousand rows.
+_AT_ONCE = 2**19
+#: In the place of logits of minus infinity.
+_NEVER = -1e4
 
 
 class Distance(NamedTuple):
@@ -110,11 +113,12 @@ class _Divergence(torch.autograd.Function):
         """Both of shape ``(rows, classes)``."""
         total = torch.zeros((), device=answer.device, dtype=torch.float32)
         gradient = torch.empty_like(answer) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(answer), ROWS):
-            part = slice(start, start + ROWS)
+        rows = max(_AT_ONCE // answer.shape[1], 1)
+        for start in range(0, len(answer), rows):
+            part = slice(start, start + rows)
             q, p = (_log_softmax(logits[part]) for logits in (answer, right))
             chances = p.exp()
-            total += torch.where(chances > 0, chances * (p - q), 0.0).sum()
+            total += p.sub_(q).mul_(chances).sum()
             if gradient is not None:
                 gradient[part] = q.exp_().sub_(chances)
         ctx.save_for_backward(gradient)
@@ -128,4 +132,5 @@ class _Divergence(torch.autograd.Function):
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    return logits.to(torch.float32 if logits.dtype.itemsize < 8 else logits.dtype).log_softmax(-1)
+    wide = torch.float32 if logits.dtype.itemsize < 8 else logits.dtype
+    return logits.to(wide).clamp(min=_NEVER).log_softmax(-1)  # what never happens in both must not become NaN

@@ -22,6 +22,11 @@ def bytes_to_train(parameters: list[nn.Parameter]) -> int:
     return 5 * 4 * sum(parameter.numel() for parameter in parameters)
 
 
+def weights_in(module: nn.Module) -> int:
+    """Bytes of its parameters."""
+    return sum(one.numel() * one.element_size() for one in module.parameters())
+
+
 class SavedBytes:
     """Counts what autograd keeps for a backward pass: a context for the forward pass."""
 

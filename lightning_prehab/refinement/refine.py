@@ -1,5 +1,6 @@
 """Refines a cut model: the whole way, from what is wished for to what came of it."""
 
+import logging
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,7 @@ from lightning_prehab.progress import shown
 from lightning_prehab.refinement.block_scope import refine_blocks_
 from lightning_prehab.refinement.blocks import find_blocks
 from lightning_prehab.refinement.course import Outcome
-from lightning_prehab.refinement.memory import bytes_to_train, free_memory
+from lightning_prehab.refinement.memory import bytes_to_train, free_memory, weights_in
 from lightning_prehab.refinement.model_scope import refine_model_
 from lightning_prehab.refinement.pair import Pair
 from lightning_prehab.refinement.sequences import Sequences
@@ -27,6 +28,7 @@ from lightning_prehab.refinement.trained import parameters_to_train, trainable, 
 from lightning_prehab.report.refined import RefinementReport
 from lightning_prehab.statistics.effect import same_randomness
 
+_log = logging.getLogger("lightning_prehab.refinement")
 #: Share of the free memory that gradients and optimizer states may take.
 ROOM = 0.7
 
@@ -103,6 +105,11 @@ def refine_with_(
     parameters = parameters_to_train(model)
     device = parameters[0].device
     scope = refinement.scope or fitting_scope(model, parameters)
+    _log.info(
+        "Refinement of %s numbers, scope %s: %.1f MB for gradients, moments, the best state, %.1f MB of the teacher.",
+        *(f"{sum(one.numel() for one in parameters):,}", scope),
+        *(size / 1e6 for size in (_bytes_of(scope, model, parameters), weights_in(teacher))),
+    )
     pair = Pair(model, teacher, in_half(refinement, device), refinement.measure)
     values = [*parameters, *(one.order for one in model.modules() if isinstance(one, PivotLayer))]
     first = [value.detach().clone() for value in values]
@@ -148,6 +155,13 @@ def fitting_scope(model: nn.Module, parameters: list[nn.Parameter]) -> Scope:
     except TargetError:
         return "model"
     return "blocks"
+
+
+def _bytes_of(scope: Scope, model: nn.Module, parameters: list[nn.Parameter]) -> int:
+    """What the training needs beside weights and activations."""
+    if scope == "model":
+        return bytes_to_train(parameters)
+    return max(bytes_to_train(parameters_to_train(block)) for _, block in find_blocks(model))
 
 
 def _refine_in(scope: Scope, pair: Pair, sequences: Sequences, refinement: Refinement) -> Outcome:

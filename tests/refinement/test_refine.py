@@ -12,6 +12,7 @@ from lightning_prehab.errors import ArgumentError, StatisticsError, UnsupportedE
 from lightning_prehab.refinement import course
 from lightning_prehab.refinement.checkpointing import checkpointed
 from lightning_prehab.refinement.course import Course
+from lightning_prehab.refinement.distance import distance
 from lightning_prehab.refinement.pair import Pair
 from lightning_prehab.refinement.trained import balance_, parameters_to_train
 from lightning_prehab.report.refined import RefinementReport
@@ -100,6 +101,16 @@ def test_the_gradient_is_that_of_the_divergence_without_padding():
     loss = nn.functional.kl_div(q, p.detach(), log_target=True, reduction="batchmean")
     for one, other in zip(ours, torch.autograd.grad(loss, chosen), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_what_never_happens_adds_nothing():
+    right, answer = torch.randn(4, 5), torch.randn(4, 5, requires_grad=True)
+    open_ones = distance("divergence", answer[:, :3], right[:, :3], {})
+    masked = torch.full((4, 2), -torch.inf)
+    closed = distance("divergence", torch.cat([answer[:, :3], masked], 1), torch.cat([right[:, :3], masked], 1), {})
+    torch.testing.assert_close(closed.total, open_ones.total)
+    ours, theirs = (torch.autograd.grad(one.total, answer)[0] for one in (closed, open_ones))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_checkpointing_changes_no_gradient():
