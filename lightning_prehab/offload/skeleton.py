@@ -38,6 +38,8 @@ class Source:
             raise ArgumentError(f"{folder} {what}; give a Hugging Face folder, as save_pretrained writes it.")
         if (folder / INDEX).is_file():
             files = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+        elif (folder / "model.safetensors").is_file():
+            files = ["model.safetensors"]
         else:
             files = sorted(path.name for path in folder.glob("*.safetensors"))
         if not files:
@@ -80,7 +82,7 @@ class Skeleton:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.model = _without_weights(source.folder)
+        self.model = _without_weights(source)
         self._entries = self._found()
 
     def _found(self) -> dict[int, tuple[Tensor, Entry]]:
@@ -163,8 +165,9 @@ class _Without(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _without_weights(folder: Path) -> nn.Module:
-    """The model that ``config.json`` names, its parameters without memory."""
+def _without_weights(source: Source) -> nn.Module:
+    """The model that ``config.json`` names, its parameters without memory, in the dtype of the config or the file."""
+    folder = source.folder
     try:
         import transformers
     except ImportError as error:
@@ -180,7 +183,8 @@ def _without_weights(folder: Path) -> nn.Module:
     if found is None:
         who = f"{names[0]!r}" if names else "no class"
         raise ArgumentError(f"{folder}: config.json names {who} (architectures), which transformers does not know.")
-    dtype = getattr(config, "dtype", None) or torch.float32
+    stored = (entry.dtype for entry in source.entries.values() if entry.dtype.is_floating_point)
+    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or next(stored, torch.float32)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,5 +1,7 @@
 """The blocks of a model are run as the model runs them, or the model is refused with the reason."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -81,3 +83,35 @@ def test_something_between_two_blocks_is_seen(tmp_path):
     skeleton.model.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0] + 1.0, *args[1:]))
     with pytest.raises(lp.PrehabError, match="'model.layers.1' is given something else than what 'model.layers.0'"):
         Chain(skeleton).enter(IDS)
+
+
+def test_the_dtype_is_that_of_the_config_or_else_of_the_file(tmp_path):
+    dense("half a llama", tmp_path)
+    assert Skeleton(Source(tmp_path)).model.dtype == torch.bfloat16
+    config = json.loads((tmp_path / "config.json").read_bytes())
+    for dtype, expected in (("float16", torch.float16), (None, torch.bfloat16)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": dtype}))
+        skeleton = Skeleton(Source(tmp_path))
+        assert skeleton.model.dtype == expected
+        with skeleton.loaded(skeleton.model):
+            loaded = type(skeleton.model).from_pretrained(tmp_path, dtype="auto").state_dict()
+            assert all(torch.equal(tensor, loaded[name]) for name, tensor in skeleton.model.state_dict().items())
+
+
+def test_a_folder_that_lacks_something_is_refused(tmp_path):
+    dense("llama", tmp_path)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    files[-1].rename(tmp_path / "elsewhere")
+    with pytest.raises(lp.PrehabError, match=f"lacks {files[-1].name}, which its index names"):
+        Source(tmp_path)
+    (tmp_path / "elsewhere").rename(files[-1])
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"vocab_size": 48', '"vocab_size": 50'))
+    with pytest.raises(lp.PrehabError, match="is \\[48, 32\\] in model-0.* and \\[50, 32\\] in LlamaForCausalLM"):
+        Skeleton(Source(tmp_path))
+    (tmp_path / "config.json").write_text(config.replace("LlamaForCausalLM", "MyOwn"))
+    with pytest.raises(lp.PrehabError, match="config.json names 'MyOwn'"):
+        Skeleton(Source(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(lp.PrehabError, match="config.json cannot be read"):
+        Skeleton(Source(tmp_path))
