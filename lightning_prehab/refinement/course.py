@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.linalg.modes import in_full_precision
-from lightning_prehab.progress import counted
+from lightning_prehab.progress import counted, tell
 
 #: Share of the steps in which the learning rate rises, and what is left of it at the end.
 WARM_UP, LAST = 0.1, 0.1
@@ -74,6 +74,8 @@ class Course:
         Returns:
             What came of it. Whatever is raised on the way (an interruption too) leaves the best state so far.
         """
+        if phase is not None:
+            tell(phase, 0, self.steps)
         best, before = self._state(), measure()
         value, done, without, stopped = before, 0, 0, None
         if not math.isfinite(before):

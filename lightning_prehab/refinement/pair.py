@@ -38,7 +38,8 @@ class Pair:
     def mean_distance(self, batches: Sequence[Any]) -> float:
         """Over all predictions of some batches."""
         found = [self.distance(batch) for batch in batches]
-        return float(sum(float(one.total) for one in found)) / max(sum(one.weight for one in found), 1e-30)
+        total = sum(float(one.total) for one in found)
+        return max(total, 0.0) / max(sum(one.weight for one in found), 1e-30)  # of equal answers rounding is left
 
     def _ask(self, module: nn.Module, batch: Any) -> Any:
         device = next(module.parameters()).device
