@@ -1,11 +1,12 @@
 """How fast is a layer in the pivot layout, beside two factors of as many numbers, and dense?
 
-    python benchmarks/pivot_speed.py          # measures what is missing in pivot_speed.json
-    python benchmarks/pivot_speed.py --table  # prints the stored results only
+    python benchmarks/pivot_speed.py                         # measures what is missing in pivot_speed.json
+    python benchmarks/pivot_speed.py --model SMOLLM2_FOLDER  # the rounding of real layers instead, a minute
+    python benchmarks/pivot_speed.py --table                 # prints the stored results only
 
 Random layers with a bias, one thread, float32. The three of a cell are called in turn, medians; "training" is forward
 and backward. At an equal number of numbers the pivot layout has the higher rank, so it is as large as the factors and
-closer to the dense matrix. The last columns are the error of the product when all parts are rounded to bfloat16.
+closer to the dense matrix. Rounding: the relative error of the product when all parts are rounded to bfloat16.
 """
 
 import argparse
@@ -14,8 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lightning_prehab as lp
@@ -25,10 +28,12 @@ RESULTS = Path(__file__).with_suffix(".json")
 SHAPES = ((576, 576), (1536, 576), (4096, 4096))
 KEEPS, TOKENS = (0.8, 0.6, 0.4), (1, 32, 2048)
 WAYS = ("eager", "training", "compiled")
+#: Of SmolLM2-135M.
+LAYERS = ("3.self_attn.q_proj", "10.mlp.down_proj", "20.mlp.up_proj", "29.self_attn.o_proj")
 
 
 def layers(rows: int, columns: int, keep: float) -> dict[str, nn.Module]:
-    """The three, made of the same dense matrix as far as time goes: the parts are random."""
+    """One of each kind, of random numbers."""
     torch.manual_seed(0)
     made: dict[str, nn.Module] = {"dense": nn.Linear(columns, rows)}
     for layout, kind in (("factors", lp.LowRankLinear), ("pivot", lp.PivotLinear)):
@@ -62,15 +67,17 @@ def seconds(made: dict[str, nn.Module], tokens: int, columns: int, way: str) -> 
     return {name: median(times) for name, times in taken.items()}
 
 
-def rounding(rows: int, columns: int, keep: float) -> dict[str, float]:
-    """Relative error of the product when the parts are rounded to bfloat16: of a random matrix, cut by SVD."""
-    torch.manual_seed(0)
+def rounding(weight: Tensor, keep: float) -> dict[str, float]:
+    """Relative error of the product when the parts are rounded to bfloat16, of a matrix that is cut by SVD."""
+    rows, columns = weight.shape
     linear = nn.Linear(columns, rows, bias=False)
+    linear.weight = nn.Parameter(weight.float())
     errors = {}
     for name, kind in (("factors", lp.LowRankLinear), ("pivot", lp.PivotLinear)):
         as_layout: Layout = name  # type: ignore[assignment]
         layer = kind.from_linear(linear, rank_within(keep * rows * columns, rows, columns, as_layout))
         exact = layer.weight.detach().clone()
+        errors["dense"] = float((exact.bfloat16() - exact).norm() / exact.norm())
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.copy_(parameter.bfloat16())
@@ -78,46 +85,67 @@ def rounding(rows: int, columns: int, keep: float) -> dict[str, float]:
     return errors
 
 
-def measure() -> None:
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+def stored() -> dict[str, list[dict[str, Any]]]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"speed": [], "rounding": []}
+
+
+def store(results: dict[str, list[dict[str, Any]]]) -> None:
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def measure_rounding(folder: str) -> None:
+    results, weights = stored(), load_file(Path(folder) / "model.safetensors")
+    results["rounding"] = [
+        {"layer": name, "keep": keep, **rounding(weights[f"model.layers.{name}.weight"].float(), keep)}
+        for name in LAYERS
+        for keep in KEEPS
+    ]
+    store(results)
+
+
+def measure_speed() -> None:
+    results = stored()
+    rows = results["speed"]
     done = {(*row["shape"], row["keep"]) for row in rows}
     for m, n in SHAPES:
         for keep in KEEPS:
             if (m, n, keep) in done:
                 continue
-            row = {"shape": [m, n], "keep": keep, "torch": torch.__version__}
-            row["bf16 error"] = rounding(m, n, keep) if m < 4096 else {}
+            row: dict[str, Any] = {"shape": [m, n], "keep": keep, "torch": torch.__version__}
             for way in WAYS:
                 for tokens in TOKENS:
                     torch._dynamo.reset()
                     row[f"{way} {tokens}"] = seconds(layers(m, n, keep), tokens, n, way)
             rows.append(row)
-            RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+            store(results)
             print(row, flush=True)
 
 
 def print_table() -> None:
     print("| layer | keep | way | 1 token | 32 tokens | 2,048 tokens |")
     print("|---" * 6 + "|")
-    for row in json.loads(RESULTS.read_text()):
+    for row in stored()["speed"]:
         for way in WAYS:
             times = [row[f"{way} {tokens}"] for tokens in TOKENS]
             cells = [" / ".join(f"{one['dense'] / one[name]:.2f}" for name in ("factors", "pivot")) for one in times]
             print(f"| {'x'.join(map(str, row['shape']))} | {row['keep']} | {way} | {' | '.join(cells)} |")
-    print("\n| layer | keep | bf16 error of two factors | of the pivot layout |")
-    print("|---" * 4 + "|")
-    for row in json.loads(RESULTS.read_text()):
-        if row["bf16 error"]:
-            errors = [f"{100 * row['bf16 error'][name]:.2f} %" for name in ("factors", "pivot")]
-            print(f"| {'x'.join(map(str, row['shape']))} | {row['keep']} | {' | '.join(errors)} |")
+    print("\n| layer | keep | dense | two factors | pivot layout |")
+    print("|---" * 5 + "|")
+    for row in stored()["rounding"]:
+        errors = [f"{100 * row[name]:.2f} %" for name in ("dense", "factors", "pivot")]
+        print(f"| {row['layer']} | {row['keep']} | {' | '.join(errors)} |")
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--table", action="store_true")
-    if not arguments.parse_args().table:
-        torch.set_num_threads(1)
-        measure()
+    arguments.add_argument("--model", metavar="FOLDER")
+    given = arguments.parse_args()
+    torch.set_num_threads(1)
+    if given.model is not None:
+        measure_rounding(given.model)
+    elif not given.table:
+        measure_speed()
     print_table()
 
 

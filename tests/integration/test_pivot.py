@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
 from lightning_prehab.errors import CheckpointError
+from lightning_prehab.kinds import view_of
 from lightning_prehab.layers.pivot import PivotLayer
 from lightning_prehab.surgery.pretrained import describe_layers
 from lightning_prehab.surgery.structure import follow_state_dict_
@@ -126,6 +127,32 @@ def test_saved_and_loaded_by_transformers(tmp_path):
     assert loaded.config.quantization_config["format_version"] == 1
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_moments_of_a_dense_weight_become_those_of_its_parts(name):
+    """Where nothing is lost, a first moment that is the gradient is the gradient of what takes its place."""
+    make, shape, settings = MODELS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make().eval().double()
+        x = None if shape is None else torch.randn(shape, dtype=torch.float64)
+    targets = lp.find_targets(model, **settings)
+    plan = lp.make_plan(targets, 0.5, lp.SVD(), layout="pivot")
+    with torch.no_grad():  # now every matrix has the rank that it is cut to
+        for layer in plan.layers:
+            view = view_of(targets[layer.name])
+            u, s, vh = torch.linalg.svd(view.weight)
+            view.write_(u[:, : layer.rank] * s[: layer.rank] @ vh[: layer.rank])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    run(model, x).square().sum().backward()
+    optimizer.step()
+    lp.apply_plan_(model, plan, optimizers=[optimizer])
+    optimizer.zero_grad()
+    run(model, x).square().sum().backward()
+    for layer in pivots(model):
+        for part in (layer.D.weight, layer.C.weight):
+            torch.testing.assert_close(optimizer.state[part]["momentum_buffer"], part.grad)
+
+
 class Lit(pl.LightningModule):
     def __init__(self, bias=True):
         super().__init__()
@@ -161,6 +188,10 @@ def test_a_run_that_is_resumed_after_the_cut_ends_like_one_that_is_not(settings,
     assert len(pivots(whole)) == 3
     fit(tmp_path, copy.deepcopy(start), epochs=3, **settings)
     resumed, other = fit(tmp_path, copy.deepcopy(start), tmp_path / "3.ckpt", **settings)
+    for one in (trainer, other):
+        report = next(callback for callback in one.callbacks if isinstance(callback, lp.CompressionCallback)).report
+        assert {layer.layout for layer in report.plan.layers} == {"pivot"}
+        assert report.parameters_after == sum(p.numel() for p in one.lightning_module.parameters())
     for key, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], value), key
     for one, two in zip(trainer.optimizers[0].state.values(), other.optimizers[0].state.values(), strict=True):
