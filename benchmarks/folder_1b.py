@@ -1,6 +1,7 @@
 """Can a folder with a 1B LLaMA be compressed in 3 GiB of memory, killed three times on the way?
 
-    python benchmarks/folder_1b.py --output benchmarks/folder_1b.json
+    python benchmarks/folder_1b.py            # measures, and keeps the result in folder_1b.json
+    python benchmarks/folder_1b.py --table    # prints it
 
 Makes a folder of random weights in the shape of Llama-3.2-1B (bfloat16, two files, 2.5 GB), and compresses it with
 ``compress_folder`` in a process of its own, which is killed (SIGKILL) on the way forward, on the way back and while it
@@ -27,6 +28,7 @@ import torch
 
 import lightning_prehab as lp
 
+RESULTS = Path(__file__).with_suffix(".json")
 SIZES = {
     "vocab_size": 128256,
     "hidden_size": 2048,
@@ -157,16 +159,30 @@ def twin(folder: Path) -> float:
     return float(max(differences))
 
 
+def table(result: dict) -> str:
+    """The result in words."""
+    peaks = [
+        f"| {place} | {peak:.2f} GiB |"
+        for place, peak in zip((*result["killed_at"], "the end"), result["peak_gib"], strict=False)
+    ]
+    said = f"{result['parameters']:,} parameters. Said: {result['said'][0]}"
+    last = f"{result['seconds']:,} s in all; twin: largest relative difference {result['twin_difference']:.1e}"
+    return "\n".join([said, "", "| killed at | peak |", "|---|---|", *peaks, "", last])
+
+
 def main() -> None:
     """Everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--table", action="store_true")
     parser.add_argument("--folder", type=Path, help="where the models go, and are deleted (a temporary one)")
     parser.add_argument("--blocks", type=int, default=1)
     parser.add_argument("--child", nargs=2)
     settings = parser.parse_args()
     if settings.child:
         child(*settings.child, settings.blocks)
+        return
+    if settings.table:
+        print(table(json.loads(RESULTS.read_text())))
         return
     folder = Path(tempfile.mkdtemp(dir=settings.folder))
     try:
@@ -191,9 +207,8 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
     }
-    print(json.dumps(result, indent=1))
-    if settings.output is not None:
-        settings.output.write_text(json.dumps(result, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
 
 
 if __name__ == "__main__":
