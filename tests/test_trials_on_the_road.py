@@ -179,7 +179,7 @@ def test_what_is_held_back_is_not_in_the_statistics():
         recipe = lp.Recipe(policy=lp.CalibratedBudget(0.5, trials=1), exclude_modules="head")
         operate(recipe, Counting(net(), given))
         assert set(tokens.values()) == {seen}
-    with pytest.raises(ArgumentError, match=r"Nothing can be held back of 1 batch of 1 rows.*tries cuts on a part"):
+    with pytest.raises(ArgumentError, match=r"Nothing can be held back of 1 batch of 1 row;.*tries cuts on a part"):
         operate(lp.Recipe(policy=lp.CalibratedBudget(0.5)), ProcessSite(net(), batches(1, 1)))
 
 

@@ -15,7 +15,6 @@ from lightning_prehab.refinement.pair import Pair
 from lightning_prehab.refinement.sequences import Sequences
 from lightning_prehab.refinement.settings import Refinement
 from lightning_prehab.refinement.trained import balance_, parameters_to_train
-from lightning_prehab.statistics.batches import call_model, to_device
 
 
 def refine_blocks_(pair: Pair, sequences: Sequences, refinement: Refinement) -> list[Outcome]:
@@ -46,7 +45,9 @@ def refine_blocks_(pair: Pair, sequences: Sequences, refinement: Refinement) -> 
     outcomes = []
     for place in counted(range(len(names)), "refine blocks"):
         with torch.no_grad():
-            right = [_run(pair, dense[place], calls[place], x) for x, (_, calls) in zip(right, theirs, strict=True)]
+            right = [
+                _run(pair, dense[place], calls[place], x, True) for x, (_, calls) in zip(right, theirs, strict=True)
+            ]
         calls = [found[place] for _, found in own]
         outcomes.append(refine_block_(pair, ours[place], calls, inputs, right, sequences, refinement))
         with torch.no_grad():
@@ -92,20 +93,16 @@ def refine_block_(
         lambda number: error(number, sequences.training[number]).mean,
         measure,
         lambda: balance_(block),
+        pair.stand_ins.came_further,
     )
 
 
 def _record(
     pair: Pair, model: nn.Module, names: Sequence[str], blocks: Sequence[nn.Module], part: Any
 ) -> tuple[Tensor, list[Call]]:
-    device = next(model.parameters()).device
-
-    def run() -> None:
-        pair.under_autocast(lambda: call_model(model, to_device(part, device)), device)
-
-    return record_calls(list(zip(names, blocks, strict=True)), run)
+    return record_calls(list(zip(names, blocks, strict=True)), lambda: pair.ask(model, part))
 
 
-def _run(pair: Pair, block: nn.Module, call: Call, hidden: Tensor) -> Tensor:
-    found: Tensor = pair.under_autocast(lambda: call.again(block, hidden), hidden.device)
+def _run(pair: Pair, block: nn.Module, call: Call, hidden: Tensor, dense: bool = False) -> Tensor:
+    found: Tensor = pair.precisely(lambda: call.again(block, hidden), hidden.device, dense)
     return found

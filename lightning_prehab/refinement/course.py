@@ -59,6 +59,7 @@ class Course:
         loss_of: Callable[[int], Tensor],
         measure: Callable[[], float],
         start: Callable[[], None] = lambda: None,
+        better: Callable[[], None] = lambda: None,
         phase: str | None = "refine",
     ) -> Outcome:
         """Trains; afterwards the parameters are the best that were measured, bit by bit the first ones if none were.
@@ -69,6 +70,7 @@ class Course:
             measure: How good the present state is; lower is better.
             start: Called between the first measurement and the first step; it may change the parameters, not what they
                 stand for.
+            better: Called whenever a state is measured to be better than all before.
             phase: Of the progress that is told; None tells nothing.
 
         Returns:
@@ -95,6 +97,7 @@ class Course:
                 found = measure()
                 if found < value:
                     best, value, without = self._state(), found, 0
+                    better()
                 else:
                     without += 1
                 if not math.isfinite(found):

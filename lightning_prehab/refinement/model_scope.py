@@ -29,4 +29,5 @@ def refine_model_(pair: Pair, sequences: Sequences, refinement: Refinement) -> O
             lambda number: pair.distance(sequences.training[number]).mean,
             lambda: pair.mean_distance(sequences.held_back),
             lambda: balance_(pair.model),
+            pair.stand_ins.came_further,
         )

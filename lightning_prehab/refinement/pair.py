@@ -1,7 +1,8 @@
 """A model and the dense one that it learns from, asked the same."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.refinement.distance import Distance, answer_in, distance, measure_for
 from lightning_prehab.refinement.stand_ins import StandIns
-from lightning_prehab.statistics.batches import call_model, to_device
+from lightning_prehab.refinement.trained import is_short, trainable
+from lightning_prehab.statistics.batches import call_model, tensors, to_device
 
 
 class Pair:
@@ -27,12 +29,24 @@ class Pair:
         self.model, self.teacher, self.half, self.measure = model, teacher, half, measure
         self.device = next(model.parameters()).device
         self.stand_ins = StandIns(model)
+        self._short = all(map(is_short, _floats(model)))
+        self._lifted = False
+
+    @contextmanager
+    def training(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Inside, the model is ready to be trained: see :func:`~lightning_prehab.refinement.trained.trainable`."""
+        self._lifted = any(map(is_short, _floats(self.model)))
+        try:
+            with trainable(self.model, parameters), self.stand_ins.in_place():
+                yield
+        finally:
+            self._lifted = False
 
     def distance(self, batch: Any) -> Distance:
         """How far the model's answer is from the teacher's, with its graph if gradients are on."""
         with torch.no_grad():
-            right = self._ask(self.teacher, batch)
-        return self._compare(self._ask(self.model, batch), right, batch)
+            right = self.ask(self.teacher, batch)
+        return self._compare(self.ask(self.model, batch), right, batch)
 
     @torch.no_grad()
     def mean_distance(self, batches: Sequence[Any]) -> float:
@@ -41,13 +55,21 @@ class Pair:
         total = sum(float(one.total) for one in found)
         return max(total, 0.0) / max(sum(one.weight for one in found), 1e-30)  # of equal answers rounding is left
 
-    def _ask(self, module: nn.Module, batch: Any) -> Any:
-        device = next(module.parameters()).device
-        return self.under_autocast(lambda: call_model(module, to_device(copy.deepcopy(batch), device)), device)
+    def ask(self, module: nn.Module, batch: Any) -> Any:
+        """What the model or the teacher, whichever is given, answers to a copy of a batch."""
+        device = next((one.device for one in module.parameters()), self.device)
+        given = to_device(copy.deepcopy(batch), device)
+        for one in tensors(given):
+            if self._lifted and module is self.model and is_short(one):  # as its weights were
+                one.data = one.data.float()
+        return self.precisely(lambda: call_model(module, given), device, dense=module is self.teacher)
 
-    def under_autocast(self, work: Any, device: torch.device) -> Any:
-        """What work gives in the precision of this pair, whatever autocast is on around it."""
-        if not self.half:
+    def precisely(self, work: Callable[[], Any], device: torch.device, dense: bool) -> Any:
+        """What work of the model or the teacher gives in the precision of this pair, whatever autocast is on around it.
+
+        What is in half precision all through answers as it is.
+        """
+        if not self.half or (self._short and (dense or not self._lifted)):
             return in_full_precision(work)()
         with torch.autocast(device.type, torch.bfloat16):
             return work()
@@ -57,3 +79,7 @@ class Pair:
             self.measure = measure_for(self.teacher, right, batch)
         expected: Tensor = answer_in(right).to(self.device)
         return in_full_precision(distance)(self.measure, answer_in(output), expected, batch)
+
+
+def _floats(model: nn.Module) -> list[nn.Parameter]:
+    return [one for one in model.parameters() if one.is_floating_point()]

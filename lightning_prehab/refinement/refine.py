@@ -24,7 +24,7 @@ from lightning_prehab.refinement.pair import Pair
 from lightning_prehab.refinement.sequences import Sequences
 from lightning_prehab.refinement.settings import Refinement, Scope
 from lightning_prehab.refinement.teacher import in_half
-from lightning_prehab.refinement.trained import parameters_to_train, trainable, undisturbed
+from lightning_prehab.refinement.trained import is_short, parameters_to_train, undisturbed
 from lightning_prehab.report.refined import RefinementReport
 from lightning_prehab.statistics.effect import same_randomness
 
@@ -90,7 +90,7 @@ def check_models(model: nn.Module, teacher: nn.Module) -> None:
     if not any(isinstance(one, LowRankLayer) for one in model.modules()):
         raise ArgumentError(f"{type(model).__name__} has no low-rank layers; compress it first.")
     theirs = {id(one) for one in teacher.parameters()}
-    if any(id(one) in theirs for one in parameters_to_train(model)):
+    if any(id(one) in theirs for one in [*parameters_to_train(model), *filter(is_short, model.parameters())]):
         raise ArgumentError(
             "The teacher shares weights with the model that are going to be trained; give a copy of the dense model, "
             "made before the cut: copy.deepcopy(model)."
@@ -114,11 +114,11 @@ def refine_with_(
     values = [*parameters, *(one.order for one in model.modules() if isinstance(one, PivotLayer))]
     first = [value.detach().clone() for value in values]
     try:
-        with _at_work(pair), trainable(model, parameters), pair.stand_ins.in_place():
+        with _at_work(pair), pair.training(parameters):
             found = _refine_in(scope, pair, sequences, refinement)
         if found.kept:
             pair.stand_ins.pack_()
-            if pair.stand_ins or any(one.dtype.itemsize < 4 for one in parameters):
+            if pair.stand_ins or any(map(is_short, parameters)):
                 found = _as_it_is(found, pair, sequences)
     except Exception:
         _restore_(values, first)

@@ -50,7 +50,7 @@ class Sequences:
                 "new one, or give a list."
             )
         share = min(refinement.held_back, MOST_HELD_BACK / parts)
-        training, held_back = hold_back(found, share)
+        training, held_back = hold_back(found, share, " (a refinement measures on a part of them)")
         self.training = [part for batch in training for part in _parts(batch, refinement.rows)]
         self.held_back = [part for batch in held_back for part in _parts(batch, refinement.rows)]
         self._generator = torch.Generator().manual_seed(refinement.seed)

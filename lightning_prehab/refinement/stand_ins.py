@@ -25,6 +25,7 @@ class StandIns:
         layers = [layer for layer in model.modules() if isinstance(layer, PivotLayer)]
         self._layers = [layer for layer in layers if layer.D.weight.is_floating_point()]
         self._places: dict[int, LowRankLinear | LowRankConv] = {}
+        self._further = False
 
     def __bool__(self) -> bool:
         return bool(self._layers)
@@ -56,13 +57,15 @@ class StandIns:
         parts: list[Any] = [] if made is None else [made.A, made.B]
         return [part.weight for part in parts] or None
 
+    def came_further(self) -> None:
+        """The factors are worth to be kept from now on."""
+        self._further = True
+
     @torch.no_grad()
     def pack_(self) -> None:
-        """Puts what the factors are now into the layers."""
-        for layer in self._layers:
-            made = self._places.get(id(layer))
-            if made is None:  # interrupted before there was one
-                continue
+        """Puts what the factors are now into the layers; bit by bit the same layers, if they never came further."""
+        for layer in self._layers if self._further else []:
+            made = self._places[id(layer)]
             a, b = (made.A.weight, made.B.weight) if isinstance(made, LowRankLinear) else made.factors()
             found = Factors(a, b).pivoted()
             assert found.order is not None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.refinement.settings import Refinement
+from lightning_prehab.refinement.trained import is_short, parameters_to_train
 
 
 def fast_in_half(device: torch.device) -> bool:
@@ -24,9 +25,10 @@ def in_half(refinement: Refinement, device: torch.device) -> bool:
 def keep_teacher(model: nn.Module, half: bool) -> nn.Module:
     """A model that goes on to answer as ``model`` does now, whatever is cut or trained.
 
-    Vectors (norms, biases) are copied, matrices are not: a cut puts others in their place, and no refinement trains
-    them. With ``half`` float32 matrices, but for those of embeddings, are copies in bfloat16 instead, so that the dense
-    ones can go after the cut; the teacher is then to be called under autocast.
+    What a refinement changes is copied: vectors (norms, biases), low-rank layers of an earlier cut, and whatever is in
+    half precision, which it trains in float32. Other matrices are not: a cut puts others in their place, or they stay.
+    With ``half`` float32 matrices, but for those of embeddings, are copies in bfloat16 instead, so that the dense ones
+    can go after the cut; the teacher is then to be called under autocast.
 
     Args:
         model: The dense model.
@@ -38,8 +40,9 @@ def keep_teacher(model: nn.Module, half: bool) -> nn.Module:
     known: dict[int, Tensor] = {}
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     looked_up = {id(weight) for table in tables for weight in table.parameters()}
+    trained = {id(one) for one in parameters_to_train(model)}
     for parameter in model.parameters():
-        if parameter.dim() <= 1:
+        if id(parameter) in trained or is_short(parameter):
             known[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
         elif half and parameter.dtype == torch.float32 and id(parameter) not in looked_up:
             known[id(parameter)] = nn.Parameter(parameter.detach().to(torch.bfloat16), requires_grad=False)

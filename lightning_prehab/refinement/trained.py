@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prehab.layers import LowRankConv1d, LowRankConv2d, LowRankLayer, LowRankLinear
 from lightning_prehab.layers.conv import matrix_to_kernel
@@ -15,13 +15,15 @@ from lightning_prehab.statistics.calibration import as_found
 
 
 def parameters_to_train(module: nn.Module, stand_ins: StandIns | None = None) -> list[nn.Parameter]:
-    """Those of low-rank layers, and all vectors: norms and biases; each once.
+    """The factors of low-rank layers, and all vectors: norms and biases; each once.
+
+    A layer that holds several matrices may hold some that are dense: these are not trained.
 
     Args:
         module: A model or a block.
         stand_ins: What is trained in the place of layers, or None.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, LowRankLayer)]
+    layers = [layer for layer in module.modules() if isinstance(layer, LowRankLayer) and not _holds_others(layer)]
     ours = {id(one) for layer in layers for one in layer.parameters()}
     found = {id(one): one for one in module.parameters() if one.dim() <= 1 or id(one) in ours}
     for layer in layers:
@@ -31,6 +33,15 @@ def parameters_to_train(module: nn.Module, stand_ins: StandIns | None = None) ->
                 found = {key: one for key, one in found.items() if one is not part.weight}
             found |= {id(one): one for one in instead}
     return [one for one in found.values() if one.is_floating_point()]
+
+
+def is_short(tensor: Tensor) -> bool:
+    """Whether it holds floating numbers of less than 32 bits."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize < 4
+
+
+def _holds_others(layer: LowRankLayer) -> bool:
+    return any(isinstance(inner, LowRankLayer) for inner in layer.modules() if inner is not layer)
 
 
 @torch.no_grad()
@@ -69,16 +80,24 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside, weights are float32 and have gradients if they are trained; outside that is as it was.
+    """Inside, weights and buffers are float32, and weights have gradients if they are trained; outside that is as it was.
 
     The values of the parameters are those that the training has left, rounded to their own dtype.
     """
     wanted = [(one, one.requires_grad) for one in model.parameters()]
-    short = [(one, one.dtype) for one in model.parameters() if one.is_floating_point() and one.dtype.itemsize < 4]
+    short = [(one, one.dtype) for one in model.parameters() if is_short(one)]
+    buffers = [
+        (owner._buffers, name, buffer)
+        for owner in model.modules()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None and is_short(buffer)
+    ]
     chosen = {id(one) for one in parameters}
     try:
         for one, _ in short:
             one.data = one.data.float()
+        for owner, name, buffer in buffers:
+            owner[name] = buffer.float()
         for one, _ in wanted:
             if one.is_floating_point():
                 one.requires_grad_(id(one) in chosen)
@@ -87,6 +106,8 @@ def trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[
     finally:
         for one, dtype in short:
             one.data = one.data.to(dtype)
+        for owner, name, buffer in buffers:
+            owner[name] = buffer
         for one, requires in wanted:
             if one.is_floating_point():
                 one.requires_grad_(requires)

@@ -54,6 +54,11 @@ def hold_back(
     >>> hold_back([torch.arange(4)], 0.25)
     ([tensor([0, 1, 3])], [tensor([2])])
     """
+    if not batches:
+        raise ArgumentError(
+            "batches is empty: there is nothing to hold back. A generator can be gone through once only: make a new "
+            "one, or give a list."
+        )
     whole = round(len(batches) * share)
     if not 1 <= whole < len(batches):
         parts = [_part(batch, share) for batch in batches]
@@ -61,9 +66,9 @@ def hold_back(
         if held:
             return [rest for rest, _ in parts], held
     if len(batches) < 2:
+        rows = batch_size(batches[0])
         raise ArgumentError(
-            f"Nothing can be held back of {len(batches)} batch{'' if len(batches) == 1 else 'es'} of "
-            f"{batch_size(batches[0]) if batches else 0} rows; give more batches{or_else}."
+            f"Nothing can be held back of 1 batch of {rows} row{'' if rows == 1 else 's'}; give more batches{or_else}."
         )
     chosen = set(_spread(min(max(whole, 1), len(batches) - 1), len(batches)))
     rest = [batch for number, batch in enumerate(batches) if number not in chosen]

@@ -164,6 +164,24 @@ def test_an_interruption_leaves_the_best_state_and_says_so():
     assert _divergence(model, dense, batches[4]["input_ids"]) < before
 
 
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_an_interruption_before_anything_is_better_leaves_the_very_same_model(at):
+    model, dense, batches = cut("language", "pivot")
+    before = copy.deepcopy(model)
+    calls = []
+
+    def interrupt(module, args, output):
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+
+    handle = model.lm_head.register_forward_hook(interrupt)
+    with pytest.warns(UserWarning, match="Interrupted while the model was refined"), pytest.raises(KeyboardInterrupt):
+        refine(model, dense, batches)
+    handle.remove()
+    assert_same_weights(model, before)
+
+
 def test_everything_of_the_user_is_as_it_was():
     model, dense, batches = cut("language")
     model.train()
@@ -221,7 +239,11 @@ def test_a_measure_can_be_chosen():
 HOSTILE = {
     "no batches": (lambda m, d, b: (m, d, []), ArgumentError, "batches is empty"),
     "None": (lambda m, d, b: (m, d, None), ArgumentError, "needs batches"),
-    "one row": (lambda m, d, b: (m, d, [{"input_ids": b[0]["input_ids"][:1]}]), ArgumentError, "Nothing can be held"),
+    "one row": (
+        lambda m, d, b: (m, d, [{"input_ids": b[0]["input_ids"][:1]}]),
+        ArgumentError,
+        "a refinement measures on",
+    ),
     "a tensor": (lambda m, d, b: (m, d, b[0]["input_ids"]), ArgumentError, "one tensor"),
     "no teacher": (lambda m, d, b: (m, None, b), ArgumentError, "teacher must be an nn.Module"),
     "itself": (lambda m, d, b: (m, m, b), ArgumentError, "shares weights"),
