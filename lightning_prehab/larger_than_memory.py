@@ -13,8 +13,8 @@ from lightning_prehab.offload.needs import Needs, bytes_in, fitting_batches
 from lightning_prehab.offload.site import FolderSite, check_possible
 from lightning_prehab.offload.skeleton import Skeleton, Source
 from lightning_prehab.offload.wish import describe_wish
-from lightning_prehab.offload.work import Work
-from lightning_prehab.offload.writer import FolderWriter, check_place
+from lightning_prehab.offload.work import FIT, Work
+from lightning_prehab.offload.writer import FolderWriter, check_place, check_writable
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.progress import shown
 from lightning_prehab.report.compression_report import CompressionReport
@@ -55,7 +55,7 @@ def compress_folder(
             fewer rows (the result is that of the smaller ones) and the layers of a block are observed a few at a time,
             as far as that is necessary. None takes batches and blocks as they are.
         refine: Not possible here yet; None. Refine what fits into memory with ``compress_``.
-        overwrite: Replace what is there already.
+        overwrite: Replace a compressed model that is there already; anything else is left.
         progress: Show on standard error what it takes and what is being done, as in
             :func:`~lightning_prehab.compress_`.
 
@@ -81,14 +81,17 @@ def compress_folder(
     skeleton = Skeleton(Source(source))
     chain = Chain(skeleton)
     needs = Needs.of(skeleton, chain, recipe, given)
-    batches, needs = fitting_batches(needs, given, limit)
-    work = Work(output, describe_wish(skeleton.source, recipe, batches, needs.sums_at_most))
+    check_writable(output)
+    work = Work(output, describe_wish(skeleton.source, recipe, given, limit))
     try:
+        batches, needs = fitting_batches(needs, given, limit, work.done(FIT))
         writer = FolderWriter(skeleton, chain, work, output)
         report = writer.written()
         if report is None:
             check_place(output, source, overwrite)
             needs.check_disk(output, work)
+            if work.done(FIT) is None:
+                work.finish(FIT, needs.fit)
             if progress:
                 print("\n".join(needs.lines(work)), file=sys.stderr)
             site = FolderSite(skeleton, chain, batches, work, writer, needs.sums_at_most)

@@ -15,7 +15,9 @@ from lightning_prehab.cli.outputs import beside, note
 from lightning_prehab.errors import ArgumentError, PrehabError
 from lightning_prehab.files.statistics import fingerprint
 from lightning_prehab.integrations.own_samples import check_writes, own_samples
+from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.recipe import Recipe
+from lightning_prehab.statistics.scarce import REAL_SIZE
 
 #: Words for ``--data`` that are no files.
 SELF, NONE = "self", "none"
@@ -35,7 +37,9 @@ def settle_data(settings: Any, wish: object) -> None:
     Raises:
         ArgumentError: If ``--self-share`` has nothing to be a share of.
     """
-    if settings.data is None and isinstance(wish, Recipe) and _profits(wish) and can_write(settings.source):
+    refines = getattr(settings, "refine", None) is not None
+    profits = isinstance(wish, Recipe) and (refines or _profits(wish))
+    if settings.data is None and profits and can_write(settings.source):
         try:
             read_tokenizer(Path(settings.source), _WHY)
         except ArgumentError as error:
@@ -52,6 +56,25 @@ def settle_data(settings: Any, wish: object) -> None:
 def _profits(recipe: Recipe) -> bool:
     """Whether the recipe would look at data."""
     return recipe.factorization is None or any(recipe.wanted) or recipe.policy_or_default.needs_probes
+
+
+def check_data(recipe: Recipe, settings: Any) -> None:
+    """Before any work: what is asked for by name may need data."""
+    if settings.data is not None:
+        return
+    if recipe.factorization is not None and recipe.factorization.needs_statistics:
+        raise ArgumentError(f"{recipe.factorization} needs --data, text or batches; --method svd needs none.")
+    policy = recipe.policy
+    if policy is not None and policy.trials:
+        raise ArgumentError("--trials tries cuts on a part of the data; give --data, text or batches, or no --trials.")
+    if policy is not None and (policy.needs_probes or policy.needs_weight_gradients):
+        raise ArgumentError(f"{policy} needs --data, text or batches; --policy ratio needs none.")
+
+
+def note_of_no_data(settings: Any, plan: CompressionPlan) -> None:
+    """Says what a cut was made without, where no warning has said it."""
+    if settings.data is None and plan.dense_parameters < REAL_SIZE:
+        note("without --data plain SVD is used: it does not know what matters to the model, and can ruin it.")
 
 
 def own_text(model: nn.Module, settings: Any) -> Batches:

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prehab.cli.calibration_text import SELF, own_text, settle_data, with_own_text
+from lightning_prehab.cli.calibration_text import (
+    SELF,
+    check_data,
+    note_of_no_data,
+    own_text,
+    settle_data,
+    with_own_text,
+)
 from lightning_prehab.cli.evaluation import (
     FEWEST_ROWS,
     Measured,
@@ -45,7 +52,6 @@ from lightning_prehab.road import operate, plan_budgets
 from lightning_prehab.sites import ProcessSite
 from lightning_prehab.statistics.batches import call_model, to_device
 from lightning_prehab.statistics.calibration import as_found
-from lightning_prehab.statistics.scarce import REAL_SIZE
 from lightning_prehab.statistics.sums import LayerStatistics
 from lightning_prehab.surgery.factors import planned_targets
 from lightning_prehab.targets.find import Targets
@@ -56,7 +62,7 @@ def plan(settings: Any) -> None:
     keeps = settings.keep or [None]
     recipes = [read_recipe(settings, keep) for keep in keeps]
     settle_data(settings, recipes[0])
-    _check_data(recipes[0], settings)
+    check_data(recipes[0], settings)
     files = None if settings.output is None else PlanFiles(settings.output, keeps, settings.force)
     model, batches = _inputs(settings)
     batches, measured = read_evaluation(settings, batches)  # the calibration sees what that of compress would
@@ -86,12 +92,14 @@ def compress(settings: Any) -> None:
         raise ArgumentError("--memory is for --offload; give both, or --layers-at-once.")
     source, output = Path(settings.source), Path(settings.output)
     check_output(output, settings.force)
-    if settings.refine is not None and settings.data is None:
-        raise ArgumentError("--refine trains on text or batches; give --data.")
     wish = read_recipe(settings, settings.keep) if settings.plan is None else read_plan(settings)
     settle_data(settings, wish)
+    if settings.refine is not None and settings.data is None:
+        raise ArgumentError(
+            "--refine trains on text or batches; give --data FILE, or self where the model writes text."
+        )
     if isinstance(wish, Recipe):
-        _check_data(wish, settings)
+        check_data(wish, settings)
     model, batches = _inputs(settings)
     batches, measured = read_evaluation(settings, batches)
     batches = with_own_text(model, batches, settings)
@@ -169,21 +177,9 @@ def _carry_out(
     )
 
 
-def _check_data(recipe: Recipe, settings: Any) -> None:
-    """Before any work: what is asked for by name may need data."""
-    if settings.data is not None:
-        return
-    if recipe.factorization is not None and recipe.factorization.needs_statistics:
-        raise ArgumentError(f"{recipe.factorization} needs --data, text or batches; --method svd needs none.")
-    policy = recipe.policy
-    if policy is not None and (policy.needs_probes or policy.needs_weight_gradients or policy.trials):
-        raise ArgumentError(f"{policy} needs --data, text or batches; --policy ratio needs none.")
-
-
 def _note_what_is_not_known(settings: Any, plan: CompressionPlan, measured: Measured | None) -> None:
     """Says once more what a cut was made without, where no warning has said it."""
-    if settings.data is None and plan.dense_parameters < REAL_SIZE:
-        note("without --data plain SVD is used: it does not know what matters to the model, and can ruin it.")
+    note_of_no_data(settings, plan)
     if settings.data is not None and measured is None and settings.evaluate is None:
         note(f"not measured: fewer than {FEWEST_ROWS} rows of --data; --evaluate FILE says what the model is worth.")
 

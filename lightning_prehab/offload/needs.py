@@ -79,6 +79,7 @@ class Needs:
         masks: Bytes of the attention masks of all batches, where there is padding.
         output: Bytes of the new folder, at most.
         sums_at_most: Bytes of the statistics that are in memory at a time; None: those of a block.
+        rows: That batches have been cut into, to fit; None: they are as they were.
     """
 
     base: int
@@ -99,6 +100,12 @@ class Needs:
     masks: int
     output: int
     sums_at_most: int | None = None
+    rows: int | None = None
+
+    @property
+    def fit(self) -> dict[str, int | None]:
+        """What was chosen to fit into memory."""
+        return {"sums_at_most": self.sums_at_most, "rows": self.rows}
 
     @classmethod
     def of(cls, skeleton: Skeleton, chain: Chain, recipe: Recipe, batches: Sequence[Any] | None) -> "Needs":
@@ -186,17 +193,22 @@ class Needs:
         return found
 
 
-def fitting_batches(needs: Needs, batches: list[Any] | None, limit: int | None) -> tuple[list[Any] | None, Needs]:
+def fitting_batches(
+    needs: Needs, batches: list[Any] | None, limit: int | None, known: Mapping[str, int | None] | None = None
+) -> tuple[list[Any] | None, Needs]:
     """Batches of so few rows, and so few layers at a time, that a limit is kept.
 
     Args:
         needs: With the batches as they are.
         batches: As they were given.
         limit: In bytes, or None.
+        known: :attr:`Needs.fit` of work that is taken up again, which began with more or less memory in use.
 
     Raises:
         ArgumentError: If nothing helps.
     """
+    if known is not None:
+        return _fitted(replace(needs, sums_at_most=known["sums_at_most"]), batches, known["rows"])
     if limit is None or needs.memory <= limit:
         return batches, needs
     rows = max(batch_size(batch) for batch in batches or [0])
@@ -209,8 +221,8 @@ def fitting_batches(needs: Needs, batches: list[Any] | None, limit: int | None) 
             needs = smaller
             break
         rows = max(rows // 2, 1)
-        batches = [part for batch in batches for part in _in_rows(batch, rows)]
-        needs = replace(needs, tokens=max(map(_tokens, batches)))
+        batches, needs = _fitted(needs, batches, rows)
+        assert batches is not None
         if needs.memory <= limit:
             return batches, needs
     what = max(needs.stages(), key=lambda name: needs.stages()[name])
@@ -219,6 +231,14 @@ def fitting_batches(needs: Needs, batches: list[Any] | None, limit: int | None) 
         f"{_of_rows(needs)}, {_gigabytes(needs.base)} of which are Python and its libraries. Give more, or shorter "
         "rows of data."
     )
+
+
+def _fitted(needs: Needs, batches: list[Any] | None, rows: int | None) -> tuple[list[Any] | None, Needs]:
+    """Batches of at most so many rows; as they are for None."""
+    if rows is None or batches is None:
+        return batches, needs
+    batches = [part for batch in batches for part in _in_rows(batch, rows)]
+    return batches, replace(needs, tokens=max(map(_tokens, batches)), rows=rows)
 
 
 def _of_rows(needs: Needs) -> str:

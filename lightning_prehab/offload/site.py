@@ -198,7 +198,7 @@ class _Factors(Mapping[str, Factors]):
 def check_possible(recipe: Recipe) -> None:
     """Raises :class:`ArgumentError` for what needs the whole model in memory."""
     policy = recipe.policy_or_default
-    if policy.needs_probes or getattr(policy, "needs_trials", False):
+    if policy.needs_probes or policy.trials:
         raise ArgumentError(
             f"{policy} tries cuts on the whole model, again and again, and a model that is larger than memory would be "
             "read from disk each time; choose a policy that reads spectra, such as ParameterBudget."

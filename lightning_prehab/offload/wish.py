@@ -12,16 +12,14 @@ from lightning_prehab.offload.skeleton import Source
 from lightning_prehab.plan.recipe import Recipe
 
 
-def describe_wish(
-    source: Source, recipe: Recipe, batches: list[Any] | None, sums_at_most: int | None
-) -> dict[str, Any]:
+def describe_wish(source: Source, recipe: Recipe, batches: list[Any] | None, limit: int | None) -> dict[str, Any]:
     """Everything that the result depends on, for JSON: the files, the recipe, the data, the versions."""
     return {
         "source": str(source.folder.resolve()),
         "files": source.facts(),
         "recipe": repr(recipe),
         "data": None if batches is None else digest_of(batches),
-        "sums_at_most": sums_at_most,
+        "memory": limit,
         "versions": {"lightning_prehab": __version__, "torch": str(torch.__version__)},
     }
 

@@ -18,6 +18,8 @@ from lightning_prehab.errors import ArgumentError
 from lightning_prehab.offload.tensors import to_disk
 
 _WISH = "wish.json"
+#: The stage before the work: what has been chosen to fit into memory.
+FIT = "fit"
 
 
 class Work:
@@ -90,7 +92,7 @@ class Work:
         """Lets another process go on with it; a folder in which nothing is done goes."""
         if self._lock is None and not self.folder.exists():
             return
-        if not any(self.folder.glob("*.done")):
+        if not any(note != self._note(FIT) for note in self.folder.glob("*.done")):
             shutil.rmtree(self.folder, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()

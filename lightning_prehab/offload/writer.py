@@ -26,20 +26,30 @@ from lightning_prehab.targets.find import count_parameters
 from lightning_prehab.targets.locate import locate
 
 
-def check_place(output: Path, source: Path, overwrite: bool) -> None:
-    """Before any work: whether a folder can be written there.
-
-    Raises:
-        ArgumentError: If something is there already, or nothing can be.
-    """
+def check_writable(output: Path) -> None:
+    """Raises :class:`ArgumentError` if nothing can be written beside the output."""
     near = next(folder for folder in output.parents if folder.exists())
     if not near.is_dir() or not os.access(near, os.W_OK | os.X_OK):
         raise ArgumentError(f"{output} cannot be written: {near} is not a folder to write in.")
-    if output == source.resolve():
+
+
+def check_place(output: Path, source: Path, overwrite: bool) -> None:
+    """Before any work: whether the output may be written.
+
+    Raises:
+        ArgumentError: If something is there already.
+    """
+    if output.resolve() == source.resolve():
         raise ArgumentError(f"{output} is the model that is read; give another output.")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())) or overwrite:
+    inside = next((folder for folder in output.parents if (folder / STRUCTURE).is_file()), None)
+    if inside is not None:
+        raise ArgumentError(f"{output} lies inside {inside}, a compressed model; give another output.")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    raise ArgumentError(f"{output} exists; give overwrite=True (--force) to replace it, or another output.")
+    if not overwrite:
+        raise ArgumentError(f"{output} exists; give overwrite=True (--force) to replace it, or another output.")
+    if not (output / STRUCTURE).is_file():
+        raise ArgumentError(f"{output} holds no compressed model, so it is left as it is; give another output.")
 
 
 class FolderWriter:

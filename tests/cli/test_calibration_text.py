@@ -117,6 +117,13 @@ def test_a_language_model_without_data_uses_its_own_text_and_says_so(folder, tmp
     assert "plain SVD is used" not in err
 
 
+@pytest.mark.parametrize("more", [[], ["--method", "svd"], ["--layout", "pivot", "--trials", 2]])
+def test_a_refinement_trains_on_it_too(folder, tmp_path, capsys, more):
+    words = ["compress", folder, *ROWS, "--output", tmp_path / "small", "--refine", 1, *more]
+    assert json.loads(run(capsys, *words, "--json"))["report"]["refinement"]["steps"] <= 1
+    assert "give --data FILE, or self" in refused(capsys, *words, "--force", "--data", "none")
+
+
 @pytest.mark.parametrize("words", [["--data", "none"], ["--method", "svd"]])
 def test_nothing_is_written_where_no_data_is_wanted(folder, tmp_path, capsys, words, never_again):
     never_again()
@@ -153,9 +160,7 @@ def test_a_plan_that_is_not_kept_keeps_no_samples(folder, tmp_path, capsys, monk
 def test_shares_are_shares_of_tokens(folder, tmp_path, capsys, monkeypatch, share):
     seen = []
     monkeypatch.setattr("lightning_prehab.cli.commands.ProcessSite", lambda model, batches, **_: seen.append(batches))
-    monkeypatch.setattr(
-        "lightning_prehab.cli.commands.operate", lambda wish, site: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr("lightning_prehab.cli.commands.operate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     words = [
         "compress",
         folder,

@@ -7,6 +7,8 @@ import torch
 
 import lightning_prehab as lp
 from lightning_prehab.cli import main
+from lightning_prehab.cli.arguments import parse
+from lightning_prehab.cli.offloaded import _NOT_HERE
 
 pytest.importorskip("transformers")
 
@@ -66,12 +68,39 @@ def test_json_and_force(folder, capsys):
         (["--memory", "little"], "memory must be bytes"),
         (["--memory", "2MB"], "is too little"),
         (["--device", "cuda"], "computes on the CPU"),
+        (["--refine", "2"], "--refine trains the whole model"),
+        (["--self-share", "0.5"], "--self-share has the whole model write text"),
+        (["--data", "self"], "--data self has the whole model write text"),
+        (["--trials", "2"], "tries cuts on the whole model"),
+        (["--data", "none", "--trials", "2"], "tries cuts on the whole model"),
+        (["--data", "none", "--method", "whitened"], "needs --data"),
     ],
 )
 def test_what_needs_the_whole_model_is_refused(options, message, folder, capsys):
     assert command(folder, *options) == 1
     assert message in capsys.readouterr().err
     assert not (folder / "small").exists()
+
+
+#: Options of compress that mean the same with --offload.
+HERE = {"source", "output", "keep", "force", "offload", "memory", "data", "batch_size", "max_length", "all", "json"}
+HOW = {"recipe", "method", "policy", "target_modules", "exclude_modules", "rank_override", "rank_multiple_of"}
+HOW |= {"split_fused", "layout"}
+
+
+def test_no_option_is_passed_over_in_silence():
+    """What the offloaded way does not read, it refuses: see the cases above."""
+    refused = {"evaluate", "device", "trials", *_NOT_HERE} | {"self_sequences"}  # with --data self alone
+    assert {*vars(parse(["compress", "x", "--output", "y"]))} - {"command"} == HERE | HOW | refused
+
+
+@pytest.mark.parametrize("words", [["--data", "none"], []])
+def test_without_data_it_says_what_that_means(words, folder, capsys):
+    arguments = ["compress", str(folder / "dense"), "--output", str(folder / "small"), "--offload"]
+    assert main([*arguments, *words]) == 0
+    out, err = capsys.readouterr()
+    assert "SVD()" in out
+    assert "without --data plain SVD is used" in err
 
 
 def test_memory_alone_has_no_meaning(folder, capsys):

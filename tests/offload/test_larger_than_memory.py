@@ -75,9 +75,10 @@ def test_an_output_that_is_there_is_kept(tmp_path):
     with pytest.raises(lp.PrehabError, match="exists; give overwrite=True"):
         lp.compress_folder(tmp_path / "dense", tmp_path / "small", 0.5, batches(1), progress=False)
     assert (tmp_path / "small" / "mine.txt").is_file()
-    report = lp.compress_folder(tmp_path / "dense", tmp_path / "small", 0.5, batches(1), overwrite=True, progress=False)
+    lp.compress_folder(tmp_path / "dense", tmp_path / "other", 0.6, batches(1), progress=False)
+    report = lp.compress_folder(tmp_path / "dense", tmp_path / "other", 0.5, batches(1), overwrite=True, progress=False)
     assert report.keep <= 0.5
-    assert not (tmp_path / "small" / "mine.txt").exists()
+    assert lp.CompressionReport.load_json(tmp_path / "other" / "report.json").ranks == report.ranks
     with pytest.raises(lp.PrehabError, match="is the model that is read"):
         lp.compress_folder(tmp_path / "dense", tmp_path / "dense", 0.5, batches(1), overwrite=True)
 
@@ -121,3 +122,19 @@ def test_memory_is_kept_to_with_smaller_batches_and_fewer_layers(tmp_path, capsy
     assert "batches of at most" in said
     assert report.keep <= 0.5
     assert abs(report.keep - reference.keep) < 0.05
+
+
+def test_what_is_no_compressed_model_is_never_replaced(tmp_path):
+    dense("llama", tmp_path / "dense")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one").write_text("a photo")
+    (tmp_path / "letter").write_text("a letter")
+    (tmp_path / "link").symlink_to(tmp_path / "dense")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for name in ("photos", "letter", "dense", "link", ".", "letter/small"):
+        with pytest.raises(lp.PrehabError, match="give another output|cannot be written"):
+            lp.compress_folder(
+                tmp_path / "dense", tmp_path / name, lp.Recipe(factorization=lp.SVD()), overwrite=True, progress=False
+            )
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert after == before

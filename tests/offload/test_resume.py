@@ -86,9 +86,26 @@ def test_another_wish_does_not_mix(tmp_path, monkeypatch, capsys):
     assert f"unfinished work of another wish in {left}" in capsys.readouterr().err
     assert left.is_dir()
     os.utime(tmp_path / "dense" / "config.json")  # and another model is another wish
-    with killed_after(1, monkeypatch), pytest.raises(Killed):
+    with killed_after(2, monkeypatch), pytest.raises(Killed):
         compress(tmp_path, overwrite=True)
     assert len(list(tmp_path.glob(".small.*"))) == 2
+
+
+def test_memory_that_is_in_use_elsewhere_makes_no_other_wish(tmp_path, monkeypatch):
+    from lightning_prehab.offload import needs
+
+    dense("llama", tmp_path / "dense")
+    monkeypatch.setattr(needs, "LATER", 0)
+    monkeypatch.setattr(needs, "COPIES", 0.0)
+    done: list[str] = []
+    for used in (0, 1000, 2000):
+        monkeypatch.setattr(needs, "resident", lambda used=used: used)
+        with killed_after(7, monkeypatch) as seen, pytest.raises(Killed):
+            compress(tmp_path, memory=2**20)
+        done += [stage for stage in seen if stage != "fit"]
+    assert len(done) == len(set(done)) > 15
+    compress(tmp_path, memory=2**20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "small"]
 
 
 def test_two_processes_do_not_work_on_the_same(tmp_path, monkeypatch):
