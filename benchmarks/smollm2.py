@@ -275,10 +275,12 @@ def wanted_keys(
             yield name, texts[place] if row.texts else None, seed, keep
 
 
+def lines() -> list[Record]:
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.exists() else []
+
+
 def stored() -> dict[Key, Record]:
-    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
-    found = (json.loads(line) for line in lines)
-    return {(row["row"], row["text"], row["seed"], row["keep"]): row for row in found}
+    return {(row["row"], row["text"], row["seed"], row["keep"]): row for row in lines() if "row" in row}
 
 
 def run(given: argparse.Namespace) -> None:
@@ -376,11 +378,27 @@ def print_answers(rows: Mapping[Key, Record]) -> None:
             print(f"- {title(name, text)}, keep {keep}: {said}")
 
 
+def print_older() -> None:
+    """Results of the first protocol: 16 blocks of the test text, scored in float32, of WikiText-2 alone."""
+    rows = [row for row in lines() if "method" in row]
+    keeps = sorted({row["keep"] for row in rows if row["keep"] < 1}, reverse=True)
+    print("\n| perplexity, first 16 blocks | " + " | ".join(f"keep {keep}" for keep in keeps) + " |")
+    print("|---" * (1 + len(keeps)) + "|")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        found = [
+            [row["perplexity"] for row in rows if (row["method"], row["keep"]) == (method, keep)] for keep in keeps
+        ]
+        if not any(found):
+            found[0] = [row["perplexity"] for row in rows if row["method"] == method]
+        print(f"| {method} | " + " | ".join(map(shown_values, found)) + " |")
+
+
 def print_table() -> None:
     rows = stored()
     print_perplexities(rows, "wikitext", "WikiText-2")
     print_perplexities(rows, "shakespeare", "Shakespeare")
     print_costs(rows)
+    print_older()
     print_answers(rows)
 
 

@@ -246,13 +246,13 @@ def test_a_tiny_model_reads_and_writes_tokens(benchmark_named, monkeypatch):
     module = benchmark_named("tokens_per_second")
     monkeypatch.setattr(module, "LENGTH", 8)
     monkeypatch.setattr(module, "REPEATS", 1)
-    monkeypatch.setattr(module, "KEEPS", (0.5,))
     monkeypatch.setattr(module, "MULTIPLES", (1,))
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     small = {"vocab_size": 16, "hidden_size": 36, "intermediate_size": 64, "num_hidden_layers": 2}
-    rows = module.measure(transformers.LlamaConfig(**{**module.CONFIG, **small}), least=0.0)
+    rows = module.measure(transformers.LlamaConfig(**{**module.CONFIG, **small}), 0.5, least=0.0)
     assert len(rows) == 4 * (1 + len(module.LAYOUTS))
-    assert all(row["kept"] <= row["keep"] and row["tokens_per_second"] > 0 for row in rows)
+    assert all(row["kept"] <= row["keep"] or row["layout"] == "dense" for row in rows)
+    assert all(row["tokens_per_second"] > 0 for row in rows)
 
 
 def test_a_step_of_writing_is_one_more_token_of_the_model(benchmark_named, monkeypatch):
