@@ -80,7 +80,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside, weights and buffers are float32, and weights have gradients if they are trained; outside that is as it was.
+    """Inside, weights and buffers are float32, and what is trained has gradients; outside that is as it was.
 
     The values of the parameters are those that the training has left, rounded to their own dtype.
     """
