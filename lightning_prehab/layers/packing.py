@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.layers.attention import PARTS, LowRankMultiheadAttention
@@ -28,7 +29,8 @@ def packed(layer: LowRankLayer) -> LowRankLayer:
         layer: Any low-rank layer; what is packed already stays as it is.
 
     Raises:
-        UnsupportedError: If a matrix of it has no such layout: with a sparse part, in groups, in the spatial scheme.
+        UnsupportedError: If a matrix of it has no such layout (with a sparse part, in groups, in the spatial scheme), or
+            something is on it that would be lost (quantized, parametrized).
         NumericalError: If a factor is not finite.
     """
     return _with_parts(layer, _pack)
@@ -38,7 +40,7 @@ def unpacked(layer: LowRankLayer) -> LowRankLayer:
     """The same layer as balanced factors, which share what is not cut: the way back from :func:`packed`.
 
     Raises:
-        UnsupportedError: If a part of it is quantized.
+        UnsupportedError: If a part of it is quantized or parametrized.
     """
     return _with_parts(layer, _unpack)
 
@@ -61,7 +63,11 @@ def why_not_packed(layer: nn.Module) -> str | None:
 
 def _why_not_read(layer: nn.Module) -> str | None:
     """Why the numbers of a layer cannot be made into others."""
-    return "it is quantized" if any(is_quantized(parameter) for parameter in layer.parameters()) else None
+    if any(is_quantized(parameter) for parameter in layer.parameters()):
+        return "it is quantized"
+    if any(is_parametrized(part) for part in layer.modules()):
+        return "a parametrization is on its parts, and would be lost; remove_parametrizations first"
+    return None
 
 
 def _with_parts(layer: LowRankLayer, change: Callable[[Any], LowRankLayer]) -> LowRankLayer:

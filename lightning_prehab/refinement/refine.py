@@ -63,7 +63,7 @@ def refine_(
     Raises:
         ArgumentError: If something cannot be used; the model is then as it was.
         StatisticsError: If the answers of both do not fit together.
-        UnsupportedError: If the blocks of the model cannot be refined one by one.
+        UnsupportedError: If a low-rank layer is quantized, or the blocks of the model cannot be refined one by one.
 
     >>> import lightning_prehab as lp
     >>> dense, model = (nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 8)) for _ in range(2))

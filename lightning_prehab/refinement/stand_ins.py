@@ -1,10 +1,10 @@
 """Layers in the pivot layout are trained as two balanced factors, and packed again at the end.
 
 Measured: at equal steps and the best learning rate of each, factors come further than pivot rows and what makes the
-others of them.
+others of them. One whose parts carry more than their weights (adapters, parametrizations, hooks) is trained as it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,12 +18,21 @@ from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.pivot import from_factor
 
 
+def are_plain(parts: Iterable[nn.Module]) -> bool:
+    """Whether the weights of these modules are all there is to them: no adapter, parametrization, hook."""
+    return all(
+        type(part) in (nn.Linear, nn.Conv1d, nn.Conv2d)
+        and not (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
+        for part in parts
+    )
+
+
 class StandIns:
     """Two factors for each layer of a model in the pivot layout, with the same function and the same bias."""
 
     def __init__(self, model: nn.Module) -> None:
         layers = [layer for layer in model.modules() if isinstance(layer, PivotLayer)]
-        self._layers = [layer for layer in layers if layer.D.weight.is_floating_point()]
+        self._layers = [layer for layer in layers if are_plain(layer.children()) and layer.D.weight.is_floating_point()]
         self._places: dict[int, LowRankLinear | LowRankConv] = {}
         self._further = False
 

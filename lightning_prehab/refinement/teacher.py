@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from lightning_prehab.linalg.matrices import is_quantized
 from lightning_prehab.refinement.settings import Refinement
 from lightning_prehab.refinement.trained import is_short, parameters_to_train
 
@@ -44,7 +45,9 @@ def keep_teacher(model: nn.Module, half: bool) -> nn.Module:
     for parameter in model.parameters():
         if id(parameter) in trained or is_short(parameter):
             known[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        elif half and parameter.dtype == torch.float32 and id(parameter) not in looked_up:
+        elif (
+            half and parameter.dtype == torch.float32 and not is_quantized(parameter) and id(parameter) not in looked_up
+        ):
             known[id(parameter)] = nn.Parameter(parameter.detach().to(torch.bfloat16), requires_grad=False)
         else:
             known[id(parameter)] = parameter

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.layers import LowRankConv1d, LowRankConv2d, LowRankLayer, LowRankLinear
 from lightning_prehab.layers.conv import matrix_to_kernel
 from lightning_prehab.linalg.balance import balanced
-from lightning_prehab.refinement.stand_ins import StandIns
+from lightning_prehab.linalg.matrices import is_quantized
+from lightning_prehab.refinement.stand_ins import StandIns, are_plain
 from lightning_prehab.statistics.calibration import as_found
 
 
@@ -19,11 +21,20 @@ def parameters_to_train(module: nn.Module, stand_ins: StandIns | None = None) ->
 
     A layer that holds several matrices may hold some that are dense: these are not trained.
 
+    Raises:
+        UnsupportedError: If a low-rank layer is quantized.
+
     Args:
         module: A model or a block.
         stand_ins: What is trained in the place of layers, or None.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, LowRankLayer) and not _holds_others(layer)]
+    for layer in layers:
+        if any(map(is_quantized, layer.parameters())):
+            raise UnsupportedError(
+                f"A {type(layer).__name__} of the model is quantized, and cannot be trained; refine first, quantize "
+                "afterwards."
+            )
     ours = {id(one) for layer in layers for one in layer.parameters()}
     found = {id(one): one for one in module.parameters() if one.dim() <= 1 or id(one) in ours}
     for layer in layers:
@@ -37,7 +48,7 @@ def parameters_to_train(module: nn.Module, stand_ins: StandIns | None = None) ->
 
 def is_short(tensor: Tensor) -> bool:
     """Whether it holds floating numbers of less than 32 bits."""
-    return tensor.is_floating_point() and tensor.dtype.itemsize < 4
+    return tensor.is_floating_point() and tensor.dtype.itemsize < 4 and not is_quantized(tensor)
 
 
 def _holds_others(layer: LowRankLayer) -> bool:
@@ -51,6 +62,8 @@ def balance_(module: nn.Module) -> None:
     One learning rate then suits both: factors as a metric leaves them can differ in size by orders of magnitude.
     """
     for layer in module.modules():
+        if not (isinstance(layer, LowRankLayer) and are_plain(layer.children())):
+            continue  # an adapter on one factor is not on the product
         if isinstance(layer, LowRankLinear):
             a, b = layer.A.weight, layer.B.weight
             if a.is_floating_point() and b.is_floating_point():
@@ -80,7 +93,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside, weights and buffers are float32, and weights have gradients if they are trained; outside that is as it was.
+    """Inside, weights and buffers are float32, and what is trained has gradients; outside that is as it was.
 
     The values of the parameters are those that the training has left, rounded to their own dtype.
     """
