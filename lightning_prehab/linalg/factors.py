@@ -19,8 +19,8 @@ class Factors(NamedTuple):
         bias_shift: Shape ``(out_features,)``, or None when the bias stays as it is.
         sparse: Entries that are added, ``W ~ B A + S``, or None.
         order: In the pivot layout, where each row stands in ``[A; C A]``: shape ``(out_features,)``. ``A`` is then rows
-            of the matrix, and ``B`` those of the identity and of ``C``; see :func:`~lightning_prehab.linalg.pivot.
-            as_factor`.
+            of the matrix, and ``B`` those of the identity and of ``C``; see
+            :func:`~lightning_prehab.linalg.pivot.as_factor`.
     """
 
     A: Tensor
