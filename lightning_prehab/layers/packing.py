@@ -29,7 +29,7 @@ def packed(layer: LowRankLayer) -> LowRankLayer:
         layer: Any low-rank layer; what is packed already stays as it is.
 
     Raises:
-        UnsupportedError: If a matrix of it has no such layout (with a sparse part, in groups, in the spatial scheme), or
+        UnsupportedError: If a matrix of it has no such layout (a sparse part, groups, the spatial scheme), or
             something is on it that would be lost (quantized, parametrized).
         NumericalError: If a factor is not finite.
     """

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prehab.errors import ArgumentError
 from lightning_prehab.progress import counted
 from lightning_prehab.refinement.block_inputs import Call, record_calls
 from lightning_prehab.refinement.blocks import find_blocks
@@ -34,10 +35,11 @@ def refine_blocks_(pair: Pair, sequences: Sequences, refinement: Refinement) -> 
     Raises:
         UnsupportedError: If the blocks do not run one after the other.
         TargetError: If there are none.
+        ArgumentError: If the teacher has others.
     """
     names = [name for name, _ in find_blocks(pair.model)]
     ours = [pair.model.get_submodule(name) for name in names]
-    dense = [pair.teacher.get_submodule(name) for name in names]
+    dense = [_dense_form(pair.teacher, name) for name in names]
     parts = [*sequences.training, *sequences.held_back]
     theirs = [_record(pair, pair.teacher, names, dense, part) for part in parts]
     own = [_record(pair, pair.model, names, ours, part) for part in parts]
@@ -95,6 +97,13 @@ def refine_block_(
         lambda: balance_(block),
         pair.stand_ins.came_further,
     )
+
+
+def _dense_form(teacher: nn.Module, name: str) -> nn.Module:
+    try:
+        return teacher.get_submodule(name)
+    except AttributeError as error:
+        raise ArgumentError(f"The teacher has no block {name!r}; it must be the dense form of the model.") from error
 
 
 def _record(

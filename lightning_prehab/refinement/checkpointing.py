@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -13,8 +12,8 @@ from lightning_prehab.errors import TargetError
 from lightning_prehab.refinement.blocks import find_blocks
 from lightning_prehab.refinement.memory import SavedBytes, bytes_to_train, free_memory
 from lightning_prehab.refinement.pair import Pair
+from lightning_prehab.refinement.sequences import first_row
 from lightning_prehab.statistics.batches import batch_size
-from lightning_prehab.statistics.held_back import rows_of
 
 #: Share of the free memory that activations may take.
 ROOM = 0.5
@@ -49,10 +48,7 @@ def is_due(pair: Pair, batch: Any, parameters: list[nn.Parameter]) -> bool:
         return False
     if free is None:
         return False
-    rows = batch_size(batch)
-    first = torch.zeros(rows, dtype=torch.bool)
-    first[:1] = True
-    alone = rows_of(batch, first)
+    alone = first_row(batch)
     with SavedBytes() as saved:
-        pair.distance(batch if alone is None else alone)
-    return saved.bytes * (1 if alone is None else rows) > ROOM * max(free - bytes_to_train(parameters), 0)
+        pair.distance(alone)
+    return saved.bytes * (1 if alone is batch else batch_size(batch)) > ROOM * max(free - bytes_to_train(parameters), 0)

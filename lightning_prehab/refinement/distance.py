@@ -45,7 +45,11 @@ def answer_in(output: Any) -> Tensor:
             return found
     found = next((one for one in tensors(output) if one.is_floating_point() and one.dim() > 0), None)
     if found is None:
-        raise StatisticsError(f"The output ({type(output).__name__}) holds no tensor to be trained on.")
+        shape = f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
+        raise StatisticsError(
+            f"The output ({type(output).__name__}{shape}) holds nothing to be compared; return logits or numbers for "
+            "each row, not a loss alone."
+        )
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prehab.errors import ArgumentError, TargetError
+from lightning_prehab.errors import ArgumentError, StatisticsError, TargetError
 from lightning_prehab.layers import LowRankLayer
 from lightning_prehab.layers.pivot import PivotLayer
 from lightning_prehab.linalg.modes import outside_inference_mode
@@ -18,10 +18,11 @@ from lightning_prehab.progress import shown
 from lightning_prehab.refinement.block_scope import refine_blocks_
 from lightning_prehab.refinement.blocks import find_blocks
 from lightning_prehab.refinement.course import Outcome
+from lightning_prehab.refinement.distance import answer_in
 from lightning_prehab.refinement.memory import bytes_to_train, free_memory, weights_in
 from lightning_prehab.refinement.model_scope import refine_model_
 from lightning_prehab.refinement.pair import Pair
-from lightning_prehab.refinement.sequences import Sequences
+from lightning_prehab.refinement.sequences import Sequences, first_row
 from lightning_prehab.refinement.settings import Refinement, Scope
 from lightning_prehab.refinement.teacher import in_half
 from lightning_prehab.refinement.trained import is_short, parameters_to_train, undisturbed
@@ -95,6 +96,22 @@ def check_models(model: nn.Module, teacher: nn.Module) -> None:
             "The teacher shares weights with the model that are going to be trained; give a copy of the dense model, "
             "made before the cut: copy.deepcopy(model)."
         )
+
+
+def check_answers(model: nn.Module, sequences: Sequences, refinement: Refinement) -> None:
+    """Raises, before a cut, what a refinement after it would stumble on: asks the dense model for one answer."""
+    if refinement.scope == "blocks" or refinement.checkpointing:
+        find_blocks(model)
+    parameters_to_train(model)
+    pair = Pair(model, model, in_half(refinement, next(model.parameters()).device))
+    with _at_work(pair), torch.no_grad():
+        try:
+            answer_in(pair.ask(model, first_row(sequences.held_back[0])))
+        except (ArgumentError, StatisticsError) as error:
+            raise type(error)(
+                "refine calls the model on the batches alone, without loss=, and compares what it returns. "
+                f"{error} Or leave refine out."
+            ) from error
 
 
 def refine_with_(

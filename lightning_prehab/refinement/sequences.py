@@ -69,6 +69,14 @@ class Sequences:
             yield left.pop()
 
 
+def first_row(batch: Any) -> Any:
+    """The first row of a batch alone, where rows can be told apart; else all of it."""
+    chosen = torch.zeros(batch_size(batch), dtype=torch.bool)
+    chosen[:1] = True
+    alone = rows_of(batch, chosen)
+    return batch if alone is None else alone
+
+
 def _parts(batch: Any, rows: int | None) -> list[Any]:
     """The batch in parts of so many rows, where rows can be told apart."""
     total = batch_size(batch)

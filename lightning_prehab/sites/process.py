@@ -20,7 +20,7 @@ from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.plan.spectra import Solver, Spectrum
 from lightning_prehab.progress import ends_the_work, tell
 from lightning_prehab.rank_policies import Probe
-from lightning_prehab.refinement.refine import refine_with_
+from lightning_prehab.refinement.refine import check_answers, refine_with_
 from lightning_prehab.refinement.sequences import Sequences
 from lightning_prehab.refinement.settings import Refinement
 from lightning_prehab.refinement.teacher import in_half, keep_teacher
@@ -218,7 +218,7 @@ class ProcessSite(Site):
         return swap_(self.model, plan, factors, self._optimizers)
 
     def check_refinement(self, refinement: Refinement) -> None:
-        """There must be batches to refine on, and no optimizer whose moments the new factors would not fit."""
+        """There must be batches, answers to compare, and no optimizer whose moments the new factors would not fit."""
         if any(optimizer.state for optimizer in self._optimizers):
             raise UnsupportedError(
                 "The model cannot be refined under an optimizer that has made steps: its moments would be those of "
@@ -227,6 +227,7 @@ class ProcessSite(Site):
         if isinstance(self._batches, Iterator):
             self._batches = list(self._batches)  # another pass is needed
         self._sequences = Sequences(self._batches, refinement)
+        check_answers(self.model, self._sequences, refinement)
 
     def teacher(self, refinement: Refinement) -> nn.Module:
         """The dense model, in half precision where that is fast."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lightning_prehab as lp
-from lightning_prehab.errors import ArgumentError, StatisticsError, UnsupportedError
+from lightning_prehab.errors import ArgumentError, PrehabError, StatisticsError, UnsupportedError
 from lightning_prehab.refinement import course
 from lightning_prehab.refinement.checkpointing import checkpointed
 from lightning_prehab.refinement.course import Course
@@ -315,6 +315,53 @@ def test_compress_refuses_before_the_cut(given, words):
     before = copy.deepcopy(model)
     with pytest.raises(ArgumentError, match=words):
         lp.compress_(model, 0.5, progress=False, **given)
+    assert_same_weights(model, before)
+
+
+class Loss(nn.Module):
+    """Returns a loss and nothing else."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("wrap", "make", "wish", "words"),
+    [
+        (Loss, lambda x: x, 2, r"refine calls the model on the batches alone.*not a loss alone"),
+        (nn.Sequential, lambda x: {"inputs": x}, 2, "refine calls the model on the batches alone, without loss="),
+        (nn.Sequential, lambda x: x, lp.Refinement(2, scope="blocks"), "has no blocks"),
+        (nn.Sequential, lambda x: x, lp.Refinement(2, checkpointing=True), "has no blocks"),
+    ],
+)
+def test_what_cannot_be_refined_is_refused_before_the_cut(wrap, make, wish, words):
+    net, batches = MODELS["mlp"]()
+    model = wrap(net) if wrap is Loss else net
+    before = copy.deepcopy(model)
+
+    def loss(module, batch):
+        inputs = batch["inputs"] if isinstance(batch, dict) else batch
+        return module(inputs).square().mean()
+
+    batches = [make(one) for one in batches]
+    with pytest.raises(PrehabError, match=words):
+        lp.compress_(model, 0.5, batches, loss, refine=wish, progress=False)
+    assert_same_weights(model, before)
+
+
+def test_a_teacher_of_another_depth_is_refused():
+    model, _, batches = cut("language")
+    other = copy.deepcopy(model)
+    del other.model.layers[1]
+    for parameter in other.parameters():
+        parameter.data = parameter.data.clone()
+    before = copy.deepcopy(model)
+    with pytest.raises(ArgumentError, match=r"no block 'model.layers.1'; it must be the dense form"):
+        refine(model, other, batches, scope="blocks")
     assert_same_weights(model, before)
 
 
