@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lightning_prehab.cli import main
+from lightning_prehab.cli.arguments import parse
 
 transformers = pytest.importorskip("transformers")
 
@@ -42,6 +43,14 @@ def model_folder(tmp_path, monkeypatch) -> Path:
         llama().save_pretrained("my-model")
     Path("lines.txt").write_text(TEXT)
     return tmp_path
+
+
+def test_commands_in_a_sentence_are_understood():
+    found = re.findall(r"`lightning-prehab (compress .*?)`", README.replace("\n", " "))
+    assert len(found) >= 2
+    for command in found:
+        words = [word if word != "lines.txt" else __file__ for word in shlex.split(command)]
+        parse([*words, *(["some", "--output", "small"] if words[1] == "--offload" else [])])
 
 
 def test_the_commands_and_the_python_after_them(model_folder, capsys):
