@@ -53,6 +53,7 @@ class CalibratedBudget(BudgetPolicy):
     Raises:
         ArgumentError: If a value is out of range, or the base does not look at spectra.
 
+    >>> import torch
     >>> layers = [LayerChoices(f"{block}.fc", 20, 20, torch.ones(20), tuple(range(1, 10))) for block in range(3)]
     >>> CalibratedBudget(0.5, trials=0, alpha=1, gamma=2)(layers)
     {'0.fc': None, '1.fc': 8, '2.fc': 1}

@@ -14,6 +14,7 @@ def blocks_of(layers: Iterable[LayerChoices]) -> list[int]:
     as ``model.layers.3`` does; of lists inside each other the outermost one counts. A layer outside of them is a block
     of its own.
 
+    >>> import torch
     >>> names = ["embed", "model.layers.0.q", "model.layers.0.k", "model.layers.1.q", "model.layers.1.k", "head"]
     >>> blocks_of(LayerChoices(name, 1, 1, torch.ones(1), ()) for name in names)
     [0, 1, 1, 2, 2, 3]

@@ -178,7 +178,7 @@ def test_layers_exchanged_by_hand(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "match"),
     [
-        ({"format_version": 2, "layers": {}}, "version 2"),
+        ({"format_version": 3, "layers": {}}, "version 3"),
         ({"format_version": 1, "layers": {}, "later": 1}, "later"),
         ({"format_version": 1, "layers": {"a": {"shape": [4, 4], "rank": 0}}}, "cannot be read"),
         ({"format_version": 1, "layers": [1]}, "cannot be read"),
