@@ -56,7 +56,7 @@ class CalibratedBudget(BudgetPolicy):
     >>> import torch
     >>> layers = [LayerChoices(f"{block}.fc", 20, 20, torch.ones(20), tuple(range(1, 10))) for block in range(3)]
     >>> CalibratedBudget(0.5, trials=0, alpha=1, gamma=2)(layers)
-    {'0.fc': None, '1.fc': 8, '2.fc': 1}
+    {'0.fc': None, '1.fc': 4, '2.fc': 1}
     """
 
     trials: int = 10
