@@ -23,6 +23,11 @@ FUNCTIONS = [
     lp.collect_statistics,
     lp.make_plan,
     lp.apply_plan_,
+    lp.refine_,
+    lp.Refinement,
+    lp.own_samples,
+    lp.to_pivot_,
+    lp.to_factors_,
     lp.to_dense_,
     lp.print_compression,
 ]

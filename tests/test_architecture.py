@@ -65,7 +65,6 @@ KNOW_LIGHTNING = {"callbacks", "cli"}
 #: and yaml need none: lightning brings yaml, and whoever prints with rich has it.
 EXTRAS = {
     ("callbacks/_printing.py", "rich"),
-    ("cli/calibration_text.py", "safetensors"),
     ("cli/inputs.py", "safetensors"),
     ("cli/inputs.py", "transformers"),
     ("cli/outputs.py", "rich"),

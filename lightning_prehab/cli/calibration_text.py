@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_prehab.cli.inputs import Batches, can_write, describe, read_batches, read_tokenizer
 from lightning_prehab.cli.outputs import beside, note
-from lightning_prehab.errors import ArgumentError, PrehabError
-from lightning_prehab.files.statistics import fingerprint
+from lightning_prehab.errors import ArgumentError
+from lightning_prehab.files.statistics import fingerprint, save_tensors
 from lightning_prehab.integrations.own_samples import check_writes, own_samples
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.recipe import Recipe
@@ -127,13 +127,9 @@ def _written(model: nn.Module, settings: Any, sequences: int, length: int) -> tu
 
 def _keep(batches: Batches, file: Path) -> None:
     """Writes one file, whole or not at all."""
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise PrehabError("Files need the safetensors package: pip install 'lightning-prehab[hf]'.") from error
     with beside(file) as work:
         made = work / file.name
-        save_file({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}, made)
+        save_tensors({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}, made)
         (work / "like").touch()
         made.chmod((work / "like").stat().st_mode)  # safetensors makes files that nobody else can read
         os.replace(made, file)

@@ -3,6 +3,7 @@
 Layers that are fed by the same tensor share their sums here too, and of a symmetric matrix one half is stored.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -65,7 +66,7 @@ class StatisticsWriter:
                 sums[sum_name] = keys[id(tensor)]
             shape = [layer.out_features, layer.in_features]
             self._layers[name] = {"file": file, "shape": shape, "sums": sums}
-        _safetensors().torch.save_file(stored, self.folder / file)
+        save_tensors(stored, self.folder / file)
         self._files[file] = _digest(self.folder / file)
 
     def finish(self, model: str) -> int:
@@ -210,6 +211,20 @@ def _digest(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a file of safetensors.
+
+    Raises:
+        OSError: If it cannot be written, such as on a full disk; safetensors has an error of its own for that.
+        PrehabError: If the package is missing.
+    """
+    library = _safetensors()
+    try:
+        library.torch.save_file(dict(tensors), path)
+    except library.SafetensorError as error:
+        raise OSError(errno.EIO, f"cannot be written ({error})", str(path)) from error
 
 
 def _safetensors() -> Any:

@@ -47,9 +47,14 @@ class Work:
         self.resumed = (self.folder / _WISH).is_file()
         for left in self.folder.rglob("*.part"):
             left.unlink()
-        if not self.resumed:
+        if self.resumed:
+            return
+        try:
             with self.writing(_WISH) as path:
                 path.write_text(text + "\n", encoding="utf-8")
+        except BaseException:
+            self.close()
+            raise
 
     def others(self) -> list[Path]:
         """Folders with the unfinished work of other wishes for the same output."""

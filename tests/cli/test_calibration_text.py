@@ -117,6 +117,25 @@ def test_a_language_model_without_data_uses_its_own_text_and_says_so(folder, tmp
     assert "plain SVD is used" not in err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["plan", "--output", "plan.yaml"], ["plan", "--data", "none", "--method", "svd", "--output", "plan.yaml"]]
+    + [["compress", "--output", "small", *more] for more in ([], ["--data", "none"], ["--offload"])],
+)
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(folder, tmp_path, capsys, monkeypatch, words):
+    resource = pytest.importorskip("resource")
+    monkeypatch.chdir(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # no file may have a byte; Python ignores the signal
+    try:
+        code = main([words[0], str(folder), *words[1:]])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("more", [[], ["--method", "svd"], ["--layout", "pivot", "--trials", 2]])
 def test_a_refinement_trains_on_it_too(folder, tmp_path, capsys, more):
     words = ["compress", folder, *ROWS, "--output", tmp_path / "small", "--refine", 1, *more]

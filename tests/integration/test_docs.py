@@ -117,7 +117,7 @@ def test_all_options_are_on_one_page():
     lines = difflib.unified_diff(written.splitlines(), made.splitlines(), "docs/cheat-sheet.md", "as it should be", n=0)
     assert written == made, "\n".join(["run python .ci/cheat_sheet.py", *lines])
     public = [name for name in lp.__all__ if f"[{name}]" in made or f"| `{name}`<br>" in made]
-    layers = {name for name in lp.__all__ if name.startswith("LowRank")} - {"LowRankPlusSparse"}
+    layers = {name for name in lp.__all__ if name.startswith(("LowRank", "Pivot"))} - {"LowRankPlusSparse"}
     results = {"CompressionPlan", "CompressionReport", "LayerPlan", "LayerStatistics", "PrehabError"}
     assert {*public} == {*lp.__all__} - layers - results - {"EffectiveRankMetric", "StableRankMetric"}
     keys = set(re.findall(r"^(\w+):", made.split("## A recipe as a file")[1], flags=re.MULTILINE)) - {"trainer"}
