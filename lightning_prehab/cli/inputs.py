@@ -222,10 +222,11 @@ def read_tokenizer(source: Path, why: str) -> Any:
     Raises:
         ArgumentError: If there is none, or it cannot be read.
     """
+    transformers = _transformers()
     if not _has_tokenizer(source):
         raise ArgumentError(f'{source} holds no tokenizer {why}tokenizer.save_pretrained("{source}").')
     try:
-        return _transformers().AutoTokenizer.from_pretrained(source, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
     except PrehabError:
         raise
     except Exception as error:  # whatever a damaged tokenizer leads to
