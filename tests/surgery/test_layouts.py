@@ -44,6 +44,8 @@ def matrices(layer):
 @pytest.mark.parametrize("make", PACKABLE)
 def test_there_and_back_is_the_same_function(make):
     model, x = model_of(make)
+    if isinstance(model[1], LowRankConv1D | LowRankConv1DBlocks):
+        pytest.importorskip("transformers")  # its dense form is a layer of transformers
     old = model[1].eval()
     expected, count = run(old, x), sum(p.numel() for p in model.parameters())
     biases = {id(p) for p in old.parameters() if p.dim() == 1}
