@@ -104,7 +104,7 @@ WRONG = {
     "a loss without a graph": (lambda: cut(loss=lambda m, b: m(b).mean().detach()), "The loss has no gradient"),
     "a class": (lambda: cut(factorization=lp.SVD), "; write SVD(...)"),
     "a name": (lambda: cut(factorization="whitened_svd"), "got 'whitened_svd'; write WhitenedSVD(...)"),
-    "an unknown name": (lambda: cut(policy="best"), "EnergyThreshold, ParameterBudget, "),
+    "an unknown name": (lambda: cut(policy="best"), "got 'best'; give an object of one of "),  # and of yours
     "one optimizer": (
         lambda: cut(optimizers=torch.optim.SGD(model().parameters())),
         "optimizers is one optimizer; give a list",
