@@ -27,5 +27,8 @@ def test_the_report_says_what_refining_has_brought(planned, bert, tmp_path, caps
 
 def test_without_data_it_is_refused_before_any_work(bert, tmp_path, capsys):  # noqa: F811
     assert main(["compress", str(bert), "--refine", "--output", str(tmp_path / "small")]) == 1
-    assert "--refine trains on text or batches; give --data FILE, or self where the model writes text." in capsys.readouterr().err
+    assert (
+        "--refine trains on text or batches; give --data FILE, or self where the model writes text."
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "small").exists()
