@@ -1,7 +1,7 @@
 """A transformers model without its weights: all modules, none of the memory, and each part loaded when it is needed."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,15 @@ class Skeleton:
                 )
             found[key] = tensors[key], entry
         return found
+
+    def adopt(self, entries: Mapping[str, Entry]) -> None:
+        """Parameters of these names, new ones too, are loaded from there from now on; whole numbers are at once."""
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            entry = entries.get(name)
+            if entry is not None and isinstance(tensor, nn.Parameter):
+                self._entries[id(tensor)] = tensor, entry
+            elif entry is not None and not tensor.is_floating_point():
+                tensor.data = entry.read()
 
     def bytes_of(self, modules: Iterable[nn.Module]) -> int:
         """What the parameters and buffers of some modules take when they are loaded, shared ones once."""

@@ -94,6 +94,9 @@ def refine_block_(
         return relative_error(map(run_on, numbers), (right[number] for number in numbers), sequences.held_back)
 
     parameters = parameters_to_train(block, pair.stand_ins)
+    if not parameters:
+        before = measure()
+        return Outcome(before, before, 0, False, "there is nothing to train")
     return Course(parameters, steps, refinement.rate_in("blocks"), refinement.patience).run(
         order, loss_of, measure, lambda: balance_(block), pair.stand_ins.came_further
     )
