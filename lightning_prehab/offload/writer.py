@@ -106,9 +106,9 @@ class FolderWriter:
     def adopt(self) -> None:
         """Lets the model be loaded from what has been written."""
         for place in self._places():
-            file = self._work.done(f"shard-{place}")["file"]
+            file = self._file_of(place)
             if file is not None:
-                self._skeleton.adopt(entries_in(self._new / file))
+                self._skeleton.adopt(entries_in(file))
 
     def store(self, place: str) -> dict[str, Any]:
         """Writes a part that is loaded as it is now, beside what was written of it before.
@@ -158,7 +158,7 @@ class FolderWriter:
             note = self._cut(place, plan, factors)
             self._work.finish(f"shard-{place}", note)
         elif note["file"] is not None and note["errors"]:
-            self._follow(note)
+            self._follow(place)
         errors: dict[str, float] = note["errors"]
         return errors
 
@@ -209,9 +209,17 @@ class FolderWriter:
         block = self._chain.place_of(name)
         return "around" if block is None else self._chain.names[block]
 
-    def _follow(self, note: Mapping[str, Any]) -> None:
+    def _file_of(self, place: str) -> Path | None:
+        """What was written of a part, cut or refined: both have one structure, and in the end one of them is left."""
+        notes = (self._work.done(f"shard-{place}"), (self._work.done(refined(place)) or {}).get("stored"))
+        files = [self._new / note["file"] for note in notes if note and note["file"] is not None]
+        return next((file for file in files if file.is_file()), None)
+
+    def _follow(self, place: str) -> None:
         """Gives the model the structure of a part that was cut before."""
-        entries = entries_in(self._new / note["file"])
+        file = self._file_of(place)
+        assert file is not None
+        entries = entries_in(file)
         state: dict[str, Tensor] = {
             name: nothing_of(one.shape, one.dtype) if one.dtype.is_floating_point else one.read()
             for name, one in entries.items()
