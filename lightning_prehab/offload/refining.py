@@ -187,5 +187,5 @@ class FolderRefinement:
         before, after = (relative_error(one, right, self._sequences.held_back) for one in (plain, found))
         kept = after < before
         steps, seconds = (sum(note[name] for note in notes) for name in ("steps", "seconds"))
-        end = after if kept else before
-        return RefinementReport("blocks", "squared", before, end, steps, seconds, kept, self._sequences.data)
+        end, data = after if kept else before, f"{self._sequences.data}, after the last block"
+        return RefinementReport("blocks", "squared", before, end, steps, seconds, kept, data)
