@@ -114,13 +114,10 @@ class Skeleton:
         return found
 
     def adopt(self, entries: Mapping[str, Entry]) -> None:
-        """Parameters of these names, new ones too, are loaded from there from now on; whole numbers are at once."""
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
-            entry = entries.get(name)
-            if entry is not None and isinstance(tensor, nn.Parameter):
-                self._entries[id(tensor)] = tensor, entry
-            elif entry is not None and not tensor.is_floating_point():
-                tensor.data = entry.read()
+        """From now on parameters of these names, new ones too, are loaded from there."""
+        for name, parameter in self.model.named_parameters():
+            if name in entries:
+                self._entries[id(parameter)] = parameter, entries[name]
 
     def bytes_of(self, modules: Iterable[nn.Module]) -> int:
         """What the parameters and buffers of some modules take when they are loaded, shared ones once."""

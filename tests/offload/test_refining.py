@@ -18,6 +18,7 @@ from lightning_prehab.offload.work import Work
 from lightning_prehab.refinement.blocks import find_blocks
 from lightning_prehab.refinement.sequences import Sequences
 from lightning_prehab.refinement.trained import parameters_to_train
+from lightning_prehab.statistics.batches import tensors
 from tests.offload.folders import Killed, dense, killed_after
 from tests.refinement.models import decisive_
 
@@ -200,6 +201,24 @@ def test_blocks_that_are_better_alone_and_worse_together_are_not_written(tmp_pat
     found = compress(tmp_path).refinement
     assert (found.before, found.after, found.kept, found.steps) == (0.5, 0.5, False, 16)
     assert_same(weights(tmp_path / "small"), weights(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("precision", ["full", "half"])
+def test_a_model_in_half_precision_is_trained_in_float32(precision, tmp_path, monkeypatch):
+    kind = decisive("half a llama", tmp_path / "dense")
+    refine, seen = refining.refine_block_, set()
+
+    def watched(pair, block, calls, inputs, *others):
+        given = [inputs[0], *tensors([*calls[0].args, *calls[0].settings.values()]), *block.parameters()]
+        seen.update(one.dtype for one in given if one.is_floating_point())
+        return refine(pair, block, calls, inputs, *others)
+
+    monkeypatch.setattr(refining, "refine_block_", watched)
+    wish = lp.Refinement(8, lr=3e-3, rows=16, precision=precision)
+    assert compress(tmp_path, refine=wish).refinement.kept
+    assert seen == {torch.float32}
+    model = kind.from_pretrained(tmp_path / "small", dtype="auto")
+    assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
 
 
 def test_what_fails_is_a_warning_and_the_folder_is_that_of_the_cut(tmp_path, monkeypatch):
