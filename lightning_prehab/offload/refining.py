@@ -174,7 +174,7 @@ class FolderRefinement:
     @torch.no_grad()
     def _write(states: States, name: str, tensors: Sequence[Tensor]) -> None:
         with states.writing(name) as file:
-            for tensor in tensors:
+            for tensor in counted(tensors, "forward"):
                 file.add(tensor)
 
     def _report(self) -> RefinementReport:

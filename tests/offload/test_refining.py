@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from lightning_prehab.offload import needs, refining
 from lightning_prehab.offload.chain import Chain
-from lightning_prehab.offload.needs import Needs
+from lightning_prehab.offload.needs import Needs, fitting_batches
 from lightning_prehab.offload.skeleton import Skeleton, Source
 from lightning_prehab.offload.work import Work
 from lightning_prehab.refinement.blocks import find_blocks
@@ -261,6 +261,10 @@ def test_memory_is_that_of_gradients_moments_and_states(layout, tmp_path, monkey
     assert "the refinement of a block" not in without.stages()
     assert with_it.disk > without.disk
     assert with_it.step == 16 * 12
+    assert with_it.memory == with_it.stages()["the refinement of a block"]
+    smaller, fitted = fitting_batches(with_it, batches(), with_it.memory - 1)
+    assert fitted.memory < with_it.memory
+    assert {len(batch["input_ids"]) for batch in smaller} == {fitted.rows} == {8}
     compress(tmp_path, recipe=lp.Recipe(0.4, factorization=SVD))  # in factors: so they are trained
     model = lp.load_compressed(tmp_path / "small", type(skeleton.model).from_pretrained(tmp_path / "dense"))
     for _, block in find_blocks(model):
