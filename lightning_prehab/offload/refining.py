@@ -6,9 +6,7 @@ beside the block as it was cut; which of them become the output is decided when 
 """
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +15,8 @@ from torch import Tensor
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.offload.chain import Call, Chain
 from lightning_prehab.offload.skeleton import Skeleton
-from lightning_prehab.offload.states import Each, States
-from lightning_prehab.offload.sweep import entered
+from lightning_prehab.offload.states import Each
+from lightning_prehab.offload.way import Way
 from lightning_prehab.offload.work import Work
 from lightning_prehab.offload.writer import REFINED, FolderWriter, refined
 from lightning_prehab.progress import counted
@@ -31,8 +29,6 @@ from lightning_prehab.refinement.settings import Refinement
 from lightning_prehab.refinement.teacher import in_half
 from lightning_prehab.refinement.trained import is_short, parameters_to_train
 from lightning_prehab.report.refined import RefinementReport
-
-_DENSE, _CUT, _PLAIN = "refinement-dense", "refinement-cut", "refinement-plain"
 
 
 def check_blocks_alone(refinement: Refinement) -> None:
@@ -70,81 +66,60 @@ class FolderRefinement:
         work: Work,
         writer: FolderWriter,
     ) -> None:
-        self._skeleton, self._dense, self._work, self._writer = skeleton, dense, work, writer
+        self._skeleton, self._dense_skeleton, self._work, self._writer = skeleton, dense, work, writer
         self._sequences, self._refinement = sequences, refinement
         self._half = in_half(refinement, torch.device("cpu"))
-        self._cut_chain, self._dense_chain = Chain(skeleton), Chain(dense)
-        self._parts = [*sequences.training, *sequences.held_back]
+        parts, chain = [*sequences.training, *sequences.held_back], Chain(skeleton)
         self._first = len(sequences.training)  # of the parts that are held back
-        self._states, self._held = States(work), States(work)
-        self._cut_calls: list[list[Call]] = []  # of each part, of each block
-        self._dense_calls: list[list[Call]] = []
+        self._dense = Way("dense", Chain(dense), parts, work)
+        self._cut = Way("cut", chain, parts, work)
+        self._plain = Way("plain", chain, sequences.held_back, work)
+        self._ways = (self._dense, self._cut, self._plain)
 
     def run(self) -> RefinementReport:
         """Refines what is not refined yet, and says what came of all of it."""
         known = self._work.done(REFINED)
         if known is not None:
             return RefinementReport.from_dict(known)
-        names = self._cut_chain.names
+        names = self._cut.chain.names
         done = next((at for at, name in enumerate(names) if self._work.done(refined(name)) is None), len(names))
-        self._enter(begin=done == 0)
+        for way in self._ways:
+            way.enter(begin=done == 0)
         for _ in range(done):  # as if they were refined now
             list(self._sequences.order(self._refinement.steps_in("blocks")))
         for number in counted(range(done, len(names)), "refine blocks"):
             self._work.finish(refined(names[number]), self._refine(number))
-            for kind in (_DENSE, _CUT, _PLAIN):
-                self._states.remove(f"{kind}-{number}")
+            for way in self._ways:
+                way.leave(number)
         report = self._report()
         self._work.finish(REFINED, report.to_dict())
         return report
 
-    def _enter(self, begin: bool) -> None:
-        """What the blocks are called with; the states before the first ones are written if they begin."""
-        chains = ((self._dense_chain, self._dense_calls, _DENSE), (self._cut_chain, self._cut_calls, _CUT))
-        for chain, calls, kind in chains:
-            with self._states.writing(f"{kind}-0") if begin else nullcontext() as file:
-                for number, part in enumerate(self._parts):
-                    entrance = entered(chain, part, number)
-                    calls.append(entrance.calls)
-                    if kind == _CUT:
-                        self._states.note(entrance.states)
-                    if kind == _CUT and number >= self._first:
-                        self._held.note(entrance.states)
-                    if file is not None:
-                        file.add(entrance.states)
-            chain.rest()
-        if begin:
-            with self._held.writing(f"{_PLAIN}-0") as file:
-                for states in self._states.all(f"{_CUT}-0")[self._first :]:
-                    file.add(states)
-
     def _refine(self, number: int) -> dict[str, Any]:
         """Refines a block, and takes all states through it; the answer is the note of it."""
         began = time.perf_counter()
-        block, dense = self._cut_chain.blocks[number], self._dense_chain.blocks[number]
+        block, dense = self._cut.chain.blocks[number], self._dense.chain.blocks[number]
         pair = Pair(block, dense, self._half)
-        right = f"{_DENSE}-{number + 1}"
-        if not self._states.is_there(right):
-            with self._dense.loaded(dense):
-                self._write(self._states, right, self._outputs(pair, number, _DENSE))
+        if not self._dense.has_passed(number):
+            with self._dense_skeleton.loaded(dense):
+                self._dense.go(number, pair, dense=True)
         with self._skeleton.loaded(block):
-            self._write(self._held, f"{_PLAIN}-{number + 1}", self._outputs(pair, number, _PLAIN))
-            outcome = self._train(pair, number, self._states.all(right))
-            stored = self._writer.store(self._cut_chain.names[number]) if outcome.kept else None
-            self._write(self._states, f"{_CUT}-{number + 1}", self._outputs(pair, number, _CUT))
+            self._plain.go(number, pair)
+            outcome = self._train(pair, number)
+            stored = self._writer.store(self._cut.chain.names[number]) if outcome.kept else None
+            self._cut.go(number, pair)
         return {"stored": stored, **outcome._asdict(), "seconds": time.perf_counter() - began}
 
-    def _train(self, pair: Pair, number: int, right: Sequence[Tensor]) -> Outcome:
+    def _train(self, pair: Pair, number: int) -> Outcome:
         """Trains a block that is loaded, unless it comes to nothing."""
-        calls: Sequence[Call] = [part[number] for part in self._cut_calls]
-        inputs = self._states.all(f"{_CUT}-{number}")
+        calls: Sequence[Call] = self._cut.calls(number)
+        inputs, right = self._cut.states(number), self._dense.states(number + 1)
         if any(map(is_short, pair.model.parameters())):  # it is trained in float32
             calls, inputs = Each(calls, Call.lifted), Each(inputs, Tensor.float)
 
         @torch.no_grad()
         def measure() -> float:
-            outputs = self._outputs(pair, number, _CUT)[self._first :]
-            return relative_error(outputs, right[self._first :], self._sequences.held_back)
+            return self._error(self._cut.outputs(number, pair)[self._first :], number)
 
         return attempt(
             pair,
@@ -153,38 +128,16 @@ class FolderRefinement:
             measure,
         )
 
-    def _outputs(self, pair: Pair, number: int, kind: str) -> Sequence[Tensor]:
-        """What a block that is loaded, as it is, makes of the states of one chain."""
-        chain, calls = self._cut_chain, self._cut_calls
-        states, parts = self._states, range(len(self._parts))
-        if kind == _DENSE:
-            chain, calls = self._dense_chain, self._dense_calls
-        elif kind == _PLAIN:
-            states, calls, parts = self._held, calls[self._first :], range(len(self._parts) - self._first)
-
-        def output(part: int) -> Tensor:
-            given = states.read(f"{kind}-{number}", part)
-            run: Callable[[], Tensor] = partial(chain.run, number, given, calls[part][number])
-            found: Tensor = pair.precisely(run, given.device, dense=kind == _DENSE)
-            return found
-
-        return Each(parts, output)
-
-    @staticmethod
-    @torch.no_grad()
-    def _write(states: States, name: str, tensors: Sequence[Tensor]) -> None:
-        with states.writing(name) as file:
-            for tensor in counted(tensors, "forward"):
-                file.add(tensor)
+    def _error(self, outputs: Sequence[Tensor], number: int) -> float:
+        """How far what a block returns is from what its dense form does, on the parts that are held back."""
+        return relative_error(outputs, self._dense.states(number + 1)[self._first :], self._sequences.held_back)
 
     def _report(self) -> RefinementReport:
         """Of the output of the last block."""
-        names = self._cut_chain.names
-        notes = [self._work.done(refined(name)) for name in names]
-        right = self._states.all(f"{_DENSE}-{len(names)}")[self._first :]
-        found = self._states.all(f"{_CUT}-{len(names)}")[self._first :]
-        plain = self._held.all(f"{_PLAIN}-{len(names)}")
-        before, after = (relative_error(one, right, self._sequences.held_back) for one in (plain, found))
+        names = self._cut.chain.names
+        count, notes = len(names), [self._work.done(refined(name)) for name in names]
+        before = self._error(self._plain.states(count), count - 1)
+        after = self._error(self._cut.states(count)[self._first :], count - 1)
         kept = after < before
         steps, seconds = (sum(note[name] for note in notes) for name in ("steps", "seconds"))
         end, data = after if kept else before, f"{self._sequences.data}, after the last block"
