@@ -3,13 +3,14 @@
 import os
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning_prehab.errors import ArgumentError
 from lightning_prehab.linalg.modes import outside_inference_mode
 from lightning_prehab.offload.chain import Chain
 from lightning_prehab.offload.needs import Needs, bytes_in, fitting_batches
+from lightning_prehab.offload.refining import check_blocks_alone
 from lightning_prehab.offload.site import FolderSite, check_possible
 from lightning_prehab.offload.skeleton import Skeleton, Source
 from lightning_prehab.offload.wish import describe_wish
@@ -17,6 +18,7 @@ from lightning_prehab.offload.work import FIT, Work
 from lightning_prehab.offload.writer import FolderWriter, check_place, check_writable
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.progress import shown
+from lightning_prehab.refinement.settings import Refinement
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.road import operate
 from lightning_prehab.statistics.batches import check_batches
@@ -30,7 +32,7 @@ def compress_folder(
     data: Iterable[Any] | None = None,
     *,
     memory: int | str | None = None,
-    refine: None = None,
+    refine: Refinement | bool | int | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> CompressionReport:
@@ -54,13 +56,16 @@ def compress_folder(
         memory: What it may take, in bytes or as ``"3GB"``, ``"2.5GiB"``: batches are then cut into smaller ones of
             fewer rows (the result is that of the smaller ones) and the layers of a block are observed a few at a time,
             as far as that is necessary. None takes batches and blocks as they are.
-        refine: Not possible here yet; None. Refine what fits into memory with ``compress_``.
+        refine: Train the blocks of the cut model, one after the other, toward the dense ones, on the same batches; see
+            :class:`~lightning_prehab.Refinement` with ``scope="blocks"``, which None means here. True, a number of
+            steps for each block, or all settings. ``scope="model"`` is refused: it needs the whole model in memory.
         overwrite: Replace a compressed model that is there already; anything else is left.
         progress: Show on standard error what it takes and what is being done, as in
             :func:`~lightning_prehab.compress_`.
 
     Returns:
-        The report; it also lies in the folder. Nothing is measured, and no loss is predicted.
+        The report; it also lies in the folder. Nothing is measured, and no loss is predicted; of a refinement it says
+        how far the outputs of the last block are from the dense ones, on rows that were held back.
 
     Raises:
         ArgumentError: If something cannot be used, if the output is there already, if ``memory`` is too little for the
@@ -68,11 +73,10 @@ def compress_folder(
         UnsupportedError: If the model cannot be run block by block; the reason is named.
         PrehabError: Whatever ``compress_`` raises. The output is then not there.
     """
-    if refine is not None:
-        raise ArgumentError(
-            f"refine is not possible with a folder yet, got {refine!r}; leave it out, or compress_ a model that fits "
-            "into memory."
-        )
+    refinement = Refinement.of(refine)
+    if refinement is not None:
+        check_blocks_alone(refinement)
+        refinement = replace(refinement, scope="blocks")
     recipe, given = Recipe.of(keep), None if data is None else list(_checked(data))
     recipe = recipe.where_calibrated(given is not None)
     limit = bytes_in(memory)
@@ -80,9 +84,9 @@ def compress_folder(
     source, output = Path(source), Path(output).absolute()
     skeleton = Skeleton(Source(source))
     chain = Chain(skeleton)
-    needs = Needs.of(skeleton, chain, recipe, given)
+    needs = Needs.of(skeleton, chain, recipe, given, refinement)
     check_writable(output)
-    work = Work(output, describe_wish(skeleton.source, recipe, given, limit))
+    work = Work(output, describe_wish(skeleton.source, recipe, given, limit, refinement))
     try:
         batches, needs = fitting_batches(needs, given, limit, work.done(FIT))
         writer = FolderWriter(skeleton, chain, work, output)
@@ -96,7 +100,7 @@ def compress_folder(
                 print("\n".join(needs.lines(work)), file=sys.stderr)
             site = FolderSite(skeleton, chain, batches, work, writer, needs.sums_at_most)
             with shown(progress):
-                report = operate(recipe, site)
+                report = operate(recipe, site, refinement)
             writer.finish(report)
         work.clear()
         return report

@@ -249,15 +249,15 @@ def _carry_out(
 
 
 def _refined(site: Site, refinement: Refinement, teacher: Any) -> RefinementReport | None:
-    return _after_the_cut(lambda: site.refine(refinement, teacher), "it could not be refined", "refined")
+    return _after_the_cut(site, lambda: site.refine(refinement, teacher), "it could not be refined", "refined")
 
 
 def _scores(site: Site, before: Score) -> Scores | None:
-    after = _after_the_cut(site.score, "what it is worth now could not be measured", "measured")
+    after = _after_the_cut(site, site.score, "what it is worth now could not be measured", "measured")
     return None if after is None else Scores(before, after)
 
 
-def _after_the_cut(work: Callable[[], T], failed: str, done: str) -> T | None:
+def _after_the_cut(site: Site, work: Callable[[], T], failed: str, done: str) -> T | None:
     """What goes wrong here is a warning: a model is anybody's code, and it is cut already."""
     try:
         return work()
@@ -265,8 +265,10 @@ def _after_the_cut(work: Callable[[], T], failed: str, done: str) -> T | None:
         warnings.warn(f"The model is compressed, but {failed} ({type(error).__name__}: {error}).", stacklevel=2)
         return None
     except BaseException:
-        warnings.warn(
-            f"Interrupted while the compressed model was {done}: the model in memory is cut, and there is no report.",
-            stacklevel=2,
-        )
+        if not site.goes_on:
+            warnings.warn(
+                f"Interrupted while the compressed model was {done}: the model in memory is cut, and there is no "
+                "report.",
+                stacklevel=2,
+            )
         raise

@@ -101,6 +101,7 @@ STEPS = {
     "prepare_swap": {"surgery/swap.py", "callbacks/_site.py"},
     "swap_": {"sites/process.py", "offload/writer.py"},
     "refine_with_": {"sites/process.py", "refinement/refine.py"},
+    "refine_block_": {"refinement/block_scope.py", "offload/refining.py"},
 }
 FILES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 

@@ -129,7 +129,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         nargs="?",
         const=True,
         metavar="STEPS",
-        help="train the cut model without labels to answer as the dense one, on the data (128 steps)",
+        help="train the cut model without labels to answer as the dense one, on the data "
+        "(128 steps; with --offload 32 of each block)",
     )
     compressing.add_argument("--force", action="store_true", help="replace a compressed model that is there")
     compressing.add_argument(

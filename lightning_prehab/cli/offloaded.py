@@ -16,7 +16,6 @@ from lightning_prehab.offload.skeleton import Skeleton, Source
 _NOT_HERE = {
     "plan": "--offload plans by itself; leave --plan out",
     "model": "--offload is for Hugging Face folders; leave --model out",
-    "refine": "--refine trains the whole model in memory, and --offload never has it; leave one out",
     "self_share": "--self-share has the whole model write text, and --offload never has it in memory; leave one out",
     "layers_at_once": "--offload chooses by --memory how many layers it observes at a time; leave --layers-at-once out",
 }
@@ -46,12 +45,15 @@ def compress_offloaded(settings: Any) -> None:
         settings.data = None
     check_possible(recipe)
     check_data(recipe, settings)
+    if settings.refine is not None and settings.data is None:
+        raise ArgumentError("--refine trains on text or batches; with --offload give --data FILE.")
     batches = None
     if settings.data is not None:
         batches = read_batches(settings.data, settings.source, settings.batch_size, settings.max_length)
         text = Path(settings.data).suffix not in (".pt", ".safetensors")
         note(f"{settings.data}: {describe(batches, text=text)}")
-    report = compress_folder(source, output, recipe, batches, memory=settings.memory, overwrite=settings.force)
+    given = {"memory": settings.memory, "refine": settings.refine, "overwrite": settings.force}
+    report = compress_folder(source, output, recipe, batches, **given)
     sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6 for folder in (source, output)]
     note_of_no_data(settings, report.plan)
     written = f"written to {output}: {sizes[0]:,.1f} -> {sizes[1]:,.1f} MB of weights"

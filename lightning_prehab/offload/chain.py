@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.offload.skeleton import Skeleton
 from lightning_prehab.refinement.blocks import find_blocks
+from lightning_prehab.refinement.trained import is_short
 from lightning_prehab.statistics.batches import call_model, tensors
 
 
@@ -40,6 +41,17 @@ class Call:
         """The arguments with hidden states."""
         args = tuple(states if one is _Here else one for one in self.args)
         return args, {name: states if one is _Here else one for name, one in self.settings.items()}
+
+    def again(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """What a block, which is loaded, makes of hidden states."""
+        args, settings = self.with_states(hidden)
+        found = _states_in(block(*args, **settings))
+        assert found is not None  # Chain.run has looked
+        return found
+
+    def lifted(self) -> "Call":
+        """The same with tensors of less than 32 bits in float32."""
+        return Call(_lifted(self.args), _lifted(self.settings))
 
     def is_like(self, other: "Call") -> bool:
         """Whether both hold the same objects."""
@@ -193,6 +205,8 @@ class Chain:
         args, settings = call.with_states(states)
         with _without_cache(self._model):
             found = _states_in(self.blocks[number](*args, **settings))
+        if found is not None and torch.is_autocast_enabled("cpu"):
+            found = found.to(states.dtype)
         if found is None or found.shape != states.shape or found.dtype != states.dtype:
             raise self._refusal(f"{self.names[number]!r} does not return hidden states like those that it is given")
         return found
@@ -257,6 +271,14 @@ class Chain:
             f"{type(self._model).__name__} cannot be run block by block: {why}. Compress it in memory, with compress_ "
             "(layers_at_once= keeps the statistics small)."
         )
+
+
+def _lifted(part: Any) -> Any:
+    if isinstance(part, Tensor):
+        return part.float() if is_short(part) else part
+    if isinstance(part, dict):
+        return {name: _lifted(one) for name, one in part.items()}
+    return type(part)(map(_lifted, part)) if type(part) in (tuple, list) else part
 
 
 def _states_in(output: Any) -> Tensor | None:

@@ -8,16 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_prehab.documents.settings import show
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.kinds import view_of
+from lightning_prehab.linalg.storage import Layout, rank_within
 from lightning_prehab.offload.chain import Chain
 from lightning_prehab.offload.parts import highest_rank, sums_of
 from lightning_prehab.offload.skeleton import Skeleton
 from lightning_prehab.offload.work import Work
 from lightning_prehab.plan.recipe import Recipe
+from lightning_prehab.refinement.sequences import Sequences
+from lightning_prehab.refinement.settings import Refinement
 from lightning_prehab.statistics.batches import batch_size, padding_mask, tensors
 from lightning_prehab.statistics.sums import Wanted
 from lightning_prehab.targets.find import Targets
@@ -29,6 +32,12 @@ LOSS = 15
 GRAPH = 2.0
 #: Copies, in float32, of the largest Gram matrix of a layer that is decomposed: as it is read, shrunk, in float64.
 COPIES = 4.0
+#: Share by which low-rank layers keep more for a backward pass: what lies between their factors.
+BETWEEN = 1.25
+#: Bytes for each number that is trained: gradient, two moments, the best state, the first one.
+TRAINED = 5 * 4
+#: What a layer may keep, at most, relative to the share of the budget.
+UNEVEN = 1.5
 #: Share of the estimate that nobody knows where it goes: memory in pieces.
 REST = 0.05
 #: Bytes that libraries take only when they begin to compute (measured).
@@ -68,6 +77,7 @@ class Needs:
         largest: Bytes of the statistics of the largest layer: less cannot be in memory.
         temporary: Bytes that adding to the statistics of a layer takes for a while.
         decomposition: Bytes that decomposing the largest layer takes, with its statistics.
+        size: Bytes of a number of the weights.
         row: Bytes that a block takes for each token while it runs.
         vocabulary: Entries of the logits of a token; 0 where there are none.
         tokens: Of the largest batch.
@@ -78,6 +88,9 @@ class Needs:
         wanted: What is collected.
         masks: Bytes of the attention masks of all batches, where there is padding.
         output: Bytes of the new folder, at most.
+        training: Bytes that a block takes to be refined beside activations: its weights in float32, gradients, two
+            moments, the best state and the first one; 0 without a refinement.
+        step: Tokens of a step of it.
         sums_at_most: Bytes of the statistics that are in memory at a time; None: those of a block.
         rows: That batches have been cut into, to fit; None: they are as they were.
     """
@@ -89,6 +102,7 @@ class Needs:
     largest: int
     temporary: int
     decomposition: int
+    size: int
     row: int
     vocabulary: int
     tokens: int
@@ -99,6 +113,8 @@ class Needs:
     wanted: Wanted
     masks: int
     output: int
+    training: int = 0
+    step: int = 0
     sums_at_most: int | None = None
     rows: int | None = None
 
@@ -108,7 +124,14 @@ class Needs:
         return {"sums_at_most": self.sums_at_most, "rows": self.rows}
 
     @classmethod
-    def of(cls, skeleton: Skeleton, chain: Chain, recipe: Recipe, batches: Sequence[Any] | None) -> "Needs":
+    def of(
+        cls,
+        skeleton: Skeleton,
+        chain: Chain,
+        recipe: Recipe,
+        batches: Sequence[Any] | None,
+        refinement: Refinement | None = None,
+    ) -> "Needs":
         """What the model, the wish and the data say."""
         model: Any = skeleton.model
         targets = recipe.find_targets(model)
@@ -131,6 +154,7 @@ class Needs:
             largest=max(layers) if any(wanted) else 0,
             temporary=8 * max(grams) if any(wanted) else 0,
             decomposition=_decomposition(shapes, any(wanted)),
+            size=size,
             row=round(GRAPH * size * max(inside, default=0)),
             vocabulary=(getattr(model.config, "vocab_size", 0) or 0) if has_head and wanted.backward else 0,
             tokens=max(map(_tokens, batches)) if batches else 0,
@@ -141,6 +165,10 @@ class Needs:
             wanted=wanted,
             masks=sum(map(_mask, batches or [])),
             output=sum(entry.nbytes for entry in skeleton.source.entries.values()),
+            training=0
+            if refinement is None
+            else max(_training(*one, places, recipe) for one in enumerate(chain.blocks)),
+            step=0 if refinement is None else _step(batches, refinement),
         )
 
     def stages(self) -> dict[str, int]:
@@ -152,6 +180,10 @@ class Needs:
             "the loss": self.around + LOSS * self.tokens * self.vocabulary,
             "a decomposition": self.decomposition,
         }
+        if self.training:
+            tokens = min(self.step, self.tokens)
+            wide = max(4 * self.row // self.size, self.row)
+            found["the refinement of a block"] = self.training + round(BETWEEN * tokens * wide) + self.masks
         rest = self.base + LATER + self.masks
         return {name: round(rest + size * (1 + REST)) for name, size in found.items()}
 
@@ -164,6 +196,8 @@ class Needs:
     def disk(self) -> int:
         """Bytes on disk at the peak, beside the source."""
         between = self.total * self.state * (self.blocks + 3 if self.wanted.backward else 2)
+        if self.training:  # two states of two chains, and refined blocks beside those that are not
+            between += 4 * self.total * self.state + self.output
         return between + self.factors + max(self.sums, 0) + self.output
 
     def check_disk(self, output: Path, work: Work) -> None:
@@ -298,6 +332,25 @@ def _decomposition(shapes: Sequence[tuple[int, int]], observed: bool) -> int:
     return max(
         round(4 * COPIES * max(m, n) ** 2 if observed else 0) + 8 * 8 * min(m, n) ** 2 + 24 * m * n for m, n in shapes
     )
+
+
+def _training(number: int, block: nn.Module, places: Mapping[int | None, Mapping[str, Target]], recipe: Recipe) -> int:
+    """Of a block, if each of its layers keeps :data:`UNEVEN` times its share of the budget."""
+    keep = UNEVEN * getattr(recipe.policy_or_default, "keep", recipe.keep)
+    trained = sum(one.numel() for one in block.parameters() if one.dim() <= 1)
+    for target in places.get(number, {}).values():
+        (m, n), groups = view_of(target).shape, view_of(target).group_count
+        layout: Layout = recipe.layout if groups == 1 else "factors"
+        rank = min(rank_within(keep * m * n, m, n, layout, groups), highest_rank(target, layout))
+        trained += rank * (m + groups * n)
+    weights = 4 * sum(one.numel() for one in block.parameters())
+    return weights + TRAINED * trained
+
+
+def _step(batches: Sequence[Any] | None, refinement: Refinement) -> int:
+    """Tokens of the largest step."""
+    sequences = Sequences(batches, refinement)
+    return max(map(_tokens, [*sequences.training, *sequences.held_back]))
 
 
 def _factors(target: Target, size: int, layout: str) -> int:

@@ -14,8 +14,9 @@ from lightning_prehab.linalg.storage import Layout
 from lightning_prehab.offload.chain import Chain
 from lightning_prehab.offload.memories import Decompositions, Remembered, Seen
 from lightning_prehab.offload.parts import Part, highest_rank, parts_of
+from lightning_prehab.offload.refining import FolderRefinement, check_blocks_alone
 from lightning_prehab.offload.skeleton import Skeleton
-from lightning_prehab.offload.sweep import Sweep
+from lightning_prehab.offload.sweep import Sweep, entered
 from lightning_prehab.offload.work import Work
 from lightning_prehab.offload.writer import FolderWriter
 from lightning_prehab.plan.compression_plan import CompressionPlan
@@ -23,7 +24,10 @@ from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.plan.spectra import Solver, Spectrum
 from lightning_prehab.progress import counted
 from lightning_prehab.rank_policies import Probe
+from lightning_prehab.refinement.sequences import Sequences, first_row
+from lightning_prehab.refinement.settings import Refinement
 from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.report.refined import RefinementReport
 from lightning_prehab.sites.base import Site
 from lightning_prehab.statistics.scarce import starved, warning_of_few_tokens, warning_of_no_data
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
@@ -72,6 +76,11 @@ class FolderSite(Site):
     def calibrates(self) -> bool:
         """Whether there are batches."""
         return self._batches is not None
+
+    @property
+    def goes_on(self) -> bool:
+        """With all that lies in the work folder."""
+        return True
 
     def find(self, recipe: Recipe) -> Targets:
         """What the recipe finds in the model without its weights."""
@@ -145,7 +154,8 @@ class FolderSite(Site):
         return _Factors(plan, self._factors_of)
 
     def release(self) -> None:
-        """Nothing is in memory."""
+        """Lets go of what the blocks are called with; nothing else is in memory."""
+        self._sweep = None
 
     def effect(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> float | None:
         """Not measured: it would take three more passes over the model."""
@@ -154,6 +164,22 @@ class FolderSite(Site):
     def swap(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> CompressionReport:
         """Block by block, each written when it is cut."""
         return self._writer.write(plan, factors)
+
+    def check_refinement(self, refinement: Refinement) -> None:
+        """There must be batches, and blocks that run one at a time."""
+        check_blocks_alone(refinement)
+        self._sequences = Sequences(self._batches, refinement)
+        entered(self._chain, first_row(self._sequences.held_back[0]), 0)
+        self._chain.rest()
+
+    def teacher(self, refinement: Refinement) -> Skeleton:
+        """The dense model, without its weights."""
+        return Skeleton(self._skeleton.source)
+
+    def refine(self, refinement: Refinement, teacher: Skeleton) -> RefinementReport:
+        """Block by block, each written when it is refined."""
+        self._writer.adopt()
+        return FolderRefinement(self._skeleton, teacher, self._sequences, refinement, self._work, self._writer).run()
 
     @property
     def _wanted(self) -> Wanted:

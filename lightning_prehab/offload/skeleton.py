@@ -1,7 +1,7 @@
 """A transformers model without its weights: all modules, none of the memory, and each part loaded when it is needed."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,12 @@ class Skeleton:
                 )
             found[key] = tensors[key], entry
         return found
+
+    def adopt(self, entries: Mapping[str, Entry]) -> None:
+        """From now on parameters of these names, new ones too, are loaded from there."""
+        for name, parameter in self.model.named_parameters():
+            if name in entries:
+                self._entries[id(parameter)] = parameter, entries[name]
 
     def bytes_of(self, modules: Iterable[nn.Module]) -> int:
         """What the parameters and buffers of some modules take when they are loaded, shared ones once."""

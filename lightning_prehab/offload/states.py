@@ -1,8 +1,8 @@
 """Tensors between the blocks, on disk: one file for all batches."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,28 @@ from torch import Tensor
 from lightning_prehab.errors import NumericalError
 from lightning_prehab.offload.tensors import Written, read_into, to_disk
 from lightning_prehab.offload.work import Work
+
+T = TypeVar("T")
+
+
+class Each(Sequence[T]):
+    """What a function makes of each of some items, whenever it is asked for: nothing is kept.
+
+    >>> doubled = Each([1, 2, 3], lambda number: 2 * number)
+    >>> doubled[0], list(doubled[1:])
+    (2, [4, 6])
+    """
+
+    def __init__(self, items: Sequence[Any], change: Callable[[Any], T]) -> None:
+        self._items, self._change = items, change
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            return Each(self._items[key], self._change)
+        return self._change(self._items[key])
+
+    def __len__(self) -> int:
+        return len(self._items)
 
 
 class States:
@@ -41,6 +63,10 @@ class States:
             file.seek(self._starts[number])
             read_into(file, found, path)
         return found
+
+    def all(self, name: str) -> Sequence[Tensor]:
+        """The tensors of all batches, each read when it is asked for."""
+        return Each(range(len(self._like)), lambda number: self.read(name, number))
 
     @contextmanager
     def writing(self, name: str) -> Iterator["_Writer"]:

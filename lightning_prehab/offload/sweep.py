@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.errors import ArgumentError, PrehabError, StatisticsError
-from lightning_prehab.offload.chain import Call, Chain
+from lightning_prehab.offload.chain import Call, Chain, Entrance
 from lightning_prehab.offload.skeleton import Skeleton
 from lightning_prehab.offload.states import States
 from lightning_prehab.offload.work import Work
@@ -49,15 +49,7 @@ class Sweep:
 
     def _enter(self, take: Callable[[Tensor], None]) -> None:
         for number, batch in enumerate(self._batches):
-            try:
-                entrance = self._chain.enter(batch)
-            except PrehabError:
-                raise
-            except Exception as error:  # whatever the model leads to
-                raise ArgumentError(
-                    f"The model cannot be called on batch {number} ({type(error).__name__}: {error}); give data of "
-                    "this model, in rows that are not too long for it."
-                ) from error
+            entrance = entered(self._chain, batch, number)
             self._calls.append(entrance.calls)
             self._states.note(entrance.states)
             take(entrance.states)
@@ -171,6 +163,24 @@ class Sweep:
             return
         with self._states.writing(f"gradients-{number}") as file:
             yield file
+
+
+def entered(chain: Chain, batch: Any, number: int) -> Entrance:
+    """What the blocks are given for a batch.
+
+    Raises:
+        ArgumentError: If the model does not take it.
+        UnsupportedError: If the blocks cannot be run one at a time.
+    """
+    try:
+        return chain.enter(batch)
+    except PrehabError:
+        raise
+    except Exception as error:  # whatever the model leads to
+        raise ArgumentError(
+            f"The model cannot be called on batch {number} ({type(error).__name__}: {error}); give data of this model, "
+            "in rows that are not too long for it."
+        ) from error
 
 
 @contextmanager

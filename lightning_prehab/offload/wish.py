@@ -10,9 +10,12 @@ from torch import Tensor
 from lightning_prehab.__about__ import __version__
 from lightning_prehab.offload.skeleton import Source
 from lightning_prehab.plan.recipe import Recipe
+from lightning_prehab.refinement.settings import Refinement
 
 
-def describe_wish(source: Source, recipe: Recipe, batches: list[Any] | None, limit: int | None) -> dict[str, Any]:
+def describe_wish(
+    source: Source, recipe: Recipe, batches: list[Any] | None, limit: int | None, refinement: Refinement | None
+) -> dict[str, Any]:
     """Everything that the result depends on, for JSON: the files, the recipe, the data, the versions."""
     return {
         "source": str(source.folder.resolve()),
@@ -20,6 +23,7 @@ def describe_wish(source: Source, recipe: Recipe, batches: list[Any] | None, lim
         "recipe": repr(recipe),
         "data": None if batches is None else digest_of(batches),
         "memory": limit,
+        "refine": None if refinement is None else refinement.to_dict(),
         "versions": {"lightning_prehab": __version__, "torch": str(torch.__version__)},
     }
 

@@ -25,6 +25,14 @@ from lightning_prehab.surgery.swap import swap_
 from lightning_prehab.targets.find import count_parameters
 from lightning_prehab.targets.locate import locate
 
+#: The stage after which all blocks are refined.
+REFINED = "refined"
+
+
+def refined(place: str) -> str:
+    """The stage after which a block is refined."""
+    return f"{REFINED}-{place}"
+
 
 def check_writable(output: Path) -> None:
     """Raises :class:`ArgumentError` if nothing can be written beside the output."""
@@ -83,7 +91,8 @@ class FolderWriter:
         wish = [layer.to_dict() for layer in plan.layers]
         if self._work.done("plan") != wish:  # a policy that measures times may decide otherwise
             for place in self._places():
-                self._work.remove(f"shard-{place}.done")
+                for stage in (f"shard-{place}", refined(place), REFINED):
+                    self._work.remove(f"{stage}.done")
             self._work.finish("plan", wish)
         before = count_parameters(self._skeleton.model)
         errors: dict[str, float] = {}
@@ -94,9 +103,29 @@ class FolderWriter:
         ordered = {name: errors[name] for name in names}
         return CompressionReport(plan, ordered, before, count_parameters(model), origin=Origin.of(model))
 
+    def adopt(self) -> None:
+        """Lets the model be loaded from what has been written."""
+        for place in self._places():
+            file = self._file_of(place)
+            if file is not None:
+                self._skeleton.adopt(entries_in(file))
+
+    def store(self, place: str) -> dict[str, Any]:
+        """Writes a part that is loaded as it is now, beside what was written of it before.
+
+        Returns:
+            The file and its checksum: in the note of a refined part they take the place of the others.
+        """
+        return self._store(self._tensors_of(place)[0])
+
     def finish(self, report: CompressionReport) -> None:
         """Writes what lies beside the weights, and puts the folder in its place."""
         notes = [self._work.done(f"shard-{place}") for place in self._places()]
+        if report.refinement is not None and report.refinement.kept:
+            notes = [
+                {**note, **((self._work.done(refined(place)) or {}).get("stored") or {})}
+                for place, note in zip(self._places(), notes, strict=True)
+            ]
         files = {note["file"]: note["sha256"] for note in notes if note["file"] is not None}
         tensors = {name: one for note in notes for name, one in note["tensors"].items()}
         aliases = {name: first for note in notes for name, first in note["aliases"].items()}
@@ -129,7 +158,7 @@ class FolderWriter:
             note = self._cut(place, plan, factors)
             self._work.finish(f"shard-{place}", note)
         elif note["file"] is not None and note["errors"]:
-            self._follow(note)
+            self._follow(place)
         errors: dict[str, float] = note["errors"]
         return errors
 
@@ -143,20 +172,23 @@ class FolderWriter:
             if cuts:
                 errors = swap_(model, mine, {name: factors[name] for name in cuts}).weight_errors
             tensors, aliases = self._tensors_of(place)
-            file, digest = None, None
-            if tensors:
-                with self._work.writing("shard.safetensors") as path:
-                    digest = write_tensors(path, tensors)
-                file = f"weights-{digest[:16]}.safetensors"
-                os.replace(self._work.folder / "shard.safetensors", self._new / file)
+            stored = self._store(tensors)
         described = {name: {"shape": list(one.shape), "dtype": str(one.dtype)} for name, one in tensors.items()}
         return {
-            "file": file,
-            "sha256": digest,
+            **stored,
             "tensors": described,
             "aliases": aliases,
             "errors": dict(errors),
         }
+
+    def _store(self, tensors: Mapping[str, Written]) -> dict[str, Any]:
+        if not tensors:
+            return {"file": None, "sha256": None}
+        with self._work.writing("shard.safetensors") as path:
+            digest = write_tensors(path, tensors)
+        file = f"weights-{digest[:16]}.safetensors"
+        os.replace(self._work.folder / "shard.safetensors", self._new / file)
+        return {"file": file, "sha256": digest}
 
     def _tensors_of(self, place: str) -> tuple[dict[str, Written], dict[str, str]]:
         """The entries of the state dict that belong to a place, tied ones once, and their other names."""
@@ -177,9 +209,17 @@ class FolderWriter:
         block = self._chain.place_of(name)
         return "around" if block is None else self._chain.names[block]
 
-    def _follow(self, note: Mapping[str, Any]) -> None:
+    def _file_of(self, place: str) -> Path | None:
+        """What was written of a part, cut or refined: both have one structure, and in the end one of them is left."""
+        notes = (self._work.done(f"shard-{place}"), (self._work.done(refined(place)) or {}).get("stored"))
+        files = [self._new / note["file"] for note in notes if note and note["file"] is not None]
+        return next((file for file in files if file.is_file()), None)
+
+    def _follow(self, place: str) -> None:
         """Gives the model the structure of a part that was cut before."""
-        entries = entries_in(self._new / note["file"])
+        file = self._file_of(place)
+        assert file is not None
+        entries = entries_in(file)
         state: dict[str, Tensor] = {
             name: nothing_of(one.shape, one.dtype) if one.dtype.is_floating_point else one.read()
             for name, one in entries.items()

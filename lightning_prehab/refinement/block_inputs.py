@@ -2,12 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prehab.errors import UnsupportedError
+
+
+class Calling(Protocol):
+    """How a block is called, but for the hidden state."""
+
+    def again(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """What a block makes of another hidden state."""
 
 
 @dataclass

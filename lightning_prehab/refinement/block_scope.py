@@ -1,6 +1,6 @@
 """Refines a model block by block (AA-SVD, 2026, https://arxiv.org/abs/2604.02119)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.progress import counted
-from lightning_prehab.refinement.block_inputs import Call, record_calls
+from lightning_prehab.refinement.block_inputs import Call, Calling, record_calls
 from lightning_prehab.refinement.blocks import find_blocks
 from lightning_prehab.refinement.course import Course, Outcome
-from lightning_prehab.refinement.distance import Distance, distance
+from lightning_prehab.refinement.distance import distance
 from lightning_prehab.refinement.pair import Pair
 from lightning_prehab.refinement.sequences import Sequences
 from lightning_prehab.refinement.settings import Refinement
@@ -60,7 +60,7 @@ def refine_blocks_(pair: Pair, sequences: Sequences, refinement: Refinement) -> 
 def refine_block_(
     pair: Pair,
     block: nn.Module,
-    calls: Sequence[Call],
+    calls: Sequence[Calling],
     inputs: Sequence[Tensor],
     right: Sequence[Tensor],
     sequences: Sequences,
@@ -78,25 +78,40 @@ def refine_block_(
         refinement: The settings.
     """
     first = len(sequences.training)
+    steps = refinement.steps_in("blocks")
+    order = list(sequences.order(steps))  # whatever comes of it: the next block begins where this one ends
 
-    def error(number: int, part: Any) -> Distance:
-        output = _run(pair, block, calls[number], inputs[number])
-        return distance("squared", output, right[number].to(output.device), part)
+    def run_on(number: int) -> Tensor:
+        return _run(pair, block, calls[number], inputs[number])
+
+    def loss_of(number: int) -> Tensor:
+        output = run_on(number)
+        return distance("squared", output, right[number].to(output.device), sequences.training[number]).mean
 
     @torch.no_grad()
     def measure() -> float:
-        found = [error(first + number, part) for number, part in enumerate(sequences.held_back)]
-        return sum(float(one.total) for one in found) / max(sum(one.weight for one in found), 1e-30)
+        numbers = range(first, first + len(sequences.held_back))
+        return relative_error(map(run_on, numbers), (right[number] for number in numbers), sequences.held_back)
 
-    steps = refinement.steps_in("blocks")
     parameters = parameters_to_train(block, pair.stand_ins)
+    if not parameters:
+        before = measure()
+        return Outcome(before, before, 0, False, "there is nothing to train")
     return Course(parameters, steps, refinement.rate_in("blocks"), refinement.patience).run(
-        sequences.order(steps),
-        lambda number: error(number, sequences.training[number]).mean,
-        measure,
-        lambda: balance_(block),
-        pair.stand_ins.came_further,
+        order, loss_of, measure, lambda: balance_(block), pair.stand_ins.came_further
     )
+
+
+def relative_error(outputs: Iterable[Tensor], right: Iterable[Tensor], parts: Sequence[Any]) -> float:
+    """The squared error of hidden states, relative to the square of the right ones.
+
+    Args:
+        outputs: One for each part.
+        right: What they should be.
+        parts: What both were made of: positions that are padding do not count.
+    """
+    found = [distance("squared", x, y.to(x.device), part) for x, y, part in zip(outputs, right, parts, strict=True)]
+    return sum(float(one.total) for one in found) / max(sum(one.weight for one in found), 1e-30)
 
 
 def _dense_form(teacher: nn.Module, name: str) -> nn.Module:
@@ -112,6 +127,6 @@ def _record(
     return record_calls(list(zip(names, blocks, strict=True)), lambda: pair.ask(model, part))
 
 
-def _run(pair: Pair, block: nn.Module, call: Call, hidden: Tensor, dense: bool = False) -> Tensor:
+def _run(pair: Pair, block: nn.Module, call: Calling, hidden: Tensor, dense: bool = False) -> Tensor:
     found: Tensor = pair.precisely(lambda: call.again(block, hidden), hidden.device, dense)
     return found

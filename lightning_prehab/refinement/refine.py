@@ -3,18 +3,17 @@
 import logging
 import time
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_prehab.errors import ArgumentError, StatisticsError, TargetError
 from lightning_prehab.layers import LowRankLayer
-from lightning_prehab.layers.pivot import PivotLayer
 from lightning_prehab.linalg.modes import outside_inference_mode
 from lightning_prehab.progress import shown
+from lightning_prehab.refinement.attempt import at_work, attempt
 from lightning_prehab.refinement.block_scope import refine_blocks_
 from lightning_prehab.refinement.blocks import find_blocks
 from lightning_prehab.refinement.course import Outcome
@@ -25,9 +24,8 @@ from lightning_prehab.refinement.pair import Pair
 from lightning_prehab.refinement.sequences import Sequences, first_row
 from lightning_prehab.refinement.settings import Refinement, Scope
 from lightning_prehab.refinement.teacher import in_half
-from lightning_prehab.refinement.trained import is_short, parameters_to_train, undisturbed
+from lightning_prehab.refinement.trained import is_short, parameters_to_train
 from lightning_prehab.report.refined import RefinementReport
-from lightning_prehab.statistics.effect import same_randomness
 
 _log = logging.getLogger("lightning_prehab.refinement")
 #: Share of the free memory that gradients and optimizer states may take.
@@ -104,7 +102,7 @@ def check_answers(model: nn.Module, sequences: Sequences, refinement: Refinement
         find_blocks(model)
     parameters_to_train(model)
     pair = Pair(model, model, in_half(refinement, next(model.parameters()).device))
-    with _at_work(pair), torch.no_grad():
+    with at_work(pair), torch.no_grad():
         try:
             answer_in(pair.ask(model, first_row(sequences.held_back[0])))
         except (ArgumentError, StatisticsError) as error:
@@ -128,17 +126,14 @@ def refine_with_(
         *(size / 1e6 for size in (_bytes_of(scope, model, parameters), weights_in(teacher))),
     )
     pair = Pair(model, teacher, in_half(refinement, device), refinement.measure)
-    values = [*parameters, *(one.order for one in model.modules() if isinstance(one, PivotLayer))]
-    first = [value.detach().clone() for value in values]
     try:
-        with _at_work(pair), pair.training(parameters):
-            found = _refine_in(scope, pair, sequences, refinement)
-        if found.kept:
-            pair.stand_ins.pack_()
-            if pair.stand_ins or any(map(is_short, parameters)):
-                found = _as_it_is(found, pair, sequences)
+        found = attempt(
+            pair,
+            parameters,
+            lambda: _refine_in(scope, pair, sequences, refinement),
+            lambda: pair.mean_distance(sequences.held_back),
+        )
     except Exception:
-        _restore_(values, first)
         raise
     except BaseException:
         pair.stand_ins.pack_()
@@ -146,9 +141,6 @@ def refine_with_(
             "Interrupted while the model was refined: it is in the best state that was measured so far.", stacklevel=2
         )
         raise
-    if not found.kept:
-        _restore_(values, first)
-        found = found._replace(after=found.before)
     return RefinementReport(
         scope,
         pair.measure or "squared",
@@ -188,23 +180,3 @@ def _refine_in(scope: Scope, pair: Pair, sequences: Sequences, refinement: Refin
     outcomes = refine_blocks_(pair, sequences, refinement)
     after = pair.mean_distance(sequences.held_back)
     return Outcome(before, after, sum(one.steps for one in outcomes), after < before, None)
-
-
-def _as_it_is(found: Outcome, pair: Pair, sequences: Sequences) -> Outcome:
-    """What is left of it when weights are packed and rounded."""
-    with _at_work(pair):
-        after = pair.mean_distance(sequences.held_back)
-    return found._replace(after=after, kept=after < found.before)
-
-
-@contextmanager
-def _at_work(pair: Pair) -> Iterator[None]:
-    """Inside, both models answer the same at each call; outside they are as they were."""
-    with same_randomness(pair.device), undisturbed(pair.model), undisturbed(pair.teacher):
-        yield
-
-
-@torch.no_grad()
-def _restore_(values: list[Tensor], first: list[Tensor]) -> None:
-    for value, old in zip(values, first, strict=True):
-        value.copy_(old)

@@ -36,6 +36,11 @@ class Site(ABC):
     def calibrates(self) -> bool:
         """Whether :meth:`observe` has data; without it the default method is one that needs none."""
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether the same call goes on after an interruption; if not, somebody is warned that a model is cut."""
+        return False
+
     @abstractmethod
     def find(self, recipe: Recipe) -> Targets:
         """What there is to cut, and why the rest is left alone: in most places ``recipe.find_targets(model)``."""

@@ -50,6 +50,16 @@ def test_it_writes_what_the_ordinary_way_writes(folder, capsys):
     assert main([*bench, "--data", str(folder / "data.pt"), "--max-length", "8"]) == 0
 
 
+@pytest.mark.parametrize("words", [["--refine", "4"], ["--refine"]])
+def test_it_refines_block_by_block(words, folder, capsys):
+    assert command(folder, "--method", "svd", *words) == 0
+    found = lp.CompressionReport.load_json(folder / "small" / "report.json").refinement
+    assert (found.scope, found.measure) == ("blocks", "squared")
+    assert found.steps <= 2 * (int(words[1]) if words[1:] else 32)
+    assert found.summary() in " ".join(capsys.readouterr().out.split())
+    assert found.after <= found.before
+
+
 def test_json_and_force(folder, capsys):
     assert command(folder) == 0
     assert command(folder) == 1
@@ -68,7 +78,7 @@ def test_json_and_force(folder, capsys):
         (["--memory", "little"], "memory must be bytes"),
         (["--memory", "2MB"], "is too little"),
         (["--device", "cuda"], "computes on the CPU"),
-        (["--refine", "2"], "--refine trains the whole model"),
+        (["--refine", "--data", "none"], "with --offload give --data FILE"),
         (["--self-share", "0.5"], "--self-share has the whole model write text"),
         (["--data", "self"], "--data self has the whole model write text"),
         (["--trials", "2"], "tries cuts on the whole model"),
@@ -85,7 +95,7 @@ def test_what_needs_the_whole_model_is_refused(options, message, folder, capsys)
 #: Options of compress that mean the same with --offload.
 HERE = {"source", "output", "keep", "force", "offload", "memory", "data", "batch_size", "max_length", "all", "json"}
 HOW = {"recipe", "method", "policy", "target_modules", "exclude_modules", "rank_override", "rank_multiple_of"}
-HOW |= {"split_fused", "layout"}
+HOW |= {"split_fused", "layout", "refine"}
 
 
 def test_no_option_is_passed_over_in_silence():

@@ -85,6 +85,15 @@ def test_something_between_two_blocks_is_seen(tmp_path):
         Chain(skeleton).enter(IDS)
 
 
+def test_under_autocast_the_states_keep_their_dtype(tmp_path):
+    dense("llama", tmp_path)
+    chain = Chain(Skeleton(Source(tmp_path)))
+    states, call = torch.randn(2, 8, 32), chain.enter(IDS).calls[0]
+    chain.blocks[0].forward = lambda *args, **_: nn.functional.linear(args[0], torch.eye(32))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert chain.run(0, states, call).dtype == torch.float32
+
+
 def test_the_dtype_is_that_of_the_config_or_else_of_the_file(tmp_path):
     dense("half a llama", tmp_path)
     assert Skeleton(Source(tmp_path)).model.dtype == torch.bfloat16

@@ -92,7 +92,6 @@ def test_wrong_wishes_are_refused_before_the_work(tmp_path):
         assert not (tmp_path / "small").exists()
 
     refused("tries cuts on the whole model", lp.Recipe(policy=lp.ProbeBudget(0.5)), batches(1))
-    refused("refine is not possible", 0.5, batches(1), refine=True)
     refused("memory must be bytes or words", 0.5, batches(1), memory="much")
     refused("too little: about .* are needed for", 0.5, batches(1), memory="1MiB")
     refused("batches is one", 0.5, batches(1)[0])

@@ -353,6 +353,15 @@ def test_what_cannot_be_refined_is_refused_before_the_cut(wrap, make, wish, word
     assert_same_weights(model, before)
 
 
+def test_a_block_with_nothing_to_train_is_passed_over():
+    dense = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16, bias=False), nn.Tanh()) for _ in range(2)))
+    model, batches = copy.deepcopy(dense), [torch.randn(32, 16) for _ in range(4)]
+    lp.compress_(model, 0.5, factorization=lp.SVD(), target_modules="1.*", progress=False)
+    before = copy.deepcopy(model[0])
+    assert refine(model, dense, batches, scope="blocks", steps=4).steps == 4
+    assert_same_weights(model[0], before)
+
+
 def test_a_teacher_of_another_depth_is_refused():
     model, _, batches = cut("language")
     other = copy.deepcopy(model)
