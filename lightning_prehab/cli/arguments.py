@@ -129,8 +129,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         nargs="?",
         const=True,
         metavar="STEPS",
-        help="train the cut model without labels to answer as the dense one, on the data "
-        "(128 steps; with --offload 32 of each block)",
+        help="train the cut model, without labels, toward the dense one (128 steps; --offload: 32 a block)",
     )
     compressing.add_argument("--force", action="store_true", help="replace a compressed model that is there")
     compressing.add_argument(
