@@ -3,6 +3,7 @@
 import math
 import warnings
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from lightning_prehab.layers.linear import LowRankLayer, LowRankLinear, LowRankP
 from lightning_prehab.linalg.decomposition import weighted_low_rank
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.matrices import dequantized
-from lightning_prehab.linalg.pivot import as_factor, balanced_factors, from_factor
+from lightning_prehab.linalg.pivot import as_factor, balanced_factors, from_factor, is_order
 
 
 class PivotLayer(LowRankLayer):
@@ -58,6 +59,16 @@ class PivotLayer(LowRankLayer):
     @abstractmethod
     def low_rank(self) -> LowRankLayer:
         """Two balanced factors with the same function, which share the bias parameter."""
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """Takes no order that names a row twice: nothing else would notice it."""
+        order: Any = state_dict.get(f"{prefix}order")
+        rows = len(self.order)
+        read = isinstance(order, Tensor) and not order.is_meta and order.shape == self.order.shape
+        if read and not is_order(order, rows):
+            rest[-1].append(f"{prefix}order must name each of {rows} rows once; the file is damaged.")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _balanced(self) -> tuple[Tensor, Tensor]:
         d, c = dequantized(self.D.weight), dequantized(self.C.weight)
