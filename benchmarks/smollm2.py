@@ -13,10 +13,11 @@ which nothing else sees; contiguous blocks without overlap, each by itself, no s
 tokens is in each result. Perplexity is computed with matrix products in bfloat16 (autocast): the dense model has
 24.931 on WikiText-2 with them and 24.938 without. Statistics, cuts and stored weights are float32. Cut are the 210
 matrices of the body, 106 of 135 million parameters; ``keep`` is a share of them. Calibration: 64 blocks of 512 tokens,
-another draw for each seed, of the validation text of WikiText-2 ("wikitext"), half of that and half of the first nine
-tenths of tiny Shakespeare ("mixed"), or written by the model itself ("own"). Texts come with labels, own samples
-without. All that is trained after a cut sees these 64 blocks and no other text (the trials of ``CalibratedBudget`` four
-more), except in rows with rehab, which train on the whole validation text, by its loss.
+another draw for each seed, of the validation text of WikiText-2 ("wikitext"), of the first nine tenths of tiny
+Shakespeare ("shakespeare"), half of each ("mixed"), written by the model itself ("own"), or half of that and half
+WikiText-2 ("own-wikitext"). Texts come with labels, own samples alone without. All that is trained after a cut sees
+these 64 blocks and no other text (the trials of ``CalibratedBudget`` four more), except in rows with rehab, which train
+on the whole validation text, by its loss.
 
 Each row is given the seconds of its calibration, decomposition, cut and training. SVD-LLM is given the statistics
 of the default, which take a backward pass that it has no use for. Memory is that of this process, which keeps the
@@ -55,7 +56,13 @@ from lightning_prehab.targets.find import Targets
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 SEEDS, KEEPS = (0, 1, 2), (0.8, 0.6, 0.4)
-TEXTS = {"wikitext": "WikiText-2", "mixed": "half WikiText-2, half Shakespeare", "own": "own samples"}
+TEXTS = {
+    "wikitext": "WikiText-2",
+    "shakespeare": "Shakespeare",
+    "mixed": "half WikiText-2, half Shakespeare",
+    "own": "own samples",
+    "own-wikitext": "half own samples, half WikiText-2",
+}
 REHAB_STEPS = 200
 Record = dict[str, Any]
 
@@ -165,8 +172,8 @@ class StudySite(ProcessSite):
 class Study:
     """The model, its texts, and what rows share."""
 
-    def __init__(self, folder: Path, cache: Path) -> None:
-        self.model, self.tokenizer = read_model()
+    def __init__(self, folder: Path, cache: Path, device: str) -> None:
+        self.model, self.tokenizer = read_model(device)
         self.texts, self.cache = Texts(folder, self.tokenizer), Cache(cache)
         self._shared: object = None
         self._solved: dict[str, Solution] = {}
@@ -201,9 +208,15 @@ class Study:
         """Blocks to calibrate with, and what they cost."""
         if text is None:
             return {}, {}
-        if text != "own":
+        if not text.startswith("own"):
             return self.texts.calibration(text, seed), {}
         rows, cost = self.cache.samples(self.model, self.tokenizer, seed)
+        if text == "own-wikitext":
+            half = len(rows["input_ids"]) // 2
+            parts = rows["input_ids"][:half], self.texts.calibration("wikitext", seed)["input_ids"][:half]
+            order = torch.randperm(2 * half, generator=torch.Generator().manual_seed(seed))
+            blocks = torch.cat(parts)[order]
+            rows = {"input_ids": blocks, "labels": blocks}  # what is drawn from the model is its own label
         return rows, {"write": cost}
 
     def cut(
@@ -275,27 +288,30 @@ def wanted_keys(
             yield name, texts[place] if row.texts else None, seed, keep
 
 
-def lines() -> list[Record]:
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.exists() else []
-
-
-def stored() -> dict[Key, Record]:
-    return {(row["row"], row["text"], row["seed"], row["keep"]): row for row in lines() if "row" in row}
+def stored(results: Path) -> dict[Key, Record]:
+    """All results of a file."""
+    text = results.read_text(encoding="utf-8") if results.exists() else ""
+    return {(row["row"], row["text"], row["seed"], row["keep"]): row for row in map(json.loads, text.splitlines())}
 
 
 def run(given: argparse.Namespace) -> None:
     keys = wanted_keys(given.rows, given.texts, given.seeds, given.keeps)
-    missing = [key for key in keys if key not in stored()]
-    study = Study(given.folder, given.cache) if missing else None
+    missing = [key for key in keys if key not in stored(given.results)]
+    study = Study(given.folder, given.cache, given.device) if missing else None
     for name, text, seed, keep in missing:
-        if study is None or (name, text, seed, keep) in stored():  # another process may have made it
+        if study is None or (name, text, seed, keep) in stored(given.results):  # another process may have made it
             continue
         setting = {"row": name, "text": text, "seed": seed, "keep": keep}
         print(setting, flush=True)
         found = study.run(name, text, seed, keep)
-        made_with = {"threads": torch.get_num_threads(), "torch": torch.__version__, "lightning_prehab": __version__}
+        made_with = {
+            "device": torch.cuda.get_device_name() if given.device == "cuda" else given.device,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "lightning_prehab": __version__,
+        }
         line = json.dumps({**setting, **found, "scored": study.texts.hashes(), **made_with}, ensure_ascii=False)
-        with RESULTS.open("a", encoding="utf-8") as file:
+        with given.results.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         print(line, flush=True)
 
@@ -378,37 +394,19 @@ def print_answers(rows: Mapping[Key, Record]) -> None:
             print(f"- {title(name, text)}, keep {keep}: {said}")
 
 
-def print_older() -> None:
-    """Results of the first protocol: 16 blocks of the test text, scored in float32, of WikiText-2 alone."""
-    rows = [row for row in lines() if "method" in row]
-    keeps = sorted({row["keep"] for row in rows if row["keep"] < 1}, reverse=True)
-    print("\n| perplexity, first 16 blocks | " + " | ".join(f"keep {keep}" for keep in keeps) + " |")
-    print("|---" * (1 + len(keeps)) + "|")
-    for method in dict.fromkeys(row["method"] for row in rows):
-        found = [
-            [row["perplexity"] for row in rows if (row["method"], row["keep"]) == (method, keep)] for keep in keeps
-        ]
-        if not any(found):
-            found[0] = [row["perplexity"] for row in rows if row["method"] == method]
-        print(f"| {method} | " + " | ".join(map(shown_values, found)) + " |")
-
-
-def print_table() -> None:
-    rows = stored()
+def print_table(rows: Mapping[Key, Record]) -> None:
     print_perplexities(rows, "wikitext", "WikiText-2")
     print_perplexities(rows, "shakespeare", "Shakespeare")
     print_costs(rows)
-    print_older()
     print_answers(rows)
 
 
-def draw(path: str) -> None:
+def draw(path: str, rows: Mapping[Key, Record]) -> None:
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot
 
-    rows = stored()
     figure, axes = pyplot.subplots(figsize=(8, 3.4), layout="constrained")
     axes.axhline(values(rows, "dense", None, 1.0, "wikitext")[0], color="grey", linestyle=":", label="dense")
     for name in ("svd-llm", "default", "pivot", "svd-llm-refined", "refined"):
@@ -425,6 +423,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("folder", nargs="?", type=Path)
     arguments.add_argument("--cache", type=Path)
+    arguments.add_argument("--results", type=Path, default=RESULTS, help="the file they are kept in")
     arguments.add_argument("--table", action="store_true")
     arguments.add_argument("--figure")
     arguments.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
@@ -432,6 +431,7 @@ def main() -> None:
     arguments.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     arguments.add_argument("--keeps", nargs="+", type=float, default=list(KEEPS))
     arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = arguments.parse_args()
     if not given.table and not given.figure:
         if given.folder is None or given.cache is None:
@@ -440,8 +440,8 @@ def main() -> None:
         with shown():
             run(given)
     if given.figure:
-        draw(given.figure)
-    print_table()
+        draw(given.figure, stored(given.results))
+    print_table(stored(given.results))
 
 
 if __name__ == "__main__":

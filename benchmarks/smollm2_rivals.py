@@ -47,9 +47,10 @@ def drop_blocks_(model: Any, keep: float, batches: Sequence[Batch]) -> float:
     blocks = model.model.layers
     influence = torch.zeros(len(blocks), dtype=torch.float64)
     for batch in batches:
-        states = model(input_ids=batch["input_ids"], output_hidden_states=True, logits_to_keep=1).hidden_states
+        tokens = batch["input_ids"].to(model.device)
+        states = model(input_ids=tokens, output_hidden_states=True, logits_to_keep=1).hidden_states
         for index, (before, after) in enumerate(pairwise(states[:-1])):
-            influence[index] += 1 - nn.functional.cosine_similarity(before, after, dim=-1).double().mean()
+            influence[index] += 1 - float(nn.functional.cosine_similarity(before, after, dim=-1).double().mean())
     influence[-1] = math.inf  # what comes out of the last one is shown behind a norm; it stays
     count = math.floor(keep * len(blocks) + 1e-9)
     left = sorted(influence.argsort(descending=True)[:count].tolist())
@@ -69,8 +70,9 @@ class _Update(nn.Module):
     def __init__(self, weight: Tensor, generator: torch.Generator) -> None:
         super().__init__()
         rank = min(UPDATE_RANK, *weight.shape)
-        self.down = nn.Parameter(torch.randn(rank, weight.shape[1], generator=generator) / math.sqrt(weight.shape[1]))
-        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank))
+        down = torch.randn(rank, weight.shape[1], generator=generator) / math.sqrt(weight.shape[1])
+        self.down = nn.Parameter(down.to(weight))
+        self.up = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + UPDATE_SCALE * self.up @ self.down
@@ -125,9 +127,10 @@ def train_(
         ),
     )
     endless: Iterator[Batch] = islice(cycle(batches), steps)
+    device = parameters[0].device
     for batch in endless:
-        with torch.autocast("cpu", torch.bfloat16):
-            found = loss(model, batch)
+        with torch.autocast(device.type, torch.bfloat16):
+            found = loss(model, {name: tensor.to(device) for name, tensor in batch.items()})
         found.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
