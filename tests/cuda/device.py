@@ -1,7 +1,7 @@
 """Where the tests of this folder run: on a GPU. Elsewhere they are skipped.
 
-``CUDA_VISIBLE_DEVICES=0 pytest -n 8 tests/cuda`` (other tests hide the GPU). ``PREHAB_TEST_DEVICE=cpu`` runs what does not
-need a GPU by its nature on the CPU, which tests the tests.
+``CUDA_VISIBLE_DEVICES=0 pytest -n 8 tests/cuda`` (other tests hide the GPU). ``PREHAB_TEST_DEVICE=cpu`` runs on the CPU
+what needs no GPU by its nature, which tests the tests.
 """
 
 import os

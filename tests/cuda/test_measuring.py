@@ -181,7 +181,7 @@ def test_memory_is_given_back_and_stays_within_what_is_said():
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        report = lp.compress_(
+        lp.compress_(
             model, 0.4, [torch.randn(512, size) for _ in range(2)], loss=_square, layers_at_once=at_once, progress=False
         )
         peak = torch.cuda.max_memory_allocated() - before
