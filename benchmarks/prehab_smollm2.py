@@ -28,11 +28,10 @@ class SmolLM2(Task):
     lr = 1e-4
     trainer: ClassVar = {"precision": "bf16-mixed", "gradient_clip_val": 1.0}
     targets = "model.model.layers.*"
-    results = Path(__file__).with_suffix(".jsonl")
     metrics: ClassVar = {"wikitext": "Perplexity, WikiText-2", "shakespeare": "Perplexity, tiny Shakespeare"}
 
-    def __init__(self, folder: str | None, device: str = "cpu") -> None:
-        self.device = device
+    def __init__(self, folder: str | None, device: str, results: Path) -> None:
+        self.device, self.results = device, results
         if folder is not None:
             self.dense, tokenizer = read_model()
             self.texts = Texts(Path(folder), tokenizer)
@@ -58,11 +57,14 @@ class SmolLM2(Task):
 
 if __name__ == "__main__":
     options = parser(__doc__.splitlines()[0], "folder of the texts; see smollm2_parts.py")
-    options.add_argument("--device", default="cpu", help="cpu or cuda")
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options.add_argument(
+        "--results", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="where they are kept"
+    )
     arguments = options.parse_args()
     if arguments.data is None and not arguments.table:
         options.error("the folder of the texts is missing")
-    task = SmolLM2(None if arguments.table else arguments.data, arguments.device)
+    task = SmolLM2(None if arguments.table else arguments.data, arguments.device, arguments.results)
     if not arguments.table:
         main(task, arguments)
     print_tables(task)

@@ -1,4 +1,4 @@
-"""What ``prehab_sst2.py``, ``prehab_gpt.py``, ``prehab_smollm2.py`` share: rows, tuning, runs in a real Trainer, tables.
+"""What the scripts ``prehab_*.py`` share: rows, tuning, runs in a real Trainer, results, tables.
 
 Every row sees the same number of optimizer steps: ``prehab`` epochs before the cut and ``rehab`` epochs after it. The
 controls: the same steps without a regularizer (equal-step control), and all of them after the cut (cut first; that run
@@ -69,7 +69,7 @@ class Task(ABC):
     device: str = "cpu"
     trainer: ClassVar[Setting] = {}  # more settings of the Trainer
     targets: ClassVar[str]
-    results: ClassVar[Path]
+    results: Path
     metrics: ClassVar[dict[str, str]]  # name -> title; the first one is shown first
 
     @abstractmethod
