@@ -1,4 +1,4 @@
-"""What ``prehab_sst2.py`` and ``prehab_gpt.py`` share: rows, tuning, runs in a real Trainer, results, tables.
+"""What the scripts ``prehab_*.py`` share: rows, tuning, runs in a real Trainer, results, tables.
 
 Every row sees the same number of optimizer steps: ``prehab`` epochs before the cut and ``rehab`` epochs after it. The
 controls: the same steps without a regularizer (equal-step control), and all of them after the cut (cut first; that run
@@ -50,6 +50,7 @@ PENALTIES = ("StableRank", "NuclearNorm", "EffectiveRank", "TailEnergy")
 AIMED = ("TailEnergy", "TailShrinkage")  # at the planned ranks: another prehab for each keep
 TUNED = (*PENALTIES, "TailShrinkage", "SpectralWeightDecay")
 CONTROL, CUT_FIRST, PAPER = "equal-step control", "cut first", "the paper's preset"
+UNCUT = "not cut, all the steps"
 DEFAULT = "PrehabCallback(), not tuned"
 ROWS = (CUT_FIRST, CONTROL, PAPER, DEFAULT, *TUNED)
 
@@ -58,14 +59,17 @@ class Task(ABC):
     """A pretrained model with its data. ``steps`` optimizer steps are one epoch here."""
 
     keeps: ClassVar[Sequence[float]]
+    rows: ClassVar[Sequence[str]] = ROWS
     steps: ClassVar[int]
     prehab: ClassVar[int]
     rehab: ClassVar[int]
     lr: ClassVar[float]
     tuned_at: ClassVar[float] = 0.1
     calibration_batches: ClassVar[int] = 24
+    device: str = "cpu"
+    trainer: ClassVar[Setting] = {}  # more settings of the Trainer
     targets: ClassVar[str]
-    results: ClassVar[Path]
+    results: Path
     metrics: ClassVar[dict[str, str]]  # name -> title; the first one is shown first
 
     @abstractmethod
@@ -127,7 +131,7 @@ class Recorder(L.Callback):
 def regularizer(setting: Setting) -> list[L.Callback]:
     """The callback of a setting; none for a control."""
     name = setting["row"]
-    if name in (CONTROL, CUT_FIRST):
+    if name in (CONTROL, CUT_FIRST, UNCUT):
         return []
     if name == PAPER:
         return [lp.PaperPrehab()]
@@ -151,25 +155,26 @@ def fit(
     ends = {total - 1: "end", **({task.rehab - 1: "rehab"} if first else {})}
     recorder = Recorder(task, "validation" if tuning else "test", None if first else epoch - 1, {} if tuning else ends)
     stored = keep_file is not None and keep_file.exists()
+    cut = lp.CompressionCallback(
+        epoch,
+        policy=lp.ParameterBudget(keep, min_rank=8),
+        calibration_batches=task.calibration_batches,
+        target_modules=task.targets,
+    )
     callbacks: list[L.Callback] = [
         *regularizer(setting),
-        lp.CompressionCallback(
-            epoch,
-            policy=lp.ParameterBudget(keep, min_rank=8),
-            calibration_batches=task.calibration_batches,
-            target_modules=task.targets,
-        ),
-        lp.RehabSchedule(warmup_steps=task.steps // 4),
+        *([] if setting["row"] == UNCUT else [cut, lp.RehabSchedule(warmup_steps=task.steps // 4)]),
         recorder,
         *([_StopAfterSurgery()] if tuning else []),  # nothing after the cut is looked at
     ]
     if keep_file is not None and not stored:
-        callbacks.append(ModelCheckpoint(keep_file.parent, keep_file.stem, every_n_epochs=task.prehab, save_top_k=-1))
+        callbacks.append(_OnceBefore(keep_file.parent, keep_file.stem, every_n_epochs=task.prehab, save_top_k=-1))
     with torch.random.fork_rng(devices=[]):
         module = Module(task, seed)
         torch.manual_seed(seed)  # dropout; not before, since building a model draws numbers too
         trainer = L.Trainer(
-            accelerator="cpu",
+            accelerator=task.device,
+            devices=1,
             max_epochs=total,
             reload_dataloaders_every_n_epochs=1,
             logger=False,
@@ -177,9 +182,18 @@ def fit(
             enable_progress_bar=False,
             enable_model_summary=False,
             callbacks=callbacks,
+            **task.trainer,
         )
         trainer.fit(module, ckpt_path=keep_file if stored else None)
     return recorder.found
+
+
+class _OnceBefore(ModelCheckpoint):
+    """Keeps what stands right before the cut, and nothing later."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.best_model_path:
+            super().on_train_epoch_end(trainer, pl_module)
 
 
 class _StopAfterSurgery(L.Callback):
@@ -198,8 +212,9 @@ def load(task: Task) -> list[Record]:
 
 
 def add(task: Task, record: Record) -> None:
+    device = platform.machine() if task.device == "cpu" else torch.cuda.get_device_name()
     versions = {"torch": torch.__version__, "lightning": L.__version__, "lightning_prehab": __version__}
-    line = json.dumps({**record, "versions": versions, "cpu": platform.machine(), "threads": torch.get_num_threads()})
+    line = json.dumps({**record, "versions": versions, "device": device, "threads": torch.get_num_threads()})
     with task.results.open("a") as file:
         file.write(line + "\n")
     print(line, flush=True)
@@ -233,12 +248,12 @@ def run_missing(task: Task, rows: Sequence[str], seeds: Sequence[int]) -> None:
     for seed in seeds:
         for row in counted(rows, "run"):
             done = {(r["setting"]["row"], r["keep"], r["seed"]) for r in load(task) if r["kind"] == "run"}
-            keeps = [keep for keep in task.keeps if (row, keep, seed) not in done]
+            keeps = [keep for keep in ((1.0,) if row == UNCUT else task.keeps) if (row, keep, seed) not in done]
             if not keeps:
                 continue
             setting = tune(task, row) if row in TUNED else {"row": row}
             with tempfile.TemporaryDirectory() as folder:
-                shared = None if row in (*AIMED, DEFAULT, CUT_FIRST) else Path(folder) / "before.ckpt"
+                shared = None if row in (*AIMED, DEFAULT, CUT_FIRST, UNCUT) else Path(folder) / "before.ckpt"
                 before: Record = {}
                 for keep in keeps:
                     found = fit(task, setting, keep, seed, keep_file=shared)
@@ -246,7 +261,7 @@ def run_missing(task: Task, rows: Sequence[str], seeds: Sequence[int]) -> None:
                     add(task, {"kind": "run", "setting": setting, "keep": keep, "seed": seed, **before, **found})
     for seed in seeds:
         if not any(r["kind"] == "dense" and r["seed"] == seed for r in load(task)):
-            measured = task.measure(task.model(seed), "test")
+            measured = task.measure(task.model(seed).to(task.device), "test")
             add(task, {"kind": "dense", "seed": seed, "before": {k: round(v, 5) for k, v in measured.items()}})
 
 
@@ -260,7 +275,7 @@ def cell(values: list[float], digits: int) -> str:
 
 def table(task: Task, metric: str, records: list[Record]) -> Iterator[str]:
     """Lines of a markdown table: before the cut, right after it and at the end, for each keep."""
-    scale, digits = (100, 1) if metric == "accuracy" else (1, 3)
+    scale, digits = {"accuracy": (100, 1), "loss": (1, 3)}.get(metric, (1, 1))
     moments = [("before", "before"), ("after", "right after"), ("end", "end")]
     header = ["row", *(f"{title}, keep {keep}" for keep in task.keeps for _, title in moments), "seeds"]
     yield f"| {' | '.join(header)} |"
@@ -268,7 +283,7 @@ def table(task: Task, metric: str, records: list[Record]) -> Iterator[str]:
     dense = cell([scale * r["before"][metric] for r in records if r["kind"] == "dense"], digits)
     yield f"| dense | {' | '.join([dense, '', ''] * len(task.keeps))} | |"
     runs = [r for r in records if r["kind"] == "run"]
-    for row in ("no prehab", *ROWS):
+    for row in ("no prehab", *task.rows):
         named = [r for r in runs if r["setting"]["row"] == (CUT_FIRST if row == "no prehab" else row)]
         if not named:
             continue
@@ -276,7 +291,7 @@ def table(task: Task, metric: str, records: list[Record]) -> Iterator[str]:
         for keep in task.keeps:
             for moment, _ in moments:
                 key = "rehab" if row == "no prehab" and moment == "end" else moment
-                found = [scale * r[key][metric] for r in named if r["keep"] == keep and key in r]
+                found = [scale * r[key][metric] for r in named if r["keep"] in (keep, 1.0) and key in r]
                 cells.append("" if row == CUT_FIRST and moment == "after" else cell(found, digits))
         settings = {describe(r["setting"]) for r in named} - {""}
         title = row + (f" ({'; '.join(sorted(settings))})" if settings else "")
@@ -297,8 +312,9 @@ def print_tables(task: Task) -> None:
     for metric, title in task.metrics.items():
         print(f"{title}\n")
         print("\n".join(table(task, metric, records)) + "\n")
-    print("Tuning\n")
-    print("\n".join(tuning_table(records)))
+    if any(record["kind"] == "tuning" for record in records):
+        print("Tuning\n")
+        print("\n".join(tuning_table(records)))
 
 
 def parser(description: str, data: str) -> argparse.ArgumentParser:
@@ -316,7 +332,7 @@ def main(task: Task, args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    rows = [row for row in ROWS if re.search(args.only, row)]
+    rows = [row for row in task.rows if re.search(args.only, row)]
     with shown():
         if args.tune:
             for row in counted([row for row in rows if row in TUNED], "run"):

@@ -1,5 +1,6 @@
 """One model for each kind of layer that can be replaced, and every call that replaces one."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 import lightning_prehab as lp
 from lightning_prehab.surgery.structure import follow_state_dict_
+
+#: All that puts a hook on a module, but for the old one of the backward pass, which torch refuses beside a full one.
+HOOK_METHODS = [name for name in dir(nn.Module) if re.fullmatch(r"_?register_(?!backward_hook).*hook", name)]
 
 
 class Around(nn.Module):

@@ -18,7 +18,8 @@ from lightning_prehab.rank_policies.base import check_probe_keep
 from lightning_prehab.statistics.batches import batch_size, call_model, check_batches, to_device
 from lightning_prehab.statistics.calibration import Forward, as_found
 from lightning_prehab.statistics.collector import recompile, run_eagerly
-from lightning_prehab.statistics.outputs import divergence, logits_in, loss_in, require_finite_output
+from lightning_prehab.statistics.divergence import divergence
+from lightning_prehab.statistics.outputs import logits_in, loss_in, require_finite_output
 from lightning_prehab.targets.layouts import layout_of
 from lightning_prehab.targets.locate import Target, locate
 from lightning_prehab.targets.names import join

@@ -16,13 +16,15 @@ from lightning_prehab.layers.conv import LowRankConv
 from lightning_prehab.layers.pivot import PivotLayer
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.pivot import from_factor
+from lightning_prehab.surgery.hooks import hooks_of
+from lightning_prehab.targets.attached import has_hooks
 
 
 def are_plain(parts: Iterable[nn.Module]) -> bool:
     """Whether the weights of these modules are all there is to them: no adapter, parametrization, hook."""
     return all(
         type(part) in (nn.Linear, nn.Conv1d, nn.Conv2d)
-        and not (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
+        and not (hooks_of(part) or "forward" in part.__dict__ or any(map(has_hooks, part.parameters())))
         for part in parts
     )
 

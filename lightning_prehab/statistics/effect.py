@@ -18,7 +18,8 @@ from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.progress import tell
 from lightning_prehab.statistics.batches import call_model, to_device
 from lightning_prehab.statistics.calibration import Forward, as_found
-from lightning_prehab.statistics.outputs import divergence, logits_in, loss_in, next_token_loss, require_finite_output
+from lightning_prehab.statistics.divergence import divergence
+from lightning_prehab.statistics.outputs import logits_in, loss_in, next_token_loss, require_finite_output
 
 #: Batches that are gone through before it is asked whether they were enough.
 BATCHES_AT_ONCE = 4

@@ -1,17 +1,16 @@
-"""What a model returns: a loss, logits, and how far two sets of logits are apart."""
+"""What a model returns: a loss, logits, and how well labels are predicted."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_prehab.errors import NumericalError
 from lightning_prehab.statistics.batches import padding_mask, tensors
+from lightning_prehab.statistics.divergence import in_parts, wide
 
-#: Rows of logits that are compared at a time, in float64.
-ROWS = 1024
 #: A label that does not count, as for ``torch.nn.functional.cross_entropy``.
 IGNORED = -100
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -37,24 +36,6 @@ def main_tensor(output: Any) -> Tensor | None:
     if found is None:
         found = next((one for one in tensors(output) if one.is_floating_point() and one.dim() >= 2), None)
     return None if found is None else found.detach()
-
-
-def divergence(before: Tensor, after: Tensor, batch: Any) -> tuple[float, int]:
-    """Kullback-Leibler divergence between the predictions of two models for a batch.
-
-    Args:
-        before: Logits of shape ``(..., classes)``, of the model that counts as right.
-        after: Those of the other one.
-        batch: Its ``attention_mask`` leaves positions out, where it fits.
-
-    Returns:
-        ``KL(before || after)`` in nats, summed over all predictions, and their number.
-    """
-    mask = padding_mask(batch)
-    if mask is not None and mask.shape == before.shape[:-1]:
-        before, after = before[mask], after[mask]
-    pairs = zip(*(torch.split(logits.reshape(-1, logits.shape[-1]), ROWS) for logits in (before, after)), strict=True)
-    return sum(_divergence(one, other) for one, other in pairs), before[..., 0].numel()
 
 
 @dataclass(frozen=True)
@@ -83,8 +64,9 @@ class Fit:
         """Of logits of shape ``(count, classes)`` to labels of shape ``(count,)``."""
         loss = entropy = 0.0
         hits = 0
-        for rows, right in zip(torch.split(logits, ROWS), torch.split(labels, ROWS), strict=True):
-            logs = rows.double().log_softmax(-1) if rows.device.type != "mps" else rows.float().log_softmax(-1)
+        parts = in_parts(logits)
+        for rows, right in zip(parts, torch.split(labels, [len(part) for part in parts]), strict=True):
+            logs = rows.to(wide(rows)).log_softmax(-1)
             loss -= float(logs.gather(1, right[:, None]).sum())
             entropy -= float((logs.exp() * logs).sum())
             hits += int((logs.argmax(-1) == right).sum())
@@ -168,9 +150,3 @@ def require_finite_output(output: Tensor, what: str) -> None:
     """Raises :class:`NumericalError` for NaN or Inf."""
     if not bool(torch.isfinite(output).all()):
         raise NumericalError(f"{what} holds NaN or Inf; check the batches and the model's precision.")
-
-
-def _divergence(before: Tensor, after: Tensor) -> float:
-    wide = torch.float32 if before.device.type == "mps" else torch.float64
-    p, q = (logits.to(wide).log_softmax(-1) for logits in (before, after))
-    return float(nn.functional.kl_div(q, p, reduction="sum", log_target=True))

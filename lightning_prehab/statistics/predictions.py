@@ -6,11 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_prehab.statistics.batches import padding_mask
+from lightning_prehab.statistics.divergence import divergence_of_logs, fitting_mask, in_parts, log_chances, wide
 from lightning_prehab.statistics.outputs import require_finite_output
-
-#: Entries that are compared at a time, in float64.
-ENTRIES = 2**22
 
 
 class Distance(NamedTuple):
@@ -34,13 +31,13 @@ class Predictions:
 
     def __init__(self, logits: Tensor, batch: Any, room: int) -> None:
         require_finite_output(logits, "The output of the dense model")
-        self._mask = _fitting_mask(logits, batch)
+        self._mask = fitting_mask(logits, batch)
         rows = self._rows(logits)
         classes = rows.shape[-1]
         self._most = classes if rows.numel() * 4 <= room else min(max(room // (12 * max(len(rows), 1)), 1), classes)
         kept, places = [], []
-        for part in _parts(rows):
-            logs = part.to(_wide(part)).log_softmax(-1)
+        for part in in_parts(rows):
+            logs = log_chances(part, wide(part))
             if self._most < classes:
                 logs, indices = logs.topk(self._most)
                 places.append(indices)
@@ -53,11 +50,11 @@ class Predictions:
         Where only the largest probabilities are kept, all others count as one class.
         """
         total, count = 0.0, 0
-        for index, part in enumerate(_parts(self._rows(logits))):
-            p, q = self._logs[index].to(_wide(part)), part.to(_wide(part)).log_softmax(-1)
+        for index, part in enumerate(in_parts(self._rows(logits))):
+            p, q = self._logs[index].to(wide(part)), log_chances(part, wide(part))
             if self._places:
                 p, q = (_with_rest(logs) for logs in (p, q.gather(-1, self._places[index])))
-            total += float((p.exp() * (p - q)).sum())
+            total += float(divergence_of_logs(p, q))
             count += len(part)
         return Distance(total if math.isfinite(total) else math.inf, count)
 
@@ -78,31 +75,18 @@ class Outputs:
 
     def __init__(self, output: Tensor, batch: Any) -> None:
         require_finite_output(output, "The output of the dense model")
-        self._mask = _fitting_mask(output, batch)
+        self._mask = fitting_mask(output, batch)
         self._expected = output if self._mask is None else output[self._mask]
 
     def distance(self, output: Tensor) -> Distance:
         """The squared difference, and the square of the dense output."""
         found = output if self._mask is None else output[self._mask]
-        wide = _wide(found)
-        total = float((self._expected.to(wide) - found.to(wide)).square().sum())
-        return Distance(total if math.isfinite(total) else math.inf, float(self._expected.to(wide).square().sum()))
-
-
-def _fitting_mask(output: Tensor, batch: Any) -> Tensor | None:
-    mask = padding_mask(batch)
-    return mask if mask is not None and mask.shape == output.shape[:-1] else None
-
-
-def _parts(rows: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(rows, max(ENTRIES // rows.shape[-1], 1))
+        expected = self._expected.to(wide(found))
+        total = float((expected - found.to(expected)).square().sum())
+        return Distance(total if math.isfinite(total) else math.inf, float(expected.square().sum()))
 
 
 def _with_rest(logs: Tensor) -> Tensor:
     """Log-probabilities, and that of all classes that are not among them."""
     rest = (1.0 - logs.exp().sum(-1, keepdim=True)).clamp_min(1e-12).log()
     return torch.cat([logs, rest], -1)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64

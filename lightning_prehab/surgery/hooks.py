@@ -48,17 +48,18 @@ def lost_hooks(name: str, old: nn.Module, new: nn.Module) -> list[str]:
     """Names of what has hooks in a layer and will have no place in the new one: modules inside, and parameters."""
     inside = dict(new.named_modules())
     kept = {id(parameter) for parameter in new.parameters()}
-    modules = [key for key, module in old.named_modules() if key not in inside and _hooks_of(module)]
+    modules = [key for key, module in old.named_modules() if key not in inside and hooks_of(module)]
     parameters = [key for key, p in old.named_parameters() if id(p) not in kept and has_hooks(p)]
     return [f"{name}.{key}" for key in (*modules, *parameters)]
 
 
-def _hooks_of(module: nn.Module) -> dict[str, Any]:
+def hooks_of(module: nn.Module) -> dict[str, Any]:
+    """The hooks of a module itself, by where it keeps them; what is empty is left out."""
     return {kind: found for kind in HOOKS if (found := vars(module).get(kind))}
 
 
 def _move_hooks_(old: nn.Module, new: nn.Module) -> None:
-    hooks = _hooks_of(old)
+    hooks = hooks_of(old)
     for kind, found in hooks.items():
         found.update(vars(new)[kind])  # a new layer of another package may have some of its own
         vars(new)[kind], vars(old)[kind] = found, OrderedDict()

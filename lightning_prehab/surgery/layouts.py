@@ -14,6 +14,7 @@ from lightning_prehab.layers.pivot import PivotLayer
 from lightning_prehab.linalg.matrices import to_float64
 from lightning_prehab.linalg.modes import in_full_precision, outside_inference_mode
 from lightning_prehab.surgery.holders import names_holders
+from lightning_prehab.surgery.hooks import lost_hooks
 from lightning_prehab.surgery.moments import mixed_state
 from lightning_prehab.surgery.optimizers import plan_edits
 from lightning_prehab.surgery.pretrained import note_structure_
@@ -43,8 +44,8 @@ def to_pivot_(model: nn.Module, names: Patterns = None, optimizers: Iterable[tor
 
     Raises:
         TargetError: If a pattern matches no low-rank layer, or an adapter of peft is on the factors of one.
-        UnsupportedError: If a layer that is named has no pivot layout, or an optimizer cannot follow. The model is then
-            as it was.
+        UnsupportedError: If a layer that is named has no pivot layout, somebody has put hooks on the parts of one, or
+            an optimizer cannot follow. The model is then as it was.
 
     >>> from lightning_prehab import LowRankLinear
     >>> model = nn.Sequential(LowRankLinear(8, 8, rank=4))
@@ -108,6 +109,12 @@ def _relay_(
             raise TargetError(
                 f"Layer {name!r} has an adapter of peft on its factors, which would be lost; merge it first "
                 "(merge_and_unload)."
+            )
+        lost = lost_hooks(name, layer, new)
+        if lost:
+            raise UnsupportedError(
+                f"Layer {name!r} has hooks on {', '.join(lost)}, which would see other values in the other layout; "
+                "remove them first, and put such on the parts that are there then."
             )
         exchanges[name] = Relaid(layer, new)
     edits = [edit for optimizer in optimizers for edit in plan_edits(optimizer, list(exchanges.values()))]

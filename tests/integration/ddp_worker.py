@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_prehab as lp
 from lightning_prehab.callbacks import _site, _trial
 from lightning_prehab.errors import PrehabError
+from lightning_prehab.layers import LowRankLayer
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore")
@@ -100,8 +101,8 @@ def on_all_ranks(tensor):
 
 
 def assert_ranks_identical(module):
-    for name, parameter in module.named_parameters():
-        first, second = on_all_ranks(parameter.detach())
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        first, second = on_all_ranks(tensor.detach())
         assert torch.equal(first, second), name
 
 
@@ -369,17 +370,34 @@ class EveryKind(nn.Module):
         return self.head((torch.tanh(q * k) * v).mean(1))
 
 
-def check_every_kind_of_layer():
-    """Also factors of rank 1, whose strides DDP compares between the processes."""
+def check_every_kind_of_layer(layout):
+    """Also factors of rank 1, whose strides DDP compares between the processes. All that is cut goes on learning."""
     torch.manual_seed(0)
     lit = Lit(EveryKind(), torch.optim.Adam)
+    cut = {}
+
+    class Watch(pl.Callback):
+        def on_surgery(self, trainer, pl_module, report):
+            assert_ranks_identical(pl_module)
+            parts = [m for m in pl_module.modules() if isinstance(m, LowRankLayer)]
+            cut.update({p: p.detach().clone() for part in parts for p in part.parameters() if p.dim() > 1})
+
     compression = lp.CompressionCallback(
-        1, keep=0.6, split_fused=True, rank_overrides={"*.k": 1, "*linear1": 1, "*.out_proj": 1, "conv.2": 3}
+        1,
+        keep=0.6,
+        split_fused=True,
+        rank_overrides={"*.k": 1, "*linear1": 1, "*.out_proj": 1, "conv.2": 3},
+        layout=layout,
     )
-    fit(lit, [lp.PrehabCallback(), compression], 3)
+    fit(lit, [lp.PrehabCallback(), compression, Watch()], 3)
     assert_ranks_identical(lit)
     kinds = {type(module).__name__ for module in lit.modules()}
-    assert {"LowRankConv2d", "LowRankMultiheadAttention", "LowRankBlocks", "LowRankLinear"} <= kinds
+    linear = "PivotLinear" if layout == "pivot" else "LowRankLinear"
+    assert {"LowRankConv2d", "LowRankMultiheadAttention", "LowRankBlocks", linear} <= kinds
+    orders = [name for name, _ in lit.named_buffers() if name.endswith(".order")]
+    assert bool(orders) == (layout == "pivot")
+    assert cut
+    assert not any(torch.equal(parameter, before) for parameter, before in cut.items())
     assert compression.report.keep <= 0.6
 
 
@@ -532,7 +550,8 @@ CHECKS = {
     "a broken step": check_a_broken_step_breaks_on_all_ranks,
     "bias shift": check_centered_whitening_shares_the_bias,
     "sparse parts": check_sparse_parts_are_shared,
-    "every kind of layer": check_every_kind_of_layer,
+    "every kind of layer": lambda: check_every_kind_of_layer("factors"),
+    "every kind of layer, pivot layout": lambda: check_every_kind_of_layer("pivot"),
 }
 
 if __name__ == "__main__":

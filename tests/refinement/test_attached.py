@@ -65,6 +65,28 @@ def test_what_is_measured_is_what_the_model_does(attach, layout):
     assert found.after == pytest.approx(far(model, dense, batches[4]), rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("layout", ["factors", "pivot"])
+@pytest.mark.parametrize(
+    "watch",
+    [
+        lambda part, see: part.register_forward_pre_hook(see),
+        lambda part, see: part.register_full_backward_pre_hook(see),
+        lambda part, see: part.register_full_backward_hook(see),
+        lambda part, see: part.weight.register_hook(see),
+        lambda part, see: part.weight.register_post_accumulate_grad_hook(see),
+    ],
+)
+def test_hooks_of_the_parts_see_the_training(watch, layout):
+    model, dense, batches = cut("mlp", layout)
+    for name in ("D", "C") if layout == "pivot" else ("A", "B"):
+        seen = []
+        handle = watch(getattr(model[0], name), lambda *_, seen=seen: seen.append(1) and None)
+        lp.refine_(model, dense, batches, 3, progress=False)
+        assert len(seen) >= 3
+        handle.remove()
+
+
 @pytest.mark.parametrize("change", [lp.to_pivot_, lp.to_factors_])
 def test_a_parametrization_is_not_lost(change):
     layout, parts = ("factors", ("A", "B")) if change is lp.to_pivot_ else ("pivot", ("D", "C"))

@@ -13,6 +13,7 @@ import lightning_prehab as lp
 from lightning_prehab.errors import NumericalError, StatisticsError
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.statistics.divergence import divergence
 from lightning_prehab.statistics.effect import (
     BATCHES_AT_ONCE,
     Change,
@@ -21,7 +22,7 @@ from lightning_prehab.statistics.effect import (
     moved,
     odd_and_even,
 )
-from lightning_prehab.statistics.outputs import divergence, next_token_loss
+from lightning_prehab.statistics.outputs import next_token_loss
 
 
 def state(model):

@@ -107,10 +107,10 @@ def test_of_many_classes_the_largest_are_kept_and_the_rest_is_one(most):
 
 
 def test_large_logits_are_compared_in_parts(monkeypatch):
-    from lightning_prehab.statistics import predictions
+    from lightning_prehab.statistics import divergence
 
     p, q = torch.randn(10, 20), torch.randn(10, 20)
-    monkeypatch.setattr(predictions, "ENTRIES", 60)
+    monkeypatch.setattr(divergence, "AT_ONCE", 60)
     for room in (10**6, 12 * 10 * 19):
         assert Predictions(p, None, room).distance(q).total == pytest.approx(10 * kl(p, q), rel=1e-3)
 

@@ -1,7 +1,5 @@
 """Whatever is hooked onto a layer is on what takes its place, and its handle takes it off there."""
 
-import re
-
 import pytest
 import torch
 from torch import nn
@@ -10,9 +8,7 @@ import lightning_prehab as lp
 from lightning_prehab.errors import TargetError, UnsupportedError
 from lightning_prehab.surgery.hooks import HOOKS
 from tests.replaceable import CASES, WAYS
-
-METHODS = [name for name in dir(nn.Module) if re.fullmatch(r"_?register_.*hook", name)]
-METHODS.remove("register_backward_hook")  # torch refuses it beside a full one
+from tests.replaceable import HOOK_METHODS as METHODS
 
 
 def use(model, x):

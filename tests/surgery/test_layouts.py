@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 import lightning_prehab as lp
-from lightning_prehab.layers import PivotLayer, packed, unpacked
+from lightning_prehab.errors import UnsupportedError
+from lightning_prehab.layers import LowRankLayer, PivotLayer, packed, unpacked
 from lightning_prehab.layers.blocks import LowRankConv1D, LowRankConv1DBlocks
 from lightning_prehab.layers.packing import why_not_packed
 from tests.layers.every_layer import CASES, Case, attention, every_case, in_blocks, name_of
+from tests.replaceable import HOOK_METHODS as METHODS
 
 PACKABLE = [
     lambda: lp.LowRankLinear(12, 8, 3),
@@ -140,6 +142,32 @@ def test_every_layer_is_packed_or_says_why_not(kind, number):
     torch.testing.assert_close(case.run(other), case.run(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(case.run(unpacked(other)), case.run(), atol=1e-5, rtol=1e-5)
     assert kind in CASES
+
+
+HOOKED = [
+    *(lambda part, method=method: getattr(part, method)(lambda *_: None) for method in METHODS),
+    lambda part: part.weight.register_hook(lambda gradient: None),
+    lambda part: part.weight.register_post_accumulate_grad_hook(lambda parameter: None),
+]
+
+
+@pytest.mark.parametrize("make", PACKABLE)
+@pytest.mark.parametrize("change", [lp.to_pivot_, lp.to_factors_])
+def test_hooks_of_the_parts_are_not_lost(make, change):
+    """Whatever is hooked onto what is going to be gone: nothing happens until it is taken off."""
+    model, _ = model_of(make)
+    if change is lp.to_factors_:
+        lp.to_pivot_(model)
+    before = list(model.modules())
+    layer = next(m for m in before if isinstance(m, LowRankLayer) and {"A", "D"} & m._modules.keys())
+    for name, part in layer.named_children():
+        for hook in HOOKED:
+            handle = hook(part)
+            with pytest.raises(UnsupportedError, match=rf"Layer '1' has hooks on 1.*\.{name}.*remove them first"):
+                change(model)
+            assert list(model.modules()) == before
+            handle.remove()
+    assert change(model) == ["1"]
 
 
 def test_an_optimizer_that_cannot_follow_leaves_all_as_it_was():
