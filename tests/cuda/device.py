@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prehab.kinds import kind_of
 from lightning_prehab.layers import LowRankLayer
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that products can be the same bit by bit
@@ -62,10 +61,13 @@ def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
 
 def matrices(model: nn.Module) -> dict[str, Tensor]:
     """The whole matrix of each layer that is cut or could be, on the CPU, in float32."""
-    found = {}
+    found, inside = {}, set()
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLayer) or (kind_of(module) is not None and isinstance(module.weight, Tensor)):
-            found[name] = module.weight.detach().float().cpu()
+        if isinstance(module, LowRankLayer):
+            inside |= {id(one) for one in module.modules() if one is not module}  # factors differ in signs
+        if id(module) not in inside and isinstance(getattr(module, "weight", None), Tensor):
+            if module.weight.dim() == 2 and not isinstance(module, nn.Embedding):
+                found[name] = module.weight.detach().float().cpu()
     return found
 
 
