@@ -105,7 +105,7 @@ def loss_scale(trainer: "pl.Trainer") -> float | Tensor:
 
 
 def log_number(pl_module: "pl.LightningModule", name: str, value: float | Tensor, prog_bar: bool = False) -> None:
-    """Logs a number. One that Python knows stays on the CPU: Lightning would bring it to the device, and wait for it."""
+    """Logs a number. One that Python knows stays on the CPU: Lightning would bring it to the device, and wait."""
     if not isinstance(value, Tensor):
         value = torch.tensor(value, dtype=torch.get_default_dtype(), device="cpu")
     pl_module.log(name, value, batch_size=1, prog_bar=prog_bar)
