@@ -2,14 +2,16 @@
 
     python benchmarks/calibration_overhead.py                 # measures, writes its .json, prints the table
     python benchmarks/calibration_overhead.py --only LLaMA    # one model; the others keep their results
-    python benchmarks/calibration_overhead.py --table         # prints the table only
+    python benchmarks/calibration_overhead.py --device cuda   # on a GPU, into calibration_overhead.cuda.json
+    python benchmarks/calibration_overhead.py --table         # prints the tables only
 
 ViT-tiny (12 blocks), two blocks of ViT-B, a LLaMA of 4 layers; random weights, random data. Training: a real Trainer
 with AdamW in which every other step collects. The cost is that of eight such steps, of which two are looked at, against
 the eight plain ones between them; the median over repeats. "prehab" is the default PrehabCallback beside a
 CompressionCallback, before the regularizer begins; "ride" a CompressionCallback alone in the epoch before its surgery.
 Own pass: collect_statistics as compress_ calls it, against forward and backward passes of the same batches, with all
-gradients, in turns. Times are those of the processor, not of the clock, so that a busy machine does little to them.
+gradients, in turns. Times are those of the processor, not of the clock, so that a busy machine does little to them; on
+a GPU they are those of the clock, whenever it is done.
 """
 
 import argparse
@@ -17,7 +19,6 @@ import json
 import platform
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +28,7 @@ from typing import Any
 import lightning as L
 import timm
 import torch
+from on_device import add_device_, clock, device_name, print_tables
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -36,6 +38,7 @@ from lightning_prehab.factorizations import Factorization
 from lightning_prehab.statistics.collector import EVERY
 
 RESULTS = Path(__file__).with_suffix(".json")
+ON_CUDA = Path(__file__).with_suffix(".cuda.json")
 CYCLE = 2 * EVERY  # collecting steps after which the same is done again
 METHODS: dict[str, Callable[[], Factorization]] = {
     "prehab, KroneckerSVD (default)": lp.KroneckerSVD,
@@ -45,6 +48,7 @@ METHODS: dict[str, Callable[[], Factorization]] = {
     "ride, FisherSVD": lp.FisherSVD,
 }
 OWN_PASS = "own pass, KroneckerSVD (default)"
+CPU = torch.device("cpu")
 
 
 class Vision(nn.Module):
@@ -134,8 +138,8 @@ class Start(L.Callback):
 
     now = 0.0
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.now = time.process_time()
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        self.now = clock(trainer.strategy.root_device)
 
 
 class Stop(L.Callback):
@@ -144,11 +148,11 @@ class Stop(L.Callback):
     def __init__(self, start: Start) -> None:
         self.start, self.seconds = start, list[float]()
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.seconds.append(time.process_time() - self.start.now)
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.seconds.append(clock(trainer.strategy.root_device) - self.start.now)
 
 
-def on_steps(make: Callable[[], Vision | Language], row: str, repeats: int) -> list[float]:
+def on_steps(make: Callable[[], Vision | Language], row: str, repeats: int, device: torch.device = CPU) -> list[float]:
     """Ratios of steps with and without collection; the first two pairs of each warm up."""
     torch.manual_seed(0)
     net = make()
@@ -159,7 +163,8 @@ def on_steps(make: Callable[[], Vision | Language], row: str, repeats: int) -> l
     start = Start()
     stop = Stop(start)
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1,
         max_epochs=3,
         max_steps=2 * CYCLE * repeats + 4,
         callbacks=[start, *callbacks, stop],
@@ -177,20 +182,21 @@ def on_steps(make: Callable[[], Vision | Language], row: str, repeats: int) -> l
     return [sum(on[start : start + CYCLE]) / sum(off[start : start + CYCLE]) for start in starts]
 
 
-def own_pass(make: Callable[[], Vision | Language], repeats: int) -> list[float]:
+def own_pass(make: Callable[[], Vision | Language], repeats: int, device: torch.device = CPU) -> list[float]:
     """Ratios of collecting statistics and of forward and backward passes of two batches; the first pair warms up."""
     torch.manual_seed(0)
-    net = make().eval()
-    targets, batches = lp.find_targets(net), [net.batch(), net.batch()]
+    net = make().eval().to(device)
+    targets = lp.find_targets(net)
+    batches = [tuple(part.to(device) for part in net.batch()) for _ in range(2)]
     ratios = []
     for _ in range(repeats + 1):
-        start = time.process_time()
+        start = clock(device)
         for batch in batches:
             net(*batch).backward()
             net.zero_grad()
-        middle = time.process_time()
+        middle = clock(device)
         lp.collect_statistics(net, targets, batches, wanted=lp.KroneckerSVD().wanted)
-        ratios.append((time.process_time() - middle) / (middle - start))
+        ratios.append((clock(device) - middle) / (middle - start))
     return ratios[1:]
 
 
@@ -200,24 +206,41 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="models whose name has it")
     parser.add_argument("--repeats", type=int, default=3, help="at most 3")
     parser.add_argument("--threads", type=int, default=1)
+    add_device_(parser)
     arguments = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results = {model: results[model] for model in MODELS if model in results}
+    device = arguments.device
+    path = ON_CUDA if device.type == "cuda" else RESULTS
+    results = read(path)
     if not arguments.table:
         torch.set_num_threads(arguments.threads)
+        threads = f"{platform.machine()}, {arguments.threads} threads"
+        where = device_name(device) if device.type == "cuda" else threads
         for model, make in MODELS.items():
             if arguments.only in model:
                 rows = list(METHODS) if "ViT-B" in model else list(METHODS)[:2]
                 with progress.shown(), progress.naming_items("run", rows):
                     counted = progress.counted(rows, "run")
-                    ratios = {row: on_steps(make, row, arguments.repeats) for row in counted}
-                    ratios[OWN_PASS] = own_pass(make, arguments.repeats)
+                    ratios = {row: on_steps(make, row, arguments.repeats, device) for row in counted}
+                    ratios[OWN_PASS] = own_pass(make, arguments.repeats, device)
                 results[model] = {
                     "command": " ".join(["python", "benchmarks/calibration_overhead.py", *sys.argv[1:]]),
-                    "machine": f"{platform.machine()}, {arguments.threads} threads, torch {torch.__version__}",
+                    "machine": f"{where}, torch {torch.__version__}",
                     "ratios": {row: [round(value, 3) for value in values] for row, values in ratios.items()},
                 }
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                path.write_text(json.dumps(results, indent=1) + "\n")
+    print_tables(print_table, RESULTS, ON_CUDA)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The stored results, in the order of the models."""
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    return {model: stored[model] for model in MODELS if model in stored}
+
+
+def print_table(path: Path) -> None:
+    results = read(path)
+    if path == ON_CUDA:
+        print("; ".join(dict.fromkeys(stored["machine"] for stored in results.values())) + "\n")
     print("| statistics | " + " | ".join(results) + " |\n|---|" + "---|" * len(results))
     for row in [*METHODS, OWN_PASS]:
         cells = [shown(row, stored["ratios"].get(row)) for stored in results.values()]

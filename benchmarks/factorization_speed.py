@@ -1,25 +1,28 @@
 """How long does it take to factorize every layer of a model, against the loops that others use?
 
     python benchmarks/factorization_speed.py            # measures, writes factorization_speed.json, prints the table
-    python benchmarks/factorization_speed.py --table    # prints the table only
+    python benchmarks/factorization_speed.py --device cuda    # on a GPU, into factorization_speed.cuda.json
+    python benchmarks/factorization_speed.py --table    # prints the tables only
 
 Rivals, layer by layer: ``torch.linalg.svd`` of the weight whitened by a Cholesky factor, multiplied back by the
 explicit inverse, as SVD-LLM does (https://arxiv.org/abs/2403.07378), in float32 and float64; and the same with a factor
 on both sides, the metric of KroneckerSVD. Ours: ``WhitenedSVD().decompose`` and ``KroneckerSVD().decompose`` and the
 factors at keep 0.4, for all layers at once. The sides alternate; ratios are of medians.
 The truncation losses are measured in
-float64. Weights are random, metrics have power-law spectra in a random basis. Peak memory is measured on Linux only.
+float64. Weights are random, metrics have power-law spectra in a random basis. Peak memory is that of
+the process, measured on Linux only; on a GPU that of its allocator.
 """
 
 import argparse
 import json
 import platform
 import statistics
-import time
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from on_device import add_device_, device_name, print_tables, timed
 from torch import Tensor
 
 import lightning_prehab as lp
@@ -27,6 +30,7 @@ from lightning_prehab.progress import counted, naming_items, shown
 from lightning_prehab.statistics.sums import Wanted, statistics_bytes
 
 RESULTS = Path(__file__).with_suffix(".json")
+ON_CUDA = Path(__file__).with_suffix(".cuda.json")
 KEEP = 0.4
 BLOCKS = {
     "ViT-B": ([(2304, 768), (768, 768), (3072, 768), (768, 3072)], 12),
@@ -46,18 +50,18 @@ def metric(size: int, decay: float, generator: torch.Generator) -> Tensor:
     return ((moment + moment.mT) / 2).float()
 
 
-def layers(shapes: list[tuple[int, int]], blocks: int) -> list[tuple[Tensor, lp.LayerStatistics]]:
+def layers(shapes: list[tuple[int, int]], blocks: int, device: torch.device) -> list[tuple[Tensor, lp.LayerStatistics]]:
     generator = torch.Generator().manual_seed(0)
-    cache = {size: metric(size, 1.0, generator) for size in {n for _, n in shapes}}
-    cache |= {-size: metric(size, 1.0, generator) for size in {m for m, _ in shapes}}
+    cache = {size: metric(size, 1.0, generator).to(device) for size in {n for _, n in shapes}}
+    cache |= {-size: metric(size, 1.0, generator).to(device) for size in {m for m, _ in shapes}}
     found = []
     for m, n in shapes * blocks:
-        layer = lp.LayerStatistics(1, 1, gradients=True)
+        layer = lp.LayerStatistics(1, 1, gradients=True, device=device)
         layer.in_features, layer.out_features = n, m
         layer.input_gram, layer.gradient_gram = cache[n], cache[-m]
         layer.tokens += 1
         layer.samples += 1
-        found.append((torch.randn(m, n, generator=generator) * 0.02, layer))
+        found.append(((torch.randn(m, n, generator=generator) * 0.02).to(device), layer))
     return found
 
 
@@ -102,8 +106,13 @@ def losses(
     return found
 
 
-def peak_extra(run: Callable[[], object]) -> int | None:
-    """Bytes that the process grew by at its highest while ``run`` ran; None where Linux's counters are not there."""
+def peak_extra(run: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that were taken at the highest while ``run`` ran; None where Linux's counters are not there."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - held
 
     def read(key: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -118,9 +127,9 @@ def peak_extra(run: Callable[[], object]) -> int | None:
     return read("VmHWM") - before
 
 
-def measure(name: str, repeats: int) -> dict[str, object]:
+def measure(name: str, repeats: int, device: torch.device) -> dict[str, object]:
     shapes, blocks = BLOCKS[name]
-    items = layers(shapes, blocks)
+    items = layers(shapes, blocks, device)
     whitened, kronecker = lp.WhitenedSVD(), lp.KroneckerSVD()
     sides: dict[str, Callable[[], list[tuple[Tensor, Tensor]]]] = {
         "WhitenedSVD": lambda: ours(items, whitened),
@@ -129,20 +138,20 @@ def measure(name: str, repeats: int) -> dict[str, object]:
         "KroneckerSVD": lambda: ours(items, kronecker),
         "two-sided svd float32": lambda: svd_loop(items, torch.float32, True),
     }
-    peak = peak_extra(sides["WhitenedSVD"])
-    peak_kronecker = peak_extra(sides["KroneckerSVD"])
+    peak = peak_extra(sides["WhitenedSVD"], device)
+    peak_kronecker = peak_extra(sides["KroneckerSVD"], device)
     seconds: dict[str, list[float]] = {side: [] for side in sides}
-    results = {}
+    results: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for _ in range(repeats):
         for side, run in sides.items():
-            start = time.perf_counter()
-            results[side] = run()
-            seconds[side].append(time.perf_counter() - start)
+            seconds[side].append(timed(lambda side=side, run=run: results.update({side: run()}), device))
     median = {side: statistics.median(times) for side, times in seconds.items()}
     exact, fast = (losses(items, results[side], False) for side in ("svd float64", "WhitenedSVD"))
     both, fast_both = (losses(items, results[side], True) for side in ("two-sided svd float32", "KroneckerSVD"))
     return {
-        "command": f"python benchmarks/factorization_speed.py --models {name} --repeats {repeats}",
+        "command": " ".join(["python benchmarks/factorization_speed.py", *sys.argv[1:]])
+        if device.type == "cuda"
+        else (f"python benchmarks/factorization_speed.py --models {name} --repeats {repeats}"),
         "layers": len(items),
         "seconds": {side: [round(t, 3) for t in times] for side, times in seconds.items()},
         "faster than svd float32": median["svd float32"] / median["WhitenedSVD"],
@@ -158,30 +167,36 @@ def measure(name: str, repeats: int) -> dict[str, object]:
     }
 
 
-def table(results: dict[str, dict[str, object]]) -> str:
+def print_table(path: Path) -> None:
+    results: dict[str, dict[str, object]] = json.loads(path.read_text())
+    if path == ON_CUDA:
+        print("; ".join(dict.fromkeys(str(row["machine"]) for row in results.values())) + "\n")
     columns = [key for key in next(iter(results.values())) if key not in ("command", "seconds", "machine")]
     lines = ["| | " + " | ".join(results) + " |", "|---" * (len(results) + 1) + "|"]
     for column in columns:
         cells = [value if isinstance(value := row[column], int | None) else f"{value:.3g}" for row in results.values()]
         lines.append(f"| {column} | " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+    print("\n".join(lines))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="print the stored results only")
     parser.add_argument("--repeats", type=int, default=3)
+    add_device_(parser)
     parser.add_argument("--models", nargs="+", choices=BLOCKS, default=list(BLOCKS))
     arguments = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    path = ON_CUDA if arguments.device.type == "cuda" else RESULTS
+    results = json.loads(path.read_text()) if path.exists() else {}
     models = [] if arguments.table else arguments.models
     with shown(), naming_items("run", models):
         for name in counted(models, "run"):
-            results[name] = measure(name, arguments.repeats)
+            results[name] = measure(name, arguments.repeats, arguments.device)
             about = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-            results[name]["machine"] = about
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
+            on_gpu = f"{device_name(arguments.device)}, torch {torch.__version__}"
+            results[name]["machine"] = on_gpu if arguments.device.type == "cuda" else about
+            path.write_text(json.dumps(results, indent=1) + "\n")
+    print_tables(print_table, RESULTS, ON_CUDA)
 
 
 if __name__ == "__main__":

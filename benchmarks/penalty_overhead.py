@@ -2,7 +2,8 @@
 
     python benchmarks/penalty_overhead.py            # measures what is missing in its .json, prints the table
     python benchmarks/penalty_overhead.py --only "TailShrinkage.*loss|authors"
-    python benchmarks/penalty_overhead.py --table    # prints the table only
+    python benchmarks/penalty_overhead.py --device cuda    # on a GPU, into penalty_overhead.cuda.json
+    python benchmarks/penalty_overhead.py --table    # prints the tables only
 
 One transformer block of each size; its linear layers are the targets, ranks are those of keep 0.2. A step is forward,
 backward and AdamW of that block at batch 32; a regularizer's time is that of its value and gradient (or of the
@@ -17,11 +18,11 @@ import json
 import platform
 import re
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from on_device import add_device_, device_name, print_tables, timed
 from torch import Tensor, nn
 
 import lightning_prehab as lp
@@ -31,6 +32,7 @@ from lightning_prehab.progress import counted, shown
 from lightning_prehab.regularizers import Metric, Penalty
 
 RESULTS = Path(__file__).with_suffix(".json")
+ON_CUDA = Path(__file__).with_suffix(".cuda.json")
 CALLS, BATCH, KEEP = 20, 32, 0.2
 SIZES = {"ViT-S": (384, 1536, 197), "ViT-B": (768, 3072, 197), "BERT-base": (768, 3072, 128)}  # width, MLP, tokens
 REGULARIZERS = {
@@ -64,16 +66,10 @@ class Block(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
 
 
-def root(size: int) -> Tensor:
+def root(size: int, device: torch.device) -> Tensor:
     """A symmetric positive definite matrix with a decaying spectrum, scaled as that of a Gram matrix."""
     q = torch.linalg.qr(torch.randn(size, size)).Q
-    return (q * torch.logspace(0, -2, size)) @ q.T
-
-
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    return ((q * torch.logspace(0, -2, size)) @ q.T).to(device)
 
 
 def calls(regularizer: object, layers: list[RegularizedLayer]) -> Callable[[], None]:
@@ -91,10 +87,10 @@ def calls(regularizer: object, layers: list[RegularizedLayer]) -> Callable[[], N
 
 
 def authors_stable_rank(layers: list[RegularizedLayer]) -> None:
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=layers[0].parameter.device)
     for layer in layers:
         seen = (layer.parameter @ layer.metric.right).double()
-        vector = torch.randn(seen.shape[1], dtype=torch.float64)
+        vector = torch.randn(seen.shape[1], dtype=torch.float64, device=seen.device)
         with torch.no_grad():
             for _ in range(50):
                 u = seen @ vector
@@ -124,18 +120,19 @@ def layers_of(block: Block, space: str) -> list[RegularizedLayer]:
     found = []
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear):
-            m, n = module.weight.shape
-            metric = Metric(root(m) if space == "loss" else None, root(n) if space in ("activation", "loss") else None)
+            (m, n), device = module.weight.shape, module.weight.device
+            left = root(m, device) if space == "loss" else None
+            metric = Metric(left, root(n, device) if space in ("activation", "loss") else None)
             found.append(RegularizedLayer(name, view_of(module), int(KEEP * m * n / (m + n)), metric))
     return found
 
 
-def measure(size: str, repeats: int, wanted: Callable[[str], bool]) -> dict[str, float]:
+def measure(size: str, repeats: int, wanted: Callable[[str], bool], device: torch.device) -> dict[str, float]:
     torch.manual_seed(0)
     width, hidden, tokens = SIZES[size]
-    block = Block(width, hidden, fused=size.startswith("ViT"))
+    block = Block(width, hidden, fused=size.startswith("ViT")).to(device)
     optimizer = torch.optim.AdamW(block.parameters(), lr=1e-5)
-    x = torch.randn(BATCH, tokens, width)
+    x = torch.randn(BATCH, tokens, width, device=device)
 
     def step() -> None:
         block(x).square().mean().backward()
@@ -162,13 +159,17 @@ def measure(size: str, repeats: int, wanted: Callable[[str], bool]) -> dict[str,
     for _ in counted(range(repeats), "run"):
         for name, (count, work) in works.items():
             if len(steps) < 2 or name.startswith(("TailShrinkage", "the authors")):
-                steps.append(timed(step))
-            spent = statistics.mean(timed(work) for _ in range(count))
+                steps.append(timed(step, device))
+            spent = timed(work, device, count)
             ratios[name].append(spent / statistics.median(steps[-5:]))
     return {name: round(statistics.median(values), 5) for name, values in ratios.items()}
 
 
-def print_table(results: dict[str, dict[str, float]]) -> None:
+def print_table(path: Path) -> None:
+    stored = json.loads(path.read_text()) if path.exists() else {"ratios": {}}
+    if "device" in stored:
+        print(f"{stored['device']}, torch {stored['torch']}\n")
+    results: dict[str, dict[str, float]] = {size: stored["ratios"].get(size, {}) for size in SIZES}
     print("| cost of a step in % | space | " + " | ".join(SIZES) + " |")
     print("|---|---|" + "---|" * len(SIZES))
     for key in NAMES:
@@ -184,11 +185,14 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="REGEX", help="rows to measure, as 'name | space'")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    add_device_(parser)
     args = parser.parse_args()
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"ratios": {}}
+    results = ON_CUDA if args.device.type == "cuda" else RESULTS
+    stored = json.loads(results.read_text()) if results.exists() else {"ratios": {}}
     if not args.table:
         torch.set_num_threads(args.threads)
         about = {"torch": torch.__version__, "machine": platform.machine(), "batch": BATCH}
+        about |= {"device": device_name(args.device)} if args.device.type == "cuda" else {}
         for size in SIZES:
             done = stored["ratios"].setdefault(size, {})
 
@@ -196,9 +200,9 @@ def main() -> None:
                 return key not in done and re.search(args.only, key) is not None
 
             with shown():
-                done.update(measure(size, args.repeats, wanted))
-            RESULTS.write_text(json.dumps({**about, **stored}, indent=1) + "\n")
-    print_table(stored["ratios"])
+                done.update(measure(size, args.repeats, wanted, args.device))
+            results.write_text(json.dumps({**about, **stored}, indent=1) + "\n")
+    print_tables(print_table, RESULTS, ON_CUDA)
 
 
 if __name__ == "__main__":

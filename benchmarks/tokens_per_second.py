@@ -1,6 +1,7 @@
 """How many tokens a second does a cut language model read and write, in each layout, on this processor?
 
     python benchmarks/tokens_per_second.py --threads 2   # measures anew and replaces tokens_per_second.json
+    python benchmarks/tokens_per_second.py --device cuda # on a GPU, into tokens_per_second.cuda.json
     python benchmarks/tokens_per_second.py --table       # prints the stored results only
 
 A LLaMA of the shape of SmolLM2-135M with random weights, since weights make no difference to time: 30 blocks of width
@@ -14,9 +15,7 @@ import argparse
 import copy
 import itertools
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from on_device import add_device_, device_name, print_tables, processor, timed
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
@@ -31,6 +31,7 @@ import lightning_prehab as lp
 from lightning_prehab.progress import counted, shown
 
 RESULTS = Path(__file__).with_suffix(".json")
+ON_CUDA = Path(__file__).with_suffix(".cuda.json")
 KEEPS, LAYOUTS, MULTIPLES, LENGTH, REPEATS = (0.8, 0.6, 0.4), ("factors", "pivot"), (1, 32), 512, 5
 CONFIG = {
     "vocab_size": 49152,
@@ -45,6 +46,7 @@ CONFIG = {
     "attn_implementation": "sdpa",
 }
 Row = dict[str, Any]
+CPU = torch.device("cpu")
 
 
 class Past:
@@ -66,13 +68,14 @@ def through(block: nn.Module, states: Tensor, cosine: Tensor, sine: Tensor, past
 class Model:
     """Blocks between an embedding and a head, which all models share."""
 
-    def __init__(self, config: transformers.LlamaConfig) -> None:
+    def __init__(self, config: transformers.LlamaConfig, device: torch.device = CPU) -> None:
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.norm, self.rotary = LlamaRMSNorm(config.hidden_size), LlamaRotaryEmbedding(config)
-        self.block = LlamaDecoderLayer(config, 0).eval()
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size).to(device)
+        self.norm, self.rotary = LlamaRMSNorm(config.hidden_size).to(device), LlamaRotaryEmbedding(config).to(device)
+        self.block = LlamaDecoderLayer(config, 0).eval().to(device)
         shape = (1, config.num_key_value_heads, LENGTH, config.hidden_size // config.num_attention_heads)
-        self.past = [Past(torch.randn(shape), torch.randn(shape)) for _ in range(config.num_hidden_layers)]
+        pairs = [(torch.randn(shape), torch.randn(shape)) for _ in range(config.num_hidden_layers)]
+        self.past = [Past(keys.to(device), values.to(device)) for keys, values in pairs]
 
     def blocks(self, recipe: lp.Recipe | None) -> tuple[list[nn.Module], float]:
         """The blocks of a model, dense or cut, and the kept share of their matrices."""
@@ -85,39 +88,32 @@ class Model:
         """Scores of what comes next."""
         states = self.embedding(tokens)
         start = LENGTH if write else 0
-        cosine, sine = self.rotary(states, torch.arange(start, start + tokens.shape[1])[None])
+        cosine, sine = self.rotary(states, torch.arange(start, start + tokens.shape[1], device=tokens.device)[None])
         for block, past in zip(blocks, self.past, strict=True):
             states = step(block, states, cosine, sine, past if write else None)
         return self.norm(states[:, -1:]) @ self.embedding.weight.T
 
 
-def in_turns(calls: dict[int, Callable[[], object]], least: float) -> dict[int, float]:
+def in_turns(calls: dict[int, Callable[[], object]], least: float, device: torch.device = CPU) -> dict[int, float]:
     """Median seconds of each call; a measurement repeats it until it has lasted so many seconds at least."""
     often = {}
     for key, call in counted(calls.items(), "warm up"):
         call()
         call()
-        often[key] = max(1, round(least / max(seconds_of(call), 1e-9)))
+        often[key] = max(1, round(least / max(timed(call, device), 1e-9)))
     found: dict[int, list[float]] = {key: [] for key in calls}
     for _ in counted(range(REPEATS), "measure"):
         for key, call in calls.items():
-            found[key].append(seconds_of(call, often[key]))
+            found[key].append(timed(call, device, often[key]))
     return {key: statistics.median(each) for key, each in found.items()}
 
 
-def seconds_of(call: Callable[[], object], often: int = 1) -> float:
-    start = time.perf_counter()
-    for _ in range(often):
-        call()
-    return (time.perf_counter() - start) / often
-
-
 @torch.no_grad()
-def measure(config: transformers.LlamaConfig, keep: float, least: float = 0.2) -> list[Row]:
+def measure(config: transformers.LlamaConfig, keep: float, least: float = 0.2, device: torch.device = CPU) -> list[Row]:
     """One row for each phase, mode and model: the dense one and the cut ones of a keep, in turns."""
     torch.manual_seed(0)
-    model = Model(config)
-    prompt = torch.randint(config.vocab_size, (1, LENGTH))
+    model = Model(config, device)
+    prompt = torch.randint(config.vocab_size, (1, LENGTH)).to(device)
     variants: list[tuple[Row, lp.Recipe | None]] = [({"layout": "dense", "multiple": 1}, None)]
     for layout, multiple in itertools.product(LAYOUTS, MULTIPLES):
         wish = {"policy": lp.RankRatio(keep), "factorization": lp.SVD(), "layout": layout}
@@ -134,7 +130,7 @@ def measure(config: transformers.LlamaConfig, keep: float, least: float = 0.2) -
             index: partial(model.call, blocks, step, tokens, write=phase == "write")
             for index, (blocks, _) in enumerate(made)
         }
-        seconds = in_turns(calls, least)
+        seconds = in_turns(calls, least, device)
         for index, (setting, _) in enumerate(variants):
             speed = {
                 "tokens_per_second": round(tokens.shape[1] / seconds[index], 1),
@@ -145,8 +141,8 @@ def measure(config: transformers.LlamaConfig, keep: float, least: float = 0.2) -
     return rows
 
 
-def print_table() -> None:
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+def print_table(path: Path) -> None:
+    stored = json.loads(path.read_text()) if path.exists() else {"rows": []}
     columns = [(mode, phase) for phase in ("read", "write") for mode in ("eager", "compiled")]
     print("| layout | keep | ranks | " + " | ".join(f"{phase}, {mode}" for mode, phase in columns) + " |")
     print("|---" * (3 + len(columns)) + "|")
@@ -166,29 +162,27 @@ def print_table() -> None:
         ranks = "any" if multiple == 1 else f"multiples of {multiple}"
         print(f"| {layout} | {keep} | {ranks} | " + " | ".join(times) + " |")
     if stored["rows"]:
-        print(f"\n{stored['threads']} threads, torch {stored['torch']}, {stored['processor']}")
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-    return names[0] if info.exists() and names else platform.processor()
+        where = f"torch {stored['torch']}, {stored.get('device', stored['processor'])}"
+        print(f"\n{where}" if "device" in stored else f"\n{stored['threads']} threads, {where}")
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--table", action="store_true")
     arguments.add_argument("--threads", type=int, default=2)
+    add_device_(arguments)
     given = arguments.parse_args()
     if not given.table:
         torch.set_num_threads(given.threads)
         made_with = {"threads": given.threads, "torch": torch.__version__, "processor": processor()}
+        on_gpu = given.device.type == "cuda"
+        made_with |= {"device": device_name(given.device)} if on_gpu else {}
         rows: list[Row] = []
         for keep in KEEPS:
             with shown():
-                rows += measure(transformers.LlamaConfig(**CONFIG), keep)
-            RESULTS.write_text(json.dumps({**made_with, "rows": rows}, indent=1) + "\n")
-    print_table()
+                rows += measure(transformers.LlamaConfig(**CONFIG), keep, device=given.device)
+            (ON_CUDA if on_gpu else RESULTS).write_text(json.dumps({**made_with, "rows": rows}, indent=1) + "\n")
+    print_tables(print_table, RESULTS, ON_CUDA)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.regularizers import GradientRatio, Penalty
 
 
-def add_to_loss_(loss: Tensor, penalty: Tensor, factor: float) -> None:
+def add_to_loss_(loss: Tensor, penalty: Tensor, factor: float | Tensor) -> None:
     """Adds ``factor`` times a penalty to a loss in place.
 
     Raises:
@@ -53,7 +53,7 @@ def penalty_of(
 
 
 def _measured_strength(
-    ratio: GradientRatio, weights: Sequence[Tensor], gradients: Sequence[Tensor], scale: float
+    ratio: GradientRatio, weights: Sequence[Tensor], gradients: Sequence[Tensor], scale: float | Tensor
 ) -> Tensor:
     """The factor that gives the penalty its share of the task gradient, which is in ``grad``, times ``scale``."""
     task = [weight.grad for weight in weights if weight.grad is not None]
@@ -67,7 +67,7 @@ def add_to_gradients_(
     penalty: Callable[[Sequence[RegularizedLayer]], Tensor | None],
     strength: float | Tensor | GradientRatio,
     ramp: float,
-    scale: float,
+    scale: float | Tensor,
 ) -> float | Tensor | None:
     """Adds the gradient of a penalty to those of an optimizer's weights.
 

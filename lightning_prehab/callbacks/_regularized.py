@@ -82,7 +82,8 @@ class RegularizedLayer:
         device = view.parameter.device
         roots = (None if state[side] is None else state[side].to(device) for side in ("left", "right"))
         layer = cls(name, view, state["rank"], Metric(*roots))
-        layer.memory = {key: value.to("cpu" if key == "age" else device) for key, value in state["memory"].items()}
+        # Single numbers (ages, sums of learning rates) are read at each step: on the CPU nothing waits for that.
+        layer.memory = {key: value.to(device if value.dim() else "cpu") for key, value in state["memory"].items()}
         return layer
 
     def spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,12 +114,16 @@ class RegularizedLayer:
         assert self.rank is not None
         seen = self.metric.view(self.view.weight.detach().float())
         energy = seen.square().sum()
-        if not bool(torch.isfinite(energy)):
-            return energy * math.nan, energy * math.nan
+        finite, nan = torch.isfinite(energy), torch.full_like(energy, math.nan)
         rows = seen if seen.shape[0] <= seen.shape[1] else seen.mT
-        basis = leading_subspace(rows, self.rank, self.memory.get("forecast"))
-        self.memory["forecast"] = basis
-        return (rows - basis @ (basis.mT @ rows)).square().sum(), energy
+        known = self.memory.get("forecast")
+        if known is None and not bool(finite):
+            return nan, nan
+        basis = leading_subspace(rows, self.rank, known)
+        # Without a look at the energy, which would wait for the device: once for each layer.
+        self.memory["forecast"] = basis if known is None else torch.where(finite, basis, known)
+        tail = (rows - basis @ (basis.mT @ rows)).square().sum()
+        return torch.where(finite, tail, nan), torch.where(finite, energy, nan)
 
     @torch.no_grad()
     def cut(self) -> Tensor:
@@ -186,10 +191,11 @@ def restore_layers(views: Mapping[str, MatrixView], states: Mapping[str, Mapping
 def tails_of(layers: Sequence[RegularizedLayer]) -> tuple[float | None, float]:
     """The share of energy that the cut would drop now, mean over layers, and the energy itself, summed.
 
-    The share is None if no layer has a target rank. Reads values back from the device.
+    The share is None if no layer has a target rank. Reads values back from the device, all at once.
     """
-    tails = [layer.tail() for layer in layers if layer.rank is not None]
-    if not tails:
+    found = [layer.tail() for layer in layers if layer.rank is not None]
+    if not found:
         return None, 0.0
-    shares = [float(tail / energy.clamp_min(torch.finfo(energy.dtype).tiny)) for tail, energy in tails]
-    return sum(shares) / len(shares), sum(float(tail) for tail, _ in tails)
+    tails, energies = (torch.stack(parts) for parts in zip(*found, strict=True))
+    shares, absolute = torch.stack([tails / energies.clamp_min(torch.finfo(energies.dtype).tiny), tails]).tolist()
+    return sum(shares) / len(shares), sum(absolute)

@@ -51,10 +51,13 @@ def shrink_together_(
 ) -> None:
     """Shrinks the trainable ones of those weights that an optimizer has stepped, at the rates of their last steps."""
     prepare_together(trainer, layers, shrinkage, progress)
+    read: dict[int, float] = {}  # a rate that is a tensor on a device is read once for all layers of its group
     for layer in layers:
         rate = rates.get(id(layer.parameter))
         if rate is not None and layer.parameter.requires_grad:
-            layer.shrink_(shrinkage, progress, float(rate))
+            if id(rate) not in read:
+                read[id(rate)] = float(rate)
+            layer.shrink_(shrinkage, progress, read[id(rate)])
 
 
 def complete_memories_(layers: Sequence[RegularizedLayer], global_rank: int, world_size: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from torch import Tensor
 
 from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.progress import length_of
@@ -86,15 +87,28 @@ def reset_scores_(trainer: "pl.Trainer") -> None:
             callback.kth_value = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
 
 
-def gradient_scale(trainer: "pl.Trainer") -> float:
-    """The factor of the GradScaler in fp16 training, 1 otherwise. On a GPU, reading it waits for the device."""
+def gradient_scale(trainer: "pl.Trainer") -> float | Tensor:
+    """The factor of the GradScaler in fp16 training, 1 otherwise.
+
+    A tensor on the device of the Trainer there: to read it would wait for all that the device has still to do.
+    """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else float(scaler.get_scale())
+    if scaler is None:
+        return 1.0
+    factor: Tensor = scaler.scale(torch.ones((), device=trainer.strategy.root_device))
+    return factor
 
 
-def loss_scale(trainer: "pl.Trainer") -> float:
+def loss_scale(trainer: "pl.Trainer") -> float | Tensor:
     """The factor by which the loss in ``on_before_backward`` differs from the loss that the user returned."""
     return gradient_scale(trainer) / trainer.accumulate_grad_batches
+
+
+def log_number(pl_module: "pl.LightningModule", name: str, value: float | Tensor, prog_bar: bool = False) -> None:
+    """Logs a number. One that Python knows stays on the CPU: Lightning would bring it to the device, and wait."""
+    if not isinstance(value, Tensor):
+        value = torch.tensor(value, dtype=torch.get_default_dtype(), device="cpu")
+    pl_module.log(name, value, batch_size=1, prog_bar=prog_bar)
 
 
 def uses_loss_scaling(trainer: "pl.Trainer") -> bool:

@@ -44,6 +44,7 @@ from lightning_prehab.callbacks._trainer import (
     closes_window,
     find_callback,
     gradient_scale,
+    log_number,
     loss_scale,
 )
 from lightning_prehab.callbacks.compression import CompressionCallback
@@ -270,7 +271,7 @@ class PrehabCallback(ActsAtSteps):
             if penalty is None:
                 return
             strength = self.strength * self._ramp()
-            pl_module.log("prehab/strength", strength, batch_size=1)
+            log_number(pl_module, "prehab/strength", strength)
             add_to_loss_(loss, penalty, strength * loss_scale(trainer))
 
     def on_train_batch_end(
@@ -377,7 +378,7 @@ class PrehabCallback(ActsAtSteps):
         penalty = partial(self._penalty, pl_module)
         strength = add_to_gradients_(optimizer, self._layers, penalty, full, self._ramp(), scale)
         if strength is not None:
-            pl_module.log("prehab/strength", strength, batch_size=1)
+            log_number(pl_module, "prehab/strength", strength)
 
     def _penalty(
         self, pl_module: "pl.LightningModule", layers: Sequence[RegularizedLayer], processes: int | None = None
@@ -398,7 +399,7 @@ class PrehabCallback(ActsAtSteps):
         remaining = self._remaining(trainer, batch_idx)
         assert remaining is not None  # checked when the regularizer became ready
         progress = 1.0 - remaining / max(self._span or 0, 1)  # exactly 1 at the last batch
-        pl_module.log("prehab/progress", progress, batch_size=1)
+        log_number(pl_module, "prehab/progress", progress)
         shrink_together_(trainer, self._layers, self.regularizer, progress, self._weight_steps.rates)
 
     def _remaining(self, trainer: "pl.Trainer", batch_idx: int) -> int | None:
@@ -406,12 +407,11 @@ class PrehabCallback(ActsAtSteps):
 
     def _log_forecast(self, pl_module: "pl.LightningModule") -> None:
         share, energy = tails_of(self._layers)
-        if share is None:
-            return
-        pl_module.log("prehab/tail_energy", share, batch_size=1)
-        self.forecast = self._outlook.predict(energy)
-        if self.forecast is not None:
-            pl_module.log("prehab/forecast", self.forecast, batch_size=1, prog_bar=True)
+        if share is not None:
+            log_number(pl_module, "prehab/tail_energy", share)
+            self.forecast = self._outlook.predict(energy)
+            if self.forecast is not None:
+                log_number(pl_module, "prehab/forecast", self.forecast, prog_bar=True)
 
     def _rank_source(self, trainer: "pl.Trainer") -> CompressionCallback | None:
         compression = find_callback(trainer, CompressionCallback)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_prehab.documents.checks import check_real, check_whole
 from lightning_prehab.documents.settings import show
 from lightning_prehab.errors import ArgumentError, NumericalError, UnsupportedError
+from lightning_prehab.linalg.cumulated import running_sum
 from lightning_prehab.linalg.modes import outside_inference_mode
 from lightning_prehab.progress import shown, tell
 from lightning_prehab.statistics.calibration import as_found
@@ -152,7 +153,7 @@ class _Writer:
         rows, place = tokens.shape
         self._tell(rows * place)
         known = logits[:, : self._size].float() / self._temperatures[place]
-        total = known.softmax(-1).cumsum(-1, dtype=torch.float64)
+        total = running_sum(known.softmax(-1).double())
         if not torch.isfinite(total[:, -1]).all():
             raise NumericalError("The model's logits are not finite; it cannot write text to calibrate with.")
         goal = self._drawn[self._rows, place, None] * total[:, -1:]

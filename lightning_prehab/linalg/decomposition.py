@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_prehab.errors import ArgumentError
+from lightning_prehab.linalg.cumulated import running_sum
 from lightning_prehab.linalg.matrices import (
     RELATIVE_FLOOR,
     break_even_rank,
@@ -128,24 +129,25 @@ def weighted_low_rank(
 class _Root:
     """``L`` with ``L L^T`` a Gram matrix: a Cholesky factor where that is safe, else a symmetric root."""
 
-    def __init__(self, gram: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, gram: Tensor, like: Tensor) -> None:
+        """Of the dtype and on the device of another tensor."""
         self._diagonal: Tensor | None = None
         self._triangle: Tensor | None = None  # lower
         self._pair: tuple[Tensor, Tensor] | None = None  # L and its inverse, symmetric
         require_finite(gram, "The Gram matrix")
-        gram = to_float64(gram)
+        gram = to_float64(gram if like.device.type == "mps" else gram.to(like.device))  # MPS has no float64
         if gram.dim() == 1:
             top = gram.max()
             root = gram.clamp_min(top * RELATIVE_FLOOR).sqrt() if top > 0 else torch.ones_like(gram)
-            self._diagonal = root.to(dtype)
+            self._diagonal = root.to(like)
             return
         triangle, failed = torch.linalg.cholesky_ex((gram + gram.mT) / 2)
         pivots = triangle.diagonal().square()
         if int(failed) == 0 and bool(pivots.min() > RELATIVE_FLOOR * pivots.max()):
-            self._triangle = triangle.to(dtype)
+            self._triangle = triangle.to(like)
         else:
             root, inverse = gram_root(gram)
-            self._pair = root.to(dtype), inverse.to(dtype)
+            self._pair = root.to(like), inverse.to(like)
 
     def congruence(self, gram: Tensor) -> Tensor:
         """``L^T gram L``."""
@@ -206,7 +208,7 @@ class _Problem:
         scale = float(product.norm(dim=1).max() * rows.norm(dim=1).max())
         if self._small is None:
             return gram, None, scale
-        root = _Root(self._small, dtype)
+        root = _Root(self._small, rows)
         return root.congruence(gram), root, scale
 
 
@@ -236,8 +238,8 @@ def _float32_suffices(eigenvalues: Tensor, limit: int, scale: float, root: _Root
         return scale == 0.0
     gains = torch.ones_like(eigenvalues) if root is None else root.apply(vectors).square().sum(0).double()
     gains = gains.clamp_min(float(gains.mean()))
-    below = gains.cumsum(0)[:limit]
-    tail = eigenvalues.sum() - eigenvalues.cumsum(0)[:limit]
+    below = running_sum(gains)[:limit]
+    tail = eigenvalues.sum() - running_sum(eigenvalues)[:limit]
     rank = torch.arange(1, limit + 1, dtype=torch.float64, device=eigenvalues.device)
     noise = scale**2 * below * (gains.sum() - below) + float(eigenvalues[0]) ** 2 * rank * (k - rank)
     cost = torch.finfo(torch.float32).eps ** 2 / k * noise / eigenvalues[:limit].clamp_min(1e-300)

@@ -41,6 +41,10 @@ class Factors(NamedTuple):
         assert b is not None
         return cls(a, b, bias_shift, None if indices is None or values is None else Sparse(indices, values), order)
 
+    def to(self, device: torch.device) -> "Factors":
+        """The factors on a device; themselves if they are there."""
+        return Factors.from_parts([part if part is None else part.to(device) for part in self.parts()])
+
     def pivoted(self) -> "Factors":
         """The same matrix in the pivot layout, in float64 and without a sparse part."""
         parts = pivot_parts(self.A, self.B)

@@ -136,7 +136,7 @@ class Collector:
         self._batch_size = 1
         self._turn = 0
         self._counting = False
-        self.loss_scale = 1.0
+        self.loss_scale: float | Tensor = 1.0
         self.statistics = {
             name: LayerStatistics(
                 view.in_features,

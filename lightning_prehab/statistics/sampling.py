@@ -5,6 +5,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lightning_prehab.linalg.cumulated import running_sum
+
 #: Columns of a Gram matrix that are computed at a time, where there are at least twice as many: what lies on the other
 #: side of the diagonal is copied.
 BLOCK = 256
@@ -66,7 +68,7 @@ def sample_by_energy(rows: Tensor, at_most: int | None) -> Tensor:
     energy = torch.linalg.vector_norm(rows, dim=1, dtype=wide).float().square()[order]
     total = energy.sum()
     marks = (torch.arange(at_most, dtype=energy.dtype, device=rows.device) + 0.5) * (total / at_most)
-    taken = torch.searchsorted(energy.cumsum(0), marks).clamp_max_(len(energy) - 1)
+    taken = torch.searchsorted(running_sum(energy), marks).clamp_max_(len(energy) - 1)
     scale = (total / (at_most * energy[taken].clamp_min(torch.finfo(energy.dtype).tiny))).sqrt()
     return rows.index_select(0, order[taken]).float().mul_(scale[:, None])
 

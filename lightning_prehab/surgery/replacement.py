@@ -67,9 +67,10 @@ class Replacement:
         Args:
             layer: The dense one.
             views: All of its matrices, by part.
-            factors: By the name of the matrix; of all layers.
+            factors: By the name of the matrix; of all layers, on any device (those of a checkpoint are on the CPU).
         """
-        mine = {part: factors[join(layer.name, part)] for part in views if join(layer.name, part) in factors}
+        known = {part: factors.get(join(layer.name, part)) for part in views}
+        mine = {part: one.to(views[part].parameter.device) for part, one in known.items() if one is not None}
         assert layer.kind is not None
         new = layer.kind.low_rank(layer.module, views, mine)
         made = cls(layer, views, mine, new)

@@ -1,10 +1,11 @@
 """Where the tests of this folder run: on a GPU. Elsewhere they are skipped.
 
 ``CUDA_VISIBLE_DEVICES=0 pytest -n 8 tests/cuda`` (other tests hide the GPU). ``PREHAB_TEST_DEVICE=cpu`` runs on the CPU
-what needs no GPU by its nature, which tests the tests.
+what needs no GPU by its nature, which tests the tests, and ``=pretended:0`` on a device that is not there.
 """
 
 import os
+from collections import Counter
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prehab.kinds import kind_of
 from lightning_prehab.layers import LowRankLayer
+from tests.pretended import NAME, install, trainer_settings
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that products can be the same bit by bit
-DEVICE = torch.device(os.environ.get("PREHAB_TEST_DEVICE", "cuda"))
+_WISH = os.environ.get("PREHAB_TEST_DEVICE", "cuda")
+if _WISH.startswith(NAME):
+    install()
+DEVICE = torch.device(_WISH)
 HAS_GPU = torch.cuda.is_available()
 if DEVICE.type == "cuda" and HAS_GPU:
     DEVICE = torch.device("cuda", 0)
@@ -25,7 +29,9 @@ if DEVICE.type == "cuda" and HAS_GPU:
     torch.backends.cuda.matmul.allow_tf32 = False
 needs_device = pytest.mark.skipif(DEVICE.type == "cuda" and not HAS_GPU, reason="there is no GPU, or it is hidden")
 needs_gpu = pytest.mark.skipif(not HAS_GPU or DEVICE.type != "cuda", reason="there is no GPU, or it is hidden")
-ACCELERATOR = "gpu" if DEVICE.type == "cuda" else "cpu"
+ACCELERATOR = "gpu" if DEVICE.type == "cuda" else DEVICE.type
+#: On a pretended device: the lines that had to wait for it, with how often.
+WAITS: Counter[str] = Counter()
 
 
 def decisive_(model: nn.Module) -> nn.Module:
@@ -62,10 +68,13 @@ def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
 
 def matrices(model: nn.Module) -> dict[str, Tensor]:
     """The whole matrix of each layer that is cut or could be, on the CPU, in float32."""
-    found = {}
+    found, inside = {}, set()
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLayer) or (kind_of(module) is not None and isinstance(module.weight, Tensor)):
-            found[name] = module.weight.detach().float().cpu()
+        if isinstance(module, LowRankLayer):
+            inside |= {id(one) for one in module.modules() if one is not module}  # factors differ in signs
+        weight = None if id(module) in inside or isinstance(module, nn.Embedding) else getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2:
+            found[name] = weight.detach().float().cpu()
     return found
 
 
@@ -81,7 +90,7 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float, what: object 
 def assert_here(model: nn.Module, device: torch.device = DEVICE) -> None:
     """Every parameter and every buffer is on the device."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        assert tensor.device == device or (tensor.device.type == device.type == "cpu"), f"{name} is on {tensor.device}"
+        assert tensor.device.type == device.type, f"{name} is on {tensor.device}"
 
 
 def states_here(optimizer: torch.optim.Optimizer, device: torch.device = DEVICE) -> None:
@@ -128,7 +137,7 @@ def loader() -> DataLoader:
 
 def make_trainer(folder: Any, callbacks: list[pl.Callback], **settings: Any) -> pl.Trainer:
     defaults = {
-        "accelerator": ACCELERATOR,
+        "accelerator": "cpu",
         "devices": 1,
         "logger": False,
         "enable_progress_bar": False,
@@ -138,4 +147,6 @@ def make_trainer(folder: Any, callbacks: list[pl.Callback], **settings: Any) -> 
         "max_epochs": 4,
         "num_sanity_val_steps": 0,
     }
+    if settings.setdefault("accelerator", ACCELERATOR) == NAME:
+        settings |= trainer_settings()
     return pl.Trainer(**{**defaults, "callbacks": callbacks, **settings})
