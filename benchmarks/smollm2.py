@@ -16,8 +16,8 @@ matrices of the body, 106 of 135 million parameters; ``keep`` is a share of them
 another draw for each seed, of the validation text of WikiText-2 ("wikitext"), of the first nine tenths of tiny
 Shakespeare ("shakespeare"), half of each ("mixed"), written by the model itself ("own"), or half of that and half
 WikiText-2 ("own-wikitext"). Texts come with labels, own samples alone without. All that is trained after a cut sees
-these 64 blocks and no other text (the trials of ``CalibratedBudget`` four more), except in rows with rehab, which train
-on the whole validation text, by its loss.
+these 64 blocks and no other text (the trials of ``CalibratedBudget`` four more), but for one row that is refined on 512
+blocks of the same text, in as many steps, and rows with rehab, which train on the whole validation text, by its loss.
 
 Each row is given the seconds of its calibration, decomposition, cut and training. SVD-LLM is given the statistics
 of the default, which take a backward pass that it has no use for. Memory is that of this process, which keeps the
@@ -34,7 +34,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import smollm2_rivals as rivals
 import torch
@@ -64,6 +64,8 @@ TEXTS = {
     "own-wikitext": "half own samples, half WikiText-2",
 }
 REHAB_STEPS = 200
+#: Blocks of a refinement that is given more text than the statistics, about all that WikiText-2 has for it.
+MORE = 512
 Record = dict[str, Any]
 
 
@@ -100,11 +102,15 @@ class Row:
         return self.rehab or self.after not in (None, "prune", "drop")
 
 
+MORE_TEXTS = ("wikitext", "mixed")
 LLM = Row("SVD-LLM whitening, same ratio", lp.WhitenedSVD())
 OURS = Row("**KroneckerSVD, one budget (default)**", lp.KroneckerSVD(), lp.ParameterBudget, texts=tuple(TEXTS))
 PIVOT = replace(OURS, title="the same in the pivot layout", layout="pivot")
 CALIBRATED = replace(PIVOT, title="pivot, `CalibratedBudget`", policy=lp.CalibratedBudget)
 REFINED = replace(CALIBRATED, title="**pivot, `CalibratedBudget`, `Refinement`**", after="refine")
+MORE_TEXT = replace(
+    REFINED, title=f"the same, refined on {MORE} blocks", after="refine_more", texts=("wikitext", "mixed")
+)
 ROWS = {
     "dense": Row("dense (not cut)", texts=()),
     "svd": Row("plain SVD, same ratio", lp.SVD(), texts=()),
@@ -119,6 +125,7 @@ ROWS = {
     "calibrated": CALIBRATED,
     "svd-llm-pivot": replace(LLM, title="SVD-LLM in the pivot layout", layout="pivot"),
     "refined": REFINED,
+    "refined-more": MORE_TEXT,
     "svd-llm-refined": replace(LLM, title="SVD-LLM, pivot, our `Refinement`", layout="pivot", after="refine"),
     "svd-llm-update": replace(LLM, title="SVD-LLM and its sequential update", after="update"),
     "aa-svd": replace(LLM, title="AA-SVD (whitening, blocks refined)", after="refine_blocks"),
@@ -132,6 +139,14 @@ ROWS = {
 #: Rows that are no cut have one keep.
 UNCUT = ("dense", "dense-rehab")
 Key = tuple[str, str | None, int, float]
+
+
+class Cut(NamedTuple):
+    """What a row has cut."""
+
+    keep: float
+    seed: int
+    text: str | None
 
 
 class StudySite(ProcessSite):
@@ -193,7 +208,7 @@ class Study:
         if row.after is not None:
             costs["train"] = {}
             with measured(costs["train"]):
-                record |= getattr(self, row.after)(model, batches, keep, seed) or {}
+                record |= getattr(self, row.after)(model, batches, Cut(keep, seed, text)) or {}
         if row.rehab:
             costs["rehab"] = {}
             with measured(costs["rehab"]):
@@ -242,27 +257,32 @@ class Study:
         costs["decompose"], costs["cut"] = self._cost, whole
         return {"kept": round(report.keep, 5), "model_keep": round(report.model_keep, 5), "note": report.plan.note}
 
-    def prune(self, model: nn.Module, batches: list[Batch], keep: float, seed: int) -> Record:
-        return {"kept": rivals.prune_by_magnitude_(model, keep)}
+    def prune(self, model: nn.Module, batches: list[Batch], cut: Cut) -> Record:
+        return {"kept": rivals.prune_by_magnitude_(model, cut.keep)}
 
-    def drop(self, model: nn.Module, batches: list[Batch], keep: float, seed: int) -> Record:
-        kept = rivals.drop_blocks_(model, keep, batches)
+    def drop(self, model: nn.Module, batches: list[Batch], cut: Cut) -> Record:
+        kept = rivals.drop_blocks_(model, cut.keep, batches)
         sizes = [sum(parameter.numel() for parameter in one.parameters()) for one in (model, self.model)]
         return {"kept": kept, "model_keep": round(sizes[0] / sizes[1], 5)}
 
-    def update(self, model: nn.Module, batches: list[Batch], keep: float, seed: int) -> None:
-        rivals.update_in_sequence_(model, batches, STEPS["model"], seed)
+    def update(self, model: nn.Module, batches: list[Batch], cut: Cut) -> None:
+        rivals.update_in_sequence_(model, batches, STEPS["model"], cut.seed)
 
-    def refine(self, model: nn.Module, batches: list[Batch], keep: float, seed: int) -> Record:
-        found = lp.refine_(model, self.model, batches, lp.Refinement(scope="model", seed=seed))
+    def refine(self, model: nn.Module, batches: list[Batch], cut: Cut) -> Record:
+        found = lp.refine_(model, self.model, batches, lp.Refinement(scope="model", seed=cut.seed))
         return {"refinement": asdict(found)}
 
-    def refine_blocks(self, model: nn.Module, batches: list[Batch], keep: float, seed: int) -> Record:
-        found = lp.refine_(model, self.model, batches, lp.Refinement(scope="blocks", seed=seed))
+    def refine_more(self, model: nn.Module, batches: list[Batch], cut: Cut) -> Record:
+        assert cut.text is not None
+        rows = self.texts.calibration(cut.text, cut.seed + len(SEEDS), MORE)
+        return self.refine(model, split({"input_ids": rows["input_ids"]}, IN_A_STEP), cut)
+
+    def refine_blocks(self, model: nn.Module, batches: list[Batch], cut: Cut) -> Record:
+        found = lp.refine_(model, self.model, batches, lp.Refinement(scope="blocks", seed=cut.seed))
         return {"refinement_of_blocks": asdict(found)}
 
-    def refine_both(self, model: nn.Module, batches: list[Batch], keep: float, seed: int) -> Record:
-        return self.refine_blocks(model, batches, keep, seed) | self.refine(model, batches, keep, seed)
+    def refine_both(self, model: nn.Module, batches: list[Batch], cut: Cut) -> Record:
+        return self.refine_blocks(model, batches, cut) | self.refine(model, batches, cut)
 
     def rehab_batches(self, seed: int) -> Iterator[Batch]:
         """Of the whole text that may be trained on, without an end, in another order for each seed and round."""

@@ -85,13 +85,13 @@ class Texts:
         """All tokens that calibration and training may see."""
         return self._given[text]
 
-    def calibration(self, text: str, seed: int) -> Batch:
+    def calibration(self, text: str, seed: int, sequences: int | None = None) -> Batch:
         """Blocks from random places of what is given: of one text, or half of them of each ("mixed").
 
-        The last ``TRIED`` of them are for trials.
+        So many as are asked for, or ``SEQUENCES``, and behind them ``TRIED`` for trials.
         """
         source = torch.Generator().manual_seed(seed)
-        count = SEQUENCES + TRIED
+        count = (SEQUENCES if sequences is None else sequences) + TRIED
         shares = dict.fromkeys(self._given, count // 2) if text == "mixed" else {text: count}
         rows = [row for name, count in shares.items() for row in self._blocks(self._given[name], count, source)]
         order = torch.randperm(len(rows), generator=source) if text == "mixed" else torch.arange(len(rows))

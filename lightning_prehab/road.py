@@ -209,7 +209,7 @@ def _best_tried(recipe: Recipe, site: Site, found: Survey, probes: Mapping[str, 
         with quiet():
             plan = site.decide(partial(found.plan, replace(recipe, policy=policy), probes))
             if plan.cuts not in costs:
-                costs[plan.cuts] = site.divergence(plan, site.factors(plan))
+                costs[plan.cuts] = site.divergence(plan, site.factors(plan.as_two_factors()))
         plans.append((costs[plan.cuts], plan))
         try:
             policy = search.send(costs[plan.cuts])

@@ -16,6 +16,8 @@ from lightning_prehab.linalg.matrices import require_finite, to_float64
 LARGEST_ENTRY = 1.1
 #: At most so many are.
 EXCHANGES = 500
+#: Up to so many entries rows are exchanged on the CPU: a GPU is asked for the largest entry each time, and waits.
+SMALL = 2**21
 
 
 class PivotParts(NamedTuple):
@@ -63,11 +65,12 @@ def pivot_parts(a: Tensor, b: Tensor) -> PivotParts:
     require_finite(a, "The factor A")
     require_finite(b, "The factor B")
     a, b = to_float64(a), to_float64(b)
-    pivots, others, c = _eliminated(b)
+    pivots, others, c = _eliminated(b.cpu() if b.numel() <= SMALL else b)
     _exchange_(pivots, others, c)
     pivots, by_pivot = pivots.sort()
     others, by_other = others.sort()
-    return PivotParts(b[pivots] @ a, c[by_other][:, by_pivot], torch.cat([pivots, others]))
+    c, rows = c[by_other][:, by_pivot].to(b.device), torch.cat([pivots, others]).to(b.device)
+    return PivotParts(b[rows[: len(pivots)]] @ a, c, rows)
 
 
 def as_factor(c: Tensor, order: Tensor) -> Tensor:

@@ -115,6 +115,10 @@ class CompressionPlan:
         changed = {name: layers[name].with_rank(rank) for name, rank in chosen.items()}
         return replace(self, layers=tuple({**layers, **changed}.values()))
 
+    def as_two_factors(self) -> "CompressionPlan":
+        """The same ranks with two factors for each layer: the same matrices, without the work of a pivot layout."""
+        return replace(self, layers=tuple(replace(layer, layout="factors") for layer in self.layers))
+
     def with_loss_increase(self, increase: float | None) -> "CompressionPlan":
         """The plan with another prediction for all cuts together; the layers keep their shares of it.
 
