@@ -158,7 +158,8 @@ class _Writer:
             raise NumericalError("The model's logits are not finite; it cannot write text to calibrate with.")
         goal = self._drawn[self._rows, place, None] * total[:, -1:]
         chosen = torch.searchsorted(total, goal, right=True).clamp_(max=known.shape[1] - 1)[:, 0]
-        ended = torch.isin(tokens[:, -1], self._ends)
+        last = tokens[:, -1]
+        ended = torch.isin(last, self._ends) & ~torch.isin(last, self._firsts)  # GPT-2 begins a text as it ends one
         chosen = torch.where(ended, self._first(place), chosen)
         return torch.full_like(logits, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 

@@ -44,7 +44,8 @@ class Refinement:
         precision: ``"half"`` computes in bfloat16 (weights stay in float32), ``"full"`` does not; ``"auto"`` where the
             device is fast at it.
         checkpointing: Compute activations of blocks twice rather than keep them; None where memory is short.
-        patience: End after so many measurements, of eight over the whole course, without a new best, at least 1.
+        patience: End after so many measurements, of eight over the whole course, without a new best, at least 1. With 8
+            all steps are made: the last ones, at a low rate, may bring back what the first ones have cost.
         seed: Of the order of the rows.
 
     Raises:
@@ -52,7 +53,7 @@ class Refinement:
 
     >>> Refinement(64, lr=1e-4)
     Refinement(steps=64, scope=None, lr=0.0001, rows=None, held_back=0.125, measure=None, precision='auto', \
-checkpointing=None, patience=3, seed=0)
+checkpointing=None, patience=8, seed=0)
     """
 
     steps: int | None = None
@@ -64,7 +65,7 @@ checkpointing=None, patience=3, seed=0)
     measure: Measure | None = None
     precision: Precision = "auto"
     checkpointing: bool | None = None
-    patience: int = 3
+    patience: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
