@@ -77,7 +77,7 @@ class TrainerSite(Site):
 
     def find(self, recipe: Recipe) -> Targets:
         """What the recipe finds in the module."""
-        return together(self._trainer, lambda: recipe.find_targets(self._pl_module))
+        return together(self._trainer, lambda: recipe.find_targets(self._pl_module, cut_again=True))
 
     def hold_back(self) -> bool:
         """There are training batches beside those of the statistics, in most cases."""

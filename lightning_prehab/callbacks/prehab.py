@@ -224,7 +224,7 @@ class PrehabCallback(ActsAtSteps):
         check_season(trainer, self.start_epoch)
         self._targets = choose_targets(pl_module, compression, self.target_modules, self.exclude_modules)
         source = self._rank_source(trainer)
-        self._planned = None if source is None else source.recipe.find_targets(pl_module)
+        self._planned = None if source is None else source.recipe.find_targets(pl_module, cut_again=True)
         self._into_loss = injects_into_loss(trainer, pl_module, self.regularizer, self.injection, self.strength_share)
         if self._restored:
             self._restore()

@@ -182,7 +182,9 @@ class CutKind(Kind):
         for name, child in module._modules.items():
             weight = None if child is None else child._parameters.get("weight")
             if child is None or is_parametrized(child) or type(child) not in (nn.Linear, nn.Conv1d, nn.Conv2d):
-                return f"it is low-rank already, and its {name} is a {type(child).__name__}: something is on the factors"
+                return (
+                    f"it is low-rank already, and its {name} is a {type(child).__name__}: something is on the factors"
+                )
             if weight is None or is_quantized(weight):
                 return f"it is low-rank already, and its {name} is quantized"
         if isinstance(module, LowRankPlusSparseLinear):

@@ -206,9 +206,7 @@ def _candidates(model: nn.Module, split_fused: bool, cut_again: bool) -> dict[st
         return found | {name: _Candidate(name, module, None, _CUT) for name, module in low_rank.items()}
     again = list(_again(model, owners))
     known = {one.layer for _, one in again}
-    unknown = {
-        name: _Candidate(name, module, None, _UNKNOWN) for name, module in low_rank.items() if name not in known
-    }
+    unknown = {name: _Candidate(name, module, None, _UNKNOWN) for name, module in low_rank.items() if name not in known}
     return _in_model_order(model, found | dict(again) | unknown)
 
 

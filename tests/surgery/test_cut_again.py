@@ -50,7 +50,10 @@ def _images(*layers):
 
 MODELS = {
     "linear": (lambda: nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24), nn.Tanh(), nn.Linear(24, 9)), 24),
-    "without bias": (lambda: nn.Sequential(nn.Linear(24, 40, bias=False), nn.Tanh(), nn.Linear(40, 24, bias=False)), 24),
+    "without bias": (
+        lambda: nn.Sequential(nn.Linear(24, 40, bias=False), nn.Tanh(), nn.Linear(40, 24, bias=False)),
+        24,
+    ),
     "fused": (_Fused, 24),
     "transposed": (lambda: _Fused(_conv1d), 24),
     "attention": (lambda: _Attention(batch_first=True), (5, 12)),
@@ -192,18 +195,27 @@ def test_first_moments_are_those_of_the_new_factors(name, layouts, optimizer):
         _loss(model, batches[0]).backward()
         made.step()
     old = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLayer)}
-    gradients = {name: _gradient_of_weight(model, name, batches[0]) for name in old if "A" in dict(old[name].named_children()) or "D" in dict(old[name].named_children())}
+    gradients = {
+        name: _gradient_of_weight(model, name, batches[0])
+        for name in old
+        if "A" in dict(old[name].named_children()) or "D" in dict(old[name].named_children())
+    }
     kept = {id(p) for p in model.parameters()}
     _cut(model, 0.4, batches, layout=layouts[1], split_fused=True, optimizers=[made])
     held = [id(parameter) for group in made.param_groups for parameter in group["params"]]
     assert held == [id(parameter) for parameter in model.parameters()]  # the order of a fresh optimizer
     assert kept & set(held) < set(order)
-    key = {"SGD": "momentum_buffer", "Adam": "exp_avg", "RMSprop": "grad_avg", "Adagrad": None, "NAdam": "exp_avg"}[optimizer]
+    key = {"SGD": "momentum_buffer", "Adam": "exp_avg", "RMSprop": "grad_avg", "Adagrad": None, "NAdam": "exp_avg"}[
+        optimizer
+    ]
     for layer_name, gradient in gradients.items():
         layer = dict(model.named_modules())[layer_name]
         for parameter, expected in _gradients_of_factors(layer, gradient).items():
             state = made.state[parameter]
-            assert all(not isinstance(value, torch.Tensor) or value.dim() == 0 or value.shape == parameter.shape for value in state.values())
+            assert all(
+                not isinstance(value, torch.Tensor) or value.dim() == 0 or value.shape == parameter.shape
+                for value in state.values()
+            )
             if key is None:
                 assert bool((state["sum"] >= 0).all())
                 continue
@@ -298,4 +310,4 @@ def test_what_is_on_the_factors_is_left_alone():
     assert list(targets) == ["2", "4"]
     assert "sparse part" in targets.skipped["0"]
     torch.nn.utils.parametrizations.weight_norm(model[2].A)
-    assert "something is on the factors" in lp.find_targets(model, cut_again=True).skipped["2"]
+    assert "something is on its factors" in lp.find_targets(model, cut_again=True).skipped["2"]
