@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 from lightning_prehab.documents.settings import show
@@ -56,11 +57,11 @@ def planned_cuts(epoch: Any, keep: Any, policy: RankPolicy | None, **flat: Any) 
             "Several cuts need as many epochs as keeps: CompressionCallback(epoch=[3, 6], keep=[0.6, 0.4]); got "
             f"epoch={show(epoch)} and keep={show(keep)}."
         )
-    if any(later <= earlier for earlier, later in zip(epochs, epochs[1:], strict=False)):
+    if any(later <= earlier for earlier, later in pairwise(epochs)):
         raise ArgumentError(f"The epochs of several cuts must ascend, got epoch={show(epoch)}.")
     recipes = [_recipe(one, policy, flat) for one in keep]
     known = [share_of(recipe) for recipe in recipes]
-    for earlier, later in zip(known, known[1:], strict=False):
+    for earlier, later in pairwise(known):
         if earlier is not None and later is not None and later >= earlier:
             raise ArgumentError(
                 "The keeps of several cuts must descend, since each counts against the dense weights and a cut takes "

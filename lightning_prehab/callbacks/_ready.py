@@ -34,8 +34,8 @@ def check_ready(trainer: "pl.Trainer", pl_module: "pl.LightningModule", cuts: Se
         check_pretrained(pl_module, (view_of(target).module for target in targets.values()))
         if len(cuts) > 1 and any(recipe.factorization_or_default.nonzeros(*view_of(t).shape) for t in targets.values()):
             raise UnsupportedError(
-                f"{recipe.factorization_or_default} keeps a sparse part beside the factors, and a layer with one is not "
-                "cut a second time. Make one cut, or choose a factorization without a sparse part."
+                f"{recipe.factorization_or_default} keeps a sparse part beside the factors, and a layer with one is "
+                "not cut a second time. Make one cut, or choose a factorization without a sparse part."
             )
     if not found:
         return

@@ -50,7 +50,8 @@ def batches_to_watch(trainer: "pl.Trainer", start_epoch: int, stop_epoch: int | 
     length, end = batches_per_epoch(trainer), end_epoch(trainer, stop_epoch)
     if length is None or end is None:
         return wanted
-    return min(wanted, max((end - start_epoch) * length // 2, 1))
+    start = start_epoch if compression is None else max(start_epoch, compression.began)
+    return min(wanted, max((end - start) * length // 2, 1))
 
 
 def steps_of_epochs(trainer: "pl.Trainer", epochs: float) -> float:

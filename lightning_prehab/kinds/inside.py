@@ -62,11 +62,6 @@ class InsideView(MatrixView):
         """As of the layer alone."""
         self.own.write_(matrix, into)
 
-    def write_first_(self, a: Tensor, into: Tensor | None = None) -> None:
-        """As of a low-rank layer alone."""
-        assert isinstance(self.own, LowRankView)
-        self.own.write_first_(a, into)
-
     def inputs(self, x: Tensor) -> Tensor:
         """With the batch first."""
         return self._batch_first(x)
@@ -127,6 +122,18 @@ class InsideKind(Kind):
     ) -> LowRankLayer:
         """As the kind of the layer alone: the owner keeps its bias."""
         return self._kind.low_rank(module, {part: view.own for part, view in views.items()}, factors)  # type: ignore[attr-defined]
+
+
+def low_rank_view(view: MatrixView) -> LowRankView:
+    """The view of a layer that has been cut before, without its surroundings."""
+    own = view.own if isinstance(view, InsideView) else view
+    assert isinstance(own, LowRankView)
+    return own
+
+
+def write_first_(view: MatrixView, a: Tensor) -> None:
+    """Copies ``a`` of shape ``(r, n)`` into the first factor of a layer that has been cut before."""
+    low_rank_view(view).write_first_(a)
 
 
 def inside_kind(kind: Kind | None, owner: nn.Module | None, key: str) -> Kind | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.kinds import MatrixView
-from lightning_prehab.kinds.inside import InsideView
+from lightning_prehab.kinds.inside import low_rank_view
 from lightning_prehab.kinds.low_rank import LowRankView
 from lightning_prehab.layers.pivot import PivotLayer
 from lightning_prehab.linalg.factors import Factors
@@ -20,13 +20,6 @@ from lightning_prehab.targets.names import join
 
 #: A sum of products ``L g R``: see :func:`~lightning_prehab.surgery.moments.mixed_state`.
 _Terms = list[tuple[Mapping[str, Any], Tensor, Tensor]]
-
-
-def low_rank_view(view: MatrixView) -> LowRankView:
-    """The view of a layer that has been cut before, without its surroundings."""
-    own = view.own if isinstance(view, InsideView) else view
-    assert isinstance(own, LowRankView)
-    return own
 
 
 def present_factors(view: MatrixView) -> Factors:
