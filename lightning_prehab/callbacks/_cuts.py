@@ -48,7 +48,7 @@ def planned_cuts(epoch: Any, keep: Any, policy: RankPolicy | None, **flat: Any) 
             if one == "auto" and not several:
                 continue
             what = "each epoch" if several else "epoch"
-            alternative = "" if several else ", or 'auto', or a list of epochs"
+            alternative = "" if several else ", or 'auto'"
             raise ArgumentError(f"{what} is a whole number that counts from 0{alternative}, got {epoch!r}.")
     if not several and not _is_list(keep):
         return [Cut(0 if epochs == ["auto"] else epochs[0], Recipe.of(keep, policy=policy, **flat))]
@@ -97,12 +97,13 @@ def number_of(made: int, of: int) -> str:
 def _recipe(keep: Any, policy: RankPolicy | None, flat: Mapping[str, Any]) -> Recipe:
     if policy is None or isinstance(keep, Recipe):
         return Recipe.of(keep, policy=policy, **flat)
-    if not is_dataclass(policy) or "keep" not in {one.name for one in fields(policy)}:
+    settings: Any = policy
+    if not is_dataclass(settings) or "keep" not in {one.name for one in fields(settings)}:
         raise ArgumentError(
             f"{policy} has no keep that several cuts could differ in; give a list of recipes instead, one for each "
             "cut: keep=[Recipe(policy=...), Recipe(policy=...)]."
         )
-    return Recipe.of(keep, policy=replace(policy, keep=Recipe(keep).keep), **flat)  # type: ignore[type-var]
+    return Recipe.of(keep, policy=replace(settings, keep=Recipe(keep).keep), **flat)
 
 
 def _is_list(value: object) -> bool:

@@ -62,7 +62,8 @@ class Product:
 
     def norm(self) -> Tensor:
         """The Frobenius norm."""
-        return self.core()[1].norm()
+        norm: Tensor = torch.linalg.matrix_norm(self.core()[1])
+        return norm
 
     def minus(self, other: "Product") -> "Product":
         """The difference, as a product of the inner size of both."""

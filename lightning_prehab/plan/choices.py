@@ -31,7 +31,8 @@ def choices_of(
     else:
         limit = rank_limit(layer, factorization, recipe.layout)
         ranks = tuple(range(multiple, limit + 1, multiple)) or tuple(range(1, limit + 1))
-        ranks = ranks if view.rank in (None, *ranks) else (*ranks, view.rank)  # it may stay as it is
+        if view.rank is not None and view.rank not in ranks:
+            ranks = (*ranks, view.rank)  # it may stay as it is
     dense = view.rank is None and (override is None or override == "dense")
     added = added_parameters(layer, factorization)
     return LayerChoices(

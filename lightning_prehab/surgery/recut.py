@@ -50,8 +50,8 @@ class Recut(Replacement):
         if weight is self.views[""].parameters[0]:
             return {first: self.new.get_parameter(first)}
         kept = {id(parameter) for parameter in self.old.parameters()} | {id(self.new.get_parameter(first))}
-        others = {name: one for name, one in self.new.named_parameters() if id(one) not in kept}
-        return {second: self.new.get_parameter(second)} | others
+        found: dict[str, Tensor] = {second: self.new.get_parameter(second)}
+        return found | {name: one for name, one in self.new.named_parameters() if id(one) not in kept}
 
     def states(self, weight: Tensor, state: Mapping[str, Any], of: StateOf) -> dict[Tensor, dict[str, Any]]:
         """What an optimizer knows of the factor in the place of one."""
@@ -104,7 +104,7 @@ class Recut(Replacement):
 
     def _of_first(self, state: Mapping[str, Any]) -> _Terms:
         lefts = [x.mT for x, _ in self._maps()]
-        left = torch.block_diag(*lefts)
+        left: Tensor = torch.block_diag(*lefts)  # type: ignore[no-untyped-call]
         return [(state, left, _identity(self.factors[""].A.shape[1], left))]
 
     def _of_second(self, state: Mapping[str, Any], of_first: Mapping[str, Any] | None) -> _Terms:
@@ -116,7 +116,7 @@ class Recut(Replacement):
             rows = rows[found.order.argsort()[found.B.shape[1] :].to(rows.device)]
         if not isinstance(view.module, PivotLayer):
             size = view.out_features // view.group_count
-            blocks = rows.split(size, 1)
+            blocks = torch.split(rows, size, 1)
             starts = range(0, view.out_features, size)
             if len(rights) == 1:
                 return [(state, rows, rights[0])]
