@@ -97,12 +97,13 @@ def number_of(made: int, of: int) -> str:
 def _recipe(keep: Any, policy: RankPolicy | None, flat: Mapping[str, Any]) -> Recipe:
     if policy is None or isinstance(keep, Recipe):
         return Recipe.of(keep, policy=policy, **flat)
-    settings: Any = policy
-    if not is_dataclass(settings) or "keep" not in {one.name for one in fields(settings)}:
+    names = [one.name for one in fields(policy)] if is_dataclass(policy) else []
+    if "keep" not in names:
         raise ArgumentError(
             f"{policy} has no keep that several cuts could differ in; give a list of recipes instead, one for each "
             "cut: keep=[Recipe(policy=...), Recipe(policy=...)]."
         )
+    settings: Any = policy
     return Recipe.of(keep, policy=replace(settings, keep=Recipe(keep).keep), **flat)
 
 
