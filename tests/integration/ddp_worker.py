@@ -383,6 +383,28 @@ def check_every_kind_of_layer():
     assert compression.report.keep <= 0.6
 
 
+def check_several_cuts(layout, regularizer):
+    """Layers of all kinds are cut again; between the cuts the regularizer goes on, and the ranks agree bit by bit."""
+    torch.manual_seed(0)
+    lit, reports = Lit(EveryKind(), torch.optim.Adam), []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx % 3 == 2:
+                assert_ranks_identical(pl_module)
+
+        def on_surgery(self, trainer, pl_module, report):
+            reports.append(report.keep)
+
+    compression = lp.CompressionCallback([1, 2, 3], [0.7, 0.5, 0.3], split_fused=True, layout=layout)
+    prehab = lp.PrehabCallback(regularizer, space="loss", update_steps=4)
+    fit(lit, [prehab, compression, lp.RehabSchedule(warmup_steps=3), Watch()], 4)
+    assert_ranks_identical(lit)
+    assert torch.equal(*on_all_ranks(torch.tensor(reports)))
+    assert [keep <= asked for keep, asked in zip(reports, (0.7, 0.5, 0.3), strict=True)] == [True] * 3
+    assert sum(layer.was is not None for layer in compression.report.plan.layers) > 5
+
+
 def check_shrinkage():
     """Statistics are summed, the ranks agree on metrics, plans and weights, and the cut comes when it is free."""
     lit = Lit(make_net(), torch.optim.Adam)
@@ -533,6 +555,8 @@ CHECKS = {
     "bias shift": check_centered_whitening_shares_the_bias,
     "sparse parts": check_sparse_parts_are_shared,
     "every kind of layer": check_every_kind_of_layer,
+    "several cuts": lambda: check_several_cuts("factors", lp.TailShrinkage(refresh=3)),
+    "several cuts, pivot": lambda: check_several_cuts("pivot", lp.TailEnergy(refresh=3)),
 }
 
 if __name__ == "__main__":
