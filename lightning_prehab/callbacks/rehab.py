@@ -11,7 +11,6 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.callbacks._checkpoint import check_version, follow_on_load
 from lightning_prehab.callbacks._only_one import OnlyOne
-from lightning_prehab.callbacks._warmup_and_decay import UNITS, Progress, WarmupAndDecay
 from lightning_prehab.callbacks._scaled_rates import RestoreRates, ScaledRates, check_groups
 from lightning_prehab.callbacks._schedules import Shape
 from lightning_prehab.callbacks._steps import are_of_now, check_seen
@@ -23,6 +22,7 @@ from lightning_prehab.callbacks._trainer import (
     move_to_front,
     set_callbacks,
 )
+from lightning_prehab.callbacks._warmup_and_decay import UNITS, Progress, WarmupAndDecay
 from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.documents.checks import check_real, check_whole
 from lightning_prehab.errors import ArgumentError, UnsupportedError
