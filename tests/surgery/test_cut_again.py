@@ -13,6 +13,8 @@ import lightning_prehab as lp
 from lightning_prehab.errors import PlanError, TargetError
 from lightning_prehab.layers.linear import LowRankLayer
 from lightning_prehab.linalg.products import Product, decompose_product
+from lightning_prehab.road import plan_budgets
+from lightning_prehab.sites import ProcessSite
 from lightning_prehab.targets.find import count_dense_parameters
 
 
@@ -311,3 +313,70 @@ def test_what_is_on_the_factors_is_left_alone():
     assert "sparse part" in targets.skipped["0"]
     torch.nn.utils.parametrizations.weight_norm(model[2].A)
     assert "something is on its factors" in lp.find_targets(model, cut_again=True).skipped["2"]
+
+
+POLICIES = {
+    "global budget": lp.ParameterBudget(0.35),
+    "of the model": lp.ParameterBudget(0.5, scope="model"),
+    "uniform": lp.RankRatio(0.35),
+    "probes": lp.ProbeBudget(0.35),
+    "trials": lp.CalibratedBudget(0.35, trials=3),
+    "zero sum": lp.ZeroSum(0.35),
+    "energy": lp.EnergyThreshold(0.8),
+    "operations": lp.ParameterBudget(0.35, cost="flops"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer tokens.*")
+@pytest.mark.parametrize("layout", ["factors", "pivot"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_plans_again(policy, layout):
+    model, batches = _made("attention")
+    first = _cut(model, 0.7, batches, layout=layout)
+    report = _cut(model, 0.35, batches, layout=layout, policy=POLICIES[policy])
+    for before, after in zip(first.plan.layers, report.plan.layers, strict=True):
+        assert after.parameters <= before.parameters
+    assert report.plan.parameters < first.plan.parameters
+    if policy == "of the model":
+        assert report.model_keep <= 0.5
+
+
+def test_a_second_cut_is_refined_and_scored():
+    model, batches = _made("linear")
+    batches = [(x, x[:, :9].sign()) for x in batches * 2]
+
+    def loss(model, batch):
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+    lp.compress_(model, 0.7, batches, loss, progress=False)
+    report = lp.compress_(model, 0.3, batches, loss, evaluate=0.25, progress=False)
+    assert report.scores is not None
+    assert report.scores.before.loss > 0.0
+
+
+@pytest.mark.parametrize("layout", ["factors", "pivot"])
+@pytest.mark.parametrize("name", ["linear", "images", "attention"])
+def test_the_effect_on_the_loss_is_measured_without_a_trace(name, layout):
+    model, batches = _made(name)
+    _cut(model, 0.7, batches, layout=layout)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        batches = [
+            (x, y + 0.1 * torch.randn(y.shape, generator=generator)) for x, y in [(x, model(x)) for x in batches]
+        ]
+
+    def loss(model, batch):
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+    def mean_loss():
+        with torch.no_grad():
+            return float(torch.stack([loss(model, batch) for batch in batches]).mean())
+
+    before, start = {name: value.clone() for name, value in model.state_dict().items()}, mean_loss()
+    targets = lp.find_targets(model, cut_again=True)
+    plan = plan_budgets([lp.Recipe(0.3, layout=layout)], ProcessSite(model, batches, loss))[0]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert set(plan.ranks) == set(targets)
+    report = lp.compress_(model, 0.3, batches, loss, layout=layout, progress=False)
+    assert plan.loss_increase == pytest.approx(mean_loss() - start, rel=1e-3)
+    assert report.plan.loss_increase == pytest.approx(mean_loss() - start, rel=1e-3)
