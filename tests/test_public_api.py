@@ -105,7 +105,17 @@ def test_signatures_of_the_callbacks():
         "split_fused",
         "layout",
     ]
-    assert arguments(lp.RehabSchedule) == ["warmup_steps", "warmup_epochs", "start_factor", "peak_factor", "shape"]
+    assert arguments(lp.RehabSchedule) == [
+        "warmup_steps",
+        "warmup_epochs",
+        "start_factor",
+        "peak_factor",
+        "shape",
+        "end_factor",
+        "decay_steps",
+        "decay_epochs",
+        "group_factors",
+    ]
     assert arguments(lp.RehabDistillation) == [
         "strength",
         "task_strength",

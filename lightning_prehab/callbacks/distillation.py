@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_prehab.callbacks._checkpoint import check_version
 from lightning_prehab.callbacks._distiller import Distiller, Form, Forward, Precision
 from lightning_prehab.callbacks._only_one import OnlyOne
-from lightning_prehab.callbacks._schedules import Shape, warmup_factor
+from lightning_prehab.callbacks._schedules import Shape, between
 from lightning_prehab.callbacks._timeline import steps_of_epochs
 from lightning_prehab.callbacks._trainer import batches_per_epoch, check_strategy, closes_window, find_callback
 from lightning_prehab.callbacks.compression import CompressionCallback
@@ -274,7 +274,7 @@ class RehabDistillation(OnlyOne):
     def _course(self, start: float, end: float) -> float:
         assert self._steps is not None
         assert self._length is not None
-        return warmup_factor(self._steps, self._length, start, end, self.shape)
+        return between(start, end, self._steps / self._length, self.shape)
 
     def _begin(self, trainer: "pl.Trainer") -> None:
         self._steps, self._length = 0, self.fade_steps
