@@ -1,8 +1,8 @@
 """The teacher beside a training step: asked what the step asks, its pull added where the step's answers are.
 
-The step itself is not touched. Hooks note what it calls; before the backward pass the teacher is asked the same, and a
-hook on each answer adds the gradient of the distance as the gradient of the user's loss comes by. So one backward pass
-carries both, whatever the loss, the precision, the strategy, the kind of optimization.
+The step itself is not touched. Hooks note what it calls; before the backward pass the teacher is asked the same, and
+the distance goes into the loss. With manual optimization, where there may be several losses of which each knows some of
+the answers, a hook on each answer adds the gradient of its distance when that of a loss comes by.
 """
 
 from collections.abc import Callable, Mapping
@@ -163,7 +163,7 @@ class Distiller:
 
     def begin_batch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any) -> None:
         """A batch begins that the teacher has a part in."""
-        self._batch, self._reached = batch, False
+        self._batch = batch
         if self._forward is not None:
             return
         compiled = _is_compiled(pl_module)  # then hooks have to stay, or all is compiled anew at each batch
@@ -192,27 +192,22 @@ class Distiller:
         Returns:
             The distance, a scalar without graph; None if there was nothing to compare.
         """
-        assert self.teacher is not None
         if self._calls is not None:
             self._calls.listening = False  # checkpointing calls modules again in the backward pass
         if not loss.requires_grad:
             return None
         scale = strength * loss_scale(trainer)
-        if self._forward is not None:
-            return self._add_to_loss(trainer, pl_module, loss, scale, task)
-        assert self._calls is not None
-        calls = self._calls.take()
-        if task != 1.0:
-            _each_time(loss, lambda gradient: gradient * task)
-        if not calls and not pl_module.automatic_optimization:
-            return None  # another of several losses has taken them
-        if not calls:
-            raise StatisticsError(f"{self._who}: training_step calls no module of the model. {WAY_OUT}")
-        if self._form == "features":
-            pairs = features_of(self.teacher, calls, self._features)
-        else:
-            pairs = pairs_of(pl_module, self.teacher, calls)
-        return self._pull(pairs, scale)
+        pairs = self._asked(trainer, pl_module)
+        if pl_module.automatic_optimization:
+            found = self._add_to_loss(loss, pairs, scale, task)
+        else:  # of several losses, each backpropagated by itself
+            if task != 1.0:
+                _each_time(loss, lambda gradient: gradient * task)
+            if not pairs:
+                return None  # another one of them has taken the calls
+            found = self._add_to_gradients(pairs, scale)
+        self._check(found, sorted({pair.name for pair in pairs}))
+        return found
 
     def after_backward(self) -> None:
         """With manual optimization the step goes on."""
@@ -220,22 +215,25 @@ class Distiller:
             self._calls.listening = True
 
     def end_batch(self, pl_module: "pl.LightningModule") -> None:
-        """Takes the hooks off.
-
-        Raises:
-            UnsupportedError: If the loss has not come by the answers that were compared.
-        """
-        asked, self._batch = self.watches, None
+        """Takes the hooks off."""
+        self._batch = None
         if self._calls is not None:
             self._calls.listening = False
             self._calls.take()
             if not _is_compiled(pl_module):
                 self._calls.detach()
-        if asked and self._waiting and not self._reached and pl_module.automatic_optimization:
+
+    def end_epoch(self) -> None:
+        """Looks whether anything was learned.
+
+        Raises:
+            UnsupportedError: If no loss has come by the answers that were compared, in an epoch.
+        """
+        if self._waiting and not self._reached:
             raise UnsupportedError(
-                f"{self._who}: the loss of training_step does not depend on the outputs that were compared. {WAY_OUT}"
+                f"{self._who}: no loss of training_step depends on the outputs that were compared. {WAY_OUT}"
             )
-        self._waiting = False
+        self._waiting = self._reached = False
 
     def close(self) -> None:
         """Takes all hooks off."""
@@ -267,42 +265,56 @@ class Distiller:
         names = [name for name, one in pl_module.named_modules() if name and id(one) not in inner]
         return match_names(self._feature_modules, names, "feature_modules")
 
-    def _pull(self, pairs: list[Pair], scale: float) -> Tensor:
-        """Hooks on the answers that add the gradient of the mean distance to what comes by."""
-        values = []
-        for pair in pairs:
-            asked = [pair.call.kwargs, pair.call.args, self._batch]
-            self._comparison.decide(pair.module, pair.output, asked)
-            value, addend = self._comparison.gradient(pair.answer, pair.right, asked, scale / len(pairs))
-            values.append(value)
-            _add_once(pair.answer, addend, self._note_reached)
-        self._waiting = True
-        found = torch.stack(values).mean()
-        self._check(found, sorted({pair.call.name for pair in pairs}))
-        return found
+    def _asked(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> list[Pair]:
+        """The answers of both to what the step has asked, or forward does."""
+        assert self.teacher is not None
+        if self._forward is not None:
+            return [self._answers_of_forward(trainer, pl_module, self._forward)]
+        assert self._calls is not None
+        calls = self._calls.take()
+        if not calls:
+            if pl_module.automatic_optimization:
+                raise StatisticsError(f"{self._who}: training_step calls no module of the model. {WAY_OUT}")
+            return []
+        if self._form == "features":
+            return features_of(self.teacher, calls, self._features)
+        return pairs_of(pl_module, self.teacher, calls)
 
-    def _note_reached(self) -> None:
-        self._reached = True
-
-    def _add_to_loss(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor, scale: float, task: float
-    ) -> Tensor:
-        """With a forward pass of its own: the distance has a graph, and goes into the loss itself."""
-        assert self._forward is not None
+    def _answers_of_forward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", forward: Forward) -> Pair:
         assert self.teacher is not None
         with trainer.precision_plugin.forward_context():
             autocast = autocast_of(pl_module)
-            answer = answer_in(self._forward(pl_module, self._batch))
+            answer = answer_in(forward(pl_module, self._batch))
         with self.teacher.at_work(autocast):
-            output = self._forward(self.teacher.module, to_device(self._batch, self.teacher.device))
-        right = answer_in(output).to(answer.device)
-        self._comparison.decide(self.teacher.module, output, [self._batch])
-        value: Tensor = in_full_precision(self._comparison.value)(answer, right, [self._batch])
-        self._check(value.detach(), ["forward"])
+            output = forward(self.teacher.module, to_device(self._batch, self.teacher.device))
+        return Pair("forward", [], answer, answer_in(output).to(answer.device), output, self.teacher.module)
+
+    def _add_to_loss(self, loss: Tensor, pairs: list[Pair], scale: float, task: float) -> Tensor:
+        """The mean distance goes into the loss itself."""
+        values = [in_full_precision(self._comparison.value)(*self._decided(pair)) for pair in pairs]
+        value = torch.stack(values).mean()
         if task != 1.0:
             loss.mul_(task)
         add_to_loss_(loss, value, scale)
         return value.detach()
+
+    def _add_to_gradients(self, pairs: list[Pair], scale: float) -> Tensor:
+        """Hooks on the answers add the gradient of the mean distance to what comes by."""
+        values = []
+        for pair in pairs:
+            value, addend = self._comparison.gradient(*self._decided(pair), scale / len(pairs))
+            values.append(value)
+            _add_once(pair.answer, addend, self._note_reached)
+        self._waiting = True
+        return torch.stack(values).mean()
+
+    def _decided(self, pair: Pair) -> tuple[Tensor, Tensor, list[Any]]:
+        asked = [*pair.asked, self._batch]
+        self._comparison.decide(pair.module, pair.output, asked)
+        return pair.answer, pair.right, asked
+
+    def _note_reached(self) -> None:
+        self._reached = True
 
     def _check(self, value: Tensor, names: list[str]) -> None:
         """Once: says what is compared, and that it is a number."""

@@ -31,9 +31,10 @@ class RehabDistillation(OnlyOne):
 
     Total loss = ``task_strength`` x task loss + ``strength`` x distance to the teacher. The teacher is the model as it
     was right before the (first) cut, in eval mode. ``training_step`` is not touched: hooks note which modules it calls,
-    the teacher is asked the same once for each step, without gradients, and the gradient of the distance is added where
-    the answers are. The optimizer sees exactly the gradient of that sum, whatever the precision, gradient accumulation,
-    clipping, strategy and kind of optimization; the loss that the user logs is untouched.
+    the teacher is asked the same once for each step, without gradients, and the distance is added to the loss (with
+    manual optimization its gradient, where a loss depends on the answers). The optimizer sees exactly the gradient of
+    that sum, whatever the precision, gradient accumulation, clipping and strategy; the loss that the user logs is
+    untouched.
 
     For logits the distance is ``T^2 KL(teacher || student)`` in nats, the mean over all predictions: logits are an
     output's ``.logits``, and a tensor that fits to class labels or tokens in the batch; of other outputs it is the mean
@@ -233,6 +234,10 @@ class RehabDistillation(OnlyOne):
         compression = find_callback(trainer, CompressionCallback)
         if self.is_over and (compression is None or compression.done):
             self._distiller.forget()
+
+    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Something must have been learned."""
+        self._distiller.end_epoch()
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Takes the hooks off."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_prehab.distillation.values import all_tensors
 from lightning_prehab.linalg.modes import in_full_precision
-from lightning_prehab.refinement.distance import distance, measure_for
+from lightning_prehab.refinement.distance import answer_in, distance, measure_for
 from lightning_prehab.statistics.batches import padding_mask
 from lightning_prehab.statistics.outputs import IGNORED, labels_in
 
@@ -44,7 +44,8 @@ class Comparison:
             asked: What may hold labels.
         """
         if self.measure is None:
-            self.measure = measure_for(model, output, _without_ignored(asked))
+            answer = answer_in(output) if isinstance(output, tuple | list) else output
+            self.measure = measure_for(model, answer, _without_ignored(asked))
 
     def value(self, answer: Tensor, right: Tensor, asked: Sequence[Any]) -> Tensor:
         """The distance, differentiable in the answer.
@@ -58,6 +59,7 @@ class Comparison:
             Scalar in float32, or in the dtype of a wider answer.
         """
         assert self.measure is not None
+        answer = answer.float() if answer.dtype is torch.float16 else answer  # small gradients would be rounded away
         if answer.shape == right.shape:  # else distance says so
             counted = None if self.relative else self._counted(answer, asked)
             mask = _first(padding_mask(one) for one in asked)

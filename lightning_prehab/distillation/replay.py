@@ -26,14 +26,16 @@ class Pair:
     """What both have answered.
 
     Attributes:
-        call: The call of the student.
+        name: Of the module.
+        asked: What it was called with: masks and labels may be among that.
         answer: Its answer, with its graph.
         right: That of the teacher, on the student's device.
         output: All that the teacher has returned.
         module: The module that has.
     """
 
-    call: Call
+    name: str
+    asked: list[Any]
     answer: Tensor
     right: Tensor
     output: Any = None
@@ -103,7 +105,7 @@ def features_of(teacher: Teacher, calls: Sequence[Call], names: Sequence[str]) -
                         f"What module {name!r} returns has no gradient: reentrant checkpointing hides it, or it is "
                         "frozen. Use use_reentrant=False, name other modules (feature_modules=), or compare the logits."
                     )
-                pairs.append(Pair(call, answer, answer_in(other).to(answer.device)))
+                pairs.append(Pair(name, [call.kwargs, call.args], answer, answer_in(other).to(answer.device)))
     return pairs
 
 
@@ -141,7 +143,8 @@ def _has_answer(call: Call) -> bool:
 
 def _pair(teacher: Teacher, call: Call, output: Any) -> Pair:
     answer = answer_in(call.output)
-    return Pair(call, answer, answer_in(output).to(answer.device), output, teacher.module_for(call))
+    right = answer_in(output).to(answer.device)
+    return Pair(call.name, [call.kwargs, call.args], answer, right, output, teacher.module_for(call))
 
 
 def _is_cut(student: nn.Module, calls: Sequence[Call], sources: Sequence[set[int]], number: int) -> bool:

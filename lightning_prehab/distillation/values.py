@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def all_tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested mappings, tuples, lists and dataclasses, in order."""
+    """All tensors in nested mappings, tuples, lists and dataclasses, in order; of other objects their logits."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -21,6 +21,8 @@ def all_tensors(value: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for one in dataclasses.fields(value):
             yield from all_tensors(getattr(value, one.name, None))
+    elif isinstance(logits := getattr(value, "logits", None), Tensor):
+        yield logits
 
 
 def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -30,7 +32,7 @@ def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if not any(change(one) is not one for one in all_tensors(value)):
         return value
     if isinstance(value, dict):
-        made = copy.copy(value)
+        made: Any = copy.copy(value)
         for key, part in value.items():
             made[key] = with_tensors(part, change)
         return made
@@ -39,7 +41,9 @@ def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, tuple | list):
         parts = [with_tensors(part, change) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    made = {
-        one.name: with_tensors(getattr(value, one.name, None), change) for one in dataclasses.fields(value) if one.init
-    }
-    return dataclasses.replace(value, **made)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [one.name for one in dataclasses.fields(value) if one.init]
+        return dataclasses.replace(value, **{name: with_tensors(getattr(value, name), change) for name in fields})
+    made = copy.copy(value)
+    made.logits = change(value.logits)
+    return made
