@@ -89,6 +89,7 @@ def test_signatures_of_the_callbacks():
         "strength_share",
         "update_steps",
         "forecast_every_n_steps",
+        "self_distillation",
     ]
     assert arguments(lp.CompressionCallback) == [
         "epoch",

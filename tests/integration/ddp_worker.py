@@ -555,8 +555,8 @@ def check_distillation(manual=False, accumulate=1, **strategy):
             p = (dense[0](x)["logits"] / 2).log_softmax(-1)
         distance = 4.0 * (p.exp() * (p - (answer / 2).log_softmax(-1))).sum(-1).mean()
         loss = nn.functional.cross_entropy(answer, y.argmax(-1)) + factor * distance
-        for total, gradient in zip(expected, torch.autograd.grad(loss, list(reference.parameters())), strict=True):
-            total += gradient / accumulate
+        gradients = torch.autograd.grad(loss, list(reference.parameters()))
+        expected = [total + gradient / accumulate for total, gradient in zip(expected, gradients, strict=True)]
     seen = trainer.optimizers[0].seen[6 // accumulate]
     for ours, mine in zip(seen, expected, strict=True):
         torch.testing.assert_close(ours, on_all_ranks(mine).mean(0), atol=1e-6, rtol=1e-5)
