@@ -1,6 +1,12 @@
 """The public names: importing this module imports all of the package, and torch and lightning with it."""
 
-from lightning_prehab.callbacks import CompressionCallback, PaperPrehab, PrehabCallback, RehabSchedule
+from lightning_prehab.callbacks import (
+    CompressionCallback,
+    PaperPrehab,
+    PrehabCallback,
+    RehabDistillation,
+    RehabSchedule,
+)
 from lightning_prehab.compress import apply_plan_, compress_, make_plan
 from lightning_prehab.errors import PrehabError
 from lightning_prehab.factorizations import SVD, ActivationSVD, FisherSVD, KroneckerSVD, LowRankPlusSparse, WhitenedSVD
@@ -76,6 +82,7 @@ __all__ = [
     "RankRatio",
     "Recipe",
     "Refinement",
+    "RehabDistillation",
     "RehabSchedule",
     "SpectralWeightDecay",
     "StableRank",

@@ -38,6 +38,7 @@ NAMES = {
     "RankRatio",
     "Recipe",
     "Refinement",
+    "RehabDistillation",
     "RehabSchedule",
     "SpectralWeightDecay",
     "StableRank",
@@ -88,6 +89,7 @@ def test_signatures_of_the_callbacks():
         "strength_share",
         "update_steps",
         "forecast_every_n_steps",
+        "self_distillation",
     ]
     assert arguments(lp.CompressionCallback) == [
         "epoch",
@@ -114,6 +116,21 @@ def test_signatures_of_the_callbacks():
         "decay_steps",
         "decay_epochs",
         "group_factors",
+    ]
+    assert arguments(lp.RehabDistillation) == [
+        "strength",
+        "task_strength",
+        "form",
+        "temperature",
+        "fade_steps",
+        "fade_epochs",
+        "shape",
+        "teacher",
+        "module",
+        "forward",
+        "feature_modules",
+        "precision",
+        "device",
     ]
 
 

@@ -73,6 +73,25 @@ class Forecast:
         even, _ = mean_and_error([even for _, even in self._tried])
         return max(odd * math.sqrt(energy) + even * energy, 0.0)
 
+    def log(
+        self, pl_module: "pl.LightningModule", layers: Sequence[RegularizedLayer], last: float | None
+    ) -> float | None:
+        """Logs the share of the energy in the tails, and what :meth:`predict` says, which is returned.
+
+        Args:
+            pl_module: Whose logs these are.
+            layers: Without a target rank among them nothing is logged.
+            last: What is returned then.
+        """
+        share, energy = tails_of(layers)
+        if share is None:
+            return last
+        pl_module.log("prehab/tail_energy", share, batch_size=1)
+        found = self.predict(energy)
+        if found is not None:
+            pl_module.log("prehab/forecast", found, batch_size=1, prog_bar=True)
+        return found
+
     def follow(
         self,
         trainer: "pl.Trainer",

@@ -32,9 +32,10 @@ from lightning_prehab.callbacks._decisions import (
 from lightning_prehab.callbacks._forecast import Forecast
 from lightning_prehab.callbacks._injection import add_to_gradients_, add_to_loss_, penalty_of
 from lightning_prehab.callbacks._preparation import Preparation
-from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, matrices, restore_layers, tails_of
+from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, matrices, restore_layers
 from lightning_prehab.callbacks._schedules import ramp
 from lightning_prehab.callbacks._seasons import ActsInSeason
+from lightning_prehab.callbacks._self_distillation import put_beside
 from lightning_prehab.callbacks._shared_work import complete_memories_, own_part, shrink_together_
 from lightning_prehab.callbacks._timeline import batches_to_watch, check_season
 from lightning_prehab.callbacks._trainer import (
@@ -46,6 +47,7 @@ from lightning_prehab.callbacks._trainer import (
     loss_scale,
 )
 from lightning_prehab.callbacks.compression import CompressionCallback
+from lightning_prehab.documents.checks import check_real
 from lightning_prehab.regularizers import GradientRatio, Penalty, Shrinkage
 from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.forms import in_all_forms
@@ -106,6 +108,9 @@ class PrehabCallback(ActsInSeason):
             and smoothed.
         update_steps: Optimizer steps after which statistics, metric and planned ranks are taken anew; 0 means never.
         forecast_every_n_steps: Optimizer steps between two forecasts; 0 means none.
+        self_distillation: Factor on the distance to the model from before prehab, which is then kept as a teacher, in
+            memory and in checkpoints, up to the cut: see :class:`~lightning_prehab.RehabDistillation`. 0 means none.
+            Logged as ``prehab/distillation``.
 
     Attributes:
         forecast: The last ``prehab/forecast``, or None.
@@ -141,6 +146,7 @@ class PrehabCallback(ActsInSeason):
         strength_share: float | None = None,
         update_steps: int = 200,
         forecast_every_n_steps: int = 50,
+        self_distillation: float = 0.0,
     ) -> None:
         super().__init__()
         penalty = strength, strength_share, ramp_steps, every_n_steps, injection
@@ -160,6 +166,8 @@ class PrehabCallback(ActsInSeason):
         self.target_modules, self.exclude_modules = target_modules, exclude_modules
         self.strength_share = strength_share
         self.update_steps, self.forecast_every_n_steps = update_steps, forecast_every_n_steps
+        check_real("self_distillation", self_distillation, "[0, inf)")
+        self.self_distillation = self_distillation
         self._preparation: Preparation | None = None
         self._start_anew()
 
@@ -217,6 +225,7 @@ class PrehabCallback(ActsInSeason):
         self.strength = default_strength(self.regularizer) if self._open else self.strength
         self.space = choose_space(self._asked_space, self.regularizer, compression)
         check_target_rank(self.regularizer, compression)
+        put_beside(trainer, self.self_distillation, self._in_season)
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Finds the targets and decides where to inject."""
@@ -289,7 +298,7 @@ class PrehabCallback(ActsInSeason):
             self._steps += stepped
             every = self.forecast_every_n_steps
             if (stepped or last) and every > 0 and (last or self._steps % every == 0):
-                self._log_forecast(pl_module)
+                self.forecast = self._outlook.log(pl_module, self._layers, self.forecast)
         if self._preparation is not None:
             self._preparation.end_batch()
             if self._preparation.is_complete and closes_window(trainer, batch_idx):
@@ -402,15 +411,6 @@ class PrehabCallback(ActsInSeason):
         progress = 1.0 - remaining / max(self._span or 0, 1)  # exactly 1 at the last batch
         pl_module.log("prehab/progress", progress, batch_size=1)
         shrink_together_(trainer, self._layers, self.regularizer, progress, self._weight_steps.rates)
-
-    def _log_forecast(self, pl_module: "pl.LightningModule") -> None:
-        share, energy = tails_of(self._layers)
-        if share is None:
-            return
-        pl_module.log("prehab/tail_energy", share, batch_size=1)
-        self.forecast = self._outlook.predict(energy)
-        if self.forecast is not None:
-            pl_module.log("prehab/forecast", self.forecast, batch_size=1, prog_bar=True)
 
     def _rank_source(self, trainer: "pl.Trainer") -> CompressionCallback | None:
         compression = find_callback(trainer, CompressionCallback)

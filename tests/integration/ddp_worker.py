@@ -523,6 +523,67 @@ def check_logs_ask_for_nothing():
         assert sums is None or sent == sums, sent
 
 
+class Logits(nn.Module):
+    """Says that its outputs are logits; its running statistics are those of each rank's own batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = make_net()
+        self.inner.insert(1, nn.BatchNorm1d(16))
+
+    def forward(self, x):
+        return {"logits": self.inner(x)}
+
+
+class Labelled(Lit):
+    def training_step(self, batch, batch_idx):
+        logits = self.net(batch[0])["logits"]
+        self.batches.append(batch)
+        loss = nn.functional.cross_entropy(logits, batch[1].argmax(-1))
+        if self.automatic_optimization:
+            return loss
+        self.optimizers().zero_grad()
+        self.manual_backward(loss)
+        self.optimizers().step()
+        return None
+
+
+def check_distillation(manual=False, accumulate=1, **strategy):
+    """The gradients are the mean over the ranks of those of a hand-written step; the teacher is the same everywhere."""
+    dense, factor = [], 0.7
+
+    class Keep(pl.Callback):
+        def on_before_surgery(self, trainer, pl_module):
+            dense.append(copy.deepcopy(pl_module.net).eval())
+
+    lit = Labelled(Logits(), lambda p: RecordingSGD(p, lr=0.0), manual=manual)
+    rehab = lp.RehabDistillation(factor, temperature=2.0)
+    callbacks = [lp.CompressionCallback(1, keep=0.5, calibration_batches=3), Keep(), rehab]
+    trainer = fit(lit, callbacks, 2, strategy, accumulate_grad_batches=accumulate)
+    teacher = rehab.state_dict()["teacher"]
+    for tensor in teacher.values():
+        first, second = on_all_ranks(tensor)
+        assert torch.equal(first, second)
+    assert {name.removeprefix("net."): tensor.shape for name, tensor in teacher.items()} == {
+        name: tensor.shape for name, tensor in dense[0].state_dict().items()
+    }
+    for buffer in dense[0].buffers():
+        distributed.broadcast(buffer, src=0)
+    expected = [torch.zeros_like(parameter) for parameter in lit.parameters()]
+    reference = copy.deepcopy(lit.net).train()
+    for x, y in lit.batches[6 : 6 + accumulate]:
+        answer = reference(x)["logits"]
+        with torch.no_grad():
+            p = (dense[0](x)["logits"] / 2).log_softmax(-1)
+        distance = 4.0 * (p.exp() * (p - (answer / 2).log_softmax(-1))).sum(-1).mean()
+        loss = nn.functional.cross_entropy(answer, y.argmax(-1)) + factor * distance
+        gradients = torch.autograd.grad(loss, list(reference.parameters()))
+        expected = [total + gradient / accumulate for total, gradient in zip(expected, gradients, strict=True)]
+    seen = trainer.optimizers[0].seen[6 // accumulate]
+    for ours, mine in zip(seen, expected, strict=True):
+        torch.testing.assert_close(ours, on_all_ranks(mine).mean(0), atol=1e-6, rtol=1e-5)
+
+
 CHECKS = {
     "logs ask for nothing": check_logs_ask_for_nothing,
     "spectral work is shared": check_spectral_work_is_shared,
@@ -557,6 +618,11 @@ CHECKS = {
     "every kind of layer": check_every_kind_of_layer,
     "several cuts": lambda: check_several_cuts("factors", lp.TailShrinkage(refresh=3)),
     "several cuts, pivot": lambda: check_several_cuts("pivot", lp.TailEnergy(refresh=3)),
+    "distillation": check_distillation,
+    "distillation, accumulation": lambda: check_distillation(accumulate=3),
+    "distillation, manual": lambda: check_distillation(manual=True),
+    "distillation, find_unused_parameters": lambda: check_distillation(find_unused_parameters=True),
+    "distillation, static graph": lambda: check_distillation(static_graph=True),
 }
 
 if __name__ == "__main__":
