@@ -61,7 +61,7 @@ class FactorSteps:
         self._mine = {id(one) for pair in self._pairs for one in pair.both if id(one) in held}
         self._groups = StepGroups(self.watch.family)
         self._scale = 1.0
-        self._prepared = self._opened = False
+        self._prepared = self._opened = self._skipped = False
         self._said = False
 
     def announce(self, scale: float) -> None:
@@ -79,7 +79,8 @@ class FactorSteps:
     def forget(self) -> None:
         """Nothing is under way; a step that has failed leaves nothing behind."""
         self.watch.forget()
-        self._scale, self._prepared, self._opened = 1.0, False, False
+        self._scale = 1.0
+        self._prepared = self._opened = self._skipped = False
         self._groups.close()
 
     def remove(self) -> None:
@@ -92,6 +93,8 @@ class FactorSteps:
             return  # it has a closure, within which it is announced
         if not self._prepared:
             self._prepare()
+        found = getattr(optimizer, "found_inf", None)  # a fused optimizer is called, and skips the step itself
+        self._skipped = found is not None and bool(found)
         self._open()
 
     def _prepare(self) -> None:
@@ -117,7 +120,7 @@ class FactorSteps:
             for parameter, rate in zip(pair.both, (settings.rate_A, settings.rate_B), strict=True):
                 wishes[id(parameter)] = Apart(rate, decays)
         self._groups.open(wishes)
-        if settings.product_decay is None or settings.decay_form != "decoupled":
+        if settings.product_decay is None or settings.decay_form != "decoupled" or self._skipped:
             return
         rates = self._groups.rates()
         with torch.no_grad():
@@ -142,7 +145,9 @@ class FactorSteps:
         return [pair.both[waits] for pair in self._pairs if id(pair.both[waits]) in self._mine]
 
     def _after(self, watch: StepWatch) -> None:
-        opened, self._scale, self._prepared, self._opened = self._opened, 1.0, False, False
+        opened, skipped = self._opened, self._skipped
+        self._scale = 1.0
+        self._prepared = self._opened = self._skipped = False
         self._groups.close()
         if self._pairs and not opened:
             raise UnsupportedError(
@@ -150,6 +155,8 @@ class FactorSteps:
                 "which makes its gradients within a step that Lightning does not announce. Step it through "
                 "self.optimizers(), or without a closure."
             )
+        if skipped:
+            return
         self.steps += 1
         every = self._settings.rebalance_every
         if every is not None and self.steps % every == 0:

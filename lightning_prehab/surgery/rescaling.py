@@ -51,10 +51,10 @@ def _changes(optimizer: torch.optim.Optimizer, parameter: Tensor, scale: Tensor)
         return None
     changes = []
     for key, value in known.items():
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            continue
-        if key in ITERATES or key == "step_size" or value is not state[key]:  # averages of steps are no gradients
-            changes.append((state[key], scale))
+        if not isinstance(value, Tensor) or value.dim() == 0 or value is not state[key]:
+            continue  # a counter, or an average of steps, which have no unit where they are divided by a second moment
+        if key in ITERATES or key == "step_size":
+            changes.append((value, scale))
         elif key in FIRST_MOMENTS or key in LARGEST:
             changes.append((value, 1 / scale))
         elif key in SECOND_MOMENTS:
