@@ -509,13 +509,14 @@ def check_factor_training(**strategy):
         return nn.Sequential(lp.LowRankLinear.from_linear(net[0], 3), nn.Tanh(), *net[2:])
 
     lit = Lit(cut_net(), lambda parameters: torch.optim.SGD(parameters, lr=0.1, weight_decay=0.5))
-    setting = {"product_decay": 0.1, "rate_B": 2.0, "alternate": 2, "rebalance_every": 3, "train": "factors"}
+    setting = {"product_decay": 0.1, "rate_B": 2.0, "alternate": 2, "train": "factors"}
     fit(lit, [lp.FactorTraining(**setting)], 2, strategy)
     assert_ranks_identical(lit)
     assert all(parameter.requires_grad for parameter in lit.parameters())
-    reference, (x, y) = cut_net(), make_data()
+    reference = cut_net()
     a, b = reference[0].A.weight, reference[0].B.weight
-    for step, (inputs, targets) in enumerate([*zip(x.split(32), y.split(32), strict=True)] * 2):
+    for step, batch in enumerate(lit.batches):
+        inputs, targets = (on_all_ranks(part).flatten(0, 1) for part in batch)
         loss = nn.functional.mse_loss(reference(inputs), targets) + 0.05 * (b @ a).square().sum()
         gradients = torch.autograd.grad(loss, (a, b))
         with torch.no_grad():
@@ -525,7 +526,7 @@ def check_factor_training(**strategy):
     for name, parameter in lit.net.named_parameters():
         if name not in ("0.A.weight", "0.B.weight"):
             assert torch.equal(parameter, reference.get_parameter(name)), name
-    callbacks = [lp.CompressionCallback(1, 0.5, calibration_batches=3), lp.FactorTraining(**setting)]
+    callbacks = [lp.CompressionCallback(1, 0.5, calibration_batches=3), lp.FactorTraining(rebalance_every=3, **setting)]
     lit = Lit(make_net(), torch.optim.Adam)
     fit(lit, callbacks, 3, strategy)
     assert_ranks_identical(lit)
