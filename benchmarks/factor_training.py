@@ -4,11 +4,11 @@
     python benchmarks/factor_training.py --table              # prints the tables of the stored results only
 
 The model, the texts and the cut are those of ``prehab_gpt.py``, which says what ``input.txt`` is: pretrained for 1,000
-steps, cut without prehab (``compress_``, 24 batches), then trained for 120 steps with AdamW, its weight decay 0.01, at a
-rate that rises for 15 steps and falls to zero. Every row sees the same batches. "plain" trains everything; each other row differs from it in one
-setting of FactorTraining, at each value that is listed: nothing is chosen per row. The learning rate is tuned for plain
-training alone (seed 0, for each keep, loss on the validation split), in its favour; a larger rate for both factors stands
-beside a larger rate for one.
+steps, cut without prehab (``compress_``, 24 batches), then trained for 120 steps with AdamW, its weight decay 0.01, at
+a rate that rises for 15 steps and falls to zero. Every row sees the same batches. "plain" trains everything; each other
+row differs from it in one setting of FactorTraining, at each value that is listed: nothing is chosen per row. The
+learning rate is tuned for plain training alone (seed 0, for each keep, loss on the validation split), in its favour; a
+larger rate for both factors stands beside a larger rate for one.
 
 Two rows are not settings of the callback: "bounded update" scales the updates of both factors of a matrix down until
 the spectral norm of the update of the product is at most 1 % of ``|B| |A|``; "Spectron" steps the factors as in Janson
