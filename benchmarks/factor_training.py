@@ -21,6 +21,7 @@ import copy
 import json
 import math
 import platform
+import re
 import statistics
 import warnings
 from collections.abc import Iterator
@@ -234,13 +235,13 @@ class Results:
         return record
 
 
-def run_missing(task: Trial) -> None:
+def run_missing(task: Trial, rows: list[str]) -> None:
     results = Results()
     tuned = {
         keep: min(RATES, key=lambda rate, keep=keep: results.get(task, "tuning", PLAIN, keep, 0, rate)["end"])
         for keep in KEEPS
     }
-    wanted = [(row, keep, seed) for row in SETTINGS for keep in KEEPS for seed in SEEDS]
+    wanted = [(row, keep, seed) for row in rows for keep in KEEPS for seed in SEEDS]
     for row, keep, seed in counted(wanted, "run"):
         results.get(task, "run", row, keep, seed, tuned[keep])
 
@@ -252,7 +253,7 @@ def table(records: list[Record]) -> Iterator[str]:
     yield f"| setting | {' | '.join(header)} |"
     yield "|" + "---|" * (1 + len(header))
     for row in SETTINGS:
-        cells = []
+        cells: list[str] = []
         for keep in KEEPS:
             ours = {one["seed"]: one for one in runs if (one["row"], one["keep"]) == (row, keep)}
             plain = {one["seed"]: one for one in runs if (one["row"], one["keep"]) == (PLAIN, keep)}
@@ -269,6 +270,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", nargs="?", help="input.txt of tiny Shakespeare")
     parser.add_argument("--table", action="store_true", help="print the tables of the stored results only")
+    parser.add_argument("--only", default="", metavar="REGEX", help="the rows whose name the pattern fits")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", default=DEFAULT_CACHE, help="folder for the pretrained models")
@@ -281,7 +283,10 @@ if __name__ == "__main__":
         torch.set_num_threads(options.threads)
         warnings.filterwarnings("ignore")
         with shown():
-            run_missing(Trial(options.data, options.cache, options.device))
+            run_missing(
+                Trial(options.data, options.cache, options.device),
+                [row for row in SETTINGS if re.search(options.only, row)],
+            )
     rows = Results().all()
     print("\n".join(table(rows)))
     print("\nThe learning rate, plain training (validation split):")

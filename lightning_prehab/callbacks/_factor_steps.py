@@ -15,6 +15,8 @@ from lightning_prehab.layers.pairs import FactorPair
 from lightning_prehab.surgery.rescaling import rebalance_
 from lightning_prehab.surgery.step_groups import Apart, StepGroups
 
+#: What a step starts from in the place of the parameter: schedule-free optimizers, MADGRAD, those for half precision.
+_HIDDEN = ("z", "x0", "master_param")
 #: Where the decay of the product acts.
 DecayForm = Literal["decoupled", "gradient"]
 
@@ -125,7 +127,18 @@ class FactorSteps:
         rates = self._groups.rates()
         with torch.no_grad():
             for parameter, gradient in self._decays():
+                self._check_own(parameter)
                 parameter.sub_((rates[id(parameter)] * settings.product_decay * gradient).to(parameter.dtype))
+
+    def _check_own(self, parameter: Tensor) -> None:
+        """Raises :class:`UnsupportedError` if a step makes the parameter of something else than its last value."""
+        for optimizer in self.watch.family:
+            hidden = set(optimizer.state.get(parameter, {})).intersection(_HIDDEN)
+            if hidden and self._settings.product_decay:
+                raise UnsupportedError(
+                    f"{type(optimizer).__name__} keeps other values of a factor in its state ({hidden.pop()!r}), which "
+                    "a decoupled decay does not reach. Use FactorTraining(decay_form='gradient')."
+                )
 
     def _decays(self) -> list[tuple[nn.Parameter, Tensor]]:
         """The factors that are about to be stepped, with the gradient of half the squared size of the product."""

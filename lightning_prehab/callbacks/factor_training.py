@@ -177,12 +177,6 @@ class FactorTraining(OnlyOne):
         if are_of_now(watches, trainer.optimizers):
             check_seen(watches, self)
 
-    def on_save_checkpoint(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
-    ) -> None:
-        """Whatever has happened, the file holds the user's own groups; they are written after this."""
-        self._forget()
-
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Takes the hooks off; what was frozen here is trainable again."""
         self._stop()
@@ -196,7 +190,8 @@ class FactorTraining(OnlyOne):
         self._stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps since the surgery; plain data only."""
+        """The steps since the surgery; plain data only. The optimizers are asked next: they have the user's groups."""
+        self._forget()
         return {"version": STATE_VERSION, "steps": self._counted()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

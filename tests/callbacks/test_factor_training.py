@@ -431,6 +431,22 @@ def test_frozen_factors_and_unknown_steps_are_refused(make_trainer):
         trained(make_trainer, Lit("closure"), lp.FactorTraining(rate_B=2.0))
 
 
+def test_a_decoupled_decay_needs_an_optimizer_without_hidden_values(make_trainer, monkeypatch):
+    schedulefree = pytest.importorskip("schedulefree")
+    monkeypatch.setitem(MAKERS, "AdamW", lambda p: schedulefree.AdamWScheduleFree(p, lr=RATE, weight_decay=DECAY))
+
+    def fit(**settings):
+        lit = Lit()
+        lit.on_fit_start = lambda: lit.optimizers().train()
+        trained(make_trainer, lit, lp.FactorTraining(**settings))
+
+    with pytest.raises(UnsupportedError, match=r"AdamWScheduleFree keeps other values .*decay_form='gradient'"):
+        fit(product_decay=0.1)
+    fit(product_decay=0.1, decay_form="gradient", alternate=2, rebalance_every=2)
+    with pytest.raises(UnsupportedError, match="AdamWScheduleFree keeps .* in its parameter groups"):
+        fit(rate_B=2.0)
+
+
 def test_settings_that_do_nothing_or_are_wrong():
     with pytest.raises(ArgumentError, match="does nothing"):
         lp.FactorTraining()
