@@ -37,6 +37,7 @@ FLOORS = [
         "report": "what happened: numbers, figures, pages",
         "surgery": "the change of a model and its optimizers",
         "refinement": "training of a cut model toward the dense one",
+        "distillation": "the dense model as teacher beside the steps of a training",
     },
     {
         "sites": "where a model can live",

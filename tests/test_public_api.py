@@ -39,6 +39,7 @@ NAMES = {
     "RankRatio",
     "Recipe",
     "Refinement",
+    "RehabDistillation",
     "RehabSchedule",
     "SpectralWeightDecay",
     "StableRank",
@@ -114,7 +115,32 @@ def test_signatures_of_the_callbacks():
         "alternate",
         "train",
     ]
-    assert arguments(lp.RehabSchedule) == ["warmup_steps", "warmup_epochs", "start_factor", "peak_factor", "shape"]
+    assert arguments(lp.RehabSchedule) == [
+        "warmup_steps",
+        "warmup_epochs",
+        "start_factor",
+        "peak_factor",
+        "shape",
+        "end_factor",
+        "decay_steps",
+        "decay_epochs",
+        "group_factors",
+    ]
+    assert arguments(lp.RehabDistillation) == [
+        "strength",
+        "task_strength",
+        "form",
+        "temperature",
+        "fade_steps",
+        "fade_epochs",
+        "shape",
+        "teacher",
+        "module",
+        "forward",
+        "feature_modules",
+        "precision",
+        "device",
+    ]
 
 
 def test_defaults_are_what_the_documentation_says():

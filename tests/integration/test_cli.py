@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 MAIN = """
 import lightning_prehab
@@ -98,6 +99,31 @@ def test_a_wrong_value_is_named(run, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(CONFIG, *wrong)
     assert "square" in capsys.readouterr().err
+
+
+DISTILLED = """
+    - class_path: RehabDistillation
+      init_args:
+        strength: 0.5
+        task_strength: 0.1
+        temperature: 2.0
+        fade_steps: 100
+        shape: cosine
+        precision: half
+        device: cpu
+        ITS
+"""
+
+
+@pytest.mark.parametrize(
+    "its",
+    ["form: features, feature_modules: ['layer.*']", "module: layer", "forward: own.logits", "teacher: dense.pt"],
+)
+def test_every_setting_of_the_distillation(its, run, tmp_path):
+    (tmp_path / "own.py").write_text("def logits(module, batch):\n    return module.layer(batch)\n")
+    net = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 16))
+    torch.save({f"layer.{name}": tensor for name, tensor in net.state_dict().items()}, tmp_path / "dense.pt")
+    run(CONFIG + DISTILLED.replace("ITS", its.replace(", f", "\n        f")))
 
 
 OWN = """

@@ -1,0 +1,45 @@
+"""Tensors in whatever modules are called with and return."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def all_tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested mappings, tuples, lists and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in list(value.values()):
+            yield from all_tensors(part)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from all_tensors(part)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for one in dataclasses.fields(value):
+            yield from all_tensors(getattr(value, one.name, None))
+
+
+def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same with other tensors in it; types are kept, and what holds none that changes stays the same object."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if not any(change(one) is not one for one in all_tensors(value)):
+        return value
+    if isinstance(value, dict):
+        made = copy.copy(value)
+        for key, part in value.items():
+            made[key] = with_tensors(part, change)
+        return made
+    if isinstance(value, Mapping):
+        return {key: with_tensors(part, change) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        parts = [with_tensors(part, change) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    made = {
+        one.name: with_tensors(getattr(value, one.name, None), change) for one in dataclasses.fields(value) if one.init
+    }
+    return dataclasses.replace(value, **made)
