@@ -114,6 +114,7 @@ class FactorSteps:
     def _open(self) -> None:
         """Divides the groups, and decays the product as an optimizer decays weights: before it updates them."""
         if self._opened:
+            self._groups.follow_rates()
             return
         self._opened = True
         settings, decays = self._settings, self._settings.product_decay is None

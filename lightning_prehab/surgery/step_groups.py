@@ -31,7 +31,11 @@ class Apart(NamedTuple):
 class _Divided(NamedTuple):
     group: dict[str, Any]
     kept: dict[str, Any]  # its own lists
-    others: list[dict[str, Any]]
+    others: list[tuple[dict[str, Any], float]]  # with the factor on the rate
+
+    def all(self) -> list[dict[str, Any]]:
+        """The group, and those for the parameters taken out of it."""
+        return [self.group, *(other for other, _ in self.others)]
 
 
 class StepGroups:
@@ -61,7 +65,18 @@ class StepGroups:
             for group in list(groups):
                 if id(group) not in self._divided:
                     self._divided[id(group)] = _divide(group, wishes)
-            groups[:] = [one for group in groups for one in (group, *self._divided[id(group)].others)]
+            groups[:] = [one for group in groups for one in self._divided[id(group)].all()]
+        self.follow_rates()
+
+    def follow_rates(self) -> None:
+        """The rates of the divided groups are those of the user's groups of now again, each with its factor.
+
+        Whoever scales the rate of each group that there is, anew at each of several nested steps, does so with them.
+        """
+        for divided in self._divided.values():
+            for other, rate in divided.others:
+                if "lr" in other:
+                    other["lr"] = divided.group["lr"] * rate
 
     def rates(self) -> dict[int, float | Tensor]:
         """The learning rate of each parameter, by its id, as the groups are now."""
@@ -98,14 +113,12 @@ def _divide(group: dict[str, Any], wishes: Mapping[int, Apart]) -> _Divided:
     rest = parts.pop(Apart(), [])
     if not parts:
         return _Divided(group, kept, [])
-    others = []
+    others: list[tuple[dict[str, Any], float]] = []
     for wish, members in parts.items():
         other = {**group, **_lists(group, members)}
-        if "lr" in group and wish.rate != 1.0:
-            other["lr"] = group["lr"] * wish.rate
         if "weight_decay" in group and not wish.decays:
             other["weight_decay"] = 0.0
-        others.append(other)
+        others.append((other, wish.rate))
     group.update(_lists(group, rest))
     return _Divided(group, kept, others)
 
@@ -117,7 +130,7 @@ def _lists(group: Mapping[str, Any], members: Sequence[tuple[Tensor, Any]]) -> d
 
 def _unite(divided: _Divided) -> list[str]:
     """Puts the lists of a group back; returns what differs between it and the others."""
-    group, kept, others = divided
+    group, kept, others = divided.group, divided.kept, divided.all()[1:]
     if others and not group["params"]:  # the optimizer may not even have looked at it
         group.update({key: value for key, value in others[0].items() if key not in _OWN})
     group.update(kept)

@@ -1,6 +1,7 @@
 """Every setting against the same training written by hand, in each way of making a step."""
 
 import copy
+import importlib
 
 import lightning.pytorch as pl
 import pytest
@@ -295,24 +296,32 @@ def test_it_acts_from_the_surgery_on(make_trainer):
     }
 
 
-def test_the_warmup_of_rehab_and_the_rate_of_a_factor_multiply(make_trainer):
-    class Watch(torch.optim.SGD):
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_the_warmup_of_rehab_and_the_rate_of_a_factor_multiply(nested, order, make_trainer, monkeypatch):
+    class Nested(torch.optim.SGD):  # the hooks of a step run twice
         def step(self, closure=None):
             loss = closure() if closure is not None else None
-            used.append([group["lr"] for group in self.param_groups])
             super().step()
             return loss
 
-    for order in (1, -1):
-        lit, used = dense_lit(), []
-        lit.configure_optimizers = lambda lit=lit: Watch(lit.parameters(), lr=0.1)
-        callbacks = [lp.RehabSchedule(4, start_factor=0.5), lp.FactorTraining(rate_B=3.0)][::order]
-        trainer = trained(make_trainer, lit, lp.CompressionCallback(1, factorization=lp.SVD()), *callbacks)
-        assert used[:6] == [[0.1]] * 6
-        ramp = [0.5, 0.625, 0.75, 0.875, 1.0, 1.0]
-        assert [pair[0] for pair in used[6:]] == pytest.approx([0.1 * factor for factor in ramp])
-        assert [pair[1] for pair in used[6:]] == pytest.approx([0.3 * factor for factor in ramp])
-        assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [0.1]
+    sgd = importlib.import_module("torch.optim.sgd")
+    used, update = [], sgd.sgd
+
+    def watched(parameters, *args, lr, **settings):
+        used.append(lr)
+        return update(parameters, *args, lr=lr, **settings)
+
+    monkeypatch.setattr(sgd, "sgd", watched)
+    lit = dense_lit()
+    lit.configure_optimizers = lambda: (Nested if nested else torch.optim.SGD)(lit.parameters(), lr=0.1)
+    callbacks = [lp.RehabSchedule(4, start_factor=0.5), lp.FactorTraining(rate_B=3.0)][::order]
+    trainer = trained(make_trainer, lit, lp.CompressionCallback(1, factorization=lp.SVD()), *callbacks)
+    assert used[:6] == [0.1] * 6
+    ramp = [0.5, 0.625, 0.75, 0.875, 1.0, 1.0]
+    assert used[6::2] == pytest.approx([0.1 * factor for factor in ramp])
+    assert used[7::2] == pytest.approx([0.3 * factor for factor in ramp])
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [0.1]
 
 
 class Resumable:
