@@ -473,3 +473,32 @@ def test_user_frozen_parameters_stay_frozen(make_trainer):
     moved = {key for key, value in lit.net.state_dict().items() if not torch.equal(value, start[key])}
     assert moved == {"0.A.weight", "0.B.weight", "0.B.bias", "2.D.weight", "2.C.weight", "2.bias", "3.bias", "4.bias"}
     assert [n for n, p in lit.net.named_parameters() if not p.requires_grad] == ["3.weight"]
+
+
+def test_before_another_cut_everything_is_let_go_and_after_it_counts_begin_anew(make_trainer):
+    class CutsAgain(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch != 1:
+                return
+            self.frozen = [not parameter.requires_grad for parameter in pl_module.parameters()]
+            factors.on_before_surgery(trainer, pl_module)
+            self.free = all(parameter.requires_grad for parameter in pl_module.parameters())
+            self.hooks = len(trainer.optimizers[0]._optimizer_step_pre_hooks)
+            layer = pl_module.net[0]
+            pl_module.net[0] = lp.LowRankLinear.from_linear(layer.to_linear(), 2)
+            places = {layer.A.weight: pl_module.net[0].A.weight, layer.B.weight: pl_module.net[0].B.weight}
+            held = trainer.optimizers[0].param_groups[0]["params"]
+            held[:] = [places.get(parameter, parameter) for parameter in held]
+            factors.on_surgery(trainer, pl_module, None)
+            self.steps = factors.state_dict()["steps"]
+
+        def on_train_end(self, trainer, pl_module):
+            self.end = factors.state_dict()["steps"]
+
+    factors, again, lit = lp.FactorTraining(train="factors", alternate=2), CutsAgain(), Lit()
+    trained(make_trainer, lit, again, factors, epochs=2)
+    assert any(again.frozen)
+    assert again.free
+    assert again.hooks == 0
+    assert (again.steps, again.end) == ([0], [STEPS])
+    assert all(parameter.requires_grad for parameter in lit.parameters())
