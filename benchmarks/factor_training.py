@@ -235,13 +235,13 @@ class Results:
         return record
 
 
-def run_missing(task: Trial, rows: list[str]) -> None:
+def run_missing(task: Trial, rows: list[str], seeds: list[int]) -> None:
     results = Results()
     tuned = {
         keep: min(RATES, key=lambda rate, keep=keep: results.get(task, "tuning", PLAIN, keep, 0, rate)["end"])
         for keep in KEEPS
     }
-    wanted = [(row, keep, seed) for row in rows for keep in KEEPS for seed in SEEDS]
+    wanted = [(row, keep, seed) for row in rows for keep in KEEPS for seed in seeds]
     for row, keep, seed in counted(wanted, "run"):
         results.get(task, "run", row, keep, seed, tuned[keep])
 
@@ -271,6 +271,7 @@ if __name__ == "__main__":
     parser.add_argument("data", nargs="?", help="input.txt of tiny Shakespeare")
     parser.add_argument("--table", action="store_true", help="print the tables of the stored results only")
     parser.add_argument("--only", default="", metavar="REGEX", help="the rows whose name the pattern fits")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", default=DEFAULT_CACHE, help="folder for the pretrained models")
@@ -286,6 +287,7 @@ if __name__ == "__main__":
             run_missing(
                 Trial(options.data, options.cache, options.device),
                 [row for row in SETTINGS if re.search(options.only, row)],
+                options.seeds,
             )
     rows = Results().all()
     print("\n".join(table(rows)))
