@@ -10,7 +10,7 @@ from lightning_prehab.layers.conv import LowRankConv, kernel_to_matrix, matrix_t
 from lightning_prehab.layers.linear import LowRankLinear, LowRankPlusSparseLinear
 from lightning_prehab.layers.pivot import PivotLayer
 from lightning_prehab.linalg.balance import even_scales
-from lightning_prehab.linalg.products import pivot_gradients, product_gradients
+from lightning_prehab.linalg.sizes import pivot_gradients, product_gradients
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_prehab.linalg.products import pivot_gradients, product_gradients
+from lightning_prehab.linalg.sizes import pivot_gradients, product_gradients
 
 
 def factors(*shapes):
