@@ -2,6 +2,7 @@
 
 from lightning_prehab.callbacks import (
     CompressionCallback,
+    FactorTraining,
     PaperPrehab,
     PrehabCallback,
     RehabDistillation,
@@ -58,6 +59,7 @@ __all__ = [
     "EffectiveRank",
     "EffectiveRankMetric",
     "EnergyThreshold",
+    "FactorTraining",
     "FisherSVD",
     "KroneckerSVD",
     "LayerPlan",

@@ -584,6 +584,38 @@ def check_distillation(manual=False, accumulate=1, **strategy):
         torch.testing.assert_close(ours, on_all_ranks(mine).mean(0), atol=1e-6, rtol=1e-5)
 
 
+def check_factor_training(**strategy):
+    """Frozen parameters make nobody wait, and the factors are those of one process that sees all the data."""
+
+    def cut_net():
+        net = make_net()
+        return nn.Sequential(lp.LowRankLinear.from_linear(net[0], 3), nn.Tanh(), *net[2:])
+
+    lit = Lit(cut_net(), lambda parameters: torch.optim.SGD(parameters, lr=0.1, weight_decay=0.5))
+    setting = {"product_decay": 0.1, "rate_B": 2.0, "alternate": 2, "train": "factors"}
+    fit(lit, [lp.FactorTraining(**setting)], 2, strategy)
+    assert_ranks_identical(lit)
+    assert all(parameter.requires_grad for parameter in lit.parameters())
+    reference = cut_net()
+    a, b = reference[0].A.weight, reference[0].B.weight
+    for step, batch in enumerate(lit.batches):
+        inputs, targets = (on_all_ranks(part).flatten(0, 1) for part in batch)
+        loss = nn.functional.mse_loss(reference(inputs), targets) + 0.05 * (b @ a).square().sum()
+        gradients = torch.autograd.grad(loss, (a, b))
+        with torch.no_grad():
+            trained = step // 2 % 2  # B first
+            (b, a)[trained].sub_(gradients[1 - trained], alpha=(0.2, 0.1)[trained])
+    torch.testing.assert_close(lit.net[0].weight, b @ a, rtol=1e-4, atol=1e-5)
+    for name, parameter in lit.net.named_parameters():
+        if name not in ("0.A.weight", "0.B.weight"):
+            assert torch.equal(parameter, reference.get_parameter(name)), name
+    callbacks = [lp.CompressionCallback(1, 0.5, calibration_batches=3), lp.FactorTraining(rebalance_every=3, **setting)]
+    lit = Lit(make_net(), torch.optim.Adam)
+    fit(lit, callbacks, 3, strategy)
+    assert_ranks_identical(lit)
+    assert all(parameter.requires_grad for parameter in lit.parameters())
+
+
 CHECKS = {
     "logs ask for nothing": check_logs_ask_for_nothing,
     "spectral work is shared": check_spectral_work_is_shared,
@@ -623,6 +655,8 @@ CHECKS = {
     "distillation, manual": lambda: check_distillation(manual=True),
     "distillation, find_unused_parameters": lambda: check_distillation(find_unused_parameters=True),
     "distillation, static graph": lambda: check_distillation(static_graph=True),
+    "factor training": check_factor_training,
+    "factor training, bucket views": lambda: check_factor_training(gradient_as_bucket_view=True),
 }
 
 if __name__ == "__main__":

@@ -196,3 +196,23 @@ def test_a_factorization_inside_of_another_and_an_automatic_surgery(run):
     said = run(NESTED_CONFIG)
     assert "LowRankPlusSparse(density=0.1, base=KroneckerSVD(" in said
     assert "input_shrinkage='auto'" in said
+
+
+FACTORS = """
+    - class_path: lightning_prehab.FactorTraining
+      init_args:
+        product_decay: 0.01
+        decay_form: gradient
+        rebalance_every: 4
+        rate_A: 0.5
+        rate_B: 2
+        alternate: 2
+        train: factors_norms_biases
+"""
+
+
+def test_factor_training_from_yaml(run, capsys):
+    assert "32x32     5" in run(CONFIG.rstrip() + FACTORS)
+    with pytest.raises(SystemExit, match="2"):
+        run(CONFIG.rstrip() + FACTORS, "--trainer.callbacks+=FactorTraining", "--trainer.callbacks.train=norms")
+    assert "norms" in capsys.readouterr().err
