@@ -1,7 +1,7 @@
 """When a run is cut, and how each time: one cut, or several, each deeper than the one before."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -97,13 +97,13 @@ def number_of(made: int, of: int) -> str:
 def _recipe(keep: Any, policy: RankPolicy | None, flat: Mapping[str, Any]) -> Recipe:
     if policy is None or isinstance(keep, Recipe):
         return Recipe.of(keep, policy=policy, **flat)
-    names = [one.name for one in fields(policy)] if is_dataclass(policy) else []
+    settings: Any = policy
+    names = [one.name for one in fields(settings)] if hasattr(settings, "__dataclass_fields__") else []
     if "keep" not in names:
         raise ArgumentError(
             f"{policy} has no keep that several cuts could differ in; give a list of recipes instead, one for each "
             "cut: keep=[Recipe(policy=...), Recipe(policy=...)]."
         )
-    settings: Any = policy
     return Recipe.of(keep, policy=replace(settings, keep=Recipe(keep).keep), **flat)
 
 

@@ -38,6 +38,11 @@ KINDS = {
     "decay": lambda: acts(lp.PrehabCallback(lp.SpectralWeightDecay(every=4))),
     "no prehab": acts,
     "paper": lambda: acts(lp.PaperPrehab()),
+    "everything": lambda: [
+        *acts(lp.PrehabCallback(self_distillation=0.3), layout="pivot"),
+        lp.RehabDistillation(0.5, module="net", fade_epochs=3),
+        lp.FactorTraining(product_decay=0.01, rate_A=0.5),
+    ],
     "centered": lambda: acts(factorization=lp.WhitenedSVD(centered=True), layout="pivot"),
 }
 
