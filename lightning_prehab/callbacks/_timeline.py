@@ -24,6 +24,8 @@ def end_epoch(trainer: "pl.Trainer", stop_epoch: int | None) -> int | None:
 def check_season(trainer: "pl.Trainer", start_epoch: int) -> None:
     """Raises :class:`ArgumentError` for a regularizer that would begin when its time is over."""
     compression, end = find_callback(trainer, CompressionCallback), end_epoch(trainer, None)
+    if compression is not None and start_epoch < compression.last_epoch:
+        return  # before a later one of several surgeries
     if end is not None and start_epoch >= end and not getattr(trainer, "fast_dev_run", False):
         surgery = compression is not None and compression.epoch == end
         why = f"the surgery is at epoch {end}" if surgery else f"max_epochs is {end}"

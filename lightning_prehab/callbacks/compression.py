@@ -212,6 +212,11 @@ class CompressionCallback(OnlyOne):
         return self._cuts[self._made - 1].epoch if self._made else 0
 
     @property
+    def last_epoch(self) -> int:
+        """Of the last surgery."""
+        return self._cuts[-1].epoch
+
+    @property
     def recipe(self) -> Recipe:
         """Of the next surgery, or of the last one."""
         return self._next.recipe
@@ -254,7 +259,7 @@ class CompressionCallback(OnlyOne):
             self.reports, self._made, cuts = [], 0, []  # another module, or one that follows a dense checkpoint since
         if self._auto:
             self.epoch = last_possible_epoch(trainer, self)
-        check_reachable(trainer, self._cuts[-1].epoch)
+        check_reachable(trainer, self.last_epoch)
         self._ride.forget()
         self._restored, self._world_size, self._frozen = {}, trainer.world_size, None
         self._name_holders, self._course = None, CourseNotes()

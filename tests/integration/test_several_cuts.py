@@ -403,3 +403,26 @@ def test_all_kinds_of_layers_resume_between_cuts(layout, tmp_path):
     for moment in ("epoch-0", "batch-1", "epoch-2", "epoch-3"):
         torch.manual_seed(0)
         assert_same_end(fit(tmp_path, callbacks(), tmp_path / f"{moment}.ckpt", lit=Mixed(), epochs=5), reference)
+
+
+def test_the_time_between_two_cuts_is_what_prehab_prepares_in(tmp_path):
+    """Half of it at most, though the surgery would have statistics of more batches than an epoch has."""
+    callbacks = [lp.PrehabCallback(), lp.CompressionCallback(CUTS, KEEPS)]
+    fit(tmp_path, callbacks, epochs=EPOCHS)
+    for report in callbacks[1].reports:
+        assert max(report.weight_errors.values()) < 1e-3
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_nothing_is_watched_twice(first, tmp_path):
+    seen = []
+
+    class Count(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(len(trainer.optimizers[0]._optimizer_step_pre_hooks))
+
+    prehab, compression = lp.PrehabCallback(), lp.CompressionCallback([first, 3], [0.7, 0.4], calibration_batches=2)
+    _, trainer = fit(tmp_path, [prehab, compression, Count()], epochs=4)
+    assert set(seen[: 3 * STEPS]) == {1}
+    assert set(seen[3 * STEPS :]) == {0}
+    assert not trainer.optimizers[0]._optimizer_step_pre_hooks

@@ -1,6 +1,7 @@
 """Layers that have been cut before are cut again out of their factors: the same as a cut of the product."""
 
 import copy
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -380,3 +381,44 @@ def test_the_effect_on_the_loss_is_measured_without_a_trace(name, layout):
     report = lp.compress_(model, 0.3, batches, loss, layout=layout, progress=False)
     assert plan.loss_increase == pytest.approx(mean_loss() - start, rel=1e-3)
     assert report.plan.loss_increase == pytest.approx(mean_loss() - start, rel=1e-3)
+
+
+class _Padded(_Attention):
+    def forward(self, x, attention_mask=None):
+        x = x if self.attention.batch_first else x.transpose(0, 1)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_padding_is_left_out_of_layers_inside_of_attention(batch_first):
+    """Its projections are given sequences with the positions first, whatever the layer is given."""
+    torch.manual_seed(0)
+    model = _Padded(batch_first)
+    lp.compress_(model, 0.9, factorization=lp.SVD(), target_modules="attention", progress=False)
+    dense = copy.deepcopy(model)
+    lp.to_dense_(dense)
+    mask = torch.ones(6, 5, dtype=torch.bool)
+    mask[:, 3:] = False
+    batches = [{"x": torch.randn(6, 5, 12), "attention_mask": mask} for _ in range(3)]
+    found = []
+    for one, again in ((model, True), (dense, False)):
+        targets = lp.find_targets(one, "attention", cut_again=again)
+        wanted = lp.KroneckerSVD(gradient_trim=0.2).wanted
+        forward = lambda net, batch: net(**batch).square().mean()  # noqa: E731
+        found.append(lp.collect_statistics(one, targets, batches, forward=forward, wanted=wanted))
+    assert list(found[0]) == list(found[1])
+    for name, ours in found[0].items():
+        assert int(ours.tokens) == int(found[1][name].tokens)
+        assert_close(ours.input_second_moment(), found[1][name].input_second_moment(), atol=1e-5, rtol=1e-4)
+        assert_close(ours.gradient_second_moment(), found[1][name].gradient_second_moment(), atol=1e-9, rtol=1e-3)
+
+
+@pytest.mark.parametrize("layouts", itertools.product(["factors", "pivot"], repeat=2), ids="-".join)
+def test_a_layer_that_is_within_its_share_does_not_grow(layouts):
+    model, batches = _made("linear")
+    _cut(model, 0.3, batches, target_modules=["0"], layout=layouts[0])
+    rank, size = model[0].rank, sum(one.numel() for one in model[0].parameters())
+    report = _cut(model, 0.6, batches, policy=lp.RankRatio(0.6), layout=layouts[1])
+    assert report.ranks["0"] == model[0].rank == rank
+    assert sum(one.numel() for one in model[0].parameters()) <= size
+    assert report.ranks["2"] > rank
