@@ -87,10 +87,10 @@ def planned_targets(model: nn.Module, plan: CompressionPlan) -> dict[str, Target
             modules = {clean_name(name): module for name, module in model.named_modules()}
             have = view.module if view is not None else modules.get(cut.name)
             found = "nothing" if have is None else f"a {type(have).__name__}({have.extra_repr()})"
-            cut_before = "" if cut.was is None else f" that has been cut to rank {cut.was}"
+            size = f"{cut.out_features}x{cut.in_features}" + ("" if cut.was is None else f" (cut to rank {cut.was})")
             raise PlanError(
-                f"Layer {cut.name!r}: the plan expects a {cut.out_features}x{cut.in_features} weight{cut_before}, the "
-                f"model has {found}. Make the plan for this very model, before any surgery."
+                f"Layer {cut.name!r}: the plan expects a {size} weight, the model has "
+                f"{found}. Make the plan for this very model, before any surgery."
             )
     return {cut.name: views[cut.name] for cut in plan.layers}
 
