@@ -37,6 +37,7 @@ FLOORS = [
         "report": "what happened: numbers, figures, pages",
         "surgery": "the change of a model and its optimizers",
         "refinement": "training of a cut model toward the dense one",
+        "distillation": "the dense model as teacher beside the steps of a training",
     },
     {
         "sites": "where a model can live",
@@ -88,7 +89,7 @@ CORE = {"torch", "lightning", "torchmetrics", "lightning_prehab"}
 LONGEST = 450
 #: The steps of the road, by what does them. Each has one caller, in this order: the road, a site, or a room of its own.
 STEPS = {
-    "check_recipe": {"road.py", "callbacks/compression.py"},  # the callback asks before it trains too
+    "check_recipe": {"road.py", "callbacks/_ready.py"},  # the callback asks before it trains too
     "usable_targets": {"road.py"},
     "choose_forms": {"road.py", "plan/ranks.py"},
     "plan_ranks": {"road.py"},

@@ -14,6 +14,7 @@ NAMES = {
     "EffectiveRank",
     "EffectiveRankMetric",
     "EnergyThreshold",
+    "FactorTraining",
     "FisherSVD",
     "KroneckerSVD",
     "LayerPlan",
@@ -38,6 +39,7 @@ NAMES = {
     "RankRatio",
     "Recipe",
     "Refinement",
+    "RehabDistillation",
     "RehabSchedule",
     "SpectralWeightDecay",
     "StableRank",
@@ -88,6 +90,7 @@ def test_signatures_of_the_callbacks():
         "strength_share",
         "update_steps",
         "forecast_every_n_steps",
+        "self_distillation",
     ]
     assert arguments(lp.CompressionCallback) == [
         "epoch",
@@ -104,7 +107,41 @@ def test_signatures_of_the_callbacks():
         "split_fused",
         "layout",
     ]
-    assert arguments(lp.RehabSchedule) == ["warmup_steps", "warmup_epochs", "start_factor", "peak_factor", "shape"]
+    assert arguments(lp.FactorTraining) == [
+        "product_decay",
+        "decay_form",
+        "rebalance_every",
+        "rate_A",
+        "rate_B",
+        "alternate",
+        "train",
+    ]
+    assert arguments(lp.RehabSchedule) == [
+        "warmup_steps",
+        "warmup_epochs",
+        "start_factor",
+        "peak_factor",
+        "shape",
+        "end_factor",
+        "decay_steps",
+        "decay_epochs",
+        "group_factors",
+    ]
+    assert arguments(lp.RehabDistillation) == [
+        "strength",
+        "task_strength",
+        "form",
+        "temperature",
+        "fade_steps",
+        "fade_epochs",
+        "shape",
+        "teacher",
+        "module",
+        "forward",
+        "feature_modules",
+        "precision",
+        "device",
+    ]
 
 
 def test_defaults_are_what_the_documentation_says():

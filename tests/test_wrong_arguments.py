@@ -23,7 +23,7 @@ def all_kinds():
     """What people make with settings: callbacks, the recipe, and everything on the shelves."""
     public = [getattr(lp, name) for name in lp.__all__]
     shelves = (Factorization, RankPolicy, Penalty, Shrinkage)
-    callbacks = (lp.CompressionCallback, lp.PrehabCallback, lp.RehabSchedule)
+    callbacks = (lp.CompressionCallback, lp.PrehabCallback, lp.RehabSchedule, lp.FactorTraining)
     return [
         kind
         for kind in public
@@ -132,18 +132,21 @@ def test_what_people_write_and_are_told(what):
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_second_cut(whole):
-    """Refused as such; possible by way of the dense layers."""
+    """Deeper than the first, or refused; another one by way of the dense layers."""
     net = model()
     lp.compress_(net, 0.6, batches(), target_modules=None if whole else ["0"])
     before = {name: value.clone() for name, value in net.state_dict().items()}
     with pytest.raises(TargetError, match=r"is compressed already \(low-rank layers: .*to_dense_\(model\) first"):
-        lp.compress_(net, 0.3, batches())
+        lp.compress_(net, 0.9, batches())
+    with pytest.raises(TargetError, match=r"is compressed already \(low-rank layers: 1, the first '0'\)"):
+        lp.compress_(net, 0.6, batches(), target_modules=["0"])
     with pytest.raises(TargetError, match="Layer '0' .LowRankLinear. cannot be cut: it is low-rank already; to_dense_"):
-        lp.compress_(net, 0.3, batches(), target_modules=["0"])
+        lp.find_targets(net, ["0"])
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     if not whole:
         assert "low-rank already" in lp.make_plan(lp.find_targets(net), lp.RankRatio(0.5), lp.SVD()).skipped["0"]
         assert lp.compress_(net, 0.5, batches(), target_modules=["2"]).ranks["2"] is not None
+    assert lp.compress_(net, 0.2, batches()).keep <= 0.2
     lp.to_dense_(net)
     report = lp.compress_(net, 0.3, batches())
     assert report.keep <= 0.3

@@ -27,6 +27,7 @@ class ActsAtSteps(OnlyOne):
         self._before_step(trainer, pl_module, optimizer)
 
     def _watch_steps(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._stop_watching()
         manual, before = not pl_module.automatic_optimization, partial(self._before_step, trainer, pl_module)
         self._weight_steps = WeightSteps(trainer.optimizers, manual, before, self._after_step)
 

@@ -16,13 +16,13 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prehab.callbacks._said import say_followed
 from lightning_prehab.errors import CheckpointError
 from lightning_prehab.factorizations import Factorization, Factors
-from lightning_prehab.kinds import MatrixView
+from lightning_prehab.kinds import MatrixView, kind_of
 from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
 from lightning_prehab.statistics.sums import LayerStatistics
-from lightning_prehab.surgery.stored import factors_of_layer, shapes_of, stored_factors
+from lightning_prehab.surgery.stored import factors_of_layer, follower, shapes_of, stored_factors
 from lightning_prehab.surgery.structure import densify_, follow_state_dict_
 from lightning_prehab.targets.find import count_parameters
-from lightning_prehab.targets.locate import Layer, locate
+from lightning_prehab.targets.locate import Layer, locate, low_rank_layers
 from lightning_prehab.targets.names import clean_name, join
 
 
@@ -70,13 +70,13 @@ def _before_load(module: nn.Module, hook: Callable[..., None]) -> RemovableHandl
 def _shell_hook(shell: DenseShell, own: frozenset[str]) -> Callable[..., None]:
     def take_factors(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         shell.loaded = True
-        densify_(module, own)
-        modules = dict(module.named_modules(remove_duplicate=False))
         stored = stored_factors(state_dict, prefix)
+        densify_(module, own | _otherwise(module, stored, state_dict, prefix))
+        modules = dict(module.named_modules(remove_duplicate=False))
         seen: set[int] = set()  # a shared module has its factors under each of its names
         for name, dense in modules.items():
             layer = Layer.at(name, dense, modules)
-            found = factors_of_layer(name, layer, stored) if name else None
+            found = factors_of_layer(name, layer, stored) if name and kind_of(dense) is not None else None
             if found is None:
                 continue
             views, factors = found
@@ -88,6 +88,17 @@ def _shell_hook(shell: DenseShell, own: frozenset[str]) -> Callable[..., None]:
             _put_dense_(state_dict, f"{prefix}{name}.", layer, views, factors)
 
     return take_factors
+
+
+def _otherwise(
+    module: nn.Module, stored: Mapping[str, Factors], state_dict: Mapping[str, Any], prefix: str
+) -> frozenset[str]:
+    """Names of low-rank layers that the state dict holds dense, or with other factors: of before or after a cut."""
+    modules = dict(module.named_modules())
+    layers = [name for name, _ in low_rank_layers(module) if name]
+    return frozenset(
+        clean_name(name) for name in layers if follower(modules, name, stored, state_dict, prefix) is not None
+    )
 
 
 def _put_dense_(

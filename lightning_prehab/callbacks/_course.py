@@ -57,7 +57,7 @@ class CourseNotes:
     def at_the_cut(self, trainer: "pl.Trainer", report: CompressionReport) -> CompressionReport:
         """The report with the course up to now, if there was a prehab; from here on all is counted anew."""
         course = None if self._start is None else PrehabCourse(self._start, self._now(trainer))
-        self._loss, self._count, self._spectra, self._validation = None, 0, {}, {}
+        self._loss, self._count, self._spectra, self._validation, self._start = None, 0, {}, {}, None
         return replace(report, prehab=course)
 
     def at_the_end(self, trainer: "pl.Trainer", report: CompressionReport) -> CompressionReport:

@@ -111,7 +111,7 @@ def choose_targets(
         split = compression is None or compression.recipe.split_fused
         targets = find_targets(pl_module, target_modules, exclude_modules, split_fused=split)
     else:
-        targets = compression.recipe.find_targets(pl_module)
+        targets = compression.recipe.find_targets(pl_module, cut_again=True)
     for name in [name for name, layer in targets.items() if not view_of(layer).parameter.requires_grad]:
         targets.skipped[name] = "its weight is frozen"
         del targets[name]

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 
 from lightning_prehab.callbacks._distributed import gather, together
 from lightning_prehab.callbacks._regularized import RegularizedLayer, matrices, tails_of
+from lightning_prehab.callbacks._trainer import log_number
 from lightning_prehab.callbacks._trial import Trial, where_possible
 from lightning_prehab.statistics.effect import Change, mean_and_error, odd_and_even
 from lightning_prehab.targets.find import Targets
@@ -72,6 +73,25 @@ class Forecast:
         odd, _ = odd_and_even(*zip(*((0.0, odd, -odd) for odd, _ in self._tried), strict=True))
         even, _ = mean_and_error([even for _, even in self._tried])
         return max(odd * math.sqrt(energy) + even * energy, 0.0)
+
+    def log(
+        self, pl_module: "pl.LightningModule", layers: Sequence[RegularizedLayer], last: float | None
+    ) -> float | None:
+        """Logs the share of the energy in the tails, and what :meth:`predict` says, which is returned.
+
+        Args:
+            pl_module: Whose logs these are.
+            layers: Without a target rank among them nothing is logged.
+            last: What is returned then.
+        """
+        share, energy = tails_of(layers)
+        if share is None:
+            return last
+        log_number(pl_module, "prehab/tail_energy", share)
+        found = self.predict(energy)
+        if found is not None:
+            log_number(pl_module, "prehab/forecast", found, prog_bar=True)
+        return found
 
     def follow(
         self,

@@ -86,7 +86,7 @@ def add_to_gradients_(
     mine = [layer for layer in layers if id(layer.parameter) in held and layer.parameter.requires_grad]
     if all(layer.parameter.grad is None for layer in mine):
         return None
-    weights = list({id(layer.parameter): layer.parameter for layer in mine}.values())
+    weights = list({id(one): one for layer in mine for one in layer.parameters if one.requires_grad}.values())
     with torch.enable_grad(), torch.autocast(weights[0].device.type, enabled=False):
         value = penalty(mine)
         if value is None:

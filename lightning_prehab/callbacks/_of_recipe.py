@@ -1,11 +1,10 @@
 """Attributes of a callback that are fields of its recipe."""
 
-from dataclasses import replace
 from typing import Any
 
 
 class OfRecipe:
-    """An attribute of a callback that is a field of its recipe; setting it makes a new recipe."""
+    """An attribute of a callback that is a field of its recipe; setting it makes new recipes for all of its cuts."""
 
     def __init__(self, shown: str = "") -> None:
         self._shown = shown  # what is read instead of the field
@@ -17,4 +16,4 @@ class OfRecipe:
         return self if callback is None else getattr(callback.recipe, self._shown or self._name)
 
     def __set__(self, callback: Any, value: object) -> None:
-        callback.recipe = replace(callback.recipe, **{self._name: value})
+        callback.change_recipes(**{self._name: value})

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from lightning_prehab.callbacks._said import named
 from lightning_prehab.errors import CheckpointError, PrehabError
 from lightning_prehab.kinds import MatrixView, view_of
-from lightning_prehab.linalg.matrices import gram_root, leading_subspace, singular_values, spectral_ranks
+from lightning_prehab.kinds.inside import write_first_
+from lightning_prehab.linalg.matrices import gram_root, leading_subspace, singular_values, spectral_ranks, to_float64
 from lightning_prehab.regularizers import Memory, Metric, Penalty, Shrinkage
 from lightning_prehab.regularizers.metric import Side, project
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
@@ -37,7 +38,12 @@ def space_of(wanted: Wanted) -> Space:
 
 
 class RegularizedLayer:
-    """A target with the metric it is seen in, its target rank and the memory of its regularizer."""
+    """A target with the metric it is seen in, its target rank and the memory of its regularizer.
+
+    A layer that has been cut before, ``W = B A``, is shrunk by its first factor alone. Seen with the metric ``B^T G B``
+    in the place of ``G``, ``A`` has the singular values of ``W``, and what a shrinkage does to it ``B`` carries to
+    ``W``: ``W - eta (W - W_r)`` is ``B (A - eta (A - A_r))``. Nothing is multiplied out. A penalty sees the product.
+    """
 
     def __init__(self, name: str, view: MatrixView, rank: int | None, metric: Metric) -> None:
         self.name = name
@@ -50,6 +56,11 @@ class RegularizedLayer:
     def parameter(self) -> nn.Parameter:
         """What holds the matrix, and perhaps others beside it."""
         return self.view.parameter
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """All that hold the matrix."""
+        return self.view.parameters
 
     @classmethod
     def seen_in(
@@ -91,10 +102,11 @@ class RegularizedLayer:
 
         NaN if the weight is not finite, since this is only shown, and for the share if there is no target rank.
         """
-        weight = self.view.weight.detach()
-        nan = torch.full((), math.nan, device=weight.device)
-        if not bool(torch.isfinite(weight).all()):
+        product = self.view.product()
+        nan = torch.full((), math.nan, device=self.parameter.device)
+        if not all(bool(torch.isfinite(one).all()) for one in self.parameters):
             return nan, nan, nan
+        weight = self.view.weight.detach() if product is None else product.core()[1].to(self.parameter.device)
         values = singular_values(weight)
         energies = values.square()
         share = (
@@ -112,7 +124,8 @@ class RegularizedLayer:
         subspace step: the tail is never underestimated.
         """
         assert self.rank is not None
-        seen = self.metric.view(self.view.weight.detach().float())
+        weight, metric = self._seen(anew=True)
+        seen = metric.view(weight)
         energy = seen.square().sum()
         finite, nan = torch.isfinite(energy), torch.full_like(energy, math.nan)
         rows = seen if seen.shape[0] <= seen.shape[1] else seen.mT
@@ -128,9 +141,11 @@ class RegularizedLayer:
     @torch.no_grad()
     def cut(self) -> Tensor:
         """What a cut to the target rank would add to the matrix, by the directions that :meth:`tail` has found last."""
-        weight = self.view.weight.detach().float()
+        weight, metric = self._seen(anew=True)
         side: Side = "left" if weight.shape[0] <= weight.shape[1] else "right"
-        return project(weight, side, *self.metric.projector(side, self.memory["forecast"])) - weight
+        change = project(weight, side, *metric.projector(side, self.memory["forecast"])) - weight
+        product = self.view.product()
+        return change if product is None else product.b.detach().float() @ change
 
     def penalty(self, regularizer: Penalty) -> Tensor:
         """R(L^T W S) in float32."""
@@ -141,27 +156,51 @@ class RegularizedLayer:
 
     def has_work(self, regularizer: Shrinkage, progress: float) -> bool:
         """Whether the next :meth:`shrink_` has spectral work to do that one process can do for all."""
-        below = self.rank is None or self.rank < min(self.view.shape)
+        size = min(self.view.shape) if self.view.rank is None else self.view.rank
+        below = self.rank is None or self.rank < size
         return below and regularizer.has_work(self.memory, progress, self.rank)
 
     @torch.no_grad()
     def prepare_(self, regularizer: Shrinkage, progress: float) -> None:
         """Does that work; its results are in the memory."""
         try:
-            regularizer.prepare_(self.view.weight.float(), self.rank, self.memory, progress, self.metric)
+            weight, metric = self._seen(anew=True)
+            regularizer.prepare_(weight, self.rank, self.memory, progress, metric)
         except PrehabError as error:
             raise named(error, self.name) from error
 
     @torch.no_grad()
     def shrink_(self, regularizer: Shrinkage, progress: float, lr: float) -> None:
         """Replaces the weight by the shrunk one, in place."""
-        weight = self.view.weight
+        plain = type(regularizer).has_work is Shrinkage.has_work  # it looks at the metric at each call
         try:
-            shrunk = regularizer(weight.float(), self.rank, self.memory, progress, lr, self.metric)
+            weight, metric = self._seen(anew=plain or self.has_work(regularizer, progress))
+            shrunk = regularizer(weight, self.rank, self.memory, progress, lr, metric)
             if shrunk.data_ptr() != weight.data_ptr():
-                self.view.write_(shrunk)
+                self._write_(shrunk)
         except PrehabError as error:
             raise named(error, self.name) from error
+
+    def _seen(self, anew: bool) -> tuple[Tensor, Metric]:
+        """What is shrunk, in float32, and its metric: the matrix, or its first factor.
+
+        Args:
+            anew: The metric of a factor changes with the other one; else that of last time will do.
+        """
+        product = self.view.product()
+        if product is None:
+            return self.view.weight.detach().float(), self.metric
+        if anew or "core" not in self.memory:
+            b = to_float64(product.b)
+            wide = b if self.metric.left is None else to_float64(self.metric.left).to(b.device) @ b
+            self.memory["core"] = gram_root(wide.mT @ wide)[0].to(self.parameter.device, torch.float32)
+        return product.a.detach().float(), Metric(self.memory["core"], self.metric.right)
+
+    def _write_(self, shrunk: Tensor) -> None:
+        if self.view.product() is None:
+            self.view.write_(shrunk)
+        else:
+            write_first_(self.view, shrunk)
 
 
 def matrices(targets: Mapping[str, Target]) -> dict[str, MatrixView]:

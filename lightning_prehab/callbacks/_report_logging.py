@@ -14,17 +14,23 @@ from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.report.figures import to_pixels
 
 
-def log_report(trainer: "pl.Trainer", report: CompressionReport) -> None:
-    """Writes the report to each logger of rank zero; one that fails is named in a warning, and training goes on."""
+def log_report(trainer: "pl.Trainer", report: CompressionReport, number: int = 1) -> None:
+    """Writes the report to each logger of rank zero; one that fails is named in a warning, and training goes on.
+
+    Args:
+        trainer: The Trainer.
+        report: Of a surgery.
+        number: Which one of the run, from 1; files of a run have names of their own from the second on.
+    """
     if not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
-        _try_to_log(logger, trainer.global_step, report)
+        _try_to_log(logger, trainer.global_step, report, number)
 
 
-def _try_to_log(logger: Any, step: int, report: CompressionReport) -> None:
+def _try_to_log(logger: Any, step: int, report: CompressionReport, number: int) -> None:
     try:
-        _log_to(logger, step, report)
+        _log_to(logger, step, report, number)
     except Exception as error:  # a logger's network or disk is no reason to lose the run
         rank_zero_warn(
             f"The compression report could not be written to {type(logger).__name__} "
@@ -32,7 +38,7 @@ def _try_to_log(logger: Any, step: int, report: CompressionReport) -> None:
         )
 
 
-def _log_to(logger: Any, step: int, report: CompressionReport) -> None:
+def _log_to(logger: Any, step: int, report: CompressionReport, number: int) -> None:
     if _offers(logger, "log_text", "log_image"):  # W&B: the logger itself
         table = report.table(every_layer=True)
         columns = [*table.columns, "why"]
@@ -48,9 +54,10 @@ def _log_to(logger: Any, step: int, report: CompressionReport) -> None:
         for name, figure in _figures(report).items():
             experiment.add_figure(f"compression/{name}", figure, step)
     elif _offers(experiment, "log_text", "log_figure") and hasattr(logger, "run_id"):  # MLflow: files of a run
-        experiment.log_text(logger.run_id, f"{report}\n", "compression/report.txt")
+        folder = "compression" if number == 1 else f"compression-{number}"
+        experiment.log_text(logger.run_id, f"{report}\n", f"{folder}/report.txt")
         for name, figure in _figures(report).items():
-            experiment.log_figure(logger.run_id, figure, f"compression/{name}.png")
+            experiment.log_figure(logger.run_id, figure, f"{folder}/{name}.png")
 
 
 def _offers(found: object, *names: str) -> bool:

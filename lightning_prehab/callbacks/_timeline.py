@@ -24,6 +24,8 @@ def end_epoch(trainer: "pl.Trainer", stop_epoch: int | None) -> int | None:
 def check_season(trainer: "pl.Trainer", start_epoch: int) -> None:
     """Raises :class:`ArgumentError` for a regularizer that would begin when its time is over."""
     compression, end = find_callback(trainer, CompressionCallback), end_epoch(trainer, None)
+    if compression is not None and start_epoch < compression.last_epoch:
+        return  # before a later one of several surgeries
     if end is not None and start_epoch >= end and not getattr(trainer, "fast_dev_run", False):
         surgery = compression is not None and compression.epoch == end
         why = f"the surgery is at epoch {end}" if surgery else f"max_epochs is {end}"
@@ -50,7 +52,8 @@ def batches_to_watch(trainer: "pl.Trainer", start_epoch: int, stop_epoch: int | 
     length, end = batches_per_epoch(trainer), end_epoch(trainer, stop_epoch)
     if length is None or end is None:
         return wanted
-    return min(wanted, max((end - start_epoch) * length // 2, 1))
+    start = start_epoch if compression is None else max(start_epoch, compression.began)
+    return min(wanted, max((end - start) * length // 2, 1))
 
 
 def steps_of_epochs(trainer: "pl.Trainer", epochs: float) -> float:
@@ -69,3 +72,32 @@ def steps_of_epochs(trainer: "pl.Trainer", epochs: float) -> float:
         steps += rest * math.ceil(length / scheduler.get_accumulate_grad_batches(epoch))
         epochs, epoch = epochs - rest, epoch + 1
     return steps
+
+
+def rest_of_run(trainer: "pl.Trainer", pl_module: "pl.LightningModule", into_epoch: int = 0) -> dict[str, int]:
+    """What is left until ``max_epochs`` or ``max_steps``; empty if neither tells.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: Its module.
+        into_epoch: Batches of the present epoch that are done.
+
+    Returns:
+        ``{"steps": n}`` of the optimizer. With manual optimization nobody knows when it steps, so batches until
+        ``max_epochs``, and as ``"run"`` steps of all optimizers until ``max_steps``: what comes first is the end.
+    """
+    length, max_epochs = batches_per_epoch(trainer), trainer.max_epochs
+    automatic, found = pl_module.automatic_optimization, {}
+    if max_epochs is not None and max_epochs != -1 and length is not None:
+        epochs = max_epochs - trainer.current_epoch
+        if automatic:
+            found["steps"] = round(steps_of_epochs(trainer, epochs)) - into_epoch // trainer.accumulate_grad_batches
+        else:
+            found["batches"] = epochs * length - into_epoch
+    if trainer.max_steps != -1:
+        rest = trainer.max_steps - trainer.global_step
+        if automatic:
+            found["steps"] = min(rest, found.get("steps", rest))
+        else:
+            found["run"] = rest
+    return found

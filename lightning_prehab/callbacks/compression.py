@@ -1,85 +1,74 @@
 """The surgery, at an epoch boundary of an ordinary training run."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.callbacks._auto_epoch import check_reachable, counts_as_free, is_due, last_possible_epoch
 from lightning_prehab.callbacks._checkpoint import (
     DenseShell,
     check_version,
-    dump_statistics,
     follow_on_load,
     plan_of_factors,
-    restore_statistics_,
 )
 from lightning_prehab.callbacks._course import CourseNotes
+from lightning_prehab.callbacks._cuts import Cut, Epochs, Keeps, cuts_made, number_of, planned_cuts
 from lightning_prehab.callbacks._finetuning import FROZEN, StoredGroups, note_frozen, rename_groups_, unfreeze_
+from lightning_prehab.callbacks._listeners import tell_listeners
 from lightning_prehab.callbacks._neighbours import (
     refuse_averaging,
     refuse_communication_state,
     refuse_finders,
-    refuse_pruning,
 )
 from lightning_prehab.callbacks._of_recipe import OfRecipe
 from lightning_prehab.callbacks._only_one import OnlyOne
 from lightning_prehab.callbacks._own_pass import check_runs_apart
 from lightning_prehab.callbacks._printing import show
+from lightning_prehab.callbacks._ready import check_ready
 from lightning_prehab.callbacks._report_logging import log_report
+from lightning_prehab.callbacks._ride import Ride
 from lightning_prehab.callbacks._said import (
     plain_recipe,
     say_followed,
     say_it_never_came,
-    say_other_settings,
+    say_other_cuts,
+    say_passed_over,
     saying_what_to_do,
 )
 from lightning_prehab.callbacks._showing import showing
 from lightning_prehab.callbacks._site import TrainerSite
 from lightning_prehab.callbacks._trainer import (
     EQUAL,
-    batches_per_epoch,
-    callbacks_of,
     check_launcher,
     check_strategy,
-    loss_scale,
     move_to_front,
     reset_scores_,
-    uses_loss_scaling,
 )
-from lightning_prehab.callbacks._untrained import warn_of_unheld
 from lightning_prehab.compress import make_plan
 from lightning_prehab.documents.checks import check_real, check_whole
-from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import Factorization
-from lightning_prehab.kinds import view_of
 from lightning_prehab.layers.linear import LowRankLayer
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.storage import Layout
-from lightning_prehab.plan.choices import added_parameters
 from lightning_prehab.plan.compression_plan import CompressionPlan
-from lightning_prehab.plan.ranks import check_recipe
 from lightning_prehab.plan.recipe import RankOverride, Recipe
 from lightning_prehab.rank_policies import RankPolicy
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.road import operate
-from lightning_prehab.statistics.collector import MANY_BATCHES, Collector
-from lightning_prehab.statistics.kept import KeptBatches
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 from lightning_prehab.surgery.holders import holders_named_later, names_holders
-from lightning_prehab.surgery.optimizers import check_optimizer
-from lightning_prehab.surgery.pretrained import check_pretrained
 from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.names import Patterns, clean_name
 
 #: Of the state in checkpoints.
 STATE_VERSION = 1
 _ONE_CUT = (
-    "a model is cut once in a run. Keep one of them: rank_overrides gives some layers other ranks than the rest. For a "
-    "second, deeper cut call to_dense_(model) after this run, and train on with a new CompressionCallback."
+    "one callback makes all cuts of a run. For several, each deeper than the one before, give it lists: "
+    "CompressionCallback(epoch=[3, 6], keep=[0.6, 0.4]). rank_overrides gives some layers other ranks than the rest."
 )
 
 
@@ -94,15 +83,20 @@ class CompressionCallback(OnlyOne):
     ``compression/keep`` and ``compression/model_keep`` are logged; TensorBoard, W&B and MLflow get the table and the
     figures too.
 
-    Any callback or the LightningModule may define ``on_surgery(trainer, pl_module, report)``; it is called right after.
+    Any callback or the LightningModule may define ``on_surgery(trainer, pl_module, report)``, which is called right
+    after, and ``on_before_surgery(trainer, pl_module)``, called once the plan is made, before anything is changed.
+
+    Several cuts: ``epoch=[3, 6, 9], keep=[0.6, 0.4, 0.2]``. Layers that are cut already are factorized again, in the
+    metric of then, out of the factors alone; ranks are planned anew each time, and no layer grows.
 
     Args:
         epoch: The surgery happens before the first batch of this epoch (counted from 0). ``"auto"``: at the first epoch
             boundary at which the forecast of a :class:`~lightning_prehab.PrehabCallback` in the loss space is below
-            ``forecast_below``, before the last epoch in any case.
+            ``forecast_below``, before the last epoch in any case. A list: several surgeries; epochs ascend.
         keep: Share of the targets' weight parameters to keep, in ``(0, 1]``: 0.4 keeps 40 %. Without effect if a policy
             is given. Or a whole :class:`~lightning_prehab.Recipe`; those of the other arguments that are its fields are
-            then left out.
+            then left out. A list, of one of them for each epoch: shares descend, each of the dense weights; a policy
+            gets each of them as its ``keep``.
         policy: Rank policy; None means one global :class:`~lightning_prehab.ParameterBudget` for factorizations whose
             spectra compare between layers (the default one), :class:`~lightning_prehab.RankRatio` for the others.
         factorization: How factors are computed; None means :class:`~lightning_prehab.KroneckerSVD`.
@@ -124,8 +118,10 @@ class CompressionCallback(OnlyOne):
             fewer numbers, which are then trained on as they are; see :class:`~lightning_prehab.Recipe`.
 
     Attributes:
-        recipe: What is wished for, as one object.
-        report: The :class:`~lightning_prehab.CompressionReport` once the surgery is done, else None.
+        epoch: When the next surgery comes; when the last one has come, if there is no next.
+        recipe: What is wished for in it, as one object.
+        reports: The :class:`~lightning_prehab.CompressionReport` of each surgery that is done.
+        report: The last of them, or None.
 
     Raises:
         ArgumentError: If a value is out of range, or ``epoch`` is never reached.
@@ -146,8 +142,8 @@ class CompressionCallback(OnlyOne):
 
     def __init__(
         self,
-        epoch: int | Literal["auto"],
-        keep: float | Recipe = 0.5,
+        epoch: Epochs,
+        keep: Keeps = 0.5,
         *,
         policy: RankPolicy | None = None,
         factorization: Factorization | None = None,
@@ -162,16 +158,14 @@ class CompressionCallback(OnlyOne):
         layout: Layout = "factors",
     ) -> None:
         super().__init__()
-        if epoch != "auto" and (not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0):
-            raise ArgumentError(f"epoch is a whole number that counts from 0, or 'auto', got {epoch!r}.")
         check_real("forecast_below", forecast_below, "(0, inf)")
         check_whole("calibration_batches", calibration_batches, 1)
-        self._auto = epoch == "auto"
-        self.epoch = 0 if isinstance(epoch, str) else epoch  # with "auto" the last possible one, until it is decided
+        self._auto = epoch == "auto"  # the epoch is then the last possible one, until it is decided
         self.forecast_below = forecast_below
-        self.recipe = Recipe.of(
+        self._cuts = planned_cuts(
+            epoch,
             keep,
-            policy=policy,
+            policy,
             factorization=factorization,
             layout=layout,
             target_modules=target_modules,
@@ -182,10 +176,9 @@ class CompressionCallback(OnlyOne):
         )
         self.calibration_batches = calibration_batches
         self.reset_scores = reset_scores
-        self.report: CompressionReport | None = None
-        self._collector: Collector | None = None
-        self._older: dict[str, LayerStatistics] | None = None
-        self._kept = KeptBatches()
+        self.reports: list[CompressionReport] = []
+        self._made = 0  # cuts that are behind
+        self._ride = Ride(calibration_batches)
         self._course = CourseNotes()
         self._restored: dict[str, Any] = {}
         self._frozen: list[str] | None = None  # names, from a checkpoint
@@ -196,8 +189,49 @@ class CompressionCallback(OnlyOne):
 
     @property
     def done(self) -> bool:
-        """Whether the surgery has happened."""
-        return self.report is not None
+        """Whether the surgery has happened; of several the last one."""
+        return self._made == len(self._cuts)
+
+    @property
+    def report(self) -> CompressionReport | None:
+        """That of the last surgery that is done."""
+        return self.reports[-1] if self.reports else None
+
+    @property
+    def epoch(self) -> int:
+        """Of the next surgery, or of the last one."""
+        return self._next.epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._cuts[min(self._made, len(self._cuts) - 1)] = Cut(epoch, self.recipe)
+
+    @property
+    def began(self) -> int:
+        """The epoch that the time before the next surgery has begun with: 0, or that of the surgery before."""
+        return self._cuts[self._made - 1].epoch if self._made else 0
+
+    @property
+    def last_epoch(self) -> int:
+        """Of the last surgery."""
+        return self._cuts[-1].epoch
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the next surgery, or of the last one."""
+        return self._next.recipe
+
+    @recipe.setter
+    def recipe(self, recipe: Recipe) -> None:
+        self._cuts[min(self._made, len(self._cuts) - 1)] = Cut(self.epoch, recipe)
+
+    def change_recipes(self, **changes: object) -> None:
+        """Gives the recipes of all surgeries other values in some fields."""
+        self._cuts = [Cut(epoch, replace(recipe, **changes)) for epoch, recipe in self._cuts]  # type: ignore[arg-type]
+
+    @property
+    def _next(self) -> Cut:
+        return self._cuts[min(self._made, len(self._cuts) - 1)]
 
     def make_plan(self, targets: Targets, statistics: Mapping[str, LayerStatistics] | None) -> CompressionPlan:
         """What the surgery would do, given these statistics.
@@ -215,19 +249,20 @@ class CompressionCallback(OnlyOne):
         self.refuse_others(trainer, CompressionCallback, _ONE_CUT)
         check_strategy(trainer, self)
         check_launcher(trainer, self)
-        check_runs_apart(self.policy, pl_module)
-        if self._auto:
-            self.epoch = last_possible_epoch(trainer, self)
-        check_reachable(trainer, self.epoch)
+        for cut in self._cuts:
+            check_runs_apart(cut.recipe.policy_or_default, pl_module)
         refuse_averaging(trainer)
         refuse_communication_state(trainer)
-        cuts = [] if self.report is None else [name for name, rank in self.report.ranks.items() if rank is not None]
+        cuts = [name for report in self.reports for name, rank in report.ranks.items() if rank is not None]
         modules = {clean_name(name): module for name, module in pl_module.named_modules()}
         if not all(isinstance(modules.get(name), LowRankLayer) for name in cuts):
-            self.report, cuts = None, []  # another module, or one that has followed a dense checkpoint since
-        self._stop_collecting()
-        self._restored, self._world_size, self._older, self._frozen = {}, trainer.world_size, None, None
-        self._kept, self._name_holders, self._course = KeptBatches(), None, CourseNotes()
+            self.reports, self._made, cuts = [], 0, []  # another module, or one that follows a dense checkpoint since
+        if self._auto:
+            self.epoch = last_possible_epoch(trainer, self)
+        check_reachable(trainer, self.last_epoch)
+        self._ride.forget()
+        self._restored, self._world_size, self._frozen = {}, trainer.world_size, None
+        self._name_holders, self._course = None, CourseNotes()
         self._shell = DenseShell(pl_module, cuts)
         move_to_front(trainer, self)  # others then see the compressed model from its first epoch on
 
@@ -237,40 +272,25 @@ class CompressionCallback(OnlyOne):
         loaded, before, factors = self._shell.loaded, self._shell.parameters, self._shell.close()
         self._shell = None
         if loaded:
-            self.report = None
+            self.reports, self._made = [], 0
         if factors:
             refuse_finders(trainer)
             with holders_named_later() as self._name_holders:
-                self._replay(trainer, pl_module, factors)
+                self._remember(self._replay(trainer, pl_module, factors))
+        elif loaded:
+            self._remember(None)
         if loaded:
             say_followed(pl_module, before, self.report.keep if self.report and self._restored.get("report") else None)
         if self._restored:
-            say_other_settings(self._restored, self.recipe, None if self._auto else self.epoch)
+            say_other_cuts(self._restored, self._cuts, with_epochs=not self._auto)
         unfreeze_(trainer, pl_module, self._frozen)
         self._frozen = None
-        targets = None if self.done else self.recipe.find_targets(pl_module)
-        refuse_pruning(trainer, pl_module, [view_of(target).parameter for target in (targets or {}).values()])
-        if targets is not None:
-            check_recipe(self.recipe, targets)
-            check_pretrained(pl_module, (view_of(target).module for target in targets.values()))
-            warn_of_unheld(trainer, targets)
-            split = [
-                view_of(t).parameter
-                for t in targets.values()
-                if added_parameters(t, self.recipe.factorization_or_default)
-            ]
-            weights = [view_of(t).parameter for t in targets.values()]
-            for optimizer in trainer.optimizers:
-                check_optimizer(optimizer, split, weights)
+        check_ready(trainer, pl_module, self._cuts[self._made :])
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Operates at epoch 0, and on a resume that enters an epoch without its start hook."""
         if not self.done and self._fits(self._restored):
-            self._collector = self._new_collector(trainer, pl_module)
-            restore_statistics_(self._collector.statistics, self._restored["statistics"], trainer.global_rank)
-            if self._restored["older"]:
-                self._older = self._new_collector(trainer, pl_module, attach=False).statistics
-                restore_statistics_(self._older, self._restored["older"], trainer.global_rank)
+            self._ride.load_state_dict(trainer, pl_module, self.recipe, self._restored)
         self._restored = {}
         self._operate_if_due(trainer, pl_module)
 
@@ -288,32 +308,19 @@ class CompressionCallback(OnlyOne):
         undecided = self._auto and not self.done and is_due(trainer, batch_idx, self.calibration_batches)
         if undecided and counts_as_free(trainer, pl_module, self.forecast_below, batch, batch_idx):
             self.epoch = min(self.epoch, trainer.current_epoch + 1)
-        if self.done or trainer.current_epoch != self.epoch - 1 or not any(self.recipe.wanted):
-            return
-        length = batches_per_epoch(trainer)
-        if length is not None and batch_idx < length - self.calibration_batches:
-            return
-        if self._collector is not None and length is None and batch_idx % self.calibration_batches == 0:
-            self._older = self._stop_collecting()  # unknown length: the last full window and the running one
-        if self._collector is None:
-            self._collector = self._new_collector(trainer, pl_module)
-        first = 0 if length is None else max(length - self.calibration_batches, 0)
-        self._collector.begin_batch(batch, batch_idx - first)
-        if self.recipe.factorization_or_default.comparable:
-            self._kept.keep(batch, batch_idx)
+        if not self.done and trainer.current_epoch == self.epoch - 1 and any(self.recipe.wanted):
+            self._ride.begin_batch(trainer, pl_module, self.recipe, batch, batch_idx)
 
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: torch.Tensor) -> None:
         """Notes the scale of this loss, to take it out of the gradients again."""
-        if self._collector is not None:
-            self._collector.loss_scale = loss_scale(trainer)
+        self._ride.note_loss_scale(trainer)
 
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stops counting, so that validation batches are not counted."""
         self._course.note_loss(trainer, outputs)
-        if self._collector is not None:
-            self._collector.end_batch()
+        self._ride.end_batch()
 
     def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Notes what was logged, for the report."""
@@ -321,16 +328,14 @@ class CompressionCallback(OnlyOne):
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Completes the report; takes the hooks off if training ended before the surgery."""
-        self._stop_collecting()
-        if self.report is not None:
-            self.report = self._course.at_the_end(trainer, self.report)
+        self._ride.stop()
+        self._end_course(trainer)
         if not self.done:
-            say_it_never_came(trainer, self.epoch)
+            say_it_never_came(trainer, self.epoch, number_of(self._made + 1, len(self._cuts)) if self._made else "")
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Takes the hooks off; what was collected stays for a checkpoint that is written now."""
-        if self._collector is not None:
-            self._collector.detach()
+        self._ride.detach()
         self._close()
 
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -339,15 +344,16 @@ class CompressionCallback(OnlyOne):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the report, and the sums that were being collected; plain data only."""
-        collecting = None if self._collector is None else self._collector.statistics
         return {
             "version": STATE_VERSION,
             "report": None if self.report is None else self.report.to_dict(),
+            "reports": [report.to_dict() for report in self.reports],
+            "made": self._made,
             "epoch": self.epoch,
             "recipe": plain_recipe(self.recipe),
+            "cuts": [{"epoch": cut.epoch, "recipe": plain_recipe(cut.recipe)} for cut in self._cuts],
             "wanted": list(self.recipe.wanted),
-            "statistics": dump_statistics(collecting, self._world_size),
-            "older": dump_statistics(self._older, self._world_size),
+            **self._ride.state_dict(self._world_size),
             "course": self._course.state_dict(),
         }
 
@@ -380,71 +386,62 @@ class CompressionCallback(OnlyOne):
             and Wanted(*state["wanted"]) == self.recipe.wanted
         )
 
-    def _replay(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", factors: Mapping[str, Factors]) -> None:
+    def _replay(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", factors: Mapping[str, Factors]
+    ) -> CompressionReport:
         """The same edits of modules and optimizers, with stored factors; nobody is told, since it is no new surgery."""
         method = self.recipe.factorization_or_default
         site = TrainerSite(trainer, pl_module, self.calibration_batches)
         groups = StoredGroups(trainer, pl_module)
         report = site.swap(plan_of_factors(pl_module, factors, method), factors)
         groups.complete_()
-        stored = self._restored.get("report")
-        self.report = report if stored is None else CompressionReport.from_dict(stored, method)
+        return report
+
+    def _remember(self, replayed: CompressionReport | None) -> None:
+        """Takes over what the checkpoint says of the surgeries that are done; of weights alone, what they show."""
+        stored, method = self._restored.get("report"), self.recipe.factorization_or_default
+        known = self._restored.get("reports") or ([] if stored is None else [stored])  # older files hold the last alone
+        self.reports = [CompressionReport.from_dict(one, method) for one in known]
+        if replayed is not None and not known:
+            self.reports, self._made = [replayed], cuts_made(self._cuts, replayed)
+        else:
+            self._made = min(self._restored.get("made", len(known)), len(self._cuts))
 
     def _close(self) -> None:
-        self._kept = KeptBatches()
+        self._ride.let_go()
         if self._shell is not None:
             self._shell.close()
         if self._following is not None:
             self._following.remove()
         self._shell = self._following = None
 
-    def _new_collector(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", attach: bool = True) -> Collector:
-        targets = self.recipe.find_targets(pl_module)
-        collector = Collector(
-            targets,
-            self.recipe.wanted,
-            drop_overflow=uses_loss_scaling(trainer),
-            batches=min(self.calibration_batches, batches_per_epoch(trainer) or MANY_BATCHES - 1),  # none is left out
-        )
-        if attach:
-            collector.attach()
-            megabytes = collector.memory() / 1e6
-            rank_zero_info(f"Calibration of {len(targets)} layers: at most {megabytes:.1f} MB of sums.")
-        return collector
-
     def _operate_if_due(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if not self.done and trainer.current_epoch >= self.epoch:
+        due = sum(trainer.current_epoch >= cut.epoch for cut in self._cuts[self._made :])
+        if due > 1:
+            say_passed_over([cut.epoch for cut in self._cuts[self._made : self._made + due]])
+        self._made += max(due - 1, 0)
+        if due:
             self._operate(trainer, pl_module)
 
     @names_holders
     def _operate(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        kept, self._kept = self._kept, KeptBatches()
-        site = TrainerSite(trainer, pl_module, self.calibration_batches, self._take_statistics(), kept)
+        site = TrainerSite(trainer, pl_module, self.calibration_batches, *self._ride.take(), announced=True)
         with showing(trainer), saying_what_to_do():
-            report = self.report = self._course.at_the_cut(trainer, operate(self.recipe, site))
+            report = operate(self.recipe, site)
+        self._end_course(trainer)
+        report = self._course.at_the_cut(trainer, report.with_note(number_of(self._made + 1, len(self._cuts))))
+        self.reports.append(report)
+        self._made += 1
         rename_groups_(trainer, pl_module)
         if self.reset_scores:
             reset_scores_(trainer)
         show(pl_module, report)
         shares = {"compression/keep": report.keep, "compression/model_keep": report.model_keep}
         pl_module.log_dict(shares, batch_size=1, **EQUAL)
-        log_report(trainer, report)
-        for listener in (*callbacks_of(trainer), pl_module):
-            on_surgery = getattr(listener, "on_surgery", None)
-            if callable(on_surgery):
-                on_surgery(trainer, pl_module, report)
+        log_report(trainer, report, self._made)
+        tell_listeners(trainer, pl_module, "on_surgery", report)
 
-    def _take_statistics(self) -> dict[str, LayerStatistics] | None:
-        """What the ride on training steps has collected, of this process alone; None without a ride."""
-        statistics, older = self._stop_collecting(), self._older
-        self._older = None
-        if statistics is not None and older is not None:
-            statistics = {name: layer.merge_(older[name]) for name, layer in statistics.items()}
-        return statistics
-
-    def _stop_collecting(self) -> dict[str, LayerStatistics] | None:
-        collector, self._collector = self._collector, None
-        if collector is None:
-            return None
-        collector.detach()
-        return collector.statistics
+    def _end_course(self, trainer: "pl.Trainer") -> None:
+        """Completes the last report: the time after its surgery is over."""
+        if self.reports:
+            self.reports[-1] = self._course.at_the_end(trainer, self.reports[-1])

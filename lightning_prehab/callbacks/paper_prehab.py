@@ -1,6 +1,6 @@
 """The recipe of "Low-Rank Prehab" as its authors published it, to compare with."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor
 from lightning_prehab.callbacks._regularized import RegularizedLayer
 from lightning_prehab.callbacks._schedules import exponential_ramp
 from lightning_prehab.callbacks.prehab import PrehabCallback
-from lightning_prehab.errors import ArgumentError
+from lightning_prehab.errors import ArgumentError, UnsupportedError
+from lightning_prehab.kinds import view_of
 from lightning_prehab.regularizers import NuclearNorm, StableRank
 from lightning_prehab.targets.names import Patterns
 
@@ -38,7 +39,7 @@ class PaperPrehab(PrehabCallback):
     Args:
         objective: ``"stable_rank"`` (language models) or ``"nuclear_norm"`` (vision transformers, not normalized).
         start_epoch: First epoch with the penalty, counted from 0.
-        stop_epoch: First epoch without it; None means the surgery, or the end.
+        stop_epoch: First epoch without it; None means the surgery (of several the first one), or the end.
         target_modules: Names or fnmatch patterns; None means the targets of the CompressionCallback.
         exclude_modules: Names or fnmatch patterns of layers to leave out.
 
@@ -52,6 +53,8 @@ class PaperPrehab(PrehabCallback):
 
         trainer = L.Trainer(max_epochs=12, callbacks=[PaperPrehab(), CompressionCallback(epoch=6, keep=0.4)])
     """
+
+    goes_on: ClassVar[bool] = False  # the paper has one cut
 
     def __init__(
         self,
@@ -76,6 +79,15 @@ class PaperPrehab(PrehabCallback):
             update_steps=0,
         )
         self.objective: Objective = objective
+
+    def _look(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        super()._look(trainer, pl_module)
+        cut = [name for name, target in (self._targets or {}).items() if view_of(target).rank is not None]
+        if cut:
+            raise UnsupportedError(
+                f"PaperPrehab steps dense weights, and {cut[0]!r} has been cut already. Use PrehabCallback, or leave "
+                "such layers out with exclude_modules."
+            )
 
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int

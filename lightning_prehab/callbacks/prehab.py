@@ -1,6 +1,5 @@
 """A spectral regularizer in an ordinary training run, until the surgery."""
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,7 +15,6 @@ from lightning_prehab.callbacks._arguments import (
     check_when_and_where,
     default_strength,
 )
-from lightning_prehab.callbacks._at_steps import ActsAtSteps
 from lightning_prehab.callbacks._checkpoint import check_version
 from lightning_prehab.callbacks._course import note_spectra, note_start
 from lightning_prehab.callbacks._decisions import (
@@ -34,10 +32,12 @@ from lightning_prehab.callbacks._decisions import (
 from lightning_prehab.callbacks._forecast import Forecast
 from lightning_prehab.callbacks._injection import add_to_gradients_, add_to_loss_, penalty_of
 from lightning_prehab.callbacks._preparation import Preparation
-from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, matrices, restore_layers, tails_of
+from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, matrices, restore_layers
 from lightning_prehab.callbacks._schedules import ramp
+from lightning_prehab.callbacks._seasons import ActsInSeason
+from lightning_prehab.callbacks._self_distillation import put_beside
 from lightning_prehab.callbacks._shared_work import complete_memories_, own_part, shrink_together_
-from lightning_prehab.callbacks._timeline import batches_to_watch, check_season, remaining_batches
+from lightning_prehab.callbacks._timeline import batches_to_watch, check_season
 from lightning_prehab.callbacks._trainer import (
     EQUAL,
     check_strategy,
@@ -48,6 +48,7 @@ from lightning_prehab.callbacks._trainer import (
     loss_scale,
 )
 from lightning_prehab.callbacks.compression import CompressionCallback
+from lightning_prehab.documents.checks import check_real
 from lightning_prehab.regularizers import GradientRatio, Penalty, Shrinkage
 from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.forms import in_all_forms
@@ -59,7 +60,7 @@ STATE_VERSION = 1
 LAST_UPDATE = 0.3
 
 
-class PrehabCallback(ActsAtSteps):
+class PrehabCallback(ActsInSeason):
     """Regularizes the spectra of the weights in training, so that they lose little when they are cut.
 
     With a penalty, total loss = task loss + ``strength(t)`` x mean over the targets of ``R(M)``, where ``M`` is the
@@ -67,7 +68,7 @@ class PrehabCallback(ActsAtSteps):
     precision, gradient accumulation, clipping and strategy. The loss that the user logs is untouched. With a shrinkage,
     the weights are changed after each optimizer step instead, and nothing is added to the loss. With a
     :class:`~lightning_prehab.CompressionCallback` beside it, the regularizer stops at the surgery by itself, acts on
-    the same targets (those with a trainable weight), and aims at the planned ranks.
+    the same targets (those with a trainable weight), and aims at the planned ranks; of several surgeries at each.
 
     Logged: ``prehab/penalty`` (mean of R) and ``prehab/strength``, or ``prehab/progress`` for a shrinkage; every
     ``forecast_every_n_steps`` steps, where target ranks are known, ``prehab/tail_energy`` (share of the energy that the
@@ -108,6 +109,9 @@ class PrehabCallback(ActsAtSteps):
             and smoothed.
         update_steps: Optimizer steps after which statistics, metric and planned ranks are taken anew; 0 means never.
         forecast_every_n_steps: Optimizer steps between two forecasts; 0 means none.
+        self_distillation: Factor on the distance to the model from before prehab, which is then kept as a teacher, in
+            memory and in checkpoints, up to the cut: see :class:`~lightning_prehab.RehabDistillation`. 0 means none.
+            Logged as ``prehab/distillation``.
 
     Attributes:
         forecast: The last ``prehab/forecast``, or None.
@@ -143,6 +147,7 @@ class PrehabCallback(ActsAtSteps):
         strength_share: float | None = None,
         update_steps: int = 200,
         forecast_every_n_steps: int = 50,
+        self_distillation: float = 0.0,
     ) -> None:
         super().__init__()
         penalty = strength, strength_share, ramp_steps, every_n_steps, injection
@@ -162,20 +167,25 @@ class PrehabCallback(ActsAtSteps):
         self.target_modules, self.exclude_modules = target_modules, exclude_modules
         self.strength_share = strength_share
         self.update_steps, self.forecast_every_n_steps = update_steps, forecast_every_n_steps
+        check_real("self_distillation", self_distillation, "[0, inf)")
+        self.self_distillation = self_distillation
         self._preparation: Preparation | None = None
         self._start_anew()
 
     def _start_anew(self) -> None:
         """Forgets what an earlier fit has left, that of another module perhaps."""
         self._release()
+        self._begin_count()
+        self._into_loss = True
+        self._world_size, self._global_rank = 1, 0
+
+    def _begin_count(self) -> None:
         self.forecast: float | None = None
         self._ratio = None if self.strength_share is None else GradientRatio(self.strength_share)
         self._steps = 0  # batches with an optimizer step, since the regularizer is ready
         self._planned_at = 0  # the value of _steps when the ranks were planned
         self._span: int | None = None  # batches from there to the end, when the regularizer became ready
-        self._into_loss = True
         self._restored: dict[str, Any] = {}
-        self._world_size, self._global_rank = 1, 0
 
     def _release(self) -> None:
         """Lets go of the model and of the optimizers."""
@@ -216,19 +226,22 @@ class PrehabCallback(ActsAtSteps):
         self.strength = default_strength(self.regularizer) if self._open else self.strength
         self.space = choose_space(self._asked_space, self.regularizer, compression)
         check_target_rank(self.regularizer, compression)
+        put_beside(trainer, self.self_distillation, self._in_season)
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Finds the targets and decides where to inject."""
+        if not self._is_over(trainer):
+            check_season(trainer, self.start_epoch)
+            self._look(trainer, pl_module)
+        if self._restored and self._targets is not None:
+            self._restore()
+
+    def _look(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         compression = find_callback(trainer, CompressionCallback)
-        if compression is not None and compression.done:
-            return
-        check_season(trainer, self.start_epoch)
         self._targets = choose_targets(pl_module, compression, self.target_modules, self.exclude_modules)
         source = self._rank_source(trainer)
-        self._planned = None if source is None else source.recipe.find_targets(pl_module)
+        self._planned = None if source is None else source.recipe.find_targets(pl_module, cut_again=True)
         self._into_loss = injects_into_loss(trainer, pl_module, self.regularizer, self.injection, self.strength_share)
-        if self._restored:
-            self._restore()
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Watches the optimizers, and goes on with a preparation that was under way."""
@@ -286,7 +299,7 @@ class PrehabCallback(ActsAtSteps):
             self._steps += stepped
             every = self.forecast_every_n_steps
             if (stepped or last) and every > 0 and (last or self._steps % every == 0):
-                self._log_forecast(pl_module)
+                self.forecast = self._outlook.log(pl_module, self._layers, self.forecast)
         if self._preparation is not None:
             self._preparation.end_batch()
             if self._preparation.is_complete and closes_window(trainer, batch_idx):
@@ -301,11 +314,12 @@ class PrehabCallback(ActsAtSteps):
         pl_module.log_dict(note_spectra(trainer, self._layers), batch_size=1, **EQUAL)
 
     def on_surgery(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", report: Any) -> None:
-        """The work is done; lets go of the dense layers, and takes the forecast out of the progress bar."""
+        """The work is done, until the next surgery; lets go of the layers, and takes the forecast out of the bar."""
         trainer.progress_bar_metrics.pop("prehab/forecast", None)
         if self._preparation is not None and not self._ready:
             self._preparation.warn_of_lost_time()
         self._release()
+        self._go_on(trainer, pl_module, report)
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Takes the hooks off, as the surgery does."""
@@ -351,9 +365,6 @@ class PrehabCallback(ActsAtSteps):
         if self._ratio is not None and state["ratio"] is not None:
             self._ratio.load_state_dict(state["ratio"])
         self._layers = restore_layers(matrices(in_all_forms(self._targets)), state["layers"])
-
-    def _in_season(self, trainer: "pl.Trainer") -> bool:
-        return self.start_epoch <= trainer.current_epoch < (math.inf if self.stop_epoch is None else self.stop_epoch)
 
     def _acts(self, trainer: "pl.Trainer") -> bool:
         """Whether a penalty is due at this step."""
@@ -401,17 +412,6 @@ class PrehabCallback(ActsAtSteps):
         progress = 1.0 - remaining / max(self._span or 0, 1)  # exactly 1 at the last batch
         log_number(pl_module, "prehab/progress", progress)
         shrink_together_(trainer, self._layers, self.regularizer, progress, self._weight_steps.rates)
-
-    def _remaining(self, trainer: "pl.Trainer", batch_idx: int) -> int | None:
-        return remaining_batches(trainer, self.stop_epoch, batch_idx)
-
-    def _log_forecast(self, pl_module: "pl.LightningModule") -> None:
-        share, energy = tails_of(self._layers)
-        if share is not None:
-            log_number(pl_module, "prehab/tail_energy", share)
-            self.forecast = self._outlook.predict(energy)
-            if self.forecast is not None:
-                log_number(pl_module, "prehab/forecast", self.forecast, prog_bar=True)
 
     def _rank_source(self, trainer: "pl.Trainer") -> CompressionCallback | None:
         compression = find_callback(trainer, CompressionCallback)

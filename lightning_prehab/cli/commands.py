@@ -64,7 +64,7 @@ def plan(settings: Any) -> None:
     settle_data(settings, recipes[0])
     check_data(recipes[0], settings)
     files = None if settings.output is None else PlanFiles(settings.output, keeps, settings.force)
-    model, batches = _inputs(settings)
+    model, batches = _inputs(settings, cut=True)
     batches, measured = read_evaluation(settings, batches)  # the calibration sees what that of compress would
     batches = with_own_text(model, batches, settings)
     given = {"layers_at_once": settings.layers_at_once, "evaluate": None if measured is None else measured.evaluation()}
@@ -100,7 +100,7 @@ def compress(settings: Any) -> None:
         )
     if isinstance(wish, Recipe):
         check_data(wish, settings)
-    model, batches = _inputs(settings)
+    model, batches = _inputs(settings, cut=True)
     batches, measured = read_evaluation(settings, batches)
     batches = with_own_text(model, batches, settings)
     before = megabytes(model)
@@ -184,10 +184,10 @@ def _note_what_is_not_known(settings: Any, plan: CompressionPlan, measured: Meas
         note(f"not measured: fewer than {FEWEST_ROWS} rows of --data; --evaluate FILE says what the model is worth.")
 
 
-def _inputs(settings: Any) -> tuple[nn.Module, Batches | None]:
+def _inputs(settings: Any, *, cut: bool = False) -> tuple[nn.Module, Batches | None]:
     with shown(), doing("read"):
         try:
-            model = load_model(settings.source, settings.model).to(settings.device)
+            model = load_model(settings.source, settings.model, cut=cut).to(settings.device)
         except (RuntimeError, AssertionError) as error:
             if isinstance(error, PrehabError):
                 raise

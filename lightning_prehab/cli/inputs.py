@@ -25,8 +25,13 @@ Batches = list[Any]
 _FILES = (".ckpt", ".pt", ".pth", ".safetensors", ".gguf", ".json")
 
 
-def load_model(source: str, class_path: str | None) -> nn.Module:
+def load_model(source: str, class_path: str | None, *, cut: bool = False) -> nn.Module:
     """The dense model of a Hugging Face folder, or of a Lightning checkpoint and its class; on the CPU, in eval mode.
+
+    Args:
+        source: The folder or the file.
+        class_path: Of the class in the file.
+        cut: It may be compressed already, for a deeper cut.
 
     Raises:
         ArgumentError: If there is no such model, or it is compressed already.
@@ -36,7 +41,7 @@ def load_model(source: str, class_path: str | None) -> nn.Module:
     if path.is_dir():
         if class_path is not None:
             raise ArgumentError(f"--model is for a checkpoint file; {path} is a folder, leave it out.")
-        if is_compressed(path):
+        if is_compressed(path) and not (cut and (path / "config.json").is_file()):
             raise _compressed_already(source)
         model = _hugging_face_model(path)
     elif not path.is_file():
@@ -52,7 +57,7 @@ def load_model(source: str, class_path: str | None) -> nn.Module:
         raise ArgumentError(f"{path} is a file; for a Lightning checkpoint give --model some.module.ClassName.")
     else:
         model = _lightning_model(path, class_path)
-    if any(isinstance(module, LowRankLayer) for module in model.modules()):
+    if not cut and any(isinstance(module, LowRankLayer) for module in model.modules()):
         raise _compressed_already(source)
     return model.eval()
 
@@ -84,8 +89,8 @@ def check_compressed(folder: Path) -> None:
 
 def _compressed_already(source: str) -> ArgumentError:
     return ArgumentError(
-        f"{source} is compressed already: give the dense model that it was made of, with another --keep. "
-        "(What is still dense in it can be cut in Python, with compress_.)"
+        f"{source} is compressed already: give the dense model that it was made of, with another --keep. (A folder "
+        "with a config.json, and a checkpoint, can be cut deeper: compress with a smaller --keep.)"
     )
 
 

@@ -14,6 +14,7 @@ from lightning_prehab.errors import StatisticsError
 from lightning_prehab.linalg.decomposition import BATCH_ENTRIES, WeightedSVD, decompose_many
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.matrices import singular_values
+from lightning_prehab.linalg.products import Product, ProductSVD, decompose_product
 from lightning_prehab.progress import counted, tell
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 
@@ -100,6 +101,10 @@ class Factorization(ABC):
             for weight, statistics in counted(items, "decompose")
         ]
 
+    def decompose_product(self, product: Product, statistics: LayerStatistics | None) -> Decomposition:
+        """Decomposes a weight that is a product of factors; methods that need not multiply it out override this."""
+        return self.decompose([(product.dense(), statistics)])[0]
+
 
 @dataclass(frozen=True)
 class MetricFactorization(Factorization):
@@ -119,12 +124,27 @@ class MetricFactorization(Factorization):
 
     def decompose(self, items: Sequence[tuple[Tensor, LayerStatistics | None]]) -> list[Decomposition]:
         """One eigenproblem for each weight, those of one size batched."""
-        own = type(self)
-        if own.__call__ is not MetricFactorization.__call__ or own.spectrum is not MetricFactorization.spectrum:
-            return super().decompose(items)  # a subclass does it its own way
+        if self._goes_its_own_way():
+            return super().decompose(items)
         return self._solve(items, tell)
 
-    def at_rank(self, svd: WeightedSVD, weight: Tensor, statistics: LayerStatistics) -> Callable[[int], Factors]:
+    def decompose_product(self, product: Product, statistics: LayerStatistics | None) -> Decomposition:
+        """Solves a problem of the size of the inner side of the factors."""
+        if self._goes_its_own_way():
+            return super().decompose_product(product, statistics)
+        known = self.checked(product, statistics)
+        svd = decompose_product(product, *self.metric(known))
+        compact = partial(svd.compact_, dtype=torch.promote_types(product.dtype, torch.float32))
+        return Decomposition(svd.singular_values, self.at_rank(svd, product, known), compact)
+
+    def _goes_its_own_way(self) -> bool:
+        """Whether a subclass decomposes otherwise than by its metric alone."""
+        own = type(self)
+        return own.__call__ is not MetricFactorization.__call__ or own.spectrum is not MetricFactorization.spectrum
+
+    def at_rank(
+        self, svd: WeightedSVD | ProductSVD, weight: Tensor | Product, statistics: LayerStatistics
+    ) -> Callable[[int], Factors]:
         """Rank -> factors; it should hold on to no more of the statistics than it needs."""
         return lambda rank: Factors(*svd.low_rank(rank))
 
@@ -149,7 +169,7 @@ class MetricFactorization(Factorization):
             tell("decompose", len(found), len(checked))
         return found
 
-    def checked(self, weight: Tensor, statistics: LayerStatistics | None) -> LayerStatistics:
+    def checked(self, weight: Tensor | Product, statistics: LayerStatistics | None) -> LayerStatistics:
         """The statistics, which must be there if they are needed, and belong to a weight of this shape."""
         if not self.needs_statistics:
             return LayerStatistics(weight.shape[1], weight.shape[0], device="meta")  # nothing of it is read

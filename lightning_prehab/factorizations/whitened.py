@@ -10,6 +10,7 @@ from lightning_prehab.factorizations.base import MetricFactorization, check_shri
 from lightning_prehab.linalg.decomposition import WeightedSVD
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.matrices import shrink, to_float64
+from lightning_prehab.linalg.products import Product, ProductSVD
 from lightning_prehab.statistics.sums import LayerStatistics
 
 
@@ -48,7 +49,9 @@ class WhitenedSVD(MetricFactorization):
             moment = moment - mean[:, None] * mean[None, :]
         return None, shrink(moment, self.shrinkage)
 
-    def at_rank(self, svd: WeightedSVD, weight: Tensor, statistics: LayerStatistics) -> Callable[[int], Factors]:
+    def at_rank(
+        self, svd: WeightedSVD | ProductSVD, weight: Tensor | Product, statistics: LayerStatistics
+    ) -> Callable[[int], Factors]:
         """Factors with a bias shift if ``centered``."""
         if not self.centered:
             return super().at_rank(svd, weight, statistics)

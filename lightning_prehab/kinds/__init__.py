@@ -7,6 +7,7 @@ from lightning_prehab.kinds.attention import MultiheadAttentionKind
 from lightning_prehab.kinds.base import Kind, MatrixView
 from lightning_prehab.kinds.conv import ConvKind
 from lightning_prehab.kinds.linear import LinearKind
+from lightning_prehab.kinds.low_rank import cut_kind_of
 from lightning_prehab.kinds.transformers_conv1d import Conv1DKind
 
 _kinds: list[Kind] = [LinearKind(), ConvKind(), Conv1DKind(), MultiheadAttentionKind()]
@@ -28,6 +29,11 @@ def kind_of(module: nn.Module) -> Kind | None:
     return next((kind for kind in _kinds if kind.fits(module)), None)
 
 
+def kind_again(module: nn.Module) -> Kind | None:
+    """The kind of a module, also of a low-rank layer of one matrix, which can be cut once more; see :func:`kind_of`."""
+    return kind_of(module) or cut_kind_of(module)
+
+
 def view_of(target: nn.Module | MatrixView) -> MatrixView:
     """The matrix of a target: of a layer that is one matrix, or the view that stands for a part of a layer.
 
@@ -45,4 +51,4 @@ def view_of(target: nn.Module | MatrixView) -> MatrixView:
     return views[""]
 
 
-__all__ = ["ConvKind", "Kind", "MatrixView", "kind_of", "register_kind", "view_of"]
+__all__ = ["ConvKind", "Kind", "MatrixView", "kind_again", "kind_of", "register_kind", "view_of"]

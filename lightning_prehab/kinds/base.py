@@ -10,6 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.layers.linear import LowRankLayer, parameter_like
 from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.linalg.products import Product
+from lightning_prehab.linalg.storage import Layout
 
 #: Receives the matrices of a layer that were just used together: ``see(views, x, y)``. ``x`` and ``y`` are what
 #: :meth:`MatrixView.inputs` and :meth:`MatrixView.outputs` read.
@@ -37,11 +39,15 @@ class MatrixView(ABC):
         part: Which of the layer's matrices this is; ``""`` if it has one.
         form: Which way to see it, among several; ``""`` for the ordinary one.
         reads: Views with equal values make the same of the same input; None: they take it as it is.
+        rank: Of a matrix that has been cut already, ``W = B A``; None of one that is stored as it is.
+        layout: How such a matrix is stored.
     """
 
     part: str = ""
     form: str = ""
     reads: Hashable = None
+    rank: int | None = None
+    layout: Layout = "factors"
 
     def __init__(self, module: nn.Module, out_features: int, in_features: int, group_count: int = 1) -> None:
         self.module = module
@@ -56,6 +62,11 @@ class MatrixView(ABC):
     @abstractmethod
     def parameter(self) -> nn.Parameter:
         """The parameter that holds the matrix, and perhaps others beside it."""
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """All parameters that hold the matrix, :attr:`parameter` first."""
+        return (self.parameter,)
 
     @property
     @abstractmethod
@@ -142,6 +153,10 @@ class MatrixView(ABC):
     def weight(self) -> Tensor:
         """The matrix itself: shape ``(m, n)``, differentiable."""
         return self.matrix(self.parameter)
+
+    def product(self) -> Product | None:
+        """The two factors of a matrix of one group that has been cut already, differentiable; else None."""
+        return None
 
 
 class Kind(ABC):

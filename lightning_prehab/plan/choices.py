@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import Factorization
 from lightning_prehab.kinds import view_of
-from lightning_prehab.linalg.storage import Layout, largest_saving_rank, rank_within
+from lightning_prehab.linalg.storage import Layout, largest_saving_rank, rank_within, stored_parameters
 from lightning_prehab.plan.layer_plan import NO_MULTIPLE, LayerPlan
 from lightning_prehab.plan.recipe import RankOverride, Recipe
 from lightning_prehab.plan.spectra import Spectrum
@@ -25,13 +25,15 @@ def choices_of(
     """What a rank policy may choose from for one layer."""
     view, factorization, multiple = view_of(layer), recipe.factorization_or_default, recipe.rank_multiple_of
     if override == "dense":
-        ranks: tuple[int, ...] = ()
+        ranks: tuple[int, ...] = () if view.rank is None else (view.rank,)
     elif isinstance(override, int):
         ranks = (override,)
     else:
         limit = rank_limit(layer, factorization, recipe.layout)
         ranks = tuple(range(multiple, limit + 1, multiple)) or tuple(range(1, limit + 1))
-    dense = override is None or override == "dense"
+        if view.rank is not None and view.rank not in ranks:
+            ranks = (*ranks, view.rank)  # it may stay as it is
+    dense = view.rank is None and (override is None or override == "dense")
     added = added_parameters(layer, factorization)
     return LayerChoices(
         name,
@@ -55,10 +57,24 @@ def added_parameters(layer: Target, factorization: Factorization) -> int:
 
 
 def rank_limit(layer: Target, factorization: Factorization, layout: Layout) -> int:
-    """The largest rank that saves parameters in a layout, with what a cut adds beside the low-rank matrix counted."""
-    view = view_of(layer)
+    """The largest rank that saves parameters in a layout, with what a cut adds beside the low-rank matrix counted.
+
+    Of a layer that has been cut before, the largest that does not make it grow.
+    """
+    view, stored = view_of(layer), layout_of(layer, layout)
     beside = added_parameters(layer, factorization)
-    return largest_saving_rank(*view.shape, layout_of(layer, layout), view.group_count, beside)
+    if view.rank is None:
+        return largest_saving_rank(*view.shape, stored, view.group_count, beside)
+    spare = present_parameters(layer) - beside
+    return min(rank_within(spare, *view.shape, stored, view.group_count), view.rank)
+
+
+def present_parameters(layer: Target) -> int:
+    """Numbers that the matrix of a target is stored in now."""
+    view = view_of(layer)
+    if view.rank is None:
+        return view.out_features * view.in_features
+    return stored_parameters(*view.shape, view.rank, view.layout, view.group_count)
 
 
 def too_small(dense: LayerPlan, multiple: int) -> str | None:
@@ -81,15 +97,17 @@ def _resolve_override(name: str, wish: RankOverride, layer: Target, recipe: Reci
     (m, n), groups = view_of(layer).shape, view_of(layer).group_count
     factorization = recipe.factorization_or_default
     limit = rank_limit(layer, factorization, recipe.layout)
+    now = view_of(layer).rank
     if wish == "dense":
         return "dense"
     if isinstance(wish, float) and 0.0 < wish < 1.0:
         spare = wish * m * n - added_parameters(layer, factorization)
         wish = max(rank_within(spare, m, n, layout_of(layer, recipe.layout), groups), 1)
+        wish = wish if now is None else min(wish, now)
     if isinstance(wish, bool) or not isinstance(wish, int) or not 1 <= wish <= limit:
         raise ArgumentError(
             f"rank_overrides: {wish!r} does not suit layer {name!r} ({m}x{n}); give a rank from 1 to {limit} "
-            "(above, nothing is saved), a share in (0, 1), or 'dense'."
+            f"({'above, nothing is saved' if now is None else 'that it has'}), a share in (0, 1), or 'dense'."
         )
     return wish
 

@@ -128,7 +128,8 @@ def notes_of_left(
         if layer.rank is None:
             reasons.setdefault(("dense", layer.reason or "no rank was planned"), []).append(layer.name)
         elif layer.reason is not None:
-            reasons.setdefault(("cut", layer.reason), []).append(layer.name)
+            how = "cut" if layer.rank != layer.was else "not cut now"
+            reasons.setdefault((how, layer.reason), []).append(layer.name)
     for name, reason in skipped.items():
         reasons.setdefault(("left", reason), []).append(name)
     return [f"{len(names)} {how}: {why}: {_list(names, every_name, prefix)}" for (how, why), names in reasons.items()]

@@ -12,6 +12,8 @@ from lightning_prehab.targets.layouts import AS_FACTORS
 
 #: How the reason begins for a rank that is no multiple of what was asked for.
 NO_MULTIPLE = "not a multiple of"
+#: Of a layer that has been cut before, and not now.
+AS_IT_WAS = "it keeps the rank that it had"
 #: Between two reasons.
 AND = "; "
 
@@ -35,6 +37,8 @@ class LayerPlan:
         loss_increase: Predicted increase of the mean loss by cutting this layer, in units of the loss; only for
             factorizations whose spectrum measures the loss (KroneckerSVD), else None.
         layout: How the matrix is stored, if the layer is cut: ``"factors"`` or ``"pivot"``.
+        was: The rank that the layer has been cut to before, if this is not its first cut; it is then never more than
+            that, and parameters are counted against those of the dense weight all the same.
     """
 
     name: str
@@ -49,6 +53,7 @@ class LayerPlan:
     groups: int = 1
     form: str = ""
     layout: Layout = "factors"
+    was: int | None = None
 
     @property
     def dense_parameters(self) -> int:
@@ -68,9 +73,10 @@ class LayerPlan:
 
     @property
     def max_rank(self) -> int:
-        """The largest rank that saves parameters; 0 if there is none."""
+        """The largest rank that saves parameters, or leaves a layer that has been cut as it is; 0 if there is none."""
         beside = self.new_bias + self.nonzeros
-        return largest_saving_rank(self.out_features, self.in_features, self.layout, self.groups, beside)
+        limit = largest_saving_rank(self.out_features, self.in_features, self.layout, self.groups, beside)
+        return limit if self.was is None else min(limit, self.was)
 
     def with_rank(self, rank: int | str | None) -> "LayerPlan":
         """The same layer at another rank, its predictions dropped.
@@ -83,9 +89,11 @@ class LayerPlan:
         """
         if rank == "dense":
             rank = None
-        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= self.max_rank):
+        if not self._allows(rank):
             way_out = f"give a rank from 1 to {self.max_rank} (above, nothing is saved), or 'dense'"
-            if self.max_rank < 1:
+            if self.was is not None:
+                way_out = f"give a rank from 1 to {self.max_rank}, which it has been cut to"
+            elif self.max_rank < 1:
                 way_out = "no rank saves parameters here, give 'dense'"
             raise PlanError(
                 f"Layer {self.name!r} ({self.out_features}x{self.in_features}): "
@@ -93,6 +101,7 @@ class LayerPlan:
             )
         if rank == self.rank:
             return self
+        assert rank is None or isinstance(rank, int)
         said = (self.reason or "").split(AND)
         if rank is None:
             kept = [part for part in said if part and not part.startswith((NO_MULTIPLE, AS_FACTORS))]
@@ -101,12 +110,18 @@ class LayerPlan:
             reason = next((part for part in said if part.startswith(AS_FACTORS)), None)
         return replace(self, rank=rank, relative_error=None, loss_increase=None, reason=reason)
 
+    def _allows(self, rank: object) -> bool:
+        if rank is None:
+            return self.was is None
+        return isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= self.max_rank
+
     def cells(self) -> dict[str, str]:
         """What a table says of this layer, by column; predictions of a layer that stays dense are left out."""
+        before = "" if self.was is None else f"{self.was} -> "
         cells = {
             "layer": self.name,
             "shape": f"{self.out_features}x{self.in_features}" + (f" {self.form}" if self.form else ""),
-            "rank": "dense" if self.rank is None else str(self.rank),
+            "rank": "dense" if self.rank is None else f"{before}{self.rank}",
             "before": f"{self.dense_parameters:,}",
             "after": f"{self.parameters:,}",
             "why": self.reason or "",
@@ -129,6 +144,7 @@ class LayerPlan:
             **({"groups": self.groups} if self.groups > 1 else {}),
             **({"form": self.form} if self.form else {}),
             **({"layout": self.layout} if self.layout != "factors" else {}),
+            **({"was": self.was} if self.was is not None else {}),
             "predicted": {"rank": rank, "relative_error": self.relative_error, "loss_increase": self.loss_increase},
         }
 
@@ -141,7 +157,7 @@ class LayerPlan:
         """
         name = data.get("name") if isinstance(data, Mapping) else None
         where = "A layer" if name is None else f"Layer {settings.show(name)}"
-        optional = ["reason", "new_bias", "nonzeros", "groups", "form", "layout", "predicted"]
+        optional = ["reason", "new_bias", "nonzeros", "groups", "form", "layout", "was", "predicted"]
         entries = settings.read_mapping(data, where, ["name", "shape", "rank"], optional)
         shape, rank, reason = entries["shape"], entries["rank"], entries.get("reason")
         if not isinstance(shape, list | tuple) or len(shape) != 2:
@@ -161,6 +177,7 @@ class LayerPlan:
             groups=settings.read_integer(entries.get("groups", 1), f"{where}: groups", 1, m),
             form=settings.read_text(entries.get("form", ""), f"{where}: form"),
             layout=_read_layout(entries.get("layout", "factors"), where),
+            was=settings.read_integer(entries["was"], f"{where}: was", 1, min(m, n)) if "was" in entries else None,
         )
         if layer.layout == "pivot" and (layer.groups > 1 or layer.nonzeros):
             what = "a grouped convolution" if layer.groups > 1 else "a sparse part"

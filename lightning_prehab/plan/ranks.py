@@ -7,12 +7,18 @@ import torch
 from torch import Tensor
 
 from lightning_prehab.documents.settings import show
-from lightning_prehab.errors import ArgumentError, PlanError, UnsupportedError
-from lightning_prehab.kinds import kind_of, view_of
-from lightning_prehab.plan.choices import choices_of, dense_parameters, resolve_overrides, too_small
+from lightning_prehab.errors import ArgumentError, PlanError, TargetError, UnsupportedError
+from lightning_prehab.kinds import kind_again, view_of
+from lightning_prehab.plan.choices import (
+    choices_of,
+    dense_parameters,
+    present_parameters,
+    resolve_overrides,
+    too_small,
+)
 from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
 from lightning_prehab.plan.form_choice import choose_forms
-from lightning_prehab.plan.layer_plan import AND
+from lightning_prehab.plan.layer_plan import AND, AS_IT_WAS
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.plan.spectra import Spectrum
 from lightning_prehab.plan.timing import measure_latencies
@@ -112,7 +118,7 @@ def check_recipe(recipe: Recipe, targets: Mapping[str, Target]) -> None:
                 f"it (layer {name!r}). Leave layout out, or choose a factorization without a sparse part."
             )
     for name, target in targets.items() if policy.needs_latencies else ():
-        kind = kind_of(view_of(target).module)
+        kind = kind_again(view_of(target).module)
         if kind is None or not kind.linear:
             raise ArgumentError(
                 f"{policy} counts time, and only linear layers are measured; leave {name!r} out with "
@@ -127,6 +133,23 @@ def check_recipe(recipe: Recipe, targets: Mapping[str, Target]) -> None:
         flat = torch.ones(size, dtype=torch.float64, device="cpu")
         choices.append(choices_of(name, layer, Spectrum(flat), recipe, overrides.get(name)))
     policy.check(choices)
+    _require_less(policy, choices, targets)
+
+
+def _require_less(policy: RankPolicy, choices: Sequence[LayerChoices], targets: Mapping[str, Target]) -> None:
+    """Raises :class:`TargetError` for a budget that a model is within already: another cut would change nothing."""
+    again = [name for name, target in targets.items() if view_of(target).rank is not None]
+    limit = policy.parameter_limit(choices)
+    present = sum(present_parameters(target) for target in targets.values())
+    if not again or limit is None or present > limit:
+        return
+    whole = dense_parameters(targets.values())
+    raise TargetError(
+        f"The model is compressed already (low-rank layers: {len(again)}, the first {again[0]!r}): the targets hold "
+        f"{present:,} of {whole:,} parameters (keep {present / whole:.3f}), and {policy} allows {limit:,}. Give a "
+        "smaller keep, which counts against the dense weights, for a deeper cut; or call to_dense_(model) first, or "
+        "start from the dense model, for another cut of the same layers."
+    )
 
 
 def _check_readable(name: str, weight: Tensor) -> None:
@@ -166,6 +189,7 @@ def _layer_plan(
         groups=layer.groups,
         form=view_of(target).form,
         layout=layer.layout,
+        was=view_of(target).rank,
     )
     comparable = factorization.comparable
     if rank is None:
@@ -177,7 +201,8 @@ def _layer_plan(
     error = min(dropped / max(float(retained[-1]), 1e-300), 1.0) ** 0.5
     loss_increase = 0.5 * dropped if comparable else None
     multiple = None if override is not None else too_small(dense, recipe.rank_multiple_of)
-    reasons = (multiple, why_factors(target, recipe.layout))
+    kept = AS_IT_WAS if rank == dense.was else None
+    reasons = (kept or multiple, why_factors(target, recipe.layout))
     return replace(
         dense,
         rank=rank,

@@ -152,14 +152,20 @@ class Recipe:
         wishes = {name: getattr(policy, name) for name in ("min_rank", "scope") if hasattr(policy, name)}
         return replace(self, policy=ParameterBudget(getattr(policy, "keep", self.keep), **wishes))
 
-    def find_targets(self, model: nn.Module) -> Targets:
+    def find_targets(self, model: nn.Module, *, cut_again: bool = False) -> Targets:
         """The layers to cut, and why others are left; see :func:`~lightning_prehab.find_targets`.
 
+        Args:
+            model: Any module.
+            cut_again: Take what has been cut already for a deeper cut.
+
         Raises:
-            TargetError: As there; and if the model has been cut already, and no ``target_modules`` name what is left.
+            TargetError: As there; and if the model has been cut already, is not to be cut again, and no
+                ``target_modules`` name what is left.
         """
-        found = find_targets(model, self.target_modules, self.exclude_modules, split_fused=self.split_fused)
-        if self.target_modules is None:
+        wishes: dict[str, Any] = {"split_fused": self.split_fused, "cut_again": cut_again}
+        found = find_targets(model, self.target_modules, self.exclude_modules, **wishes)
+        if self.target_modules is None and not cut_again:
             check_uncut(model, found)
         return found
 

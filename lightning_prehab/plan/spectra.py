@@ -12,7 +12,7 @@ from lightning_prehab.errors import PrehabError
 from lightning_prehab.factorizations import Decomposition, Factorization, Factors
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.storage import Layout, largest_saving_rank
-from lightning_prehab.progress import naming_items
+from lightning_prehab.progress import counted, naming_items
 from lightning_prehab.statistics.sums import LayerStatistics
 from lightning_prehab.targets.layouts import layout_of
 from lightning_prehab.targets.locate import Target, group_names
@@ -51,12 +51,17 @@ def decompose_targets(
 ) -> dict[str, Decomposition]:
     """Decomposes the targets (or those of ``names``); an error names the layer."""
     wanted = list(targets if names is None else names)
+    again = [name for name in wanted if view_of(targets[name]).rank is not None]
+    found = _decompose_again({name: targets[name] for name in again}, factorization, statistics or {})
+    wanted = [name for name in wanted if name not in found]
     items: dict[str, list[tuple[Tensor, LayerStatistics | None]]] = {}
     for name in wanted:
         groups = zip(group_names(name, targets[name]), view_of(targets[name]).groups(), strict=True)
         items[name] = [(view.weight.detach(), (statistics or {}).get(group)) for group, view in groups]
     flat = [item for groups in items.values() for item in groups]
     numbered = [name for name, groups in items.items() for _ in groups]
+    if not flat:
+        return found
     devices = {weight.device.type for weight, _ in flat}
     with torch.no_grad(), torch.autocast(next(iter(devices), "cpu"), enabled=False):
         try:
@@ -67,7 +72,23 @@ def decompose_targets(
                 with naming(name, targets[name]):
                     factorization.decompose(items[name])
             raise
-    return {name: _stacked([next(solved) for _ in items[name]]) for name in wanted}
+    return found | {name: _stacked([next(solved) for _ in items[name]]) for name in wanted}
+
+
+def _decompose_again(
+    targets: Mapping[str, Target], factorization: Factorization, statistics: Mapping[str, LayerStatistics]
+) -> dict[str, Decomposition]:
+    """Decomposes targets that have been cut before, by their factors."""
+    found = {}
+    for name, target in counted(targets.items(), "decompose") if targets else ():
+        pairs = zip(group_names(name, target), view_of(target).groups(), strict=True)
+        device = view_of(target).parameter.device.type
+        with naming(name, target), torch.no_grad(), torch.autocast(device, enabled=False):
+            groups = [(view.product(), statistics.get(group)) for group, view in pairs]
+            found[name] = _stacked(
+                [factorization.decompose_product(one, seen) for one, seen in groups if one is not None]
+            )
+    return found
 
 
 class Solution(NamedTuple):
@@ -103,7 +124,8 @@ class Solver:
     def rank_limit(self, name: str) -> int:
         """The largest rank of a target that can be asked for, at least 1."""
         view = view_of(self.targets[name])
-        return max(largest_saving_rank(*view.shape, layout_of(self.targets[name], self.layout), view.group_count), 1)
+        limit = largest_saving_rank(*view.shape, layout_of(self.targets[name], self.layout), view.group_count)
+        return max(limit if view.rank is None else min(limit, view.rank), 1)
 
     def __call__(self, names: Sequence[str]) -> dict[str, Solution]:
         """Decomposes the named targets; an error names the layer."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from lightning_prehab.errors import PlanError
 from lightning_prehab.factorizations import Factorization
-from lightning_prehab.kinds import kind_of, view_of
+from lightning_prehab.kinds import kind_again, view_of
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 from lightning_prehab.targets.find import Targets
@@ -54,9 +54,11 @@ def _lacking(form: str, target: Target, wanted: Wanted, statistics: Mapping[str,
 
 def _no_sparse_part(target: Target, factorization: Factorization) -> str | None:
     view = view_of(target)
-    kind = kind_of(view.module)
+    kind = kind_again(view.module)
     if factorization.nonzeros(view.out_features, view.in_features) and (kind is None or not kind.sparse):
         return f"{type(view.module).__name__} cannot keep a sparse part"
+    if factorization.nonzeros(view.out_features, view.in_features) and view.rank is not None:
+        return "it is low-rank already, and gets no sparse part in another cut"
     return None
 
 

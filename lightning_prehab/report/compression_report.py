@@ -89,6 +89,11 @@ class CompressionReport(Facts):
             )
         return replace(self, latency=latency)
 
+    def with_note(self, note: str) -> "CompressionReport":
+        """The same report with a word on the cut in front of what the policy has to say; an empty one says nothing."""
+        notes = "; ".join(filter(None, [note, self.plan.note]))
+        return replace(self, plan=replace(self.plan, note=notes))
+
     def with_scores(self, scores: Scores | None) -> "CompressionReport":
         """The same report with what the model is worth before and after."""
         return replace(self, scores=scores)
@@ -120,6 +125,7 @@ class CompressionReport(Facts):
                     "groups": layer.groups,
                     "form": layer.form,
                     "layout": layer.layout,
+                    **({} if layer.was is None else {"was": layer.was}),
                     "predicted_error": layer.relative_error,
                     "loss_increase": layer.loss_increase,
                     "weight_error": self.weight_errors.get(layer.name, 0.0),
@@ -179,7 +185,7 @@ class CompressionReport(Facts):
 
         - ``version`` (int): of this form, 1; other versions are refused when read. Within a version keys are added
           only, and such keys may be missing: ``new_bias``, ``nonzeros``, ``groups``, ``form``, ``layout``, both
-          ``loss_increase``, ``spectrum``, ``latency``, ``scores``, ``prehab``, ``refinement``, ``model``,
+          ``loss_increase``, ``was``, ``spectrum``, ``latency``, ``scores``, ``prehab``, ``refinement``, ``model``,
           ``created``, ``versions`` and ``note`` were. Pass over keys that you do not know.
         - ``model`` (str): its class, and where it was loaded from. ``created`` (str): when it was cut, ISO 8601 in
           UTC. ``versions`` (object): ``{package: version}``.
@@ -215,6 +221,8 @@ class CompressionReport(Facts):
           - ``groups`` (int): of a grouped convolution, each with factors of its own; else 1.
           - ``form`` (str): which of several ways to see the layer as a matrix, such as ``"spatial"``; else empty.
           - ``layout`` (str): how it is stored: ``"factors"`` or ``"pivot"``.
+          - ``was`` (int): rank before, of a layer that has been cut before; ``parameters_before`` is the dense weight
+            all the same.
           - ``predicted_error`` (float or null): in the metric of the factorization.
           - ``weight_error`` (float): measured, ``|W - W'|_F / |W|_F``; 0 for dense layers.
           - ``loss_increase`` (float or null): predicted, of this cut.
@@ -361,4 +369,5 @@ def _read_layer(layer: Mapping[str, Any]) -> LayerPlan:
         form=layer.get("form", ""),
         loss_increase=layer.get("loss_increase"),
         layout=layer.get("layout", "factors"),
+        was=layer.get("was"),
     )

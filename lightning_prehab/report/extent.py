@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_prehab.layers.linear import LowRankLayer
-from lightning_prehab.targets.find import count_parameters
+from lightning_prehab.targets.find import count_dense_parameters, count_parameters
 from lightning_prehab.targets.locate import layers_of
 
 
@@ -34,10 +34,7 @@ class Extent:
         for layer in layers_of(nn.ModuleList([model])):  # in a list, so that a layer that is the model itself counts
             if not isinstance(layer.module, nn.Embedding | nn.EmbeddingBag):
                 dense += max(len(layer.views(split_fused=False)), 1)
-        own = {id(parameter): parameter.numel() for module in cut for parameter in module.parameters()}
-        parameters = count_parameters(model)
-        before = parameters - sum(own.values()) + sum(module.count_dense() for module in cut)
-        return cls(len(cut), len(cut) + dense, parameters, before)
+        return cls(len(cut), len(cut) + dense, count_parameters(model), count_dense_parameters(model))
 
     @property
     def keep(self) -> float:

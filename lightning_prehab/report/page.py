@@ -115,7 +115,7 @@ def _method(facts: Facts) -> str:
     )
     if plan.loss_increase is not None:
         text += f" Predicted loss increase: {format_increase(plan.loss_increase, plan.worst_error).lstrip('+')}."
-    return text
+    return f"{text} {plan.note[0].upper()}{plan.note[1:]}." if plan.note else text
 
 
 def _prehab(facts: Facts) -> Iterable[str]:

@@ -100,7 +100,7 @@ class ProcessSite(Site):
 
     def find(self, recipe: Recipe) -> Targets:
         """What the recipe finds in the model, if the model can be saved after a cut of it."""
-        targets = recipe.find_targets(self.model)
+        targets = recipe.find_targets(self.model, cut_again=True)
         check_pretrained(self.model, (view_of(target).module for target in targets.values()))
         found = [held_by_none(targets, self._optimizers)]
         if not self.calibrates and not any(recipe.wanted):

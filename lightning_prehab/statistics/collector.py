@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.errors import ArgumentError, StatisticsError
-from lightning_prehab.kinds import MatrixView, kind_of, view_of
+from lightning_prehab.kinds import MatrixView, kind_again, view_of
 from lightning_prehab.statistics.batches import batch_size, padding_mask, position_ids
 from lightning_prehab.statistics.hygiene import clipped, inner
 from lightning_prehab.statistics.sums import (
@@ -167,7 +167,7 @@ class Collector:
         see = run_eagerly(self._see)
         for views in layers.values():
             module = views[0].module
-            kind = kind_of(module)
+            kind = kind_again(module)
             if kind is None:
                 raise ArgumentError(f"{type(module).__name__} is not a layer kind that can be cut.")
             self._handles += kind.watch(module, views, see)

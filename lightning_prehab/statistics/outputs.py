@@ -119,7 +119,7 @@ def fit_to_labels(logits: Tensor, batch: Any, shift: bool = False) -> Fit | None
     Returns:
         None if there are no such labels.
     """
-    labels = _labels_in(batch)
+    labels = labels_in(batch)
     if labels is None or labels.shape != logits.shape[:-1] or (shift and labels.dim() != 2):
         return None
     if shift:
@@ -131,7 +131,8 @@ def fit_to_labels(logits: Tensor, batch: Any, shift: bool = False) -> Fit | None
     return Fit.of(logits, labels)
 
 
-def _labels_in(batch: Any) -> Tensor | None:
+def labels_in(batch: Any) -> Tensor | None:
+    """``labels`` (or ``label``) of a mapping, or the second part of a pair, if they are whole numbers; else None."""
     if isinstance(batch, Mapping):
         found = next((batch[name] for name in ("labels", "label") if name in batch), None)
     else:

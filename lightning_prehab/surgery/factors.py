@@ -9,7 +9,7 @@ from torch import nn
 from lightning_prehab.documents.settings import show
 from lightning_prehab.errors import ArgumentError, NumericalError, PlanError
 from lightning_prehab.factorizations import Decomposition
-from lightning_prehab.kinds import view_of
+from lightning_prehab.kinds import MatrixView, view_of
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.linalg.sparse import Sparse
@@ -17,6 +17,7 @@ from lightning_prehab.plan.choices import added_parameters
 from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
 from lightning_prehab.plan.spectra import naming
 from lightning_prehab.progress import counted, naming_items
+from lightning_prehab.surgery.recut import present_factors
 from lightning_prehab.targets.forms import form_name
 from lightning_prehab.targets.locate import Target, locate
 from lightning_prehab.targets.names import clean_name, join
@@ -81,15 +82,22 @@ def planned_targets(model: nn.Module, plan: CompressionPlan) -> dict[str, Target
             raise PlanError(f"Layer {name!r} stands twice in the plan; leave one of the two.")
     for cut in plan.layers:
         view = views.get(cut.name)
-        if view is None or (*view.shape, view.group_count) != (cut.out_features, cut.in_features, cut.groups):
+        wanted = cut.out_features, cut.in_features, cut.groups, cut.was
+        if view is None or (*view.shape, view.group_count, view.rank) != wanted:
             modules = {clean_name(name): module for name, module in model.named_modules()}
             have = view.module if view is not None else modules.get(cut.name)
             found = "nothing" if have is None else f"a {type(have).__name__}({have.extra_repr()})"
+            size = f"{cut.out_features}x{cut.in_features}" + ("" if cut.was is None else f" (cut to rank {cut.was})")
             raise PlanError(
-                f"Layer {cut.name!r}: the plan expects a {cut.out_features}x{cut.in_features} weight, the model has "
+                f"Layer {cut.name!r}: the plan expects a {size} weight, the model has "
                 f"{found}. Make the plan for this very model, before any surgery."
             )
     return {cut.name: views[cut.name] for cut in plan.layers}
+
+
+def stays_as_it_is(cut: LayerPlan, view: MatrixView) -> bool:
+    """Whether a layer that has been cut before keeps its rank, and is stored as it was."""
+    return cut.was is not None and cut.rank == cut.was and cut.layout == view.layout
 
 
 def _checked_factors(cut: LayerPlan, target: Target, plan: CompressionPlan, decomposition: Decomposition) -> Factors:
@@ -99,6 +107,8 @@ def _checked_factors(cut: LayerPlan, target: Target, plan: CompressionPlan, deco
     where = f"Layer {cut.name!r} ({cut.out_features}x{cut.in_features}): "
     with torch.no_grad(), naming(cut.name, target):
         a, b, shift, sparse, _ = decomposition.factors(cut.rank)
+    if stays_as_it_is(cut, view) and shift is None:
+        return present_factors(view)
     expected = (cut.groups * cut.rank, cut.in_features), (cut.out_features, cut.rank)
     if (a.shape, b.shape) != expected:
         raise PlanError(

@@ -11,20 +11,22 @@ import torch
 from torch import nn
 
 from lightning_prehab.errors import UnsupportedError
+from lightning_prehab.kinds import MatrixView, view_of
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.report.origin import Origin
-from lightning_prehab.surgery.factors import planned_targets
+from lightning_prehab.surgery.factors import planned_targets, stays_as_it_is
 from lightning_prehab.surgery.holders import note_replaced
 from lightning_prehab.surgery.hooks import hand_over_, lost_hooks
 from lightning_prehab.surgery.optimizers import GroupEdit, plan_edits
 from lightning_prehab.surgery.pretrained import check_pretrained, note_structure_
+from lightning_prehab.surgery.recut import Recut
 from lightning_prehab.surgery.replacement import Replacement
 from lightning_prehab.surgery.stored import shapes_of
 from lightning_prehab.targets.attached import has_hooks
-from lightning_prehab.targets.find import count_parameters
+from lightning_prehab.targets.find import count_dense_parameters, count_parameters
 from lightning_prehab.targets.locate import locate
 
 
@@ -58,7 +60,7 @@ class PreparedSwap:
 
     def commit(self) -> CompressionReport:
         """Changes the model and the optimizers."""
-        before = count_parameters(self.model)
+        before = count_dense_parameters(self.model)
         _shift_biases_(self.replacements)
         _put_(self.slots, [(one.old, one.new) for one in self.replacements])
         for edit in self.edits:
@@ -88,16 +90,22 @@ def prepare_swap(
         UnsupportedError: If an optimizer cannot be edited, a weight has hooks of its own, or the model could not be
             saved afterwards.
     """
-    planned_targets(model, plan)
+    targets = planned_targets(model, plan)
     cut = {layer.name: factors[layer.name] for layer in plan.layers if layer.rank is not None}
-    located = locate(model, shapes_of(cut)).values()
+    same = {layer.name for layer in plan.layers if stays_as_it_is(layer, view_of(targets[layer.name]))}
+    changed = {name: one for name, one in cut.items() if name not in same or one.bias_shift is not None}
+    located = locate(model, shapes_of(changed)).values()
     check_pretrained(model, (layer.module for layer, _ in located))
-    replacements = [Replacement.prepare(layer, views, cut) for layer, views in located]
+    replacements = [_kind_of_exchange(views).prepare(layer, views, changed) for layer, views in located]
     _check_hooks(replacements)
     edits = [edit for optimizer in optimizers for edit in plan_edits(optimizer, replacements)]
     slots = _slots(model, {id(one.old): one.new for one in replacements})
     errors = {name: error for one in replacements for name, error in one.errors().items()}
-    return PreparedSwap(model, plan, replacements, slots, edits, {name: errors[name] for name in cut})
+    return PreparedSwap(model, plan, replacements, slots, edits, {name: errors.get(name, 0.0) for name in cut})
+
+
+def _kind_of_exchange(views: Mapping[str, MatrixView]) -> type[Replacement]:
+    return Recut if any(view.rank is not None for view in views.values()) else Replacement
 
 
 def replace_modules_(model: nn.Module, replacement: Mapping[int, nn.Module]) -> None:

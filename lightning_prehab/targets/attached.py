@@ -23,7 +23,7 @@ def why_not_attached(module: nn.Module, views: Iterable[MatrixView]) -> str | No
     more = sorted(_more_than_a_layer(module))
     if more:
         return f"it holds more than its weight and bias ({', '.join(more)}), which nothing would take over"
-    if any(has_hooks(view.parameter) for view in views):
+    if any(has_hooks(parameter) for view in views for parameter in view.parameters):
         return (
             "its weight has hooks of its own (Tensor.register_hook, an optimizer that steps inside backward), which "
             "cannot follow it; remove them first, and put such on the factors after the cut"

@@ -1,7 +1,7 @@
 """Which layers of a model can be cut, by dotted name, and why the others are left alone."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -10,16 +10,18 @@ from torch.nn.parameter import is_lazy
 from lightning_prehab.documents.settings import show
 from lightning_prehab.errors import ArgumentError, TargetError
 from lightning_prehab.kinds import MatrixView, view_of
+from lightning_prehab.layers.linear import LowRankLayer
 from lightning_prehab.linalg.matrices import break_even_rank
 from lightning_prehab.targets.adapters import ADAPTED, adapted_modules
 from lightning_prehab.targets.attached import why_not_attached
-from lightning_prehab.targets.locate import Target, layers_of, low_rank_layers
+from lightning_prehab.targets.locate import Target, cut_layers_of, layers_of, low_rank_layers
 from lightning_prehab.targets.metrics import measured_by
 from lightning_prehab.targets.names import Patterns, as_list, begins_with, clean_name, join, match_names
 from lightning_prehab.targets.weights import has_matrix
 
 _TIED = "its weight is tied to another layer"
-_CUT = "it is low-rank already; to_dense_ gives the dense layer back, for another cut"
+_CUT = "it is low-rank already; to_dense_ gives the dense layer back, cut_again=True takes it for a deeper cut"
+_UNKNOWN = "it is low-rank already, and not a layer of this package; to_dense_ gives the dense layer back"
 
 #: Above so many inputs or outputs a matrix is a target only if it is asked for: a projection to a vocabulary.
 WIDE = 30_000
@@ -48,7 +50,12 @@ class Targets(dict[str, Target]):
 
 
 def find_targets(
-    model: nn.Module, target_modules: Patterns = None, exclude_modules: Patterns = None, *, split_fused: bool = False
+    model: nn.Module,
+    target_modules: Patterns = None,
+    exclude_modules: Patterns = None,
+    *,
+    split_fused: bool = False,
+    cut_again: bool = False,
 ) -> Targets:
     """Finds the weight matrices that can be cut.
 
@@ -65,6 +72,8 @@ def find_targets(
         exclude_modules: Patterns of the layers to leave out.
         split_fused: Take fused projections (queries, keys and values; gate and up) apart into one target for each;
             else they are one matrix.
+        cut_again: Take low-rank layers too, for a deeper cut: each is the product of its factors. Else they are left
+            out.
 
     Returns:
         The targets in model order. Layers under several names (shared modules) appear once, under the first.
@@ -79,7 +88,7 @@ def find_targets(
     (['0'], {'2': 'no rank saves parameters (1x8)'})
     """
     check_model(model)
-    candidates = _candidates(model, split_fused)
+    candidates = _candidates(model, split_fused, cut_again)
     names, owner = list(candidates), {name: found.layer for name, found in candidates.items()}
     metrics = measured_by(model)
     measuring = {name: metrics[id(found.module)] for name, found in candidates.items() if id(found.module) in metrics}
@@ -115,7 +124,7 @@ def find_targets(
         if target_modules is None:
             check_uncut(model, layers)
         raise TargetError(f"{type(model).__name__} has no layer to cut ({_why_none(model, skipped)}).")
-    return Targets(layers, skipped, count_parameters(model))
+    return Targets(layers, skipped, count_dense_parameters(model))
 
 
 def _why_none(model: nn.Module, skipped: Mapping[str, str]) -> str:
@@ -151,6 +160,20 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if not is_lazy(p))
 
 
+def count_dense_parameters(model: nn.Module) -> int:
+    """Number of parameters with a dense weight in the place of all factors; what a model is compared with after cuts.
+
+    >>> from lightning_prehab import LowRankLinear
+    >>> model = nn.Sequential(LowRankLinear(8, 8, rank=2))
+    >>> count_parameters(model), count_dense_parameters(model)
+    (40, 72)
+    """
+    layers = [module for module in model.modules() if isinstance(module, LowRankLayer)]
+    holders = [one for one in layers if not any(isinstance(part, LowRankLayer) for part in list(one.modules())[1:])]
+    own = {id(parameter): parameter.numel() for one in holders for parameter in one.parameters()}
+    return count_parameters(model) - sum(own.values()) + sum(one.count_dense() for one in holders)
+
+
 class _Candidate(NamedTuple):
     """A layer that may be a target, or one of its matrices: its target and why it cannot be cut, if it cannot."""
 
@@ -160,7 +183,7 @@ class _Candidate(NamedTuple):
     reason: str | None
 
 
-def _candidates(model: nn.Module, split_fused: bool) -> dict[str, _Candidate]:
+def _candidates(model: nn.Module, split_fused: bool, cut_again: bool) -> dict[str, _Candidate]:
     owners = _parameter_owners(model)
     found: dict[str, _Candidate] = {}
     for layer in layers_of(model):
@@ -178,14 +201,37 @@ def _candidates(model: nn.Module, split_fused: bool) -> dict[str, _Candidate]:
             target = view if part else layer.module
             reason = _TIED if split else _why_not_view(view, owners)
             found[join(layer.name, part)] = _Candidate(layer.name, layer.module, target, reason)
-    for name, module in low_rank_layers(model):
-        found[clean_name(name)] = _Candidate(clean_name(name), module, None, _CUT)
-    return found
+    low_rank = {clean_name(name): module for name, module in low_rank_layers(model)}
+    if not cut_again:
+        return found | {name: _Candidate(name, module, None, _CUT) for name, module in low_rank.items()}
+    again = list(_again(model, owners))
+    known = {one.layer for _, one in again}
+    unknown = {name: _Candidate(name, module, None, _UNKNOWN) for name, module in low_rank.items() if name not in known}
+    return _in_model_order(model, found | dict(again) | unknown)
+
+
+def _again(model: nn.Module, owners: dict[int, set[int]]) -> Iterator[tuple[str, _Candidate]]:
+    """What has been cut already, and what is dense inside of it."""
+    for outer, layer in cut_layers_of(model):
+        views = layer.views(split_fused=False)
+        reason = layer.reason or why_not_attached(layer.module, views.values())
+        if reason is not None:
+            yield layer.name, _Candidate(outer, layer.module, None, reason)
+            continue
+        view = views[""]
+        view.part = layer.name.removeprefix(outer).removeprefix(".")
+        yield layer.name, _Candidate(outer, layer.module, view, _why_not_view(view, owners))
+
+
+def _in_model_order(model: nn.Module, candidates: dict[str, _Candidate]) -> dict[str, _Candidate]:
+    """Sorted by where the layers stand; matrices of one layer stay as they are."""
+    places = {id(module): place for place, module in enumerate(model.modules())}
+    return dict(sorted(candidates.items(), key=lambda item: places[id(item[1].module)]))
 
 
 def _why_not_view(view: MatrixView, owners: dict[int, set[int]]) -> str | None:
     """Why one matrix cannot be cut, or None if it can."""
-    if len(owners[id(view.parameter)]) > 1:
+    if any(len(owners[id(parameter)]) > 1 for parameter in view.parameters):
         return _TIED
     if break_even_rank(view.out_features, view.in_features, view.group_count) < 1:
         return f"no rank saves parameters ({view.out_features}x{view.in_features})"

@@ -1,6 +1,6 @@
 """How each target is stored once it is cut: as wished, or as two factors where it cannot be."""
 
-from lightning_prehab.kinds import kind_of, view_of
+from lightning_prehab.kinds import kind_again, view_of
 from lightning_prehab.linalg.storage import Layout
 from lightning_prehab.targets.locate import Target
 
@@ -9,7 +9,9 @@ AS_FACTORS = "stored as two factors"
 
 
 def layout_of(target: Target, wished: Layout) -> Layout:
-    """How a target is stored if it is cut."""
+    """How a target is stored if it is cut; what is in the pivot layout already stays in it."""
+    if view_of(target).layout == "pivot":
+        return "pivot"
     return wished if why_factors(target, wished) is None else "factors"
 
 
@@ -18,7 +20,7 @@ def why_factors(target: Target, wished: Layout) -> str | None:
     if wished == "factors":
         return None
     view = view_of(target)
-    kind = kind_of(view.module)
+    kind = kind_again(view.module)
     if kind is not None and kind.can_pivot(view):
         return None
     what = "a grouped convolution" if view.group_count > 1 else type(view.module).__name__

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_prehab.kinds import Kind, MatrixView, kind_of, view_of
+from lightning_prehab.kinds import Kind, MatrixView, kind_again, kind_of, view_of
 from lightning_prehab.kinds.fused import fused_blocks
+from lightning_prehab.kinds.inside import inside_kind
 from lightning_prehab.layers.linear import LowRankLayer
 from lightning_prehab.targets.names import clean_name, join
 from lightning_prehab.targets.weights import has_matrix, why_not
@@ -36,10 +37,10 @@ class Layer:
     @classmethod
     def at(cls, name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> "Layer":
         """The layer that stands, or stood, at a place of a model, ``{name: module}``."""
-        kind, blocks = kind_of(module), None
+        path, _, key = name.rpartition(".")
+        kind, blocks = inside_kind(kind_again(module), modules.get(path), key), None
         reason = why_not(module, kind)
         if reason is None and kind is not None and kind.linear and "weight" in module._parameters:
-            path, _, key = name.rpartition(".")
             blocks = fused_blocks(key, kind.views(module)[""].out_features, modules.get(path))
         return cls(clean_name(name), module, kind, reason, blocks)
 
@@ -73,6 +74,25 @@ def layers_of(model: nn.Module) -> Iterator[Layer]:
         yield Layer.at(name, module, modules)
 
 
+def cut_layers_of(model: nn.Module) -> Iterator[tuple[str, Layer]]:
+    """What has been cut already, seen as what may be cut once more: low-rank layers of one matrix.
+
+    Of a layer of several matrices (a fused projection, attention) those inside of it, and what is dense there.
+
+    Yields:
+        The name of the outermost low-rank layer, and the layer itself or one inside.
+    """
+    modules = dict(model.named_modules())
+    for path, outermost in low_rank_layers(model):
+        inside: set[int] = set()
+        for inner, module in outermost.named_modules():
+            name = join(path, inner)
+            if not name or id(module) in inside or kind_again(module) is None:
+                continue
+            inside.update(id(part) for part in module.modules())
+            yield clean_name(path), Layer.at(name, module, modules)
+
+
 def low_rank_layers(model: nn.Module) -> list[tuple[str, LowRankLayer]]:
     """The outermost low-rank layers, each under its first name."""
     inside: set[int] = set()
@@ -90,10 +110,11 @@ def locate(
     """The layers that hold some targets, by the name of the layer, with all of their matrices by part.
 
     A layer is seen whole if its own name is among the names, else as its parts; where there are several ways to see it,
-    in the one whose matrices have the given shapes (None: any). Names that are not found are left out.
+    in the one whose matrices have the given shapes (None: any). Names that are not found are left out. Layers that have
+    been cut already are found too.
     """
     found: dict[str, tuple[Layer, dict[str, MatrixView]]] = {}
-    for layer in layers_of(model):
+    for layer in (*layers_of(model), *(layer for _, layer in cut_layers_of(model))):
         views = _of_shapes(layer.name, layer.candidates(split_fused=layer.name not in shapes), shapes)
         if any(join(layer.name, part) in shapes for part in views):
             found[layer.name] = layer, views

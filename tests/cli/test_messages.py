@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,9 +171,30 @@ def test_a_model_that_is_compressed_already(bert, tmp_path, capsys, monkeypatch,
     trainer.save_checkpoint("low.ckpt")
     for words in (["small"], ["older"], ["by-python"], ["low.ckpt", "--model", "lit_of_a_user.Lit"]):
         for command in (["plan"], ["compress", "--output", "x"], ["bench", "--compressed", "small"]):
-            told = refused(capsys, command[0], *words, *command[1:])
-            assert f"{words[0]} is compressed already: give the dense model that it was made of" in told
+            told = refused(
+                capsys, command[0], *words, *command[1:], *(["--keep", "0.5"] if command[0] != "bench" else [])
+            )
+            if command[0] == "bench" or words == ["older"]:
+                assert f"{words[0]} is compressed already: give the dense model that it was made of" in told
+            else:
+                assert "The model is compressed already (low-rank layers: " in told
     assert "is a compressed model without its report" in refused(capsys, "report", "by-python")
+
+
+def test_a_compressed_folder_is_cut_deeper(bert, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    run(capsys, "compress", bert, "--output", "small", "--keep", "0.6")
+    told = run(capsys, "compress", "small", "--output", "smaller", "--keep", "0.3")
+    assert " -> " in told
+    reports = [lp.CompressionReport.load_json(Path(folder) / "report.json") for folder in ("small", "smaller")]
+    assert reports[0].keep <= 0.6
+    assert reports[1].keep <= 0.3
+    assert reports[1].parameters_before == reports[0].parameters_before
+    assert {layer.was for layer in reports[1].plan.layers} >= {layer.rank for layer in reports[0].plan.layers}
+    run(capsys, "plan", "small", "--keep", "0.4", "--output", "plan.yaml")
+    run(capsys, "compress", "small", "--plan", "plan.yaml", "--output", "by-plan")
+    assert lp.CompressionReport.load_json(Path("by-plan") / "report.json").keep <= 0.4
+    assert "low-rank layers" in refused(capsys, "compress", "small", "--keep", "0.6", "--output", "x")
 
 
 def test_folders_of_the_wrong_kind(bert, tmp_path, capsys, monkeypatch):  # noqa: F811

@@ -401,6 +401,28 @@ def check_every_kind_of_layer(layout):
     assert compression.report.keep <= 0.6
 
 
+def check_several_cuts(layout, regularizer):
+    """Layers of all kinds are cut again; between the cuts the regularizer goes on, and the ranks agree bit by bit."""
+    torch.manual_seed(0)
+    lit, reports = Lit(EveryKind(), torch.optim.Adam), []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx % 3 == 2:
+                assert_ranks_identical(pl_module)
+
+        def on_surgery(self, trainer, pl_module, report):
+            reports.append(report.keep)
+
+    compression = lp.CompressionCallback([1, 2, 3], [0.7, 0.5, 0.3], split_fused=True, layout=layout)
+    prehab = lp.PrehabCallback(regularizer, space="loss", update_steps=4)
+    fit(lit, [prehab, compression, lp.RehabSchedule(warmup_steps=3), Watch()], 4)
+    assert_ranks_identical(lit)
+    assert torch.equal(*on_all_ranks(torch.tensor(reports)))
+    assert [keep <= asked for keep, asked in zip(reports, (0.7, 0.5, 0.3), strict=True)] == [True] * 3
+    assert sum(layer.was is not None for layer in compression.report.plan.layers) > 5
+
+
 def check_shrinkage():
     """Statistics are summed, the ranks agree on metrics, plans and weights, and the cut comes when it is free."""
     lit = Lit(make_net(), torch.optim.Adam)
@@ -519,6 +541,99 @@ def check_logs_ask_for_nothing():
         assert sums is None or sent == sums, sent
 
 
+class Logits(nn.Module):
+    """Says that its outputs are logits; its running statistics are those of each rank's own batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = make_net()
+        self.inner.insert(1, nn.BatchNorm1d(16))
+
+    def forward(self, x):
+        return {"logits": self.inner(x)}
+
+
+class Labelled(Lit):
+    def training_step(self, batch, batch_idx):
+        logits = self.net(batch[0])["logits"]
+        self.batches.append(batch)
+        loss = nn.functional.cross_entropy(logits, batch[1].argmax(-1))
+        if self.automatic_optimization:
+            return loss
+        self.optimizers().zero_grad()
+        self.manual_backward(loss)
+        self.optimizers().step()
+        return None
+
+
+def check_distillation(manual=False, accumulate=1, **strategy):
+    """The gradients are the mean over the ranks of those of a hand-written step; the teacher is the same everywhere."""
+    dense, factor = [], 0.7
+
+    class Keep(pl.Callback):
+        def on_before_surgery(self, trainer, pl_module):
+            dense.append(copy.deepcopy(pl_module.net).eval())
+
+    lit = Labelled(Logits(), lambda p: RecordingSGD(p, lr=0.0), manual=manual)
+    rehab = lp.RehabDistillation(factor, temperature=2.0)
+    callbacks = [lp.CompressionCallback(1, keep=0.5, calibration_batches=3), Keep(), rehab]
+    trainer = fit(lit, callbacks, 2, strategy, accumulate_grad_batches=accumulate)
+    teacher = rehab.state_dict()["teacher"]
+    for tensor in teacher.values():
+        first, second = on_all_ranks(tensor)
+        assert torch.equal(first, second)
+    assert {name.removeprefix("net."): tensor.shape for name, tensor in teacher.items()} == {
+        name: tensor.shape for name, tensor in dense[0].state_dict().items()
+    }
+    for buffer in dense[0].buffers():
+        distributed.broadcast(buffer, src=0)
+    expected = [torch.zeros_like(parameter) for parameter in lit.parameters()]
+    reference = copy.deepcopy(lit.net).train()
+    for x, y in lit.batches[6 : 6 + accumulate]:
+        answer = reference(x)["logits"]
+        with torch.no_grad():
+            p = (dense[0](x)["logits"] / 2).log_softmax(-1)
+        distance = 4.0 * (p.exp() * (p - (answer / 2).log_softmax(-1))).sum(-1).mean()
+        loss = nn.functional.cross_entropy(answer, y.argmax(-1)) + factor * distance
+        gradients = torch.autograd.grad(loss, list(reference.parameters()))
+        expected = [total + gradient / accumulate for total, gradient in zip(expected, gradients, strict=True)]
+    seen = trainer.optimizers[0].seen[6 // accumulate]
+    for ours, mine in zip(seen, expected, strict=True):
+        torch.testing.assert_close(ours, on_all_ranks(mine).mean(0), atol=1e-6, rtol=1e-5)
+
+
+def check_factor_training(**strategy):
+    """Frozen parameters make nobody wait, and the factors are those of one process that sees all the data."""
+
+    def cut_net():
+        net = make_net()
+        return nn.Sequential(lp.LowRankLinear.from_linear(net[0], 3), nn.Tanh(), *net[2:])
+
+    lit = Lit(cut_net(), lambda parameters: torch.optim.SGD(parameters, lr=0.1, weight_decay=0.5))
+    setting = {"product_decay": 0.1, "rate_B": 2.0, "alternate": 2, "train": "factors"}
+    fit(lit, [lp.FactorTraining(**setting)], 2, strategy)
+    assert_ranks_identical(lit)
+    assert all(parameter.requires_grad for parameter in lit.parameters())
+    reference = cut_net()
+    a, b = reference[0].A.weight, reference[0].B.weight
+    for step, batch in enumerate(lit.batches):
+        inputs, targets = (on_all_ranks(part).flatten(0, 1) for part in batch)
+        loss = nn.functional.mse_loss(reference(inputs), targets) + 0.05 * (b @ a).square().sum()
+        gradients = torch.autograd.grad(loss, (a, b))
+        with torch.no_grad():
+            trained = step // 2 % 2  # B first
+            (b, a)[trained].sub_(gradients[1 - trained], alpha=(0.2, 0.1)[trained])
+    torch.testing.assert_close(lit.net[0].weight, b @ a, rtol=1e-4, atol=1e-5)
+    for name, parameter in lit.net.named_parameters():
+        if name not in ("0.A.weight", "0.B.weight"):
+            assert torch.equal(parameter, reference.get_parameter(name)), name
+    callbacks = [lp.CompressionCallback(1, 0.5, calibration_batches=3), lp.FactorTraining(rebalance_every=3, **setting)]
+    lit = Lit(make_net(), torch.optim.Adam)
+    fit(lit, callbacks, 3, strategy)
+    assert_ranks_identical(lit)
+    assert all(parameter.requires_grad for parameter in lit.parameters())
+
+
 CHECKS = {
     "logs ask for nothing": check_logs_ask_for_nothing,
     "spectral work is shared": check_spectral_work_is_shared,
@@ -552,6 +667,15 @@ CHECKS = {
     "sparse parts": check_sparse_parts_are_shared,
     "every kind of layer": lambda: check_every_kind_of_layer("factors"),
     "every kind of layer, pivot layout": lambda: check_every_kind_of_layer("pivot"),
+    "several cuts": lambda: check_several_cuts("factors", lp.TailShrinkage(refresh=3)),
+    "several cuts, pivot": lambda: check_several_cuts("pivot", lp.TailEnergy(refresh=3)),
+    "distillation": check_distillation,
+    "distillation, accumulation": lambda: check_distillation(accumulate=3),
+    "distillation, manual": lambda: check_distillation(manual=True),
+    "distillation, find_unused_parameters": lambda: check_distillation(find_unused_parameters=True),
+    "distillation, static graph": lambda: check_distillation(static_graph=True),
+    "factor training": check_factor_training,
+    "factor training, bucket views": lambda: check_factor_training(gradient_as_bucket_view=True),
 }
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 MAIN = """
 import lightning_prehab
@@ -100,6 +101,31 @@ def test_a_wrong_value_is_named(run, capsys):
     assert "square" in capsys.readouterr().err
 
 
+DISTILLED = """
+    - class_path: RehabDistillation
+      init_args:
+        strength: 0.5
+        task_strength: 0.1
+        temperature: 2.0
+        fade_steps: 100
+        shape: cosine
+        precision: half
+        device: cpu
+        ITS
+"""
+
+
+@pytest.mark.parametrize(
+    "its",
+    ["form: features, feature_modules: ['layer.*']", "module: layer", "forward: own.logits", "teacher: dense.pt"],
+)
+def test_every_setting_of_the_distillation(its, run, tmp_path):
+    (tmp_path / "own.py").write_text("def logits(module, batch):\n    return module.layer(batch)\n")
+    net = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 16))
+    torch.save({f"layer.{name}": tensor for name, tensor in net.state_dict().items()}, tmp_path / "dense.pt")
+    run(CONFIG + DISTILLED.replace("ITS", its.replace(", f", "\n        f")))
+
+
 OWN = """
 from dataclasses import dataclass
 
@@ -170,3 +196,23 @@ def test_a_factorization_inside_of_another_and_an_automatic_surgery(run):
     said = run(NESTED_CONFIG)
     assert "LowRankPlusSparse(density=0.1, base=KroneckerSVD(" in said
     assert "input_shrinkage='auto'" in said
+
+
+FACTORS = """
+    - class_path: lightning_prehab.FactorTraining
+      init_args:
+        product_decay: 0.01
+        decay_form: gradient
+        rebalance_every: 4
+        rate_A: 0.5
+        rate_B: 2
+        alternate: 2
+        train: factors_norms_biases
+"""
+
+
+def test_factor_training_from_yaml(run, capsys):
+    assert "32x32     5" in run(CONFIG.rstrip() + FACTORS)
+    with pytest.raises(SystemExit, match="2"):
+        run(CONFIG.rstrip() + FACTORS, "--trainer.callbacks+=FactorTraining", "--trainer.callbacks.train=norms")
+    assert "norms" in capsys.readouterr().err

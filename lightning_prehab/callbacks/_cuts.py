@@ -1,0 +1,111 @@
+"""When a run is cut, and how each time: one cut, or several, each deeper than the one before."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+from lightning_prehab.documents.settings import show
+from lightning_prehab.errors import ArgumentError
+from lightning_prehab.plan.recipe import Recipe
+from lightning_prehab.rank_policies import RankPolicy
+from lightning_prehab.report.compression_report import CompressionReport
+
+#: When the surgery comes: one epoch, several, or when it counts as free.
+Epochs = int | Sequence[int] | Literal["auto"]
+#: How much is kept: a share or a recipe, or one of them for each epoch.
+Keeps = float | Recipe | Sequence[float] | Sequence[Recipe]
+
+
+class Cut(NamedTuple):
+    """One surgery of a run.
+
+    Attributes:
+        epoch: It comes before the first batch of this epoch.
+        recipe: What is wished for.
+    """
+
+    epoch: int
+    recipe: Recipe
+
+
+def planned_cuts(epoch: Any, keep: Any, policy: RankPolicy | None, **flat: Any) -> list[Cut]:
+    """The cuts that the arguments of a CompressionCallback stand for, checked against each other.
+
+    Args:
+        epoch: One, or several; ``"auto"`` stands for one that is decided later.
+        keep: One, or one for each epoch.
+        policy: The rank policy. Of several cuts each gets it with a ``keep`` of its own.
+        flat: Other fields of a recipe.
+
+    Raises:
+        ArgumentError: If they do not fit together; what is wrong with which cut is said.
+    """
+    several = _is_list(epoch)
+    epochs = list(epoch) if several else [epoch]
+    for one in epochs:
+        if isinstance(one, bool) or not isinstance(one, int) or one < 0:
+            if one == "auto" and not several:
+                continue
+            what = "each epoch" if several else "epoch"
+            alternative = "" if several else ", or 'auto'"
+            raise ArgumentError(f"{what} is a whole number that counts from 0{alternative}, got {epoch!r}.")
+    if not several and not _is_list(keep):
+        return [Cut(0 if epochs == ["auto"] else epochs[0], Recipe.of(keep, policy=policy, **flat))]
+    if not several or not _is_list(keep) or len(keep) != len(epochs) or not epochs:
+        raise ArgumentError(
+            "Several cuts need as many epochs as keeps: CompressionCallback(epoch=[3, 6], keep=[0.6, 0.4]); got "
+            f"epoch={show(epoch)} and keep={show(keep)}."
+        )
+    if any(later <= earlier for earlier, later in pairwise(epochs)):
+        raise ArgumentError(f"The epochs of several cuts must ascend, got epoch={show(epoch)}.")
+    recipes = [_recipe(one, policy, flat) for one in keep]
+    known = [share_of(recipe) for recipe in recipes]
+    for earlier, later in pairwise(known):
+        if earlier is not None and later is not None and later >= earlier:
+            raise ArgumentError(
+                "The keeps of several cuts must descend, since each counts against the dense weights and a cut takes "
+                f"nothing back; got {', '.join('?' if one is None else f'{one:g}' for one in known)}."
+            )
+    return [Cut(*both) for both in zip(epochs, recipes, strict=True)]
+
+
+def share_of(recipe: Recipe) -> float | None:
+    """The share that a recipe asks to keep; None where its policy is not given one."""
+    share = recipe.keep if recipe.policy is None else getattr(recipe.policy, "keep", None)
+    return float(share) if isinstance(share, int | float) else None
+
+
+def cuts_made(cuts: Sequence[Cut], report: CompressionReport) -> int:
+    """How many of the cuts have led to a model of which nothing but its weights is known; at least one.
+
+    What a cut keeps is never above what it was asked for.
+    """
+    shares = [share_of(cut.recipe) for cut in cuts]
+    return max(sum(share is not None and report.keep <= share + 1e-9 for share in shares), 1)
+
+
+def number_of(made: int, of: int) -> str:
+    """How one of several cuts is called; empty for the only one.
+
+    >>> number_of(2, 3), number_of(1, 1)
+    ('cut 2 of 3', '')
+    """
+    return f"cut {made} of {of}" if of > 1 else ""
+
+
+def _recipe(keep: Any, policy: RankPolicy | None, flat: Mapping[str, Any]) -> Recipe:
+    if policy is None or isinstance(keep, Recipe):
+        return Recipe.of(keep, policy=policy, **flat)
+    settings: Any = policy
+    names = [one.name for one in fields(settings)] if hasattr(settings, "__dataclass_fields__") else []
+    if "keep" not in names:
+        raise ArgumentError(
+            f"{policy} has no keep that several cuts could differ in; give a list of recipes instead, one for each "
+            "cut: keep=[Recipe(policy=...), Recipe(policy=...)]."
+        )
+    return Recipe.of(keep, policy=replace(settings, keep=Recipe(keep).keep), **flat)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)

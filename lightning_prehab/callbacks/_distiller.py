@@ -1,0 +1,361 @@
+"""The teacher beside a training step: asked what the step asks, its pull added where the step's answers are.
+
+The step itself is not touched. Hooks note what it calls; before the backward pass the teacher is asked the same, and
+the distance goes into the loss. With manual optimization, where there may be several losses of which each knows some of
+the answers, a hook on each answer adds the gradient of its distance when that of a loss comes by.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, distributed, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prehab.callbacks._injection import add_to_loss_
+from lightning_prehab.callbacks._trainer import loss_scale
+from lightning_prehab.distillation.calls import Calls, autocast_of
+from lightning_prehab.distillation.comparison import Comparison
+from lightning_prehab.distillation.replay import WAY_OUT, Pair, features_of, pairs_of
+from lightning_prehab.distillation.teacher import Teacher, bytes_of_copy, copy_of, rebuilt
+from lightning_prehab.errors import NumericalError, StatisticsError, UnsupportedError
+from lightning_prehab.linalg.modes import in_full_precision
+from lightning_prehab.refinement.blocks import find_blocks
+from lightning_prehab.refinement.distance import answer_in
+from lightning_prehab.statistics.batches import to_device
+from lightning_prehab.statistics.collector import recompile
+from lightning_prehab.targets.locate import low_rank_layers
+from lightning_prehab.targets.names import Patterns, match_names
+
+Form = Literal["logits", "features"]
+Precision = Literal["auto", "half", "full"]
+#: Calls a model on a batch and returns its logits.
+Forward = Callable[[nn.Module, Any], Any]
+
+
+class Distiller:
+    """A teacher, and what it takes to learn from it in the steps of a Trainer.
+
+    Args:
+        who: For messages.
+        form: What is compared.
+        temperature: Of the predictions.
+        module: Dotted name of the module whose outputs are compared; None takes those that ``training_step`` calls.
+        forward: ``(module, batch) -> logits``, called for both instead of looking at what ``training_step`` calls.
+        feature_modules: Names or patterns of the modules whose outputs are compared as features; None takes the blocks.
+        precision: Of the teacher.
+        device: Of the teacher; None means that of the module.
+
+    Attributes:
+        teacher: It, or None.
+    """
+
+    def __init__(
+        self,
+        who: str,
+        *,
+        form: Form = "logits",
+        temperature: float = 1.0,
+        module: str | None = None,
+        forward: Forward | None = None,
+        feature_modules: Patterns = None,
+        precision: Precision = "auto",
+        device: str | torch.device | None = None,
+    ) -> None:
+        self._who, self._form, self._temperature = who, form, temperature
+        self._module, self._forward, self._feature_modules = module, forward, feature_modules
+        self._precision = precision
+        self._device = None if device is None else torch.device(device)
+        self.teacher: Teacher | None = None
+        self._stored = True  # in checkpoints
+        self._calls: Calls | None = None
+        self._waiting = False  # for the gradient to come by an answer
+        self.forget()
+
+    def forget(self) -> None:
+        """Lets go of the teacher and of what was found out with it."""
+        self.close()
+        self.teacher = None
+        self._comparison = Comparison(self._temperature, relative=self._form == "features")
+        self._features: list[str] = []
+        self._checked = self._reached = False
+        self._batch: Any = None
+
+    def announce(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", when: str) -> None:
+        """Says what the teacher is going to take."""
+        size = bytes_of_copy(pl_module, self._half(trainer)) / 1e6
+        where = pl_module.device if self._device is None else self._device
+        rank_zero_info(
+            f"{self._who}: the model as it is {when} becomes the teacher, {size:,.1f} MB on {where} beside the model; "
+            "its weights are written into each checkpoint from then on, which grows by as much."
+        )
+
+    def keep(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Makes the model of now the teacher.
+
+        Raises:
+            UnsupportedError: If it cannot be copied.
+        """
+        half = self._half(trainer)
+        self._adopt(trainer, copy_of(pl_module, self._device, half), half)
+        assert self.teacher is not None
+        if trainer.world_size > 1:  # running statistics of each process are its own; checkpoints hold the first one's
+            for buffer in self.teacher.module.buffers():
+                distributed.broadcast(buffer, src=0)
+
+    def rebuild(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", tensors: Mapping[str, Tensor], stored: bool = True
+    ) -> None:
+        """Makes a teacher of weights.
+
+        Args:
+            trainer: The running Trainer.
+            pl_module: Its module, cut or not.
+            tensors: By name.
+            stored: Write them into checkpoints.
+
+        Raises:
+            CheckpointError: If they are not those of the dense form of the model.
+        """
+        half = self._half(trainer)
+        module = rebuilt(pl_module, tensors, self._device)
+        if not stored and half is not None:
+            module = copy_of(module, half=half)
+        self._adopt(trainer, module, half)
+        self._stored = stored
+
+    def take(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", module: nn.Module) -> None:
+        """Makes a module that was given the teacher, as it is; it is not stored."""
+        own = {id(parameter) for parameter in pl_module.parameters()}
+        if any(id(parameter) in own for parameter in module.parameters()):
+            raise UnsupportedError(
+                f"The teacher of {self._who} is the model that is trained, or shares weights with it; give a copy "
+                "(copy.deepcopy), or a checkpoint."
+            )
+        by_name = isinstance(module, pl.LightningModule)
+        device = pl_module.device if self._device is None else self._device
+        half = self._half(trainer) if self._precision == "half" else None
+        self.teacher = Teacher(module, device=device, half=half, by_name=by_name)
+        self._stored = False
+
+    def _adopt(self, trainer: "pl.Trainer", module: nn.Module, half: torch.dtype | None) -> None:
+        if isinstance(module, pl.LightningModule):
+            module.trainer = trainer
+            module.log = module.log_dict = _ignore  # type: ignore[method-assign]
+        self.teacher, self._stored = Teacher(module, half=half), True
+
+    def _half(self, trainer: "pl.Trainer") -> torch.dtype | None:
+        plugin = trainer.precision_plugin
+        mixed = isinstance(plugin, MixedPrecision)
+        if self._precision == "full" or (self._precision == "auto" and not mixed):
+            return None
+        fp16 = isinstance(plugin, MixedPrecision) and plugin.precision == "16-mixed"
+        on_cpu = self._device is not None and self._device.type == "cpu"
+        return torch.float16 if fp16 and not on_cpu else torch.bfloat16
+
+    @property
+    def watches(self) -> bool:
+        """Whether this batch is looked at."""
+        return self._batch is not None
+
+    def begin_batch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any) -> None:
+        """A batch begins that the teacher has a part in."""
+        self._batch = batch
+        if self._forward is not None:
+            return
+        compiled = _is_compiled(pl_module)  # then hooks have to stay, or all is compiled anew at each batch
+        if self._calls is None:
+            if self._form == "features" and not self._features:
+                self._features = self._choose_features(pl_module)
+            self._calls = Calls(pl_module, self._module, self._features)
+            if compiled:
+                recompile()
+        if not (compiled and self._calls.attached):
+            self._calls.attach()
+        self._calls.begin(wrapped=trainer.strategy.model is not trainer.strategy.lightning_module)
+
+    def before_backward(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor, strength: float, task: float = 1.0
+    ) -> Tensor | None:
+        """The gradient will be that of ``task * loss + strength * distance``.
+
+        Args:
+            trainer: The running Trainer.
+            pl_module: Its module.
+            loss: What is about to be backpropagated, in whatever scale it has here.
+            strength: Factor of the distance.
+            task: Factor of the loss.
+
+        Returns:
+            The distance, a scalar without graph; None if there was nothing to compare.
+        """
+        if self._calls is not None:
+            self._calls.listening = False  # checkpointing calls modules again in the backward pass
+        if not loss.requires_grad:
+            return None
+        scale = strength * loss_scale(trainer)
+        pairs = self._asked(trainer, pl_module)
+        if pl_module.automatic_optimization:
+            found = self._add_to_loss(loss, pairs, scale, task)
+        else:  # of several losses, each backpropagated by itself
+            if task != 1.0:
+                _each_time(loss, lambda gradient: gradient * task)
+            if not pairs:
+                return None  # another one of them has taken the calls
+            found = self._add_to_gradients(pairs, scale)
+        self._check(found, sorted({pair.name for pair in pairs}))
+        return found
+
+    def after_backward(self) -> None:
+        """With manual optimization the step goes on."""
+        if self._calls is not None and self._calls.attached:
+            self._calls.listening = True
+
+    def end_batch(self, pl_module: "pl.LightningModule") -> None:
+        """Takes the hooks off."""
+        self._batch = None
+        if self._calls is not None:
+            self._calls.listening = False
+            self._calls.take()
+            if not _is_compiled(pl_module):
+                self._calls.detach()
+
+    def end_epoch(self) -> None:
+        """Looks whether anything was learned.
+
+        Raises:
+            UnsupportedError: If no loss has come by the answers that were compared, in an epoch.
+        """
+        if self._waiting and not self._reached:
+            raise UnsupportedError(
+                f"{self._who}: no loss of training_step depends on the outputs that were compared. {WAY_OUT}"
+            )
+        self._waiting = self._reached = False
+
+    def close(self) -> None:
+        """Takes all hooks off."""
+        self._waiting = False
+        self._batch = None
+        if self._calls is not None:
+            self._calls.detach()
+            self._calls = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The teacher's weights, unless it was given, and what was found out; plain data and tensors only."""
+        stored = self.teacher is not None and self._stored
+        return {
+            "teacher": self.teacher.tensors() if stored and self.teacher is not None else None,
+            "measure": self._comparison.measure,
+            "shifted": self._comparison.shifted,
+        }
+
+    def load_state_dict(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", state: dict[str, Any]) -> None:
+        """The teacher as it was when the state was written."""
+        self._comparison.measure, self._comparison.shifted = state["measure"], state["shifted"]
+        if state["teacher"] is not None:
+            self.rebuild(trainer, pl_module, state["teacher"])
+
+    def _choose_features(self, pl_module: "pl.LightningModule") -> list[str]:
+        if self._feature_modules is None:
+            return [name for name, _ in find_blocks(pl_module)]
+        inner = {id(part) for _, layer in low_rank_layers(pl_module) for part in list(layer.modules())[1:]}
+        names = [name for name, one in pl_module.named_modules() if name and id(one) not in inner]
+        return match_names(self._feature_modules, names, "feature_modules")
+
+    def _asked(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> list[Pair]:
+        """The answers of both to what the step has asked, or forward does."""
+        assert self.teacher is not None
+        if self._forward is not None:
+            return [self._answers_of_forward(trainer, pl_module, self._forward)]
+        assert self._calls is not None
+        calls = self._calls.take()
+        if not calls:
+            if pl_module.automatic_optimization:
+                raise StatisticsError(f"{self._who}: training_step calls no module of the model. {WAY_OUT}")
+            return []
+        if self._form == "features":
+            return features_of(self.teacher, calls, self._features)
+        return pairs_of(pl_module, self.teacher, calls)
+
+    def _answers_of_forward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", forward: Forward) -> Pair:
+        assert self.teacher is not None
+        with trainer.precision_plugin.forward_context():
+            autocast = autocast_of(pl_module)
+            answer = answer_in(forward(pl_module, self._batch))
+        with self.teacher.at_work(autocast):
+            output = forward(self.teacher.module, to_device(self._batch, self.teacher.device))
+        return Pair("forward", [], answer, answer_in(output).to(answer.device), output, self.teacher.module)
+
+    def _add_to_loss(self, loss: Tensor, pairs: list[Pair], scale: float, task: float) -> Tensor:
+        """The mean distance goes into the loss itself."""
+        values = [in_full_precision(self._comparison.value)(*self._decided(pair)) for pair in pairs]
+        value = torch.stack(values).mean()
+        if task != 1.0:
+            loss.mul_(task)
+        add_to_loss_(loss, value, scale)
+        return value.detach()
+
+    def _add_to_gradients(self, pairs: list[Pair], scale: float) -> Tensor:
+        """Hooks on the answers add the gradient of the mean distance to what comes by."""
+        values = []
+        for pair in pairs:
+            value, addend = self._comparison.gradient(*self._decided(pair), scale / len(pairs))
+            values.append(value)
+            _add_once(pair.answer, addend, self._note_reached)
+        self._waiting = True
+        return torch.stack(values).mean()
+
+    def _decided(self, pair: Pair) -> tuple[Tensor, Tensor, list[Any]]:
+        asked = [*pair.asked, self._batch]
+        self._comparison.decide(pair.module, pair.output, asked)
+        return pair.answer, pair.right, asked
+
+    def _note_reached(self) -> None:
+        self._reached = True
+
+    def _check(self, value: Tensor, names: list[str]) -> None:
+        """Once: says what is compared, and that it is a number."""
+        if self._checked:
+            return
+        self._checked = True
+        if not bool(torch.isfinite(value)):
+            raise NumericalError(
+                f"{self._who}: the distance to the teacher is {float(value)}. Its outputs, or those of the model, hold "
+                "NaN or Inf: see whether training has diverged before, or give the teacher precision='full'."
+            )
+        if self._form == "features":
+            what = f"the outputs of {len(self._features)} modules, {self._features[0]} to {self._features[-1]}"
+        else:
+            kind = "predictions (logits)" if self._comparison.measure == "divergence" else "outputs (squared error)"
+            where = ", ".join(name or "the module itself" for name in names)
+            what = f"the {kind} of {where}"
+        rank_zero_info(f"{self._who} compares {what} with the teacher's.")
+
+
+def _add_once(answer: Tensor, addend: Tensor, reached: Callable[[], None]) -> None:
+    """Adds to the gradient of an answer, the first time that it comes by."""
+
+    def add(gradient: Tensor) -> Tensor:
+        handle.remove()
+        reached()
+        return gradient + addend.to(gradient.dtype)
+
+    handle = _each_time(answer, add)
+
+
+def _each_time(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Changes the gradient of a tensor whenever it comes by."""
+    handle: RemovableHandle = tensor.register_hook(change)  # type: ignore[no-untyped-call]
+    return handle
+
+
+def _is_compiled(pl_module: "pl.LightningModule") -> bool:
+    """Whether ``trainer.fit`` was given ``torch.compile(module)``: then training_step is compiled as a whole."""
+    return getattr(pl_module, "_compiler_ctx", None) is not None
+
+
+def _ignore(*_args: Any, **_kwargs: Any) -> None:
+    """Stands in for ``log`` on the teacher."""

@@ -1,0 +1,50 @@
+"""Whether a module and its optimizers are ready for the cuts that are to come: asked before anything is trained."""
+
+from collections.abc import Sequence
+
+import lightning.pytorch as pl
+
+from lightning_prehab.callbacks._cuts import Cut
+from lightning_prehab.callbacks._neighbours import refuse_pruning
+from lightning_prehab.callbacks._untrained import warn_of_unheld
+from lightning_prehab.errors import UnsupportedError
+from lightning_prehab.kinds import view_of
+from lightning_prehab.plan.choices import added_parameters
+from lightning_prehab.plan.ranks import check_recipe
+from lightning_prehab.surgery.optimizers import check_optimizer
+from lightning_prehab.surgery.pretrained import check_pretrained
+
+
+def check_ready(trainer: "pl.Trainer", pl_module: "pl.LightningModule", cuts: Sequence[Cut]) -> None:
+    """Raises what would stop one of these cuts, as far as it can be known.
+
+    Args:
+        trainer: The Trainer; its optimizers are there.
+        pl_module: Its module.
+        cuts: Those that are to come; none of them if all are made.
+
+    Raises:
+        PrehabError: If something is wrong.
+    """
+    found = [(cut.recipe, cut.recipe.find_targets(pl_module, cut_again=True)) for cut in cuts]
+    weights = {id(p): p for _, targets in found for target in targets.values() for p in view_of(target).parameters}
+    refuse_pruning(trainer, pl_module, weights.values())
+    for recipe, targets in found:
+        check_recipe(recipe, targets)
+        check_pretrained(pl_module, (view_of(target).module for target in targets.values()))
+        if len(cuts) > 1 and any(recipe.factorization_or_default.nonzeros(*view_of(t).shape) for t in targets.values()):
+            raise UnsupportedError(
+                f"{recipe.factorization_or_default} keeps a sparse part beside the factors, and a layer with one is "
+                "not cut a second time. Make one cut, or choose a factorization without a sparse part."
+            )
+    if not found:
+        return
+    warn_of_unheld(trainer, found[0][1])
+    split = [
+        view_of(target).parameter
+        for recipe, targets in found
+        for target in targets.values()
+        if added_parameters(target, recipe.factorization_or_default)
+    ]
+    for optimizer in trainer.optimizers:
+        check_optimizer(optimizer, split, weights.values())

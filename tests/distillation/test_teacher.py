@@ -1,0 +1,106 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_prehab as lp
+from lightning_prehab.distillation.teacher import Teacher, bytes_of_copy, copy_of, rebuilt
+from lightning_prehab.errors import CheckpointError, UnsupportedError
+from tests.layers.every_layer import Case, every_case, name_of
+
+
+class Tied(nn.Module):
+    """Tied weights, a buffer that is not in state dicts, running statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 6)
+        self.body = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Linear(12, 6))
+        self.head = nn.Linear(6, 10, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("scale", torch.rand(6), persistent=False)
+
+    def forward(self, x):
+        return self.head(self.body(self.embed(x)) * self.scale)
+
+
+X = torch.arange(8)
+
+
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+def test_a_copy_shares_nothing_and_stays_as_it_was(half):
+    model = Tied().eval()
+    teacher = Teacher(copy_of(model, half=half), half=half)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half is not None):
+        before = model(X)
+    theirs = {one.data_ptr() for one in (*model.parameters(), *model.buffers())}
+    assert not theirs & {one.data_ptr() for one in teacher.tensors().values()}
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    model.train()(X)
+    with teacher.at_work(None):
+        torch.testing.assert_close(teacher.module(X), before)  # in half precision too: autocast casts the same weights
+    assert teacher.module.head.weight is teacher.module.embed.weight
+    assert teacher.bytes == bytes_of_copy(model, half)
+    dtypes = {name: one.dtype for name, one in teacher.tensors().items()}
+    assert dtypes["body.0.weight"] == (half or torch.float32)
+    assert dtypes["embed.weight"] == dtypes["head.weight"] == dtypes["body.0.bias"] == torch.float32
+    assert not any(parameter.requires_grad for parameter in teacher.module.parameters())
+
+
+def test_what_cannot_be_copied_is_told_the_way_out():
+    model = Tied()
+    model.file = (number for number in range(3))
+    with pytest.raises(UnsupportedError, match=r"Tied cannot be deep-copied .* Give a teacher: teacher="):
+        copy_of(model)
+
+
+@pytest.mark.parametrize(("kind", "number"), every_case(), ids=name_of)
+def test_the_dense_teacher_of_each_cut_layer_is_rebuilt_bit_by_bit(kind, number):
+    case = Case(kind, number)
+    student = nn.Sequential(case.layer)
+    dense = nn.Sequential(case.layer.to_dense()).eval()
+    for parameter in dense.parameters():
+        nn.init.normal_(parameter)
+    tensors = Teacher(copy_of(dense)).tensors()
+    made = rebuilt(student, tensors)
+    assert type(made[0]) is type(dense[0])
+    found = Teacher(made).tensors()
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor)
+        assert found[name].stride() == tensor.stride()
+    torch.testing.assert_close(case.run(made[0].eval()), case.run(dense[0]))
+    assert student[0] is case.layer
+
+
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+def test_a_teacher_is_rebuilt_from_a_file(half, tmp_path):
+    model = Tied().eval()
+    teacher = Teacher(copy_of(model, half=half), half=half)
+    torch.save(teacher.tensors(), tmp_path / "teacher.pt")
+    size = (tmp_path / "teacher.pt").stat().st_size
+    assert size < teacher.bytes + 6000  # what is tied lies in it once
+    student = copy.deepcopy(model)
+    lp.compress_(student, 0.4, factorization=lp.SVD(), target_modules="body.*")
+    made = rebuilt(student, torch.load(tmp_path / "teacher.pt", weights_only=True))
+    assert made.head.weight is made.embed.weight
+    again = Teacher(made, half=half)
+    for name, tensor in teacher.tensors().items():
+        assert torch.equal(again.tensors()[name], tensor)
+    with teacher.at_work(None), again.at_work(None):
+        torch.testing.assert_close(again.module(X), teacher.module(X))
+
+
+def test_weights_of_another_model_are_named():
+    model = Tied()
+    tensors = Teacher(copy_of(model)).tensors()
+    for change, match in [
+        ({"body.0.bias": None}, "lack 'body.0.bias'"),
+        ({"other.weight": torch.ones(2)}, "hold 'other.weight', which the model lacks"),
+        ({"body.0.bias": torch.ones(3)}, r"'body.0.bias' has shape \(3,\), that of the model \(12,\)"),
+    ]:
+        wrong = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
+        with pytest.raises(CheckpointError, match=match):
+            rebuilt(model, wrong)
