@@ -1,4 +1,4 @@
-"""What becomes of the state of each family of optimizers at the cut, against one that has always stepped the factors."""
+"""What becomes of each family of optimizers at the cut, beside one that has always stepped the factors."""
 
 import lightning.pytorch as pl
 import pytest
