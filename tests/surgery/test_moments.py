@@ -77,3 +77,29 @@ def test_states_of_entries_are_those_of_an_optimizer_on_them(name):
     for key, value in alone.state[entries].items():
         torch.testing.assert_close(moved[key], value)
     assert entry_state({"step": torch.tensor(1.0), "mystery": torch.ones(4, 5)}, indices, weight.shape, entries) == {}
+
+
+def test_second_moments_know_that_gradients_are_correlated():
+    """Gradients along one matrix: row sums of A's second moment and column sums of B's are those of Adam itself."""
+    torch.manual_seed(0)
+    a, b, direction = torch.randn(2, 9), torch.randn(7, 2), torch.randn(7, 1) @ torch.randn(1, 9) + torch.ones(7, 9)
+    weight, pair = torch.nn.Parameter(b @ a), [torch.nn.Parameter(a.clone()), torch.nn.Parameter(b.clone())]
+    dense, low = torch.optim.Adam([weight], lr=0.0, amsgrad=True), torch.optim.Adam(pair, lr=0.0, amsgrad=True)
+    for step in range(31):  # of changing sign: nothing has to be raised
+        gradient = direction if step % 2 else -direction
+        weight.grad, pair[0].grad, pair[1].grad = gradient, b.mT @ gradient, gradient @ a.mT
+        dense.step()
+        low.step()
+    for side, (moved, parameter) in enumerate(zip(factor_states(dense.state[weight], a, b), pair, strict=True)):
+        for key in ("exp_avg_sq", "max_exp_avg_sq"):
+            ours, theirs = moved[key].sum(1 - side), low.state[parameter][key].sum(1 - side)
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
+
+
+def test_without_a_first_moment_nothing_is_known_of_correlations():
+    squares = torch.rand(4, 5)
+    state = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(4, 5), "exp_avg_sq": squares}
+    a, b = torch.randn(2, 5), torch.randn(4, 2)
+    for_a, for_b = factor_states(state, a, b)
+    torch.testing.assert_close(for_a["exp_avg_sq"], b.square().mT @ squares)
+    torch.testing.assert_close(for_b["exp_avg_sq"], squares @ a.square().mT)
