@@ -18,7 +18,8 @@ the two fresh starts; of second moments there are these answers:
 - first moment: the same, times the share that the first moment ``M`` has of these correlations,
   ``|(B^T M)_i|^2 / (B * B)^T (M * M) 1``.
 - gradients: the mean square of the gradients of 8 batches after the cut, without a step.
-- shipped: what the package does: the first moment's answer, raised as above; without a first moment uncorrelated.
+- shipped: what the package does: the first moment's answer, raised to a sixteenth of the square; without a first moment
+  uncorrelated.
 
 Mean loss: of the 50 batches, each before its step. Spike: the largest loss on four fixed batches within ten steps,
 divided by that right after the cut. Medians and paired differences are over seeds.
@@ -85,7 +86,7 @@ def answers(name: str) -> tuple[str, ...]:
         return (FRESH[0], RAISED, MOMENTUM, STATISTICS, SHIPPED)
     if name in ("Adagrad", "Adafactor"):
         return (*FRESH, UNCORRELATED, STATISTICS, GRADIENTS)
-    return (FRESH[0], SHIPPED)
+    return (*FRESH, SHIPPED)
 
 
 class Trial:
