@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_prehab.surgery.rows_and_columns import whole
+
 #: Linear in the past gradients: Adam and its family; SGD and Muon; SGDP; centered RMSprop; Adan; MARS; Rprop;
 #: MADGRAD.
 FIRST_MOMENTS = (
@@ -13,10 +15,10 @@ FIRST_MOMENTS = (
     *("exp_avg_diff", "neg_pre_grad", "last_grad", "prev", "s"),
 )
 #: Average or sum of squared gradients, each entry for itself: Adam and its family; AdaBelief; RMSprop; Adagrad;
-#: MADGRAD.
+#: MADGRAD; Adafactor, out of rows and columns.
 SECOND_MOMENTS = (
     *("exp_avg_sq", "max_exp_avg_sq", "exp_avg_var", "max_exp_avg_var"),
-    *("square_avg", "sum", "grad_sum_sq"),
+    *("square_avg", "sum", "grad_sum_sq", "variance"),
 )
 #: The largest gradient of each entry, slowly forgotten: Adamax.
 LARGEST = ("exp_inf",)
@@ -26,7 +28,7 @@ STEP_SIZES = ("step_size", "acc_delta")
 #: precision.
 ITERATES = ("z", "x", "y", "ax", "x0", "lookahead_slow_buff", "master_param")
 #: Short names mean this only beside another one.
-_BESIDE = {"s": "grad_sum_sq", "x": "z", "y": "z", "prev": "step_size", "sum": "step"}
+_BESIDE = {"s": "grad_sum_sq", "x": "z", "y": "z", "prev": "step_size", "sum": "step", "variance": "step"}
 #: Names of counters in parameter groups: Adan and LAMB of timm; schedule-free optimizers; others.
 _COUNTERS = ("step", "k", "t", "steps")
 #: All of these: entries of the shape of the weight.
@@ -66,15 +68,17 @@ def readable_state(optimizer: torch.optim.Optimizer, weight: Tensor, state: Mapp
         state: ``optimizer.state[weight]``.
 
     Returns:
-        The state; None if any of it is of unknown meaning: lists of matrices, factored or quantized moments.
+        The state; None if any of it is of unknown meaning: lists of matrices, quantized moments. Rows and columns of
+        squares have become the matrix that they stand for.
     """
     read: dict[str, Any] = {}
-    for key, value in state.items():
+    known = whole(weight, state)
+    for key, value in known.items():
         if is_plain(value):
             read[key] = value
         elif type(value) is not Tensor:  # a list, an object, or a subclass: quantized, distributed
             return None
-        elif key in MEANINGS and _BESIDE.get(key, key) in state:
+        elif key in MEANINGS and _BESIDE.get(key, key) in known:
             if value.shape != weight.shape:
                 return None
             read[key] = value

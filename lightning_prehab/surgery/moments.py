@@ -13,17 +13,26 @@ from lightning_prehab.layers.pivot import PivotLayer
 from lightning_prehab.linalg.pivot import from_factor
 from lightning_prehab.surgery.meanings import ITERATES, LARGEST, MEANINGS, SECOND_MOMENTS, STEP_SIZES
 
+#: Second moments beside a first moment of the same gradients, which knows how they are correlated.
+CORRELATED = ("exp_avg_sq", "max_exp_avg_sq")
+#: They are at least this share of the square of the first moment: no first step is larger than four times the rate.
+#: With the whole square, where correlations are counted already, the first 50 steps do a little less.
+CORRELATED_FLOOR = 1 / 16
+
 
 def factor_states(state: Mapping[str, Any], a: Tensor, b: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
     """States of ``A`` and ``B`` from the state of ``W``, for ``W ~ B A``.
 
     The gradients are ``dA = B^T dW`` and ``dB = dW A^T``, so a first moment, being linear in them, moves exactly:
     ``exp_avg_A = B^T exp_avg_W`` and ``exp_avg_B = exp_avg_W A^T``. A second moment moves as if the entries of ``dW``
-    were uncorrelated, ``(B * B)^T v``, and is then raised to the square of the first moment where that is larger:
-    without that, correlated gradients would make the first steps larger than the learning rate. The variance of
-    centered RMSprop moves the same way, and the mean is added again. What is a value of ``W`` itself (the iterate of
-    a schedule-free optimizer, the slow weights of Lookahead) is the factor: what is averaged or looked back at starts
-    at the cut. Sizes of steps are the mean over the entries of ``W`` that the entry of the factor acts on.
+    were uncorrelated, ``(B * B)^T v``, times what the first moment ``M`` of Adam's family says of their correlations,
+    ``|(B^T M)_i|^2 / ((B * B)^T (M * M) 1)_i`` for row ``i`` of ``A`` and the same for the columns of ``B``
+    (``benchmarks/optimizer_state.py``: as good as with the statistics of the calibration). It is then raised to a share
+    of the square of the first moment where that is larger, so that no first step is far larger than usual; without
+    such a first moment, to all of it. The variance of centered RMSprop moves the same way, and the mean is added again.
+    What is a value of ``W`` itself (the iterate of a schedule-free optimizer, the slow weights of Lookahead) is the
+    factor: what is averaged or looked back at starts at the cut. Sizes of steps are the mean over the entries of ``W``
+    that the entry of the factor acts on.
 
     Args:
         state: Of ``W``.
@@ -47,8 +56,14 @@ def factor_states(state: Mapping[str, Any], a: Tensor, b: Tensor) -> tuple[dict[
         if key not in MEANINGS or value.shape != (b.shape[0], a.shape[1]):
             return {}, {}
         for_a[key], for_b[key] = _factored(key, value, a.detach(), b.detach())
+    if "exp_avg" in state and "exp_avg_sq" in state:
+        for_rows = _correlation(state["exp_avg"], b.detach())[:, None]
+        for_columns = _correlation(state["exp_avg"].mT, a.detach().mT)
+        for key in CORRELATED:
+            if key in for_a:
+                for_a[key], for_b[key] = for_a[key] * for_rows, for_b[key] * for_columns
     for moved in (for_a, for_b):
-        _raise_(moved)
+        _raise_(moved, CORRELATED_FLOOR)
         if "grad_avg" in moved:
             moved["square_avg"] += moved["grad_avg"].square()
     return for_a, for_b
@@ -232,12 +247,28 @@ def _factored(key: str, value: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Te
     return _product(b.mT, value, value.dtype), _product(value, a.mT, value.dtype)
 
 
-def _raise_(moved: dict[str, Any]) -> None:
-    """Raises what a first moment is divided by to its size, in place."""
+def _correlation(moment: Tensor, factor: Tensor) -> Tensor:
+    """How much larger the squares of ``factor^T moment`` are than if its entries were uncorrelated.
+
+    Args:
+        moment: A mean gradient: shape ``(m, n)``.
+        factor: Shape ``(m, rank)``.
+
+    Returns:
+        By row of the product: shape ``(rank,)``; 1 where there is no gradient.
+    """
+    together = _product(factor.mT, moment, torch.float32).square().sum(1)
+    alone = _product(factor.square().mT, moment.float().square().sum(1, keepdim=True), torch.float32).squeeze(1)
+    return torch.where(together > 0, together / alone.clamp_min(torch.finfo(alone.dtype).tiny), 1.0).to(moment.dtype)
+
+
+def _raise_(moved: dict[str, Any], share: float = 1.0) -> None:
+    """Raises what a first moment is divided by to its size, or a share of its square, in place."""
     if "exp_avg" in moved:
         for key in SECOND_MOMENTS:
             if key in moved:
-                moved[key] = torch.maximum(moved[key], moved["exp_avg"].square())
+                least = share if key in CORRELATED else 1.0
+                moved[key] = torch.maximum(moved[key], least * moved["exp_avg"].square())
         for key in LARGEST:
             if key in moved:
                 moved[key] = torch.maximum(moved[key], moved["exp_avg"].abs())

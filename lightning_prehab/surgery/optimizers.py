@@ -12,6 +12,7 @@ from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.surgery.meanings import ITERATES, counts_in_group, flags, readable_state
 from lightning_prehab.surgery.rehearsal import fresh_states
 from lightning_prehab.surgery.replacement import Exchange, renamed
+from lightning_prehab.surgery.rows_and_columns import parted
 from lightning_prehab.surgery.wrapped import caches, family, second_holder
 
 
@@ -175,6 +176,8 @@ def _states(
         return readable_state(optimizer, other, optimizer.state.get(other, {}))
 
     moved = {} if known is None else found.states(weight, known, of)
+    least = group.get("min_dim_size_to_factor", 0)  # of timm
+    moved = {parameter: parted(parameter, one, state, least) for parameter, one in moved.items()}
     rest = [parameter for parameter in found.parameters(weight).values() if parameter not in moved]
     if known is None and counts_in_group(group, state):
         warnings.warn(

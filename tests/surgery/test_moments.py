@@ -34,8 +34,8 @@ def test_first_moments_equal_those_of_an_optimizer_on_the_factors(name):
             assert float(moved["step"]) == 4.0
 
 
-def test_the_next_adam_step_is_bounded_by_the_learning_rate():
-    """Without the floor, a gradient that is the same in every row would make the next step too large."""
+def test_the_next_adam_step_is_bounded():
+    """Without correlations and floor, a gradient that is the same in every row would make the next step too large."""
     weight = torch.nn.Parameter(torch.randn(64, 5))
     adam = torch.optim.Adam([weight], lr=0.1)
     for _ in range(50):
@@ -43,7 +43,11 @@ def test_the_next_adam_step_is_bounded_by_the_learning_rate():
         adam.step()
     a, b = torch.randn(2, 5), torch.ones(64, 2)
     for state in factor_states(adam.state[weight], a, b):
-        assert (state["exp_avg"].abs() <= state["exp_avg_sq"].sqrt() * (1 + 1e-5)).all()
+        assert (state["exp_avg"].abs() <= 1.5 * state["exp_avg_sq"].sqrt()).all()
+    weight.grad = None
+    known = {**adam.state[weight], "exp_avg_sq": torch.zeros(64, 5)}  # the worst that can be
+    for state in factor_states(known, a, b):
+        assert (state["exp_avg"].abs() <= 4 * state["exp_avg_sq"].sqrt() * (1 + 1e-5)).all()
 
 
 def test_states_of_unknown_meaning_start_afresh():
@@ -77,3 +81,29 @@ def test_states_of_entries_are_those_of_an_optimizer_on_them(name):
     for key, value in alone.state[entries].items():
         torch.testing.assert_close(moved[key], value)
     assert entry_state({"step": torch.tensor(1.0), "mystery": torch.ones(4, 5)}, indices, weight.shape, entries) == {}
+
+
+def test_second_moments_know_that_gradients_are_correlated():
+    """Gradients along one matrix: row sums of A's second moment and column sums of B's are those of Adam itself."""
+    torch.manual_seed(0)
+    a, b, direction = torch.randn(2, 9), torch.randn(7, 2), torch.randn(7, 1) @ torch.randn(1, 9) + torch.ones(7, 9)
+    weight, pair = torch.nn.Parameter(b @ a), [torch.nn.Parameter(a.clone()), torch.nn.Parameter(b.clone())]
+    dense, low = torch.optim.Adam([weight], lr=0.0, amsgrad=True), torch.optim.Adam(pair, lr=0.0, amsgrad=True)
+    for step in range(31):  # of changing sign: nothing has to be raised
+        gradient = direction if step % 2 else -direction
+        weight.grad, pair[0].grad, pair[1].grad = gradient, b.mT @ gradient, gradient @ a.mT
+        dense.step()
+        low.step()
+    for side, (moved, parameter) in enumerate(zip(factor_states(dense.state[weight], a, b), pair, strict=True)):
+        for key in ("exp_avg_sq", "max_exp_avg_sq"):
+            ours, theirs = moved[key].sum(1 - side), low.state[parameter][key].sum(1 - side)
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
+
+
+def test_without_a_first_moment_nothing_is_known_of_correlations():
+    squares = torch.rand(4, 5)
+    state = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(4, 5), "exp_avg_sq": squares}
+    a, b = torch.randn(2, 5), torch.randn(4, 2)
+    for_a, for_b = factor_states(state, a, b)
+    torch.testing.assert_close(for_a["exp_avg_sq"], b.square().mT @ squares)
+    torch.testing.assert_close(for_b["exp_avg_sq"], squares @ a.square().mT)
