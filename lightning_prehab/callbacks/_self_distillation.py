@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_prehab.callbacks._checkpoint import check_version
 from lightning_prehab.callbacks._distiller import Distiller
 from lightning_prehab.callbacks._trainer import callbacks_of, log_number, set_callbacks
+from lightning_prehab.distillation.teacher import Teacher
 
 #: Of the state in checkpoints.
 STATE_VERSION = 1
@@ -68,10 +69,15 @@ class SelfDistillation(pl.Callback):
         """Something must have been learned."""
         self._distiller.end_epoch()
 
-    def on_before_surgery(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Prehab is over; lets go of the teacher."""
+    def on_surgery(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", report: Any) -> None:
+        """Prehab is over; lets go of the teacher, which a RehabDistillation has taken before."""
         self._distiller.forget()
         self._done = True
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The model from before prehab, until the cut."""
+        return self._distiller.teacher
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Lets go of the teacher."""

@@ -10,6 +10,7 @@ from lightning_prehab.callbacks._checkpoint import check_version
 from lightning_prehab.callbacks._distiller import Distiller, Form, Forward, Precision
 from lightning_prehab.callbacks._only_one import OnlyOne
 from lightning_prehab.callbacks._schedules import Shape, between
+from lightning_prehab.callbacks._self_distillation import SelfDistillation
 from lightning_prehab.callbacks._timeline import steps_of_epochs
 from lightning_prehab.callbacks._trainer import (
     batches_per_epoch,
@@ -36,11 +37,12 @@ class RehabDistillation(OnlyOne):
     """Lets the cut model learn from the dense one: what the teacher answers to the same inputs is added to the loss.
 
     Total loss = ``task_strength`` x task loss + ``strength`` x distance to the teacher. The teacher is the model as it
-    was right before the (first) cut, in eval mode. ``training_step`` is not touched: hooks note which modules it calls,
-    the teacher is asked the same once for each step, without gradients, and the distance is added to the loss (with
-    manual optimization its gradient, where a loss depends on the answers). The optimizer sees exactly the gradient of
-    that sum, whatever the precision, gradient accumulation, clipping and strategy; the loss that the user logs is
-    untouched.
+    was right before the (first) cut, in eval mode; beside ``PrehabCallback(self_distillation=...)`` it is the model
+    from before prehab, which has not paid for the cut yet. ``training_step`` is not touched: hooks note which modules
+    it calls, the teacher is asked the same once for each step, without gradients, and the distance is added to the loss
+    (with manual optimization its gradient, where a loss depends on the answers). The optimizer sees exactly the
+    gradient of that sum, whatever the precision, gradient accumulation, clipping and strategy; the loss that the user
+    logs is untouched.
 
     For logits the distance is ``T^2 KL(teacher || student)`` in nats, the mean over all predictions: logits are an
     output's ``.logits``, and a tensor that fits to class labels or tokens in the batch; of other outputs it is the mean
@@ -201,8 +203,13 @@ class RehabDistillation(OnlyOne):
         self._begin(trainer)
 
     def on_before_surgery(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """The model of now becomes the teacher, if it is the first cut."""
-        if self.teacher is None and self._distiller.teacher is None and self._steps is None:
+        """The model of now becomes the teacher, or that from before prehab if it is there; at the first cut only."""
+        if self.teacher is not None or self._distiller.teacher is not None or self._steps is not None:
+            return
+        earlier = find_callback(trainer, SelfDistillation)
+        if earlier is not None and earlier.teacher is not None:
+            self._distiller.teacher = earlier.teacher
+        else:
             self._distiller.keep(trainer, pl_module)
 
     def on_surgery(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", report: CompressionReport) -> None:

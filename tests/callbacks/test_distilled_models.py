@@ -277,6 +277,57 @@ def test_manual_optimization_of_several_losses(rows, make_trainer):
         run(None, refused)
 
 
+class Beside(Lit):
+    """A second network that is not cut, and has been trained on since."""
+
+    def training_step(self, batch, batch_idx):
+        answer = self.net(batch[0])
+        loss = nn.functional.cross_entropy(answer, batch[1]) + self.other(batch[0]).square().mean()
+        if self.strength is not None:
+            with torch.no_grad():
+                right = self.dense[0](batch[0])
+            loss = loss + self.strength * kl(answer, right).mean()
+        return loss
+
+
+def test_what_is_not_cut_is_not_taught(rows, make_trainer):
+    dense = net()
+    student = cut(dense)
+
+    def run(strength, *callbacks):
+        torch.manual_seed(4)
+        lit = Beside(strength, dense, net=copy.deepcopy(student), other=nn.Linear(12, 5))
+        make_trainer(callbacks=list(callbacks)).fit(lit, rows)
+        return lit
+
+    teacher = Beside(net=copy.deepcopy(dense), other=nn.Linear(12, 5))
+    same_gradients(run(0.6), run(None, lp.RehabDistillation(0.6, teacher=teacher)))
+
+
+class TwoBackwards(Lit):
+    """The first backward pass calls the net again, to compute what was not kept."""
+
+    def __init__(self, **modules):
+        super().__init__(**modules)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        for _ in range(2):
+            answer = torch.utils.checkpoint.checkpoint(self.net, batch[0], use_reentrant=False)
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(answer, batch[1]))
+            optimizer.step()
+
+
+def test_what_is_computed_twice_is_asked_once(rows, make_trainer):
+    asked = []
+    dense = net()
+    dense.register_forward_hook(lambda module, args, output: asked.append(output))
+    make_trainer(callbacks=[lp.RehabDistillation(teacher=dense)]).fit(TwoBackwards(net=cut(net())), rows)
+    assert len(asked) == 2 * len(rows)
+
+
 class ByBlocks(Lit):
     def training_step(self, batch, batch_idx):
         loss = self.model(**batch).loss

@@ -84,12 +84,26 @@ def test_without_it_nothing_is_added(rows, make_trainer):
     assert find_callback(trainer, SelfDistillation) is None
 
 
-def test_both_teachers(rows, make_trainer):
-    """Of prehab the model before it, of rehab the model before the cut."""
+@pytest.mark.parametrize("strength", [0.0, 0.6])
+def test_the_teacher_goes_on_after_the_cut(strength, rows, make_trainer):
+    """Beside a teacher of prehab the model from before that, else the one before the cut, whose tail is off."""
+
+    class Keep(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                early.update(copy.deepcopy(pl_module.state_dict()))
+
+        def on_before_surgery(self, trainer, pl_module):
+            late.update(copy.deepcopy(pl_module.state_dict()))
+
+    early, late = {}, {}
     rehab = lp.RehabDistillation()
-    _, trainer = run(rows, make_trainer, 0.0, 0.6, extra=[rehab])
+    _, trainer = run(rows, make_trainer, 0.0, strength, extra=[Keep(), rehab])
     assert trainer.callback_metrics["rehab/distillation"] > 0
-    assert rehab._distiller.teacher is not None
+    teacher = rehab.state_dict()["teacher"]
+    expected, other = (early, late) if strength else (late, early)
+    assert all(torch.equal(teacher[name], tensor) for name, tensor in expected.items())
+    assert not torch.equal(teacher["net.0.weight"], other["net.0.weight"])
 
 
 def test_a_wrong_strength():
