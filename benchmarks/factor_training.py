@@ -43,7 +43,7 @@ from lightning_prehab.progress import counted, shown
 RESULTS = Path(__file__).with_suffix(".jsonl")
 SEEDS, KEEPS = (0, 1, 2), (0.3, 0.15)
 STEPS, WARMUP, CALIBRATION = 120, 15, 24
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 PLAIN = "plain"
 #: Of Student's distribution with two degrees of freedom: half a 95 % interval of the mean of three.
 T = 4.303
@@ -53,8 +53,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rate_A=2": {"rate_A": 2.0},
     "rate_A=2, rate_B=2": {"rate_A": 2.0, "rate_B": 2.0},
     "no weight decay on the factors": {"product_decay": 0.0},
-    "product_decay=0.01": {"product_decay": 0.01},
     "product_decay=0.1": {"product_decay": 0.1},
+    "product_decay=1": {"product_decay": 1.0},
     "rebalance_every=10": {"rebalance_every": 10},
     "alternate=1": {"alternate": 1},
     "alternate=60: B, then A": {"alternate": 60},
