@@ -43,7 +43,7 @@ from lightning_prehab.progress import counted, shown
 RESULTS = Path(__file__).with_suffix(".jsonl")
 SEEDS, KEEPS = (0, 1, 2), (0.3, 0.15)
 STEPS, WARMUP, CALIBRATION = 120, 15, 24
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 PLAIN = "plain"
 #: Of Student's distribution with two degrees of freedom: half a 95 % interval of the mean of three.
 T = 4.303
@@ -53,8 +53,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rate_A=2": {"rate_A": 2.0},
     "rate_A=2, rate_B=2": {"rate_A": 2.0, "rate_B": 2.0},
     "no weight decay on the factors": {"product_decay": 0.0},
-    "product_decay=0.01": {"product_decay": 0.01},
     "product_decay=0.1": {"product_decay": 0.1},
+    "product_decay=1": {"product_decay": 1.0},
     "rebalance_every=10": {"rebalance_every": 10},
     "alternate=1": {"alternate": 1},
     "alternate=60: B, then A": {"alternate": 60},
@@ -247,23 +247,29 @@ def run_missing(task: Trial, rows: list[str], seeds: list[int]) -> None:
 
 
 def table(records: list[Record]) -> Iterator[str]:
-    """Lines of a markdown table: the losses in the end, and the paired differences from plain training."""
-    runs = [one for one in records if one["kind"] == "run"]
-    header = [f"{title}, keep {keep}" for keep in KEEPS for title in ("half way", "in the end", "less plain")]
+    """Lines of a markdown table: the loss of plain training, and how far the others are from it, paired by seed."""
+    ends = {(one["row"], one["keep"], one["seed"]): one for one in records if one["kind"] == "run"}
+    header = [f"{title}, keep {keep}" for keep in KEEPS for title in ("half way", "in the end")]
     yield f"| setting | {' | '.join(header)} |"
     yield "|" + "---|" * (1 + len(header))
     for row in SETTINGS:
-        cells: list[str] = []
-        for keep in KEEPS:
-            ours = {one["seed"]: one for one in runs if (one["row"], one["keep"]) == (row, keep)}
-            plain = {one["seed"]: one for one in runs if (one["row"], one["keep"]) == (PLAIN, keep)}
-            for key in ("half", "end"):
-                values = [one[key] for one in ours.values()]
-                cells.append(f"{statistics.mean(values):.3f}" if values else "")
-            paired = [ours[seed]["end"] - plain[seed]["end"] for seed in ours if seed in plain]
-            half = T * statistics.stdev(paired) / math.sqrt(len(paired)) if len(paired) == len(SEEDS) else math.nan
-            cells.append("" if row == PLAIN or not paired else f"{statistics.mean(paired):+.3f} ± {half:.3f}")
-        yield f"| `{row}` | {' | '.join(cells)} |" if "=" in row else f"| {row} | {' | '.join(cells)} |"
+        cells = []
+        for keep, key in ((keep, key) for keep in KEEPS for key in ("half", "end")):
+            ours = {seed: ends[row, keep, seed][key] for seed in SEEDS if (row, keep, seed) in ends}
+            plain = {seed: ends[PLAIN, keep, seed][key] for seed in ours if (PLAIN, keep, seed) in ends}
+            cells.append(cell([ours[seed] - (0.0 if row == PLAIN else plain[seed]) for seed in plain], row == PLAIN))
+        if any(cells):
+            yield f"| {f'`{row}`' if '=' in row else row} | {' | '.join(cells)} |"
+
+
+def cell(values: list[float], absolute: bool) -> str:
+    """The mean with a 95 % interval; without it, and with their number, if seeds are missing."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.3f}" if absolute else f"{statistics.mean(values):+.3f}"
+    if len(values) < len(SEEDS):
+        return f"{mean} (seeds: {len(values)})"
+    return f"{mean} ± {T * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
 
 
 if __name__ == "__main__":

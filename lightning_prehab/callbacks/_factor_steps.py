@@ -1,6 +1,6 @@
 """What FactorTraining does at the steps of one optimizer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -105,7 +105,7 @@ class FactorSteps:
         for parameter in self._idle():
             parameter.grad = None  # no step, no decay, no moment; and clipping does not count it
         decay = self._settings.product_decay
-        if decay is None or self._settings.decay_form != "gradient":
+        if not decay or self._settings.decay_form != "gradient":
             return
         for parameter, gradient in self._decays():
             assert parameter.grad is not None
@@ -123,7 +123,7 @@ class FactorSteps:
             for parameter, rate in zip(pair.both, (settings.rate_A, settings.rate_B), strict=True):
                 wishes[id(parameter)] = Apart(rate, decays)
         self._groups.open(wishes)
-        if settings.product_decay is None or settings.decay_form != "decoupled" or self._skipped:
+        if not settings.product_decay or settings.decay_form != "decoupled" or self._skipped:
             return
         rates = self._groups.rates()
         with torch.no_grad():
@@ -135,20 +135,21 @@ class FactorSteps:
         """Raises :class:`UnsupportedError` if a step makes the parameter of something else than its last value."""
         for optimizer in self.watch.family:
             hidden = set(optimizer.state.get(parameter, {})).intersection(_HIDDEN)
-            if hidden and self._settings.product_decay:
+            if hidden:
                 raise UnsupportedError(
                     f"{type(optimizer).__name__} keeps other values of a factor in its state ({hidden.pop()!r}), which "
                     "a decoupled decay does not reach. Use FactorTraining(decay_form='gradient')."
                 )
 
-    def _decays(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """The factors that are about to be stepped, with the gradient of half the squared size of the product."""
-        return [
-            (parameter, gradient)
-            for pair in self._pairs
-            for parameter, gradient in zip(pair.both, pair.size_gradients(), strict=True)
-            if parameter.grad is not None and id(parameter) in self._mine
-        ]
+    def _decays(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """The factors that are about to be stepped, with the gradient of half the squared size of the product.
+
+        Both gradients of a pair are those of before it is changed; those of one pair are there at a time.
+        """
+        for pair in self._pairs:
+            for parameter, gradient in zip(pair.both, pair.size_gradients(), strict=True):
+                if parameter.grad is not None and id(parameter) in self._mine:
+                    yield parameter, gradient
 
     def _idle(self) -> list[nn.Parameter]:
         """The factors that have to wait: ``A`` while ``B`` is trained, then ``B``."""
