@@ -297,6 +297,19 @@ def test_only_steps_with_spectral_work_wait_for_the_device(tmp_path, prehab, pre
     assert sum(not places for places in before_the_cut) >= 10, before_the_cut
 
 
+@pytest.mark.parametrize("prehab", ["spectral weight decay", "tail shrinkage", "share"])
+def test_a_resumed_run_does_not_wait_either(tmp_path, prehab):
+    if DEVICE.type == "cpu":
+        pytest.skip("for GPUs")
+    cut = {"epoch": 4, "keep": 0.6, "calibration_batches": 3}
+    fit(tmp_path, [REGULARIZERS[prehab](), lp.CompressionCallback(**cut), Everywhere(tmp_path)], max_epochs=5)
+    made, watch = REGULARIZERS[prehab](), Waits()
+    made.forecast_every_n_steps = 0
+    settings = {"max_epochs": 5, "ckpt_path": tmp_path / "end-0.ckpt"}
+    fit(tmp_path, [watch, made, lp.CompressionCallback(**cut)], **settings)
+    assert sum(not places for places in watch.steps[1:18]) >= 8, watch.steps
+
+
 @needs_gpu
 def test_a_compiled_model_is_trained_and_cut(tmp_path):
     pytest.importorskip("triton")
