@@ -15,8 +15,8 @@ from tests.pretended import NAME, POSSIBLE
 TESTS = Path(__file__).parent / "cuda"
 #: All of it takes minutes: ``PREHAB_TEST_DEVICE=pretended:0 pytest tests/cuda``.
 SOME = (
-    "svd-ratio or plan_of or padding or (every_kind and pivot-whitened) or (only_steps and 32-true and (default or loss))"
-    " or (resumed and 32-true and default) or (nearer and full and model)"
+    "svd-ratio or plan_of or padding or (every_kind and pivot-whitened)"
+    " or (only_steps and 32-true and default) or (resumed and 32-true and default)"
 )
 
 

@@ -31,7 +31,7 @@ needs_device = pytest.mark.skipif(DEVICE.type == "cuda" and not HAS_GPU, reason=
 needs_gpu = pytest.mark.skipif(not HAS_GPU or DEVICE.type != "cuda", reason="there is no GPU, or it is hidden")
 
 
-def needs_autocast() -> None:
+def not_pretended() -> None:
     """Skips what a pretended device cannot do."""
     if DEVICE.type == NAME:
         pytest.skip("for GPUs")

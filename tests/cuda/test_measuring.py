@@ -21,9 +21,9 @@ from tests.cuda.device import (
     loss,
     matrices,
     mlp,
-    needs_autocast,
     needs_device,
     needs_gpu,
+    not_pretended,
 )
 from tests.pretended import NAME
 
@@ -58,7 +58,7 @@ def text(rows=16, count=6):
 @pytest.mark.parametrize("scope", ["model", "blocks"])
 def test_a_refinement_brings_the_model_nearer(scope, layout, precision):
     if precision == "half":
-        needs_autocast()
+        not_pretended()
     outcomes = []
     for device in (DEVICE, "cpu"):
         dense = small_llama().to(device)
@@ -77,7 +77,7 @@ def test_a_refinement_brings_the_model_nearer(scope, layout, precision):
 @pytest.mark.parametrize("checkpointing", [True, False, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_refinements_of_all_dtypes_within_a_cut(dtype, checkpointing):
-    needs_autocast()
+    not_pretended()
     model = small_llama(dtype).to(DEVICE)
     wish = lp.Refinement(4, checkpointing=checkpointing, rows=32)
     report = lp.compress_(model, 0.5, text(), refine=wish, evaluate=0.2, progress=False)

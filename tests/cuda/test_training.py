@@ -23,6 +23,7 @@ from tests.cuda.device import (
     mlp,
     needs_device,
     needs_gpu,
+    not_pretended,
     states_here,
 )
 
@@ -245,6 +246,7 @@ def test_a_checkpoint_of_the_gpu_is_loaded_without_one(tmp_path):
     assert_here(loaded, torch.device("cpu"))
     for (name, ours), theirs in zip(loaded.state_dict().items(), lit.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs.cpu()), name
+    not_pretended()
     back = lp.load_from_checkpoint(Lit, saver.last_model_path, map_location=DEVICE)
     assert_here(back)
 
