@@ -132,6 +132,7 @@ class Collector:
         self._whole = (batches or 0) // (2 * EVERY) * 2 * EVERY  # later ones, of no whole cycle, stand for themselves
         self._handles: list[RemovableHandle] = []
         self._mask: Tensor | None = None
+        self._present: tuple[Tensor, Tensor] | None = None  # the mask that was looked at last, and where it is True
         self._positions: Tensor | None = None
         self._batch_size = 1
         self._turn = 0
@@ -205,6 +206,7 @@ class Collector:
     def end_batch(self) -> None:
         """Stops counting until the next batch begins."""
         self._counting, self._mask, self._positions, self._last, self._computed = False, None, None, None, None
+        self._present = None
         for watched in self._watched.values():
             if watched.weight_gradient is not None:
                 watched.statistics.update_weight_gradient(watched.weight_gradient, self._batch_size)
@@ -270,14 +272,14 @@ class Collector:
         with torch.autocast(x.device.type, enabled=False):
             parts = list(self._parts(view, x, gradient))
             for part, mask, gradient_part in parts:
-                tokens = _tokens(view.inputs(part), mask) if fresh or self.wanted.weight_gradients else None
+                tokens = self._tokens(view.inputs(part), mask) if fresh or self.wanted.weight_gradients else None
                 g, kept, copies = None, None, 1
                 if gradient_part is not None:
                     aligned = mask is not None or self._drop_overflow or self.wanted.aligned
                     outputs, copies = (view.outputs, 1) if aligned else (view.distinct_outputs, view.copies)
                     g = outputs(gradient_part)
                     kept = self._inner(g, mask) if gradient_part.dim() == 3 else None
-                    g = _tokens(g, mask)
+                    g = self._tokens(g, mask)
                 if self._drop_overflow and g is not None:
                     finite = torch.isfinite(g).all(-1)
                     tokens, g = None if tokens is None else tokens[finite], g[finite]
@@ -353,6 +355,21 @@ class Collector:
             mask = None if self._mask is None else self._mask[part]
             yield x[part], mask, None if gradient is None else gradient[part]
 
+    def _tokens(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Flattened to ``(tokens, features)``, padding left out where the mask fits the leading dimensions.
+
+        Where it is True is asked once for all layers: a GPU has to be waited for to know how many there are. Nested
+        tensors, which ``nn.TransformerEncoder`` makes of padded ones, have no padding.
+        """
+        if x.is_nested:
+            return torch.cat(x.unbind())
+        rows = x.reshape(-1, x.shape[-1])
+        if mask is None or mask.shape != x.shape[:-1]:
+            return rows
+        if self._present is None or self._present[0] is not mask:
+            self._present = mask, mask.flatten().nonzero()[:, 0]
+        return rows.index_select(0, self._present[1].to(x.device))
+
     def _at_most(self, view: MatrixView, size: int, tokens: int, parts: int) -> int | None:
         """Of so many tokens, in one of the parts of a batch, how many are enough for a Gram matrix of this size."""
         if self._own_pass:
@@ -362,18 +379,6 @@ class Collector:
             return None
         least = MIN_TOKENS if self._every == 1 else 2 * MIN_TOKENS
         return -(-max(least, -(-TOKENS_PER_FEATURE * size * self._every // self._batches)) // parts)
-
-
-def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Flattened to ``(tokens, features)``, padding left out where the mask fits the leading dimensions.
-
-    Nested tensors, which ``nn.TransformerEncoder`` makes of padded ones, have no padding.
-    """
-    if x.is_nested:
-        return torch.cat(x.unbind())
-    if mask is not None and mask.shape == x.shape[:-1]:
-        return x[mask]
-    return x.reshape(-1, x.shape[-1])
 
 
 def _before_changes(output: Tensor) -> Tensor:

@@ -29,6 +29,14 @@ if DEVICE.type == "cuda" and HAS_GPU:
     torch.backends.cuda.matmul.allow_tf32 = False
 needs_device = pytest.mark.skipif(DEVICE.type == "cuda" and not HAS_GPU, reason="there is no GPU, or it is hidden")
 needs_gpu = pytest.mark.skipif(not HAS_GPU or DEVICE.type != "cuda", reason="there is no GPU, or it is hidden")
+
+
+def not_pretended() -> None:
+    """Skips what a pretended device cannot do."""
+    if DEVICE.type == NAME:
+        pytest.skip("for GPUs")
+
+
 ACCELERATOR = "gpu" if DEVICE.type == "cuda" else DEVICE.type
 #: On a pretended device: the lines that had to wait for it, with how often.
 WAITS: Counter[str] = Counter()

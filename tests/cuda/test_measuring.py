@@ -11,6 +11,7 @@ import lightning_prehab as lp
 from lightning_prehab.plan.timing import time_calls
 from lightning_prehab.report.evaluation import Evaluation
 from lightning_prehab.report.latency import compare_latencies
+from tests.cuda import device as here
 from tests.cuda.device import (
     DEVICE,
     assert_here,
@@ -22,7 +23,9 @@ from tests.cuda.device import (
     mlp,
     needs_device,
     needs_gpu,
+    not_pretended,
 )
+from tests.pretended import NAME
 
 pytestmark = needs_device
 
@@ -54,6 +57,8 @@ def text(rows=16, count=6):
 @pytest.mark.parametrize("layout", ["factors", "pivot"])
 @pytest.mark.parametrize("scope", ["model", "blocks"])
 def test_a_refinement_brings_the_model_nearer(scope, layout, precision):
+    if precision == "half":
+        not_pretended()
     outcomes = []
     for device in (DEVICE, "cpu"):
         dense = small_llama().to(device)
@@ -72,12 +77,25 @@ def test_a_refinement_brings_the_model_nearer(scope, layout, precision):
 @pytest.mark.parametrize("checkpointing", [True, False, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_refinements_of_all_dtypes_within_a_cut(dtype, checkpointing):
+    not_pretended()
     model = small_llama(dtype).to(DEVICE)
     wish = lp.Refinement(4, checkpointing=checkpointing, rows=32)
     report = lp.compress_(model, 0.5, text(), refine=wish, evaluate=0.2, progress=False)
     assert_here(model)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert str(report)
+
+
+def test_where_the_padding_is_is_asked_once_a_batch():
+    if DEVICE.type != NAME:
+        pytest.skip("for the pretended device, which counts")
+    model = small_llama().to(DEVICE)
+    targets = lp.find_targets(model)
+    here.WAITS.clear()
+    lp.collect_statistics(model, targets, text(count=3), gradients=True)
+    asked = {line: often for line, often in here.WAITS.items() if line.endswith(("nonzero", "index"))}
+    ours = {line: often for line, often in asked.items() if line.startswith("statistics/collector.py")}
+    assert sum(ours.values()) == 3
 
 
 @pytest.mark.parametrize("policy", [lp.CalibratedBudget(0.5, trials=3), lp.ProbeBudget(0.5), lp.ZeroSum(0.5)])

@@ -23,6 +23,7 @@ from tests.cuda.device import (
     mlp,
     needs_device,
     needs_gpu,
+    not_pretended,
     states_here,
 )
 
@@ -245,6 +246,7 @@ def test_a_checkpoint_of_the_gpu_is_loaded_without_one(tmp_path):
     assert_here(loaded, torch.device("cpu"))
     for (name, ours), theirs in zip(loaded.state_dict().items(), lit.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs.cpu()), name
+    not_pretended()
     back = lp.load_from_checkpoint(Lit, saver.last_model_path, map_location=DEVICE)
     assert_here(back)
 
@@ -295,6 +297,19 @@ def test_only_steps_with_spectral_work_wait_for_the_device(tmp_path, prehab, pre
     before_the_cut = watch.steps[1:24]  # the first is what comes before training
     assert any(before_the_cut)
     assert sum(not places for places in before_the_cut) >= 10, before_the_cut
+
+
+@pytest.mark.parametrize("prehab", ["spectral weight decay", "tail shrinkage", "share"])
+def test_a_resumed_run_does_not_wait_either(tmp_path, prehab):
+    if DEVICE.type == "cpu":
+        pytest.skip("for GPUs")
+    cut = {"epoch": 4, "keep": 0.6, "calibration_batches": 3}
+    fit(tmp_path, [REGULARIZERS[prehab](), lp.CompressionCallback(**cut), Everywhere(tmp_path)], max_epochs=5)
+    made, watch = REGULARIZERS[prehab](), Waits()
+    made.forecast_every_n_steps = 0
+    settings = {"max_epochs": 5, "ckpt_path": tmp_path / "end-0.ckpt"}
+    fit(tmp_path, [watch, made, lp.CompressionCallback(**cut)], **settings)
+    assert sum(not places for places in watch.steps[1:18]) >= 8, watch.steps
 
 
 @needs_gpu
