@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_prehab.linalg.modes import outside_inference_mode
 from lightning_prehab.offload.chain import Chain
+from lightning_prehab.offload.effort import Effort
 from lightning_prehab.offload.needs import Needs, bytes_in, fitting_batches
 from lightning_prehab.offload.refining import check_blocks_alone
 from lightning_prehab.offload.site import FolderSite, check_possible
@@ -42,8 +43,8 @@ def compress_folder(
     after the other over all batches, what lies between them is kept on disk, and gradients come back the same way. The
     new folder is one that ``from_pretrained`` and :func:`~lightning_prehab.load_compressed` load.
 
-    What it takes in memory and on disk is said first. Whatever ends the process, the same call goes on where it was:
-    what is done lies in a folder beside the output, which goes when the output is there.
+    What it takes in memory, on disk and of time is said first. Whatever ends the process, the same call goes on where
+    it was: what is done lies in a folder beside the output, which goes when the output is there.
 
     Args:
         source: A Hugging Face folder: ``config.json`` and weights in safetensors, in one file or several, in any
@@ -97,7 +98,8 @@ def compress_folder(
             if work.done(FIT) is None:
                 work.finish(FIT, needs.fit)
             if progress:
-                print("\n".join(needs.lines(work)), file=sys.stderr)
+                seconds = Effort.of(skeleton, chain, recipe, batches, refinement).seconds()
+                print("\n".join(needs.lines(work, seconds)), file=sys.stderr)
             site = FolderSite(skeleton, chain, batches, work, writer, needs.sums_at_most)
             with shown(progress):
                 report = operate(recipe, site, refinement)

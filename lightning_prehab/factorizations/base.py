@@ -59,6 +59,15 @@ class Factorization(ABC):
         return False
 
     @property
+    def rounds(self) -> int:
+        """So many eigenproblems of a weight stand behind its spectrum and its factors: what says how long they take."""
+        return 1
+
+    def is_nested(self, out_features: int, in_features: int) -> bool:
+        """Whether the factors of a rank are the first ones of those of a higher rank, with nothing beside them."""
+        return not self.adds_bias and self.nonzeros(out_features, in_features) == 0
+
+    @property
     def needs_halves(self) -> bool:
         """Whether the method reads the statistics of every other batch alone, to see how noisy they are."""
         return False

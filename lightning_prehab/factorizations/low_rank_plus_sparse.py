@@ -90,6 +90,11 @@ class LowRankPlusSparse(Factorization):
         return self.base.adds_bias
 
     @property
+    def rounds(self) -> int:
+        """For planning, and for the factors."""
+        return 2 * self.steps + 6
+
+    @property
     def wanted(self) -> Wanted:
         """As the base."""
         return self.base.wanted

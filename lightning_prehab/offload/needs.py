@@ -1,6 +1,5 @@
 """What a folder takes in memory and on disk, said before it is compressed, and batches that fit."""
 
-import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,9 +18,10 @@ from lightning_prehab.offload.parts import highest_rank, sums_of
 from lightning_prehab.offload.skeleton import Skeleton
 from lightning_prehab.offload.work import Work
 from lightning_prehab.plan.recipe import Recipe
+from lightning_prehab.progress.words import in_words
 from lightning_prehab.refinement.sequences import Sequences
 from lightning_prehab.refinement.settings import Refinement
-from lightning_prehab.statistics.batches import batch_size, padding_mask, tensors
+from lightning_prehab.statistics.batches import batch_size, count_positions, padding_mask
 from lightning_prehab.statistics.sums import Wanted
 from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.locate import Target
@@ -85,6 +85,8 @@ class Needs:
         state: Bytes of the hidden states of a token.
         blocks: How many there are.
         factors: Bytes of the factors of all targets that are kept.
+        stored: Bytes of the statistics on disk at a time: of a block, and all of those that are read again because
+            factors of one rank are no part of others.
         wanted: What is collected.
         masks: Bytes of the attention masks of all batches, where there is padding.
         output: Bytes of the new folder, at most.
@@ -110,6 +112,7 @@ class Needs:
     state: int
     blocks: int
     factors: int
+    stored: int
     wanted: Wanted
     masks: int
     output: int
@@ -145,26 +148,36 @@ class Needs:
         inside = [sum(sum(view_of(one).shape) for one in place.values()) for place in places.values()]
         hidden = _hidden_size(model, targets)
         grams = [max(max(m, n) ** 2, 1) for m, n in shapes]
+        method = recipe.factorization_or_default
+
+        def nested(target: Target) -> bool:
+            view = view_of(target)
+            return view.group_count == 1 and method.is_nested(*view.shape)
+
+        sizes = [sums_of(place, wanted) if any(wanted) else 0 for place in places.values()]
+        again = [one for one, place in zip(sizes, places.values(), strict=True) if not all(map(nested, place.values()))]
         has_head = model.get_output_embeddings() is not None if hasattr(model, "get_output_embeddings") else False
         return cls(
             base=resident(),
             around=skeleton.bytes_of(chain.around.values()),
             block=max(skeleton.bytes_of([block]) for block in chain.blocks),
-            sums=max(sums_of(place, wanted) for place in places.values()) if any(wanted) else 0,
+            sums=max(sizes),
             largest=max(layers) if any(wanted) else 0,
             temporary=8 * max(grams) if any(wanted) else 0,
             decomposition=_decomposition(shapes, any(wanted)),
             size=size,
             row=round(GRAPH * size * max(inside, default=0)),
             vocabulary=(getattr(model.config, "vocab_size", 0) or 0) if has_head and wanted.backward else 0,
-            tokens=max(map(_tokens, batches)) if batches else 0,
-            total=sum(map(_tokens, batches)) if batches else 0,
+            tokens=max(map(count_positions, batches)) if batches else 0,
+            total=sum(map(count_positions, batches)) if batches else 0,
             state=size * hidden,
             blocks=len(chain.blocks),
-            factors=sum(_factors(target, size, recipe.layout) for target in targets.values()),
+            factors=sum(_factors(target, size, recipe.layout) for target in targets.values() if nested(target)),
+            stored=max(sizes) + sum(again),
             wanted=wanted,
             masks=sum(map(_mask, batches or [])),
-            output=sum(entry.nbytes for entry in skeleton.source.entries.values()),
+            output=sum(entry.nbytes for entry in skeleton.source.entries.values())
+            + sum(_beside(target, recipe) for target in targets.values()),
             training=0
             if refinement is None
             else max(_training(*one, places, recipe) for one in enumerate(chain.blocks)),
@@ -195,10 +208,11 @@ class Needs:
     @property
     def disk(self) -> int:
         """Bytes on disk at the peak, beside the source."""
-        between = self.total * self.state * (self.blocks + 3 if self.wanted.backward else 2)
+        files = 0 if not any(self.wanted) else self.blocks + 3 if self.wanted.backward else 2
+        between = self.total * self.state * files
         if self.training:  # two states of two chains, and refined blocks beside those that are not
             between += 4 * self.total * self.state + self.output
-        return between + self.factors + max(self.sums, 0) + self.output
+        return between + self.factors + self.stored + self.output
 
     def check_disk(self, output: Path, work: Work) -> None:
         """Raises :class:`ArgumentError` if there is not so much room, less what lies there already."""
@@ -210,13 +224,19 @@ class Needs:
                 "unfinished work and the result; give an output on another disk, or fewer batches."
             )
 
-    def lines(self, work: Work) -> list[str]:
-        """What is said before the work begins."""
+    def lines(self, work: Work, seconds: float) -> list[str]:
+        """What is said before the work begins.
+
+        Args:
+            work: The folder of it.
+            seconds: About how long it takes.
+        """
         what = max(self.stages(), key=lambda name: self.stages()[name])
         data = f"; batches of at most {self.tokens:,} tokens, {self.total:,} in all" if self.tokens else ""
         found = [
             f"{self.blocks} blocks, one at a time: about {_gigabytes(self.memory)} of memory (for {what}) and "
-            f"{_gigabytes(self.disk)} of disk{data}."
+            f"{_gigabytes(self.disk)} of disk{data}.",
+            f"About {in_words(seconds)} of computing, by a short measurement: an estimate, more on a busy machine.",
         ]
         if work.resumed:
             found.append(f"Going on with the unfinished work in {work.folder}.")
@@ -272,7 +292,7 @@ def _fitted(needs: Needs, batches: list[Any] | None, rows: int | None) -> tuple[
     if rows is None or batches is None:
         return batches, needs
     batches = [part for batch in batches for part in _in_rows(batch, rows)]
-    return batches, replace(needs, tokens=max(map(_tokens, batches)), rows=rows)
+    return batches, replace(needs, tokens=max(map(count_positions, batches)), rows=rows)
 
 
 def _of_rows(needs: Needs) -> str:
@@ -305,15 +325,6 @@ def _in_rows(batch: Any, rows: int) -> list[Any]:
     if isinstance(batch, Mapping):
         return [{key: one[start : start + rows] for key, one in batch.items()} for start in starts]
     return [type(batch)(one[start : start + rows] for one in batch) for start in starts]
-
-
-def _tokens(batch: Any) -> int:
-    """Positions of a batch, padding too."""
-    mask = padding_mask(batch)
-    if mask is not None:
-        return mask.numel()
-    first = next(tensors(batch), None)
-    return 0 if first is None else math.prod(first.shape[:2])
 
 
 def _mask(batch: Any) -> int:
@@ -350,11 +361,17 @@ def _training(number: int, block: nn.Module, places: Mapping[int | None, Mapping
 def _step(batches: Sequence[Any] | None, refinement: Refinement) -> int:
     """Tokens of the largest step."""
     sequences = Sequences(batches, refinement)
-    return max(map(_tokens, [*sequences.training, *sequences.held_back]))
+    return max(map(count_positions, [*sequences.training, *sequences.held_back]))
 
 
 def _factors(target: Target, size: int, layout: str) -> int:
     return max(size, 4) * highest_rank(target, layout) * sum(view_of(target).shape)
+
+
+def _beside(target: Target, recipe: Recipe) -> int:
+    """Of what a layer stores that is no parameter: places of entries, the order of rows."""
+    m, n = view_of(target).shape
+    return 4 * recipe.factorization_or_default.nonzeros(m, n) + (8 * m if recipe.layout == "pivot" else 0)
 
 
 def _gigabytes(size: int) -> str:

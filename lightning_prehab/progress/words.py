@@ -102,6 +102,17 @@ def clock_time(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
+def in_words(seconds: float) -> str:
+    """A time that is not known exactly.
+
+    >>> in_words(7.2), in_words(100), in_words(1500), in_words(5000)
+    ('less than a minute', '2 minutes', '25 minutes', '1.4 hours')
+    """
+    if seconds < 60:
+        return "less than a minute"
+    return f"{max(round(seconds / 60), 2)} minutes" if seconds < 3600 else f"{seconds / 3600:.1f} hours"
+
+
 def memory_in_use() -> str:
     """Memory of this process, where the system says it (Linux), and what torch holds on GPUs; else empty."""
     found = []

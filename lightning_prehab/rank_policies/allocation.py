@@ -6,6 +6,7 @@ are left for an exact search (Pisinger, "A minimal algorithm for the multiple-ch
 https://doi.org/10.1016/0377-2217(95)00015-I), the fewer the nearer value over cost is to a concave curve in each item.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,8 @@ from lightning_prehab.errors import PlanError
 
 #: Partial solutions kept at a time. Only near-ties by the thousand reach it; the answer is then the best of those kept.
 MAX_STATES = 20_000
+#: And at most so many are extended at a time: fewer where an item has many options left, as flat spectra have.
+MOST = 2**15
 #: The gap is widened in so many steps, each by this factor. The best choice within a gap is the best of all, and nearly
 #: always there is one in a small gap, where few options are left.
 LEVELS, WIDER = 8, 8.0
@@ -44,6 +47,7 @@ def best_allocation(costs: Sequence[Tensor], values: Sequence[Tensor], budget: i
     cheapest = sum(int(cost.min()) for cost in costs)
     if cheapest > budget:
         raise PlanError(f"The smallest possible choice costs {cheapest:,}, the budget is {budget:,}.")
+    budget = _reachable(costs, budget)
     cost = torch.nn.utils.rnn.pad_sequence([c.double().cpu() for c in costs], batch_first=True)
     value = torch.nn.utils.rnn.pad_sequence(
         [v.double().cpu() for v in values], batch_first=True, padding_value=-torch.inf
@@ -68,6 +72,18 @@ def best_allocation(costs: Sequence[Tensor], values: Sequence[Tensor], budget: i
         if missing(best) <= gap or (found is not None and not complete):
             break
     return best.tolist()
+
+
+def _reachable(costs: Sequence[Tensor], budget: int) -> int:
+    """What can be spent at most: all choices cost the cheapest one and multiples of a step, which is often above 1.
+
+    >>> _reachable([torch.tensor([2, 8, 14]), torch.tensor([1, 10])], budget=16)
+    15
+    """
+    least = [int(cost.min()) for cost in costs]
+    steps = {int(one) - low for cost, low in zip(costs, least, strict=True) for one in cost.tolist()}
+    step = math.gcd(*steps)
+    return budget if step == 0 else sum(least) + (budget - sum(least)) // step * step
 
 
 def _pick(table: Tensor, choice: Tensor) -> Tensor:
@@ -131,6 +147,11 @@ def _search(
     total_cost, total_value, total_slack = (torch.zeros(1, dtype=torch.float64, device="cpu") for _ in range(3))
     trail: list[tuple[Tensor, Tensor]] = []
     for item, options in enumerate(candidates):
+        most = max(MOST // len(options), 1)
+        if len(total_cost) > most:
+            few = total_slack.argsort(stable=True)[:most].sort().values
+            trail[-1] = trail[-1][0][few], trail[-1][1][few]
+            total_cost, total_value, total_slack, complete = total_cost[few], total_value[few], total_slack[few], False
         parent = torch.arange(len(total_cost), device="cpu").repeat_interleave(len(options))
         option = options.repeat(len(total_cost))
         next_cost = total_cost[parent] + cost[item, option]

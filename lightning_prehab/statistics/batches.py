@@ -1,6 +1,7 @@
 """What calibration knows of a batch: how to call a model on it, its size, its padding, its device."""
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -45,6 +46,15 @@ def batch_size(batch: Any) -> int:
         if tensor.dim() > 0:
             return tensor.shape[0]
     return 1
+
+
+def count_positions(batch: Any) -> int:
+    """Positions of a batch, padding too."""
+    mask = padding_mask(batch)
+    if mask is not None:
+        return mask.numel()
+    first = next(tensors(batch), None)
+    return 0 if first is None else math.prod(first.shape[:2])
 
 
 def padding_mask(batch: Any) -> Tensor | None:

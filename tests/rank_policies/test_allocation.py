@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_prehab.errors import PlanError
+from lightning_prehab.rank_policies import allocation
 from lightning_prehab.rank_policies.allocation import best_allocation
 
 
@@ -73,3 +74,32 @@ def test_the_best_choice_of_a_gap_is_the_best_of_all(monkeypatch, curve):
         totals = [sum(float(v[i]) for v, i in zip(values, one, strict=True)) for one in (chosen, whole)]
         assert totals[0] == pytest.approx(totals[1], rel=1e-12)
         assert sum(int(c[i]) for c, i in zip(costs, chosen, strict=True)) <= budget
+
+
+@pytest.mark.parametrize("share", [0.4, 0.5, 0.777])
+@pytest.mark.parametrize("steps", [[1.0], [1.0, 0.5]])
+def test_flat_spectra_do_not_take_the_whole_search(monkeypatch, share, steps):
+    """Equal items whose options are all near ties: the work of each is bounded, and the choice is still the best."""
+    layers, size = 40, 96
+    costs = torch.tensor([*(2 * size * rank for rank in range(1, size // 2)), size * size])
+    squares = torch.tensor(steps, dtype=torch.float64).repeat_interleave(size // len(steps))
+    values = torch.cat([squares.cumsum(0)[: size // 2 - 1], squares.sum()[None]])
+    budget = int(share * layers * size * size) + 77  # no multiple of a rank's cost
+    extended, repeat = [], torch.Tensor.repeat_interleave
+
+    def counted(tensor, *args, **settings):
+        extended.append(repeat(tensor, *args, **settings))
+        return extended[-1]
+
+    monkeypatch.setattr(allocation, "MOST", 2**12)
+    monkeypatch.setattr(torch.Tensor, "repeat_interleave", counted)
+    chosen = best_allocation([costs] * layers, [values] * layers, budget)
+    monkeypatch.undo()
+    assert sum(int(costs[index]) for index in chosen) <= budget
+    assert all(one.numel() <= 2**12 for one in extended)
+    best = torch.full((budget // (2 * size) + 1,), -torch.inf, dtype=torch.float64)  # by cost, in ranks
+    best[0] = 0.0
+    for _ in range(layers):
+        shifted = [torch.nn.functional.pad(best, (int(c) // (2 * size), 0), value=-torch.inf) for c in costs]
+        best = torch.stack([one[: len(best)] + v for one, v in zip(shifted, values, strict=True)]).amax(0)
+    assert float(values[torch.tensor(chosen)].sum()) == pytest.approx(float(best.max()))
