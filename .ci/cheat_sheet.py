@@ -15,7 +15,7 @@ import lightning_prehab as lp
 from lightning_prehab.cli.arguments import build_parser
 
 PAGE = Path(__file__).parents[1] / "docs" / "cheat-sheet.md"
-CALLBACKS = [lp.PrehabCallback, lp.CompressionCallback, lp.RehabSchedule, lp.PaperPrehab]
+CALLBACKS = [lp.PrehabCallback, lp.CompressionCallback, lp.RehabSchedule, lp.FactorTraining, lp.PaperPrehab]
 FUNCTIONS = [
     lp.compress_,
     lp.compress_folder,

@@ -1,6 +1,6 @@
 """The public names: importing this module imports all of the package, and torch and lightning with it."""
 
-from lightning_prehab.callbacks import CompressionCallback, PaperPrehab, PrehabCallback, RehabSchedule
+from lightning_prehab.callbacks import CompressionCallback, FactorTraining, PaperPrehab, PrehabCallback, RehabSchedule
 from lightning_prehab.compress import apply_plan_, compress_, make_plan
 from lightning_prehab.errors import PrehabError
 from lightning_prehab.factorizations import SVD, ActivationSVD, FisherSVD, KroneckerSVD, LowRankPlusSparse, WhitenedSVD
@@ -52,6 +52,7 @@ __all__ = [
     "EffectiveRank",
     "EffectiveRankMetric",
     "EnergyThreshold",
+    "FactorTraining",
     "FisherSVD",
     "KroneckerSVD",
     "LayerPlan",

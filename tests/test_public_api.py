@@ -14,6 +14,7 @@ NAMES = {
     "EffectiveRank",
     "EffectiveRankMetric",
     "EnergyThreshold",
+    "FactorTraining",
     "FisherSVD",
     "KroneckerSVD",
     "LayerPlan",
@@ -103,6 +104,15 @@ def test_signatures_of_the_callbacks():
         "forecast_below",
         "split_fused",
         "layout",
+    ]
+    assert arguments(lp.FactorTraining) == [
+        "product_decay",
+        "decay_form",
+        "rebalance_every",
+        "rate_A",
+        "rate_B",
+        "alternate",
+        "train",
     ]
     assert arguments(lp.RehabSchedule) == ["warmup_steps", "warmup_epochs", "start_factor", "peak_factor", "shape"]
 

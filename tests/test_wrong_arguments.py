@@ -23,7 +23,7 @@ def all_kinds():
     """What people make with settings: callbacks, the recipe, and everything on the shelves."""
     public = [getattr(lp, name) for name in lp.__all__]
     shelves = (Factorization, RankPolicy, Penalty, Shrinkage)
-    callbacks = (lp.CompressionCallback, lp.PrehabCallback, lp.RehabSchedule)
+    callbacks = (lp.CompressionCallback, lp.PrehabCallback, lp.RehabSchedule, lp.FactorTraining)
     return [
         kind
         for kind in public

@@ -14,6 +14,7 @@ from lightning_prehab.callbacks._distributed import (
     sum_statistics_,
     together,
 )
+from lightning_prehab.callbacks._listeners import tell_listeners
 from lightning_prehab.callbacks._own_pass import collect_in_own_pass, probe_in_own_pass
 from lightning_prehab.callbacks._trial import CutsInTraining, where_possible
 from lightning_prehab.factorizations import Decomposition
@@ -50,6 +51,7 @@ class TrainerSite(Site):
         batches: Training batches for a pass of our own, where nothing has been collected.
         collected: What has been collected on ordinary training steps, of this process alone; or None.
         kept: Some of those batches with their numbers.
+        announced: Call ``on_before_surgery`` before the model is changed: not for a replay.
     """
 
     def __init__(
@@ -59,8 +61,10 @@ class TrainerSite(Site):
         batches: int,
         collected: dict[str, LayerStatistics] | None = None,
         kept: Sequence[tuple[Any, int]] = (),
+        *,
+        announced: bool = False,
     ) -> None:
-        self._trainer, self._pl_module = trainer, pl_module
+        self._trainer, self._pl_module, self._announced = trainer, pl_module, announced
         self._batches, self._collected, self._kept = batches, collected, kept
         self._own_pass = 0  # batches that it has taken
         self._decompositions: dict[str, Decomposition] = {}
@@ -150,6 +154,8 @@ class TrainerSite(Site):
 
     def swap(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> CompressionReport:
         """In the module and all optimizers, once every process is ready to; the DDP wrapper is rebuilt."""
+        if self._announced:
+            together(self._trainer, lambda: tell_listeners(self._trainer, self._pl_module, "on_before_surgery"))
         arguments = self._pl_module, plan, factors, self._trainer.optimizers
         report = together(self._trainer, lambda: prepare_swap(*arguments)).commit()
         rewrap(self._trainer, self._pl_module)

@@ -19,6 +19,7 @@ from lightning_prehab.callbacks._checkpoint import (
 )
 from lightning_prehab.callbacks._course import CourseNotes
 from lightning_prehab.callbacks._finetuning import FROZEN, StoredGroups, note_frozen, rename_groups_, unfreeze_
+from lightning_prehab.callbacks._listeners import tell_listeners
 from lightning_prehab.callbacks._neighbours import (
     refuse_averaging,
     refuse_communication_state,
@@ -42,7 +43,6 @@ from lightning_prehab.callbacks._site import TrainerSite
 from lightning_prehab.callbacks._trainer import (
     EQUAL,
     batches_per_epoch,
-    callbacks_of,
     check_launcher,
     check_strategy,
     loss_scale,
@@ -94,7 +94,8 @@ class CompressionCallback(OnlyOne):
     ``compression/keep`` and ``compression/model_keep`` are logged; TensorBoard, W&B and MLflow get the table and the
     figures too.
 
-    Any callback or the LightningModule may define ``on_surgery(trainer, pl_module, report)``; it is called right after.
+    Any callback or the LightningModule may define ``on_surgery(trainer, pl_module, report)``, which is called right
+    after, and ``on_before_surgery(trainer, pl_module)``, called once the plan is made, before anything is changed.
 
     Args:
         epoch: The surgery happens before the first batch of this epoch (counted from 0). ``"auto"``: at the first epoch
@@ -419,7 +420,7 @@ class CompressionCallback(OnlyOne):
     @names_holders
     def _operate(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         kept, self._kept = self._kept, KeptBatches()
-        site = TrainerSite(trainer, pl_module, self.calibration_batches, self._take_statistics(), kept)
+        site = TrainerSite(trainer, pl_module, self.calibration_batches, self._take_statistics(), kept, announced=True)
         with showing(trainer), saying_what_to_do():
             report = self.report = self._course.at_the_cut(trainer, operate(self.recipe, site))
         rename_groups_(trainer, pl_module)
@@ -429,10 +430,7 @@ class CompressionCallback(OnlyOne):
         shares = {"compression/keep": report.keep, "compression/model_keep": report.model_keep}
         pl_module.log_dict(shares, batch_size=1, **EQUAL)
         log_report(trainer, report)
-        for listener in (*callbacks_of(trainer), pl_module):
-            on_surgery = getattr(listener, "on_surgery", None)
-            if callable(on_surgery):
-                on_surgery(trainer, pl_module, report)
+        tell_listeners(trainer, pl_module, "on_surgery", report)
 
     def _take_statistics(self) -> dict[str, LayerStatistics] | None:
         """What the ride on training steps has collected, of this process alone; None without a ride."""

@@ -31,3 +31,24 @@ def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     scale = a.norm(dim=1).sqrt()  # columns of B have length 1
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return a / scale[:, None], b * scale
+
+
+def even_scales(a: Tensor, b: Tensor) -> Tensor:
+    """Powers of two ``t``, so that the rows of ``t A`` and the columns of ``B / t`` are as long within a factor of 2.
+
+    A power of two changes no digit of a number: the product of the scaled factors is the same, bit by bit.
+
+    Args:
+        a: Shape ``(*, r, n)``.
+        b: Shape ``(*, m, r)``.
+
+    Returns:
+        Shape ``(*, r)`` in float32; 1 where one of the two is zero or not finite.
+
+    >>> even_scales(torch.tensor([[8.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.5, 1.0]]))
+    tensor([0.2500, 1.0000])
+    """
+    rows, columns = a.float().norm(dim=-1), b.float().norm(dim=-2)
+    half = (0.5 * (columns.log2() - rows.log2())).round()
+    exponent = torch.where(half.isfinite(), half, torch.zeros_like(half)).clamp(-60, 60).to(torch.int32)
+    return ((exponent + 127) << 23).view(torch.float32)  # the bits of 2^exponent

@@ -1,0 +1,64 @@
+"""Two factors whose sizes are shared out evenly again, and what their optimizers know of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_prehab.layers.pairs import FactorPair
+from lightning_prehab.surgery.meanings import FIRST_MOMENTS, ITERATES, LARGEST, SECOND_MOMENTS, readable_state
+
+
+@torch.no_grad()
+def rebalance_(pair: FactorPair, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
+    """Makes each row of ``A`` as long as its column of ``B``, within a factor of 2.
+
+    They are multiplied by powers of two, so that no digit is lost: the product is the same bit by bit, and gradients
+    and moments are those of the new factors, exactly: a first moment is divided by what its entry was multiplied by, a
+    second one by its square.
+
+    Args:
+        pair: The factors.
+        optimizers: All that may hold a state of them.
+
+    Returns:
+        False if a state has something of unknown meaning; then nothing is changed.
+    """
+    scales = pair.even_scales()
+    if scales is None:
+        return True
+    changes: list[tuple[Tensor, Tensor]] = []
+    for parameter, scale in zip(pair.both, scales, strict=True):
+        if parameter.grad is not None:
+            changes.append((parameter.grad, 1 / scale))
+        for optimizer in optimizers:
+            found = _changes(optimizer, parameter, scale)
+            if found is None:
+                return False
+            changes += found
+        changes.append((parameter, scale))
+    for value, scale in changes:
+        value.mul_(scale.to(value.dtype))
+    return True
+
+
+def _changes(optimizer: torch.optim.Optimizer, parameter: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+    """What in the state of a parameter is multiplied by what; None if it is not known."""
+    state: dict[str, Any] = optimizer.state.get(parameter, {})
+    known = readable_state(optimizer, parameter, state)
+    if known is None or "s" in known:  # MADGRAD has an iterate that moves by no power of two
+        return None
+    changes = []
+    for key, value in known.items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            continue
+        if key in ITERATES or key == "step_size" or value is not state[key]:  # averages of steps are no gradients
+            changes.append((state[key], scale))
+        elif key in FIRST_MOMENTS or key in LARGEST:
+            changes.append((value, 1 / scale))
+        elif key in SECOND_MOMENTS:
+            changes.append((value, 1 / scale.square()))
+        else:  # Adadelta: the squares of steps
+            changes.append((value, scale.square()))
+    return changes
