@@ -4,7 +4,7 @@
     python benchmarks/rehab_gpt.py input.txt --device cuda        # the same command several times shares the work
     python benchmarks/rehab_gpt.py --table                        # prints the tables of the stored results only
 
-The GPT of ``prehab_gpt.py``, trained for 4,000 steps of 32 x 64 characters of tiny Shakespeare; all linear layers but
+The GPT of ``prehab_gpt.py``, trained for 3,000 steps of 32 x 64 characters of tiny Shakespeare; all linear layers but
 the head are targets. Reported on 40,000 characters of the last 10 % of the text, tuned on as many of the 10 % before.
 ``rehab_trial.py`` says what is run, ``rehab_rows.py`` what the rows are, ``prehab_gpt.py`` where to get the text.
 """
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 class Recovering(Shakespeare, RehabTask):
     parts: ClassVar = {"recovery": (0.3, 0.15), "recipe": (0.1, 0.05), "spike": (0.3, 0.15)}
-    pretraining, batch = 4000, 32
+    pretraining, batch = 3000, 32
     steps, recovery, recipe = 25, 400, 600
     calibration_batches = 25
     rates = (3e-4, 1e-3, 3e-3)

@@ -1,7 +1,7 @@
 """The rows of ``rehab_sst2.py`` and ``rehab_gpt.py``: which callbacks each of them gives to the Trainer.
 
-Rivals are written out here; what is ours is public. Each row is a function of a :class:`Trial`; ``RECOVERY``, ``RECIPE``
-and ``SPIKE`` name them.
+Rivals are written out here; what is ours is public. Each row is a function of a :class:`Trial`; ``RECOVERY``,
+``RECIPE`` and ``SPIKE`` name them.
 """
 
 import math
@@ -99,23 +99,6 @@ Callbacks = list[L.Callback]
 Row = Callable[[Trial], Callbacks]
 
 
-class Alternate(L.Callback):
-    """Trains all B, then all A, half of the steps each, and nothing else: the sequential update of SVD-LLM.
-
-    Source: Wang et al., 2024, https://arxiv.org/abs/2403.07378, section 3.3; there through low-rank updates of the
-    factors, here the factors themselves.
-    """
-
-    def __init__(self, steps: int) -> None:
-        self.half = steps // 2
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, index: int) -> None:
-        if trainer.global_step in (0, self.half):
-            pl_module.requires_grad_(False)
-            for layer in low_rank_layers(pl_module):
-                (layer.A if trainer.global_step else layer.B).requires_grad_(True)
-
-
 class Update(nn.Module):
     """A weight and a low-rank update that starts as zero."""
 
@@ -169,9 +152,9 @@ def low_rank_layers(module: nn.Module) -> list[lp.LowRankLinear]:
     return [one for one in module.modules() if isinstance(one, lp.LowRankLinear)]
 
 
-def rehab(trial: Trial) -> Callbacks:
+def rehab(trial: Trial, *others: L.Callback) -> Callbacks:
     """The cut and RehabSchedule, both as they are."""
-    return [trial.cut(), lp.RehabSchedule()]
+    return [trial.cut(), lp.RehabSchedule(), *others]
 
 
 def svd_llm_cut(trial: Trial) -> lp.CompressionCallback:
@@ -179,19 +162,64 @@ def svd_llm_cut(trial: Trial) -> lp.CompressionCallback:
     return trial.cut(policy=lp.RankRatio(trial.job.keep), factorization=lp.WhitenedSVD())
 
 
+def update_in_sequence(trial: Trial) -> L.Callback:
+    """All B, then all A, half of the steps each, and nothing else: the sequential update of SVD-LLM.
+
+    Source: Wang et al., 2024, https://arxiv.org/abs/2403.07378, section 3.3; there through low-rank updates of the
+    factors, here the factors themselves.
+    """
+    return lp.FactorTraining(alternate=trial.total // 2, train="factors")
+
+
+def teacher(trial: Trial, **settings: Any) -> L.Callback:
+    """The dense model of the beginning, also where prehab has changed it before the cut."""
+    return lp.RehabDistillation(teacher=trial.dense, **settings)
+
+
+def prehab(trial: Trial, share: float, *others: L.Callback, before: float = 0.0) -> Callbacks:
+    """Prehab for a share of the steps, the cut, rehab for the rest."""
+    prepared = lp.PrehabCallback(self_distillation=before)
+    return [prepared, trial.cut(round(share * trial.epochs)), lp.RehabSchedule(), *others]
+
+
+def cuts(trial: Trial, *times: float, between: bool = False) -> Callbacks:
+    """The first cut at once, more at ``times``, each to half of what the one before has left; distillation."""
+    epochs = [0, *(round(time * trial.epochs) for time in times)]
+    keeps = [trial.job.keep * 2 ** (len(times) - index) for index in range(len(epochs))]
+    prepared = [lp.PrehabCallback()] if between else []
+    return [*prepared, trial.cut(epochs, keeps), lp.RehabSchedule(), lp.RehabDistillation()]
+
+
 #: Rows of the recovery; all but one have the default cut.
 RECOVERY: dict[str, Row] = {
     "plain training": lambda trial: [trial.cut()],
-    "SVD-LLM's update, B then A": lambda trial: [trial.cut(), Alternate(trial.total)],
+    "SVD-LLM's update, B then A": lambda trial: [trial.cut(), update_in_sequence(trial)],
     f"LoRA of rank {LORA_RANK} on the factors": lambda trial: [trial.cut(), LoRA()],
     "SVD-LLM's cut, plain training": lambda trial: [svd_llm_cut(trial)],
     "RehabSchedule": rehab,
-    "refined first": lambda trial: [*rehab(trial), RefinedFirst(trial)],
+    "RehabSchedule, product decay": lambda trial: rehab(trial, lp.FactorTraining(product_decay=1e-2)),
+    "RehabSchedule, rebalanced": lambda trial: rehab(trial, lp.FactorTraining(rebalance_every=10)),
+    "RehabSchedule, nothing else than factors": lambda trial: rehab(trial, lp.FactorTraining(train="factors")),
+    "refined first": lambda trial: rehab(trial, RefinedFirst(trial)),
+    "distillation (logits)": lambda trial: rehab(trial, lp.RehabDistillation()),
+    "distillation (logits) alone": lambda trial: rehab(trial, lp.RehabDistillation(task_strength=0.0)),
+    "distillation (features)": lambda trial: rehab(trial, lp.RehabDistillation(form="features")),
 }
+#: Rows with the same number of steps in all.
 RECIPE: dict[str, Row] = {
     "cut first": rehab,
-    "prehab 1/2": lambda trial: [lp.PrehabCallback(), trial.cut(trial.epochs // 2), lp.RehabSchedule()],
+    "cut first, distillation": lambda trial: rehab(trial, lp.RehabDistillation()),
+    "cut first, distillation alone": lambda trial: rehab(trial, lp.RehabDistillation(task_strength=0.0)),
+    "prehab 1/2": lambda trial: prehab(trial, 1 / 2),
+    "prehab 1/2, distillation after": lambda trial: prehab(trial, 1 / 2, teacher(trial)),
+    "prehab 1/4, distillation before and after": lambda trial: prehab(trial, 1 / 4, teacher(trial), before=1.0),
+    "prehab 1/2, distillation before and after": lambda trial: prehab(trial, 1 / 2, teacher(trial), before=1.0),
+    "prehab 3/4, distillation before and after": lambda trial: prehab(trial, 3 / 4, teacher(trial), before=1.0),
+    "two cuts, distillation": lambda trial: cuts(trial, 1 / 4),
+    "three cuts, distillation": lambda trial: cuts(trial, 1 / 4, 1 / 2),
+    "three cuts, prehab between, distillation": lambda trial: cuts(trial, 1 / 4, 1 / 2, between=True),
 }
+#: Rows that are trained as usual before the cut.
 SPIKE: dict[str, Row] = {
     "carried": lambda trial: [trial.cut(WARM_EPOCHS)],
     "fresh": lambda trial: [trial.cut(WARM_EPOCHS), FreshOptimizer()],
@@ -199,7 +227,7 @@ SPIKE: dict[str, Row] = {
     "fresh, RehabSchedule": lambda trial: [trial.cut(WARM_EPOCHS), lp.RehabSchedule(), FreshOptimizer()],
 }
 ROWS: dict[str, dict[str, Row]] = {"recovery": RECOVERY, "recipe": RECIPE, "spike": SPIKE}
-#: Few numbers are trained: the rates of a task times this.
-HIGHER = {f"LoRA of rank {LORA_RANK} on the factors": 10.0}
 #: The row that the others of a part are compared with.
-CONTROLS = {"recovery": "plain training", "recipe": "cut first"}
+CONTROLS = {"recovery": "plain training", "recipe": "cut first, distillation"}
+#: Few numbers are trained: the rates of a task times this.
+HIGHER = {f"LoRA of rank {LORA_RANK} on the factors": 5.0}

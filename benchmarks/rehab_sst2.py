@@ -5,8 +5,8 @@
     python benchmarks/rehab_sst2.py DATA_FOLDER --part recovery --only plain --seeds 0
     python benchmarks/rehab_sst2.py --table                       # prints the tables of the stored results only
 
-All 36 linear layers of the encoder are targets, the head stays dense, the embeddings are frozen. Batches of 32 sentences;
-reported on all 2,693 sentences of dev and test, tuned on 692 that are held out of the training file.
+All 36 linear layers of the encoder are targets, the head stays dense, the embeddings are frozen. Batches of 32
+sentences; reported on all 2,693 sentences of dev and test, tuned on 692 that are held out of the training file.
 ``rehab_trial.py`` says what is run, ``rehab_rows.py`` what the rows are, ``sst2.py`` where to get the data and the
 model; needs the ``hf`` extra.
 """

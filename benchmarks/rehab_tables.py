@@ -76,9 +76,11 @@ def recovery(stored: Stored, share: float, keep: float) -> Iterator[str]:
     """Steps to the goal, and what there is after all of them."""
     task, control = stored.task, stored.of("recovery", CONTROLS["recovery"], keep, share)
     heads = [f"{title}, {when}" for when in ("in the end", "less plain training's") for title in task.metrics.values()]
-    yield "| row | rate | steps to the goal: median (each seed) | share of plain training's steps | " + " | ".join(
-        [*(f"{title}, right after" for title in task.metrics.values()), *heads, "seconds"]
-    ) + " |"
+    yield (
+        "| row | rate | steps to the goal: median (each seed) | share of plain training's steps | "
+        + " | ".join([*(f"{title}, right after" for title in task.metrics.values()), *heads, "seconds"])
+        + " |"
+    )
     yield "|" + "---|" * (5 + 3 * len(task.metrics))
     theirs = stored.steps(control)
     for row in ROWS["recovery"]:
@@ -103,11 +105,15 @@ def recipe(stored: Stored, keep: float) -> Iterator[str]:
     """What there is in the end, beside cutting first with distillation."""
     task, control = stored.task, stored.of("recipe", CONTROLS["recipe"], keep)
     heads = ["before the cut", "right after", "in the end"]
-    yield "| row | rate | " + " | ".join(
-        [*(f"{title}, {when}" for title in task.metrics.values() for when in heads)]
-        + [f"{title}, less the control's" for title in task.metrics.values()]
-        + ["seeds"]
-    ) + " |"
+    yield (
+        "| row | rate | "
+        + " | ".join(
+            [*(f"{title}, {when}" for title in task.metrics.values() for when in heads)]
+            + [f"{title}, less the control's" for title in task.metrics.values()]
+            + ["seeds"]
+        )
+        + " |"
+    )
     yield "|" + "---|" * (3 + 4 * len(task.metrics))
     for row in ROWS["recipe"]:
         runs = stored.of("recipe", row, keep)
@@ -115,8 +121,8 @@ def recipe(stored: Stored, keep: float) -> Iterator[str]:
             continue
         cells = [rates(runs)]
         for metric in task.metrics:
-            for moment in ("before", "after", "end"):
-                cells.append(cell(list(stored.metric(runs, metric, moment).values()), form(metric)[1]))
+            found = [stored.metric(runs, metric, moment) for moment in ("before", "after", "end")]
+            cells += [cell(list(values.values()), form(metric)[1]) for values in found]
         cells += [paired(stored.metric(runs, m), stored.metric(control, m), form(m)[1]) for m in task.metrics]
         yield f"| {row} | {' | '.join(cells)} | {len(runs)} |"
 
@@ -147,8 +153,10 @@ def print_tables(task: RehabTask) -> None:
         print(f"{title} of the dense models: {cell([scale * r[metric] for r in stored.dense.values()], digits)}\n")
     for keep in task.parts["recovery"]:
         for share in SHARES:
-            print(f"Recovery at keep {keep} with {share:.0%} of the training data\n")
-            print("\n".join(recovery(stored, share, keep)) + "\n")
+            lines = list(recovery(stored, share, keep))
+            if len(lines) > 2:
+                print(f"Recovery at keep {keep} with {share:.0%} of the training data\n")
+                print("\n".join(lines) + "\n")
     for keep in task.parts["recipe"]:
         print(f"Recipes of {task.recipe} steps at keep {keep}; the control is {CONTROLS['recipe']}\n")
         print("\n".join(recipe(stored, keep)) + "\n")

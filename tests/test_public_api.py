@@ -114,7 +114,17 @@ def test_signatures_of_the_callbacks():
         "alternate",
         "train",
     ]
-    assert arguments(lp.RehabSchedule) == ["warmup_steps", "warmup_epochs", "start_factor", "peak_factor", "shape"]
+    assert arguments(lp.RehabSchedule) == [
+        "warmup_steps",
+        "warmup_epochs",
+        "start_factor",
+        "peak_factor",
+        "shape",
+        "end_factor",
+        "decay_steps",
+        "decay_epochs",
+        "group_factors",
+    ]
 
 
 def test_defaults_are_what_the_documentation_says():

@@ -40,22 +40,22 @@ def exponential_ramp(step: int, steps: int, start: float, end: float = 1.0) -> f
     return end if step >= steps else start * (end / start) ** (max(step, 0) / steps)
 
 
-def warmup_factor(step: int, steps: int, start: float, peak: float = 1.0, shape: Shape = "linear") -> float:
-    """Factor on the learning rate: ``start`` at step 0, ``peak`` from step ``steps`` on.
+def between(start: float, end: float, share: float, shape: Shape = "linear") -> float:
+    """A way from one factor on the learning rate to another.
 
     Args:
-        step: Optimizer steps done since the surgery.
-        steps: Length of the warm-up in optimizer steps; 0 means no warm-up.
-        start: Factor at step 0.
-        peak: Factor at the end, kept from then on.
-        shape: ``"linear"`` or ``"cosine"`` (half a cosine wave from ``start`` to ``peak``).
+        start: Factor at share 0.
+        end: Factor at share 1.
+        share: Of the way, in ``[0, 1]``.
+        shape: ``"linear"`` or ``"cosine"`` (half a cosine wave).
 
-    >>> [warmup_factor(step, 4, 0.0) for step in range(6)]
-    [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    >>> [between(0.0, 1.0, share / 4) for share in range(5)]
+    [0.0, 0.25, 0.5, 0.75, 1.0]
+    >>> [round(between(1.0, 0.0, share / 4, "cosine"), 2) for share in range(5)]
+    [1.0, 0.85, 0.5, 0.15, 0.0]
     """
-    if step >= steps:
-        return peak
-    share = step / steps
+    if share >= 1.0:
+        return end
     if shape == "cosine":
         share = (1.0 - math.cos(math.pi * share)) / 2.0
-    return start + (peak - start) * share
+    return start + (end - start) * share

@@ -69,3 +69,32 @@ def steps_of_epochs(trainer: "pl.Trainer", epochs: float) -> float:
         steps += rest * math.ceil(length / scheduler.get_accumulate_grad_batches(epoch))
         epochs, epoch = epochs - rest, epoch + 1
     return steps
+
+
+def rest_of_run(trainer: "pl.Trainer", pl_module: "pl.LightningModule", into_epoch: int = 0) -> dict[str, int]:
+    """What is left until ``max_epochs`` or ``max_steps``; empty if neither tells.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: Its module.
+        into_epoch: Batches of the present epoch that are done.
+
+    Returns:
+        ``{"steps": n}`` of the optimizer. With manual optimization nobody knows when it steps, so batches until
+        ``max_epochs``, and as ``"run"`` steps of all optimizers until ``max_steps``: what comes first is the end.
+    """
+    length, max_epochs = batches_per_epoch(trainer), trainer.max_epochs
+    automatic, found = pl_module.automatic_optimization, {}
+    if max_epochs is not None and max_epochs != -1 and length is not None:
+        epochs = max_epochs - trainer.current_epoch
+        if automatic:
+            found["steps"] = round(steps_of_epochs(trainer, epochs)) - into_epoch // trainer.accumulate_grad_batches
+        else:
+            found["batches"] = epochs * length - into_epoch
+    if trainer.max_steps != -1:
+        rest = trainer.max_steps - trainer.global_step
+        if automatic:
+            found["steps"] = min(rest, found.get("steps", rest))
+        else:
+            found["run"] = rest
+    return found

@@ -1,18 +1,20 @@
-"""Learning-rate warm-up after the surgery, on top of whatever scheduler the user has."""
+"""Learning-rate schedule after the surgery, on top of whatever scheduler the user has."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from lightning_prehab.callbacks._checkpoint import check_version
+from lightning_prehab.callbacks._checkpoint import check_version, follow_on_load
 from lightning_prehab.callbacks._only_one import OnlyOne
-from lightning_prehab.callbacks._schedules import Shape, warmup_factor
-from lightning_prehab.callbacks._steps import StepWatch, are_of_now, check_seen
-from lightning_prehab.callbacks._timeline import steps_of_epochs
+from lightning_prehab.callbacks._scaled_rates import RestoreRates, ScaledRates, check_groups
+from lightning_prehab.callbacks._schedules import Shape
+from lightning_prehab.callbacks._steps import are_of_now, check_seen
+from lightning_prehab.callbacks._timeline import rest_of_run, steps_of_epochs
 from lightning_prehab.callbacks._trainer import (
     batches_per_epoch,
     callbacks_of,
@@ -20,24 +22,27 @@ from lightning_prehab.callbacks._trainer import (
     move_to_front,
     set_callbacks,
 )
+from lightning_prehab.callbacks._warmup_and_decay import UNITS, Progress, WarmupAndDecay
 from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.documents.checks import check_real, check_whole
 from lightning_prehab.errors import ArgumentError, UnsupportedError
-from lightning_prehab.layers.linear import LowRankLayer
 from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.targets.locate import low_rank_layers
 
 #: Of the state in checkpoints.
 STATE_VERSION = 1
 
 
 class RehabSchedule(OnlyOne):
-    """Warms the learning rate up after the surgery: effective rate = the user's rate times a factor.
+    """Schedules the learning rate after the surgery: effective rate = the user's rate times a factor.
 
     The factor rises from ``start_factor`` at the first step after the surgery to ``peak_factor`` at the end of the
-    warm-up and stays there. It is applied around ``optimizer.step`` alone and undone before any scheduler steps, so the
-    user's scheduler runs exactly as without it and checkpoints hold the user's own rate; LearningRateMonitor shows the
-    rate that is used. The surgery announces
-    itself: there is no epoch number to repeat here.
+    warm-up. There it stays, or falls to ``end_factor``. It is applied around ``optimizer.step`` alone and undone before
+    any scheduler steps, so the user's scheduler runs exactly as without it and checkpoints hold the user's own rate;
+    LearningRateMonitor shows the rate that is used. The surgery announces itself: there is no epoch number to repeat
+    here. After each of several cuts the warm-up starts anew, and the decay comes after the last one. Without a
+    CompressionCallback, in the training of a model that is cut already, the first step of the run is that after the
+    surgery.
 
     Args:
         warmup_steps: Length in optimizer steps.
@@ -45,17 +50,27 @@ class RehabSchedule(OnlyOne):
             the steps that these epochs are going to have, a GradientAccumulationScheduler included; with manual
             optimization in batches.
         start_factor: Factor at the first step, at least 0.
-        peak_factor: Factor from the end of the warm-up on, above 0.
-        shape: ``"linear"`` or ``"cosine"``.
+        peak_factor: Factor at the end of the warm-up, above 0.
+        shape: ``"linear"`` or ``"cosine"``, of the warm-up and of the decay.
+        end_factor: Factor at the end of the decay, at least 0; None means no decay. Like a scheduler of torch, it gets
+            there after the last step.
+        decay_steps: Length of the decay in optimizer steps, from the end of the warm-up on. Without a length it ends
+            with the run, as ``max_epochs`` and ``max_steps`` of the Trainer say.
+        decay_epochs: The same in epochs, counted as those of the warm-up.
+        group_factors: ``{group: number}``: another factor for parameter groups, on top and from the surgery on. A group
+            is told by its ``"name"`` (or an fnmatch pattern of it) or by its number, counted from 0 over all
+            optimizers. Later keys win.
 
     Raises:
-        ArgumentError: If a value is out of range, or both lengths are given.
-        UnsupportedError: When fit starts, if there is no CompressionCallback, or another RehabSchedule; at the end of
-            the first epoch, if parameters move and no step of their optimizer is ever seen.
+        ArgumentError: If a value is out of range, or both lengths are given; when training starts, if a key of
+            ``group_factors`` is no group.
+        UnsupportedError: When fit starts, if there is neither a CompressionCallback nor a low-rank layer, or another
+            RehabSchedule; when training starts, if the length of an epoch or the end of the run is needed and not
+            known; at the end of the first epoch, if parameters move and no step of their optimizer is ever seen.
 
     Example::
 
-        trainer = L.Trainer(callbacks=[CompressionCallback(epoch=6), RehabSchedule(warmup_steps=200)])
+        trainer = L.Trainer(callbacks=[CompressionCallback(epoch=6), RehabSchedule(warmup_steps=200, end_factor=0.1)])
     """
 
     def __init__(
@@ -66,25 +81,44 @@ class RehabSchedule(OnlyOne):
         start_factor: float = 0.1,
         peak_factor: float = 1.0,
         shape: Shape = "linear",
+        end_factor: float | None = None,
+        decay_steps: int | None = None,
+        decay_epochs: float | None = None,
+        group_factors: Mapping[int | str, float] | None = None,
     ) -> None:
         super().__init__()
-        if warmup_steps is not None and warmup_epochs is not None:
-            raise ArgumentError("Give warmup_steps or warmup_epochs, not both.")
-        check_whole("warmup_steps", warmup_steps, 0, optional=True)
-        check_real("warmup_epochs", warmup_epochs, "[0, inf)", optional=True)
+        for phase, steps, epochs in (("warmup", warmup_steps, warmup_epochs), ("decay", decay_steps, decay_epochs)):
+            if steps is not None and epochs is not None:
+                raise ArgumentError(f"Give {phase}_steps or {phase}_epochs, not both.")
+            check_whole(f"{phase}_steps", steps, 0, optional=True)
+            check_real(f"{phase}_epochs", epochs, "[0, inf)", optional=True)
+            if phase == "decay" and end_factor is None and (steps is not None or epochs is not None):
+                raise ArgumentError("A decay has to lead somewhere, and end_factor is None; give a number.")
         check_real("start_factor", start_factor, "[0, inf)")
         check_real("peak_factor", peak_factor, "(0, inf)")
+        check_real("end_factor", end_factor, "[0, inf)", optional=True)
         if shape not in ("linear", "cosine"):
             raise ArgumentError(f"shape must be 'linear' or 'cosine', got {shape!r}.")
+        if not isinstance(group_factors, Mapping | None):
+            raise ArgumentError(f"group_factors is {{group: number}} or None, got {group_factors!r}.")
+        for group, factor in (group_factors or {}).items():
+            if not isinstance(group, str):
+                check_whole("A group in group_factors", group, 0)
+            check_real(f"group_factors[{group!r}]", factor, "[0, inf)")
         self.warmup_steps = warmup_steps
         self.warmup_epochs = 1.0 if warmup_steps is None and warmup_epochs is None else warmup_epochs
         self.start_factor = start_factor
         self.peak_factor = peak_factor
         self.shape: Shape = shape
-        self._length: int | None = None  # of the warm-up, in steps, once the surgery is done
+        self.end_factor = end_factor
+        self.decay_steps = decay_steps
+        self.decay_epochs = decay_epochs
+        self.group_factors = dict(group_factors or {})
+        self._course: WarmupAndDecay | None = None  # once the surgery is done
         self._module: pl.LightningModule | None = None
-        self._scaled: list[_ScaledRate] = []
-        self._done: list[int] = []
+        self._rates: list[ScaledRates] = []
+        self._following: RemovableHandle | None = None
+        self._run_steps = 0  # that the Trainer has counted at the end of the last batch
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Looks for the surgery, and moves before LearningRateMonitor."""
@@ -92,42 +126,118 @@ class RehabSchedule(OnlyOne):
         if stage != "fit":
             return
         self.refuse_others(trainer, RehabSchedule, "both would scale the same learning rates. Keep one of them.")
-        if self._module is not pl_module or not any(isinstance(part, LowRankLayer) for part in pl_module.modules()):
-            self._module, self._length, self._done = pl_module, None, []  # nothing has been cut yet
+        if self._module is not pl_module or not low_rank_layers(pl_module):
+            self._module, self._course = pl_module, None  # nothing has been cut yet
+        elif self._course is not None:
+            self._course.forget_end()
+        self._run_steps = 0
         if find_callback(trainer, CompressionCallback) is None:
-            raise UnsupportedError("RehabSchedule warms up after a surgery; add a CompressionCallback to the Trainer.")
+            self._following = follow_on_load(pl_module)
         move_to_front(trainer, self)
-        others = [callback for callback in callbacks_of(trainer) if not isinstance(callback, _RestoreRates)]
-        set_callbacks(trainer, [*others, _RestoreRates(self)])
+        others = [callback for callback in callbacks_of(trainer) if not isinstance(callback, RestoreRates)]
+        set_callbacks(trainer, [*others, RestoreRates(self._restore)])
+
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Refuses a run without a surgery before it or in it."""
+        self._stop_following()
+        if find_callback(trainer, CompressionCallback) is None and not low_rank_layers(pl_module):
+            raise UnsupportedError(
+                "RehabSchedule warms up after a surgery, and the model has no low-rank layer; add a "
+                "CompressionCallback to the Trainer, or train a model that is cut already."
+            )
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Puts the step hooks on the optimizers; they are idle until the surgery."""
-        if self.warmup_epochs is not None and batches_per_epoch(trainer) is None:
-            raise UnsupportedError("The length of an epoch is not known here; give RehabSchedule(warmup_steps=...).")
+        self._check_lengths(trainer, pl_module)
+        check_groups(trainer.optimizers, self.group_factors)
         self._follow(trainer)
+        self._run_steps = trainer.global_step
+        length = batches_per_epoch(trainer)
+        into_epoch = trainer.fit_loop.epoch_loop.batch_progress.current.ready % length if length else 0
+        if self._course is None and find_callback(trainer, CompressionCallback) is None:
+            self._begin(trainer, pl_module, last=True, into_epoch=into_epoch)
+        elif self._course is not None and self._course.limits != _limits(trainer):
+            self._find_end(trainer, pl_module, into_epoch)
+
+    def _check_lengths(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        for phase, epochs in (("warmup", self.warmup_epochs), ("decay", self.decay_epochs)):
+            if epochs is not None and batches_per_epoch(trainer) is None:
+                raise UnsupportedError(
+                    f"The length of an epoch is not known here; give RehabSchedule({phase}_steps=...)."
+                )
+        if self._ends_with_run and not rest_of_run(trainer, pl_module):
+            raise UnsupportedError(
+                f"RehabSchedule(end_factor={self.end_factor}) decays to the end of the run, which is not known here: "
+                "it takes max_steps, or max_epochs and loaders that tell their length. Give max_steps to the Trainer, "
+                "or RehabSchedule(decay_steps=...)."
+            )
+
+    @property
+    def _ends_with_run(self) -> bool:
+        return self.end_factor is not None and self.decay_steps is None and self.decay_epochs is None
 
     def _follow(self, trainer: "pl.Trainer") -> None:
         """Scales the rates of the optimizers of now, which somebody may have made anew."""
         self._remove()
-        if len(self._done) != len(trainer.optimizers):
-            self._done = [0] * len(trainer.optimizers)
-        self._scaled = [_ScaledRate(self, index, optimizer) for index, optimizer in enumerate(trainer.optimizers)]
+        count = len(trainer.optimizers)
+        if self._course is not None and len(self._course.optimizers) != count:
+            self._course.optimizers = [Progress() for _ in range(count)]
+        self._rates, first = [], 0
+        for index, optimizer in enumerate(trainer.optimizers):
+            calls = partial(self._scale, index), partial(self._stepped, index)
+            self._rates.append(ScaledRates(optimizer, *calls, self.group_factors, first))
+            first += len(optimizer.param_groups)
 
     def on_surgery(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", report: CompressionReport) -> None:
         """Starts the warm-up."""
-        if self.warmup_steps is not None:
-            self._length = self.warmup_steps
-        else:
-            assert self.warmup_epochs is not None
-            self._length = round(steps_of_epochs(trainer, self.warmup_epochs))
-        self._done = [0] * len(trainer.optimizers)
+        surgeon = find_callback(trainer, CompressionCallback)
+        self._begin(trainer, pl_module, last=surgeon is None or surgeon.done)
         self._apply()
 
+    def _begin(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", last: bool, into_epoch: int = 0) -> None:
+        """The next step is the first one after a cut."""
+
+        def length(steps: int | None, epochs: float | None, before: float = 0.0) -> dict[str, int]:
+            if epochs is None:
+                return {"steps": steps or 0}
+            both, first = (round(steps_of_epochs(trainer, number)) for number in (before + epochs, before))
+            return {self._unit_of(epochs): both - first}
+
+        warmup = length(self.warmup_steps, self.warmup_epochs)
+        self._course = WarmupAndDecay(warmup, [Progress() for _ in trainer.optimizers], last=last)
+        if self.decay_steps is not None or self.decay_epochs is not None:
+            self._course.decay = length(self.decay_steps, self.decay_epochs, self.warmup_epochs or 0.0)
+        self._find_end(trainer, pl_module, into_epoch)
+        self._course.note_warm()
+
+    def _unit_of(self, epochs: float | None) -> str:
+        """By hand an optimizer may step at every batch or at some: only batches tell how long an epoch is."""
+        manual = self._module is not None and not self._module.automatic_optimization
+        return "batches" if manual and epochs is not None else "steps"
+
+    def _find_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", into_epoch: int) -> None:
+        assert self._course is not None
+        if self._ends_with_run and self._course.last:
+            self._course.end_after(rest_of_run(trainer, pl_module, into_epoch), _limits(trainer))
+
     def factor(self, optimizer_index: int = 0) -> float:
-        """The factor on the learning rate of the next step of an optimizer; 1 before the surgery."""
-        if self._length is None:
+        """The factor on the learning rate of the next step of an optimizer; 1 before the surgery.
+
+        That of a group is on top of it.
+        """
+        if self._course is None:
             return 1.0
-        return warmup_factor(self._done[optimizer_index], self._length, self.start_factor, self.peak_factor, self.shape)
+        path = self.start_factor, self.peak_factor, self.end_factor, self.shape
+        return self._course.factor(optimizer_index, *path)
+
+    def _scale(self, optimizer_index: int) -> float | None:
+        """The same, but None before the surgery: groups have no factor either, then."""
+        return None if self._course is None else self.factor(optimizer_index)
+
+    def _stepped(self, optimizer_index: int) -> None:
+        """Notes that an optimizer has made a step; called by its step hook."""
+        if self._course is not None:
+            self._course.count_step(optimizer_index)
 
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Shows LearningRateMonitor the rate that the epoch starts with."""
@@ -137,34 +247,35 @@ class RehabSchedule(OnlyOne):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Shows LearningRateMonitor the rate of the step to come."""
-        if not are_of_now([scaled.watch for scaled in self._scaled], trainer.optimizers):
+        if not are_of_now([rates.watch for rates in self._rates], trainer.optimizers):
             self._follow(trainer)
-        for scaled in self._scaled:
-            scaled.watch.forget()
+        for rates in self._rates:
+            rates.watch.forget()
         self._apply()
 
     def on_before_optimizer_step(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
     ) -> None:
         """Applies the factor to a rate that ``training_step`` has set; takes it back where loss scaling may skip."""
-        for scaled in self._scaled:
-            if scaled.optimizer is optimizer and scaled.watch.in_step:
-                scaled.apply()
-            elif scaled.optimizer is optimizer:
-                scaled.restore()
+        for rates in self._rates:
+            if rates.optimizer is optimizer and rates.watch.in_step:
+                rates.apply()
+            elif rates.optimizer is optimizer:
+                rates.restore()
 
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Hands the user's own rates back, for checkpoints; counts batches where steps cannot be foreseen."""
-        self.restore()
-        if self._length is not None and self._counts_batches(pl_module):
-            self._done = [done + 1 for done in self._done]
+        """Hands the user's own rates back, for checkpoints; counts what the Trainer counts."""
+        self._restore()
+        steps, self._run_steps = trainer.global_step - self._run_steps, trainer.global_step
+        if self._course is not None:
+            self._course.count_batch(steps)
 
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Hands the user's own rates back, for checkpoints; no step of an optimizer may have gone unseen."""
-        self.restore()
-        watches = [scaled.watch for scaled in self._scaled]
+        self._restore()
+        watches = [rates.watch for rates in self._rates]
         if are_of_now(watches, trainer.optimizers):
             check_seen(watches, self)
 
@@ -174,117 +285,48 @@ class RehabSchedule(OnlyOne):
 
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Takes the helper out of the Trainer."""
-        set_callbacks(trainer, [c for c in callbacks_of(trainer) if not isinstance(c, _RestoreRates)])
+        self._stop_following()
+        set_callbacks(trainer, [c for c in callbacks_of(trainer) if not isinstance(c, RestoreRates)])
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Hands the user's own rates back and takes the hooks off."""
         self._remove()
+        self._stop_following()
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the warm-up has come; plain data only."""
-        return {"version": STATE_VERSION, "length": self._length, "done": list(self._done)}
+        """How far the rehab has come; plain data only."""
+        return {"version": STATE_VERSION, "course": None if self._course is None else self._course.to_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where the checkpoint was written."""
         check_version(state_dict, STATE_VERSION, type(self).__name__)
-        self._length, self._done = state_dict["length"], list(state_dict["done"])
-
-    def count_step(self, optimizer_index: int) -> None:
-        """Notes that an optimizer has made a step; called by its step hook."""
-        assert self._module is not None
-        if self._length is not None and not self._counts_batches(self._module):
-            self._done[optimizer_index] += 1
-
-    def _counts_batches(self, pl_module: "pl.LightningModule") -> bool:
-        """By hand an optimizer may step at every batch or at some: only batches tell how long an epoch is."""
-        return self.warmup_epochs is not None and not pl_module.automatic_optimization
+        if "course" not in state_dict:  # written before there was a decay
+            length, unit = state_dict["length"], self._unit_of(self.warmup_epochs)
+            made = [Progress({**dict.fromkeys(UNITS, 0), unit: done}) for done in state_dict["done"]]
+            self._course = None if length is None else WarmupAndDecay({unit: length}, made)
+            return
+        course = state_dict["course"]
+        self._course = None if course is None else WarmupAndDecay.from_dict(course)
 
     def _apply(self) -> None:
-        for scaled in self._scaled:
-            scaled.apply()
+        for rates in self._rates:
+            rates.apply()
 
-    def restore(self) -> None:
+    def _restore(self) -> None:
         """Hands the user's own rates back."""
-        for scaled in self._scaled:
-            scaled.restore()
+        for rates in self._rates:
+            rates.restore()
 
     def _remove(self) -> None:
-        for scaled in self._scaled:
-            scaled.remove()
-        self._scaled = []
+        for rates in self._rates:
+            rates.remove()
+        self._rates = []
+
+    def _stop_following(self) -> None:
+        if self._following is not None:
+            self._following.remove()
+            self._following = None
 
 
-class _ScaledRate:
-    """The learning rates of one optimizer, multiplied while it steps and while other callbacks look."""
-
-    def __init__(self, schedule: RehabSchedule, index: int, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-        self._schedule = schedule
-        self._index = index
-        self._own: dict[int, tuple[float, float]] = {}  # by group: the user's rate and ours, while ours is in place
-        self.watch = StepWatch(optimizer, self._before_step, self._after_step)
-
-    def apply(self) -> None:
-        """Multiplies the rates, once; a rate that was changed since is the user's new one and is multiplied anew."""
-        factor = self._schedule.factor(self._index)
-        if factor == 1.0:
-            return
-        for slot, group in self._slots():
-            rate = float(group["lr"])
-            if slot not in self._own or rate != self._own[slot][1]:
-                _set_rate(group, rate * factor)
-                self._own[slot] = rate, float(group["lr"])
-
-    def restore(self) -> None:
-        """Puts the user's rates back, except where the user has set another one in the meantime."""
-        for slot, group in self._slots():
-            if slot in self._own and float(group["lr"]) == self._own[slot][1]:
-                _set_rate(group, self._own[slot][0])
-        self._own = {}
-
-    def remove(self) -> None:
-        """Puts the user's rates back and takes the hooks off."""
-        self.restore()
-        self.watch.remove()
-
-    def _slots(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Groups by identity; a rate tensor that several groups share comes once."""
-        seen: set[int] = set()
-        for group in self.watch.groups():
-            if isinstance(group.get("lr"), Tensor):
-                if id(group["lr"]) in seen:
-                    continue
-                seen.add(id(group["lr"]))
-            if "lr" in group:
-                yield id(group), group
-
-    def _before_step(self, *_: Any) -> None:
-        self.apply()
-
-    def _after_step(self, *_: Any) -> None:
-        self.restore()
-        self._schedule.count_step(self._index)
-
-
-class _RestoreRates(pl.Callback):
-    """Stands last in the Trainer: whatever follows the callbacks (the module's own hooks) sees the user's rates."""
-
-    def __init__(self, schedule: RehabSchedule) -> None:
-        self._schedule = schedule
-
-    def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """After LearningRateMonitor."""
-        self._schedule.restore()
-
-    def on_train_batch_start(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
-    ) -> None:
-        """After LearningRateMonitor."""
-        self._schedule.restore()
-
-
-def _set_rate(group: dict[str, Any], rate: float) -> None:
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
+def _limits(trainer: "pl.Trainer") -> list[int | None]:
+    return [trainer.max_epochs, trainer.max_steps]

@@ -266,11 +266,18 @@ def test_needs_a_surgery_and_a_known_length(mlp, data, loader, make_trainer, lit
         {"peak_factor": 0.0},
         {"peak_factor": float("nan")},
         {"shape": "square"},
+        {"end_factor": 0.1, "decay_steps": 3, "decay_epochs": 1},
+        {"decay_steps": 3},
+        {"decay_epochs": 3.0},
+        {"group_factors": ["head"]},
+        {"group_factors": {"head": -1}},
+        {"group_factors": {-1: 1.0}},
+        {"group_factors": {0.5: 1.0}},
     ],
     ids=str,
 )
 def test_wrong_settings(wrong):
-    with pytest.raises(ArgumentError, match="got|not both"):
+    with pytest.raises(ArgumentError, match="got|not both|give a number"):
         lp.RehabSchedule(**wrong)
 
 
