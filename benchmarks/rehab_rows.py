@@ -88,7 +88,7 @@ class Trial:
         """The default cut, but for the settings."""
         return lp.CompressionCallback(
             epoch,
-            self.job.keep if keep is None and "policy" not in settings else keep or 0.5,
+            self.job.keep if keep is None else keep,
             calibration_batches=self.task.calibration_batches,
             target_modules=self.task.targets,
             **settings,
@@ -182,12 +182,11 @@ def prehab(trial: Trial, share: float, *others: L.Callback, before: float = 0.0)
     return [prepared, trial.cut(round(share * trial.epochs)), lp.RehabSchedule(), *others]
 
 
-def cuts(trial: Trial, *times: float, between: bool = False) -> Callbacks:
-    """The first cut at once, more at ``times``, each to half of what the one before has left; distillation."""
-    epochs = [0, *(round(time * trial.epochs) for time in times)]
-    keeps = [trial.job.keep * 2 ** (len(times) - index) for index in range(len(epochs))]
-    prepared = [lp.PrehabCallback()] if between else []
-    return [*prepared, trial.cut(epochs, keeps), lp.RehabSchedule(), lp.RehabDistillation()]
+def cuts(trial: Trial, *times: float) -> Callbacks:
+    """Cuts at these shares of the steps, each to half of what the one before has left; distillation."""
+    epochs = [round(time * trial.epochs) for time in times]
+    keeps = [trial.job.keep * 2 ** (len(times) - 1 - index) for index in range(len(times))]
+    return [trial.cut(epochs, keeps), lp.RehabSchedule(), teacher(trial)]
 
 
 #: Rows of the recovery; all but one have the default cut.
@@ -215,9 +214,12 @@ RECIPE: dict[str, Row] = {
     "prehab 1/4, distillation before and after": lambda trial: prehab(trial, 1 / 4, teacher(trial), before=1.0),
     "prehab 1/2, distillation before and after": lambda trial: prehab(trial, 1 / 2, teacher(trial), before=1.0),
     "prehab 3/4, distillation before and after": lambda trial: prehab(trial, 3 / 4, teacher(trial), before=1.0),
-    "two cuts, distillation": lambda trial: cuts(trial, 1 / 4),
-    "three cuts, distillation": lambda trial: cuts(trial, 1 / 4, 1 / 2),
-    "three cuts, prehab between, distillation": lambda trial: cuts(trial, 1 / 4, 1 / 2, between=True),
+    "two cuts, distillation": lambda trial: cuts(trial, 0, 1 / 4),
+    "three cuts, distillation": lambda trial: cuts(trial, 0, 1 / 4, 1 / 2),
+    "prehab, three cuts, distillation throughout": lambda trial: [
+        lp.PrehabCallback(self_distillation=1.0),
+        *cuts(trial, 1 / 6, 1 / 3, 1 / 2),
+    ],
 }
 #: Rows that are trained as usual before the cut.
 SPIKE: dict[str, Row] = {

@@ -49,16 +49,16 @@ class Stored:
 
     def metric(self, runs: dict[int, Record], metric: str, moment: str = "end") -> BySeed:
         scale, _ = form(metric)
-        at = {seed: r[moment] if moment == "end" else r[moment][0] for seed, r in runs.items() if r.get(moment)}
+        at = {seed: r[moment] if moment == "end" else r[moment][-1] for seed, r in runs.items() if r.get(moment)}
         return {seed: scale * found[metric] for seed, found in at.items()}
 
     def steps(self, runs: dict[int, Record]) -> BySeed:
         """Steps until recovered; infinite if that never was."""
-        found = {}
-        for seed, record in runs.items():
-            dense = self.dense[seed]
-            found[seed] = next((step for step, now in record["course"] if self.task.reached(now, dense)), math.inf)
-        return found
+        return {seed: self.first(record) for seed, record in runs.items()}
+
+    def first(self, record: Record) -> float:
+        dense = record["before"][0]
+        return next((step for step, now in record["course"] if self.task.reached(now, dense)), math.inf)
 
 
 def rates(runs: dict[int, Record]) -> str:
