@@ -196,7 +196,7 @@ RECOVERY: dict[str, Row] = {
     f"LoRA of rank {LORA_RANK} on the factors": lambda trial: [trial.cut(), LoRA()],
     "SVD-LLM's cut, plain training": lambda trial: [svd_llm_cut(trial)],
     "RehabSchedule": rehab,
-    "RehabSchedule, product decay": lambda trial: rehab(trial, lp.FactorTraining(product_decay=1e-2)),
+    "RehabSchedule, product decay": lambda trial: rehab(trial, lp.FactorTraining(product_decay=0.1)),
     "RehabSchedule, rebalanced": lambda trial: rehab(trial, lp.FactorTraining(rebalance_every=10)),
     "RehabSchedule, nothing else than factors": lambda trial: rehab(trial, lp.FactorTraining(train="factors")),
     "refined first": lambda trial: rehab(trial, RefinedFirst(trial)),
