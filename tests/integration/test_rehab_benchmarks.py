@@ -112,7 +112,7 @@ def every_row() -> list[tuple[str, str]]:
 
 def rows_in(source: str, part: str) -> list[str]:
     """The names, without importing what is only on the path within a test."""
-    block = source.split(f"\n{part.upper()}: dict")[1].split("\n}\n")[0]
+    block = source.partition(f"\n{part.upper()}: dict")[2].partition("\n}\n")[0]
     return [line.split('": ')[0].strip()[1:] for line in block.splitlines() if line.startswith('    "')]
 
 
