@@ -26,7 +26,7 @@ class Recovering(Shakespeare, RehabTask):
     pretraining, batch = 3000, 32
     steps, recovery, recipe = 25, 400, 600
     calibration_batches = 25
-    rates = (5e-4, 1.5e-3, 4.5e-3)
+    rates: ClassVar = {"recovery": (1.5e-3, 4.5e-3, 1.35e-2), "recipe": (1.5e-3, 4.5e-3, 1.35e-2)}
     results = Path(__file__).with_suffix(".jsonl")
     metrics: ClassVar = {"loss": "Cross-entropy per character"}
 

@@ -30,7 +30,7 @@ class RehabTask(Task):
     parts: ClassVar[dict[str, Sequence[float]]]  # the keeps of each
     recovery: ClassVar[int]  # steps after the cut
     recipe: ClassVar[int]  # steps in all
-    rates: ClassVar[Sequence[float]]
+    rates: ClassVar[dict[str, Sequence[float]]]  # to choose from, for each part that chooses
     device: torch.device
 
     @abstractmethod
@@ -197,7 +197,6 @@ RECOVERY: dict[str, Row] = {
     "SVD-LLM's cut, plain training": lambda trial: [svd_llm_cut(trial)],
     "RehabSchedule": rehab,
     "RehabSchedule, product decay": lambda trial: rehab(trial, lp.FactorTraining(product_decay=0.1)),
-    "RehabSchedule, rebalanced": lambda trial: rehab(trial, lp.FactorTraining(rebalance_every=10)),
     "RehabSchedule, nothing else than factors": lambda trial: rehab(trial, lp.FactorTraining(train="factors")),
     "refined first": lambda trial: rehab(trial, RefinedFirst(trial)),
     "distillation (logits)": lambda trial: rehab(trial, lp.RehabDistillation()),

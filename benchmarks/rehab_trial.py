@@ -13,7 +13,7 @@ Three parts:
 
 The learning rate of each row is one of three, that which is best on the *validation* split with seed 99: in the
 recovery at keep 0.15 with all training data, by the mean loss over the course; in the recipe at keep 0.1, by the loss
-in the end. The ``spike`` has the middle one.
+in the end. The ``spike`` has the middle one of the recovery.
 
 Results are lines of JSON. A run that was stopped goes on where it was, and the same command in several processes at
 once shares the work: each takes what no other has in hand.
@@ -22,6 +22,7 @@ once shares the work: each takes what no other has in hand.
 import argparse
 import contextlib
 import fcntl
+import gc
 import hashlib
 import io
 import json
@@ -147,13 +148,16 @@ def run(task: RehabTask, job: Job) -> Record:
     )
     with contextlib.redirect_stdout(io.StringIO()):  # the table of each cut
         trainer.fit(Module(trial))
+    del trainer, callbacks
+    gc.collect()
+    torch.cuda.empty_cache()  # several processes share a device
     return {**recorder.found, "seconds": round(time.perf_counter() - began, 1)}
 
 
 def tuning_jobs(task: RehabTask, job: Job) -> list[Job]:
     """The runs that choose the rate of a job."""
     keep = TUNED_AT[job.part]
-    rates = [rate * HIGHER.get(job.row, 1.0) for rate in task.rates]
+    rates = [rate * HIGHER.get(job.row, 1.0) for rate in task.rates[job.part]]
     return [replace(job, kind="tuning", seed=TUNED_ON, keep=keep, share=1.0, rate=rate) for rate in rates]
 
 
@@ -182,7 +186,7 @@ def jobs_of(task: RehabTask, arguments: argparse.Namespace) -> list[Job]:
 def rate_of(task: RehabTask, job: Job, done: dict[tuple[Any, ...], Record]) -> float | None:
     """The rate that was best on the validation split."""
     if job.part not in TUNED_AT:
-        return task.rates[len(task.rates) // 2]
+        return task.rates["recovery"][1]
     return min(tuning_jobs(task, job), key=lambda one: loss_over(done[one.key], job.part)).rate
 
 

@@ -28,7 +28,8 @@ def task(modules, tmp_path):
     (tmp_path / "input.txt").write_text("".join(map(chr, torch.randint(97, 109, (6000,), generator=generator))))
     made = modules.rehab_gpt.Recovering(str(tmp_path / "input.txt"), tmp_path / "cache", "cpu")
     made.pretraining, made.batch, made.steps, made.recovery, made.recipe = 2, 4, 2, 6, 12
-    made.calibration_batches, made.rates, made.results = 2, (1e-3, 1e-2), tmp_path / "results.jsonl"
+    made.calibration_batches, made.results = 2, tmp_path / "results.jsonl"
+    made.rates = {"recovery": (1e-3, 1e-2, 3e-2), "recipe": (1e-3,)}
     return made
 
 
@@ -43,10 +44,10 @@ def test_what_is_there_is_not_run_again_and_the_rate_is_the_best_one(modules, ta
     first = work(modules, task, *wish)
     assert work(modules, task, *wish) == first
     kinds = [record["job"]["kind"] for record in first]
-    assert [kinds.count(kind) for kind in ("dense", "tuning", "run")] == [2, 2, 2]
+    assert [kinds.count(kind) for kind in ("dense", "tuning", "run")] == [2, 3, 2]
     tuned = {r["job"]["rate"]: modules.rehab_trial.loss_over(r, "recovery") for r in first if r["job"]["keep"] == 0.15}
     runs = [record for record in first if record["job"]["kind"] == "run"]
-    best = min({rate: tuned[rate] for rate in task.rates}, key=tuned.get)
+    best = min({rate: tuned[rate] for rate in task.rates["recovery"]}, key=tuned.get)
     assert {record["job"]["rate"] for record in runs} == {best}
     for record in runs:
         assert record["keeps"][0] <= record["job"]["keep"]
@@ -71,7 +72,7 @@ def test_what_fails_is_told_and_the_rest_goes_on(modules, task, monkeypatch, cap
     monkeypatch.setitem(modules.rehab_rows.ROWS, "recovery", rows)
     found = work(modules, task, "--part", "recovery", "--seeds", "0", "--shares", "1.0")
     assert {r["job"]["row"] for r in found if r["job"]["kind"] == "run"} == {"plain training"}
-    assert capsys.readouterr().out.count("ZeroDivisionError") == len(task.rates)
+    assert capsys.readouterr().out.count("ZeroDivisionError") == len(task.rates["recovery"])
 
 
 @pytest.mark.parametrize("row", ["LoRA of rank 8 on the factors", "SVD-LLM's update, B then A"])
