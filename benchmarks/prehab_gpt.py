@@ -66,46 +66,49 @@ class Shakespeare(Task):
     results = Path(__file__).with_suffix(".jsonl")
     metrics: ClassVar = {"loss": "Cross-entropy per character"}
 
-    def __init__(self, file: str | None, cache: str | Path = DEFAULT_CACHE) -> None:
-        self.cache = Path(cache)
+    pretraining, batch = PRETRAINING, BATCH
+
+    def __init__(self, file: str | None, cache: str | Path = DEFAULT_CACHE, device: str = "cpu") -> None:
+        self.cache, self.device = Path(cache), torch.device(device)
         if file is not None:
             text = Path(file).read_text(encoding="utf-8")
             self.characters = sorted(set(text))
             ids = {character: index for index, character in enumerate(self.characters)}
-            data = torch.tensor([ids[character] for character in text])
+            data = torch.tensor([ids[character] for character in text], device=self.device)
             a, b = int(0.8 * len(data)), int(0.9 * len(data))
             self.train, self.validation, self.test = data[:a], data[a:b], data[b:]
 
     def model(self, seed: int) -> nn.Module:
-        file = self.cache / f"gpt-{BLOCKS}x{WIDTH}-{PRETRAINING}-seed{seed}.pt"
+        batch = "" if self.batch == BATCH else f"x{self.batch}"
+        file = self.cache / f"gpt-{BLOCKS}x{WIDTH}-{self.pretraining}{batch}-seed{seed}.pt"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = GPT(len(self.characters))
+            model = GPT(len(self.characters)).to(self.device)
         if not file.exists():
             self.pretrain(model, seed)
             file.parent.mkdir(parents=True, exist_ok=True)
             temporary = file.with_suffix(f".{os.getpid()}.tmp")
             torch.save(model.state_dict(), temporary)
             temporary.replace(file)
-        model.load_state_dict(torch.load(file, weights_only=True))
+        model.load_state_dict(torch.load(file, map_location=self.device, weights_only=True))
         return copied(model)
 
     def pretrain(self, model: nn.Module, seed: int) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, PRETRAINING)
-        for batch in self.draw(seed, PRETRAINING):
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, self.pretraining)
+        for batch in self.draw(seed, self.pretraining, self.train):
             self.loss(model, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
 
-    def draw(self, seed: int, count: int) -> list[Tensor]:
+    def draw(self, seed: int, count: int, text: Tensor) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        starts = torch.randint(len(self.train) - CONTEXT - 1, (count, BATCH, 1), generator=generator)
-        return list(self.train[starts + torch.arange(CONTEXT + 1)])
+        starts = torch.randint(len(text) - CONTEXT - 1, (count, self.batch, 1), generator=generator)
+        return list(text[(starts + torch.arange(CONTEXT + 1)).to(text.device)])
 
     def batches(self, seed: int, epoch: int) -> list[Any]:
-        return self.draw(1000 * (seed + 1) + epoch, self.steps)
+        return self.draw(1000 * (seed + 1) + epoch, self.steps, self.train)
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
         return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())

@@ -146,13 +146,20 @@ def pretrained_model(seed: int, model: str | Path | None = None) -> SentenceClas
 
 
 def dense_model(
-    seed: int, data: SST2, cache: str | Path = DEFAULT_CACHE, model: str | Path | None = None
+    seed: int,
+    data: SST2,
+    cache: str | Path = DEFAULT_CACHE,
+    model: str | Path | None = None,
+    device: torch.device | str = "cpu",
 ) -> SentenceClassifier:
-    """The fine-tuned model of a seed, in eval mode: from the cache, or trained (a few minutes) and put there."""
+    """The fine-tuned model of a seed, in eval mode: from the cache, or trained (a few minutes) and put there.
+
+    The data have to lie on the device.
+    """
     file = Path(cache) / f"minilm-sst2-{EPOCHS}x{BATCH_SIZE}-lr{LEARNING_RATE:g}-seed{seed}.pt"
-    dense = pretrained_model(seed, model)
+    dense = pretrained_model(seed, model).to(device)
     if file.exists():
-        dense.load_state_dict(torch.load(file, weights_only=True))
+        dense.load_state_dict(torch.load(file, map_location=device, weights_only=True))
         return dense.eval()
     start = time.perf_counter()
     fine_tune(dense, data.train, seed)

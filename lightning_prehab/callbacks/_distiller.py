@@ -289,7 +289,7 @@ class Distiller:
             output = forward(self.teacher.module, to_device(self._batch, self.teacher.device))
         return Pair("forward", [], answer, answer_in(output).to(answer.device), output, self.teacher.module)
 
-    def _add_to_loss(self, loss: Tensor, pairs: list[Pair], scale: float, task: float) -> Tensor:
+    def _add_to_loss(self, loss: Tensor, pairs: list[Pair], scale: float | Tensor, task: float) -> Tensor:
         """The mean distance goes into the loss itself."""
         values = [in_full_precision(self._comparison.value)(*self._decided(pair)) for pair in pairs]
         value = torch.stack(values).mean()
@@ -298,7 +298,7 @@ class Distiller:
         add_to_loss_(loss, value, scale)
         return value.detach()
 
-    def _add_to_gradients(self, pairs: list[Pair], scale: float) -> Tensor:
+    def _add_to_gradients(self, pairs: list[Pair], scale: float | Tensor) -> Tensor:
         """Hooks on the answers add the gradient of the mean distance to what comes by."""
         values = []
         for pair in pairs:

@@ -62,11 +62,11 @@ class FactorSteps:
         self._pairs = [pair for pair in pairs if any(id(one) in held for one in pair.both)]
         self._mine = {id(one) for pair in self._pairs for one in pair.both if id(one) in held}
         self._groups = StepGroups(self.watch.family)
-        self._scale = 1.0
+        self._scale: float | Tensor = 1.0
         self._prepared = self._opened = self._skipped = False
         self._said = False
 
-    def announce(self, scale: float) -> None:
+    def announce(self, scale: float | Tensor) -> None:
         """Lightning is about to make a step, or makes it: gradients are there.
 
         Args:
@@ -109,7 +109,7 @@ class FactorSteps:
             return
         for parameter, gradient in self._decays():
             assert parameter.grad is not None
-            parameter.grad.add_(gradient.to(parameter.grad.dtype), alpha=decay * self._scale)
+            parameter.grad.add_(gradient.to(parameter.grad.dtype) * (decay * self._scale))
 
     def _open(self) -> None:
         """Divides the groups, and decays the product as an optimizer decays weights: before it updates them."""

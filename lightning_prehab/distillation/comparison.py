@@ -77,7 +77,9 @@ class Comparison:
         return found.mean if self.relative else found.total / max(answer.numel(), 1)
 
     @in_full_precision
-    def gradient(self, answer: Tensor, right: Tensor, asked: Sequence[Any], scale: float) -> tuple[Tensor, Tensor]:
+    def gradient(
+        self, answer: Tensor, right: Tensor, asked: Sequence[Any], scale: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The distance, and ``scale`` times its gradient by the answer.
 
         Returns:

@@ -1,0 +1,164 @@
+"""The tables of ``rehab_sst2.py`` and ``rehab_gpt.py``, from stored results: everything is paired over seeds.
+
+An interval is the mean difference over seeds and the half width of its 95 % interval (Student's t).
+"""
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+
+from prehab_trial import Record, cell, load
+from rehab_rows import CONTROLS, ROWS, SHARES, RehabTask
+
+#: 97.5 % of Student's t, by degrees of freedom.
+T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+BySeed = dict[int, float]
+
+
+def interval(values: Sequence[float], digits: int) -> str:
+    """The mean, and the half width of its 95 % interval; nothing of the latter for one seed."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):+.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {T[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
+
+
+def paired(ours: BySeed, theirs: BySeed, digits: int) -> str:
+    """What is ours minus what is theirs, over the seeds that both have."""
+    return interval([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())], digits)
+
+
+def form(metric: str) -> tuple[float, int]:
+    """Factor and digits of a metric."""
+    return (100.0, 2) if metric == "accuracy" else (1.0, 3)
+
+
+class Stored:
+    """The results of a task."""
+
+    def __init__(self, task: RehabTask) -> None:
+        self.task, self.records = task, load(task)
+        self.dense = {r["job"]["seed"]: r["end"] for r in self.records if r["job"]["kind"] == "dense"}
+
+    def of(self, part: str, row: str, keep: float, share: float = 1.0) -> dict[int, Record]:
+        """Runs that are reported, by seed."""
+        wanted = {"kind": "run", "part": part, "row": row, "keep": keep, "share": share}
+        return {r["job"]["seed"]: r for r in self.records if r["job"].items() >= wanted.items()}
+
+    def metric(self, runs: dict[int, Record], metric: str, moment: str = "end") -> BySeed:
+        scale, _ = form(metric)
+        at = {seed: r[moment] if moment == "end" else r[moment][-1] for seed, r in runs.items() if r.get(moment)}
+        return {seed: scale * found[metric] for seed, found in at.items()}
+
+    def steps(self, runs: dict[int, Record]) -> BySeed:
+        """Steps until recovered; infinite if that never was."""
+        return {seed: self.first(record) for seed, record in runs.items()}
+
+    def first(self, record: Record) -> float:
+        dense = record["before"][0]
+        return next((step for step, now in record["course"] if self.task.reached(now, dense)), math.inf)
+
+
+def rates(runs: dict[int, Record]) -> str:
+    return ", ".join(f"{rate:g}" for rate in sorted({r["job"]["rate"] for r in runs.values()}))
+
+
+def shown_steps(steps: BySeed, most: int) -> str:
+    """The median, and all of them."""
+    each = [str(steps[seed]) if steps[seed] <= most else f">{most}" for seed in sorted(steps)]
+    middle = statistics.median(steps.values())
+    return f"{middle:g} ({', '.join(each)})" if middle <= most else f">{most} ({', '.join(each)})"
+
+
+def recovery(stored: Stored, share: float, keep: float) -> Iterator[str]:
+    """Steps to the goal, and what there is after all of them."""
+    task, control = stored.task, stored.of("recovery", CONTROLS["recovery"], keep, share)
+    heads = [f"{title}, {when}" for when in ("in the end", "less plain training's") for title in task.metrics.values()]
+    yield (
+        "| row | rate | steps to the goal: median (each seed) | share of plain training's steps | "
+        + " | ".join([*(f"{title}, right after" for title in task.metrics.values()), *heads, "seconds"])
+        + " |"
+    )
+    yield "|" + "---|" * (5 + 3 * len(task.metrics))
+    theirs = stored.steps(control)
+    for row in ROWS["recovery"]:
+        runs = stored.of("recovery", row, keep, share)
+        if not runs:
+            continue
+        steps = stored.steps(runs)
+        both = [seed for seed in steps if theirs.get(seed, math.inf) < math.inf]
+        capped = [min(steps[seed], task.recovery) for seed in both]
+        whole = sum(theirs[seed] for seed in both)
+        beyond = "≥ " if any(steps[seed] == math.inf for seed in both) else ""
+        part = f"{beyond}{sum(capped) / whole:.2f}" if whole else ""
+        cells = [rates(runs), shown_steps(steps, task.recovery), part]
+        for moment in ("after", "end"):
+            cells += [cell(list(stored.metric(runs, m, moment).values()), form(m)[1]) for m in task.metrics]
+        cells += [paired(stored.metric(runs, m), stored.metric(control, m), form(m)[1]) for m in task.metrics]
+        seconds = statistics.median(r["seconds"] for r in runs.values())
+        yield f"| {row} | {' | '.join(cells)} | {seconds:.0f} |"
+
+
+def recipe(stored: Stored, keep: float) -> Iterator[str]:
+    """What there is in the end, beside cutting first with distillation."""
+    task, control = stored.task, stored.of("recipe", CONTROLS["recipe"], keep)
+    heads = ["before the cut", "right after", "in the end"]
+    yield (
+        "| row | rate | "
+        + " | ".join(
+            [*(f"{title}, {when}" for title in task.metrics.values() for when in heads)]
+            + [f"{title}, less the control's" for title in task.metrics.values()]
+            + ["seeds"]
+        )
+        + " |"
+    )
+    yield "|" + "---|" * (3 + 4 * len(task.metrics))
+    for row in ROWS["recipe"]:
+        runs = stored.of("recipe", row, keep)
+        if not runs:
+            continue
+        cells = [rates(runs)]
+        for metric in task.metrics:
+            found = [stored.metric(runs, metric, moment) for moment in ("before", "after", "end")]
+            cells += [cell(list(values.values()), form(metric)[1]) for values in found]
+        cells += [paired(stored.metric(runs, m), stored.metric(control, m), form(m)[1]) for m in task.metrics]
+        yield f"| {row} | {' | '.join(cells)} | {len(runs)} |"
+
+
+def spike(stored: Stored) -> Iterator[str]:
+    """The loss at the first steps after the cut, as a share of the loss right after it."""
+    keeps = stored.task.parts["spike"]
+    yield "| row | " + " | ".join(f"keep {k}, {what}" for k in keeps for what in ("highest", "last")) + " | seeds |"
+    yield "|" + "---|" * (2 + 2 * len(keeps))
+    for row in ROWS["spike"]:
+        cells, seeds = [], 0
+        for keep in keeps:
+            runs = stored.of("spike", row, keep)
+            courses = [[now["loss"] for _, now in r["course"]] for r in runs.values()]
+            highest = [max(course[1:]) / course[0] for course in courses]
+            last = [course[-1] / course[0] for course in courses]
+            seeds = len(runs)
+            cells += [f"{statistics.median(part):.3f}" if part else "" for part in (highest, last)]
+        if seeds:
+            yield f"| {row} | {' | '.join(cells)} | {seeds} |"
+
+
+def print_tables(task: RehabTask) -> None:
+    """All of them."""
+    stored = Stored(task)
+    for metric, title in task.metrics.items():
+        scale, digits = form(metric)
+        print(f"{title} of the dense models: {cell([scale * r[metric] for r in stored.dense.values()], digits)}\n")
+    for keep in task.parts["recovery"]:
+        for share in SHARES:
+            lines = list(recovery(stored, share, keep))
+            if len(lines) > 2:
+                print(f"Recovery at keep {keep} with {share:.0%} of the training data\n")
+                print("\n".join(lines) + "\n")
+    for keep in task.parts["recipe"]:
+        print(f"Recipes of {task.recipe} steps at keep {keep}; the control is {CONTROLS['recipe']}\n")
+        print("\n".join(recipe(stored, keep)) + "\n")
+    print("The first steps after the cut: loss as a share of the loss right after the cut, median over seeds\n")
+    print("\n".join(spike(stored)))
