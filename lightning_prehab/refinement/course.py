@@ -44,13 +44,13 @@ class Course:
     Args:
         parameters: What is trained.
         steps: At most.
-        lr: The largest learning rate.
+        lr: The largest learning rate, or what says it by the measure before the first step.
         patience: Measurements without a new best after which it ends.
     """
 
     parameters: Sequence[nn.Parameter]
     steps: int
-    lr: float
+    lr: float | Callable[[float], float]
     patience: int
 
     def run(
@@ -83,12 +83,13 @@ class Course:
         if not math.isfinite(before):
             return Outcome(before, before, 0, False, "the measure was not finite before the first step")
         start()
-        optimizer = torch.optim.AdamW(self.parameters, lr=self.lr, weight_decay=0.0)
+        lr = self.lr(before) if callable(self.lr) else self.lr
+        optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0)
         every = max(self.steps // MEASUREMENTS, 1)
         steps = list(numbers)
         try:
             for number in steps if phase is None else counted(steps, phase):
-                if not self._step(optimizer, loss_of(number), done):
+                if not self._step(optimizer, loss_of(number), lr * share_of_rate(done, self.steps)):
                     stopped = f"step {done + 1} was not finite"
                     break
                 done += 1
@@ -112,7 +113,7 @@ class Course:
                 parameter.grad = None
         return Outcome(before, value, done, value < before, stopped)
 
-    def _step(self, optimizer: torch.optim.Optimizer, loss: Tensor, done: int) -> bool:
+    def _step(self, optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> bool:
         """One step; False, without it, if something is not finite."""
         if not bool(torch.isfinite(loss.detach())):
             return False
@@ -121,7 +122,7 @@ class Course:
         if not bool(torch.isfinite(norm)):
             return False
         for group in optimizer.param_groups:
-            group["lr"] = self.lr * share_of_rate(done, self.steps)
+            group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return True

@@ -1,6 +1,7 @@
 """Refines a whole model at once, end to end."""
 
 from contextlib import nullcontext
+from functools import partial
 
 from lightning_prehab.refinement.checkpointing import checkpointed, is_due
 from lightning_prehab.refinement.course import Course, Outcome
@@ -24,10 +25,15 @@ def refine_model_(pair: Pair, sequences: Sequences, refinement: Refinement) -> O
     if twice is None:
         twice = is_due(pair, sequences.training[0], parameters)
     with checkpointed(pair.model) if twice else nullcontext():
-        return Course(parameters, steps, refinement.rate_in("model"), refinement.patience).run(
+        return Course(parameters, steps, partial(_rate, pair, refinement), refinement.patience).run(
             sequences.order(steps),
             lambda number: pair.distance(sequences.training[number]).mean,
             lambda: pair.mean_distance(sequences.held_back),
             lambda: balance_(pair.model),
             pair.stand_ins.came_further,
         )
+
+
+def _rate(pair: Pair, refinement: Refinement, before: float) -> float:
+    """The learning rate of the course, once it is known what is measured, and how much there is to win back."""
+    return refinement.rate_in("model", before if pair.measure == "divergence" else None)

@@ -1,8 +1,13 @@
 """The settings of a refinement."""
 
-import pytest
-import yaml
+import copy
 
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import lightning_prehab as lp
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.refinement.settings import Refinement
 
@@ -40,3 +45,25 @@ def test_what_is_out_of_range_is_named(setting, value):
 def test_from_a_dictionary_with_another_key():
     with pytest.raises(ArgumentError, match="step"):
         Refinement.from_dict({"step": 3})
+
+
+def test_the_rate_of_the_model_goes_with_what_the_cut_has_cost(monkeypatch):
+    """Of predictions, in nats; a rate that is given, blocks, and other measures stay as they are."""
+    rates = []
+    usual = torch.optim.AdamW
+
+    def noted(parameters, lr, **settings):
+        rates.append(lr)
+        return usual(parameters, lr=lr, **settings)
+
+    monkeypatch.setattr(torch.optim, "AdamW", noted)
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 6))
+    batches = [torch.randn(32, 12) for _ in range(4)]
+    for measure, given in (("divergence", None), ("squared", None), ("divergence", 3e-4)):
+        model = copy.deepcopy(dense)
+        lp.compress_(model, 0.4, batches)
+        found = lp.refine_(model, dense, batches, lp.Refinement(2, lr=given, measure=measure, scope="model"))
+        share = min(max(found.before ** (2 / 3), 0.1), 1.0) if measure == "divergence" else 1.0
+        assert rates.pop() == pytest.approx(given or 2e-4 * share)
+        assert 0 < found.before < 1
