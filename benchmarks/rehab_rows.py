@@ -8,6 +8,8 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
@@ -21,6 +23,7 @@ import lightning_prehab as lp
 LORA_RANK, LORA_SCALE = 8, 2.0  # as in LoRA and in the update of SVD-LLM
 REFINED = 4  # a refinement takes one of so many steps of a recovery
 SHARES = (1.0, 0.05)  # of the training data
+TUNED_AT = {"recovery": 0.15, "recipe": 0.1}  # keeps
 WARM_EPOCHS = 4  # of ordinary training, before the cut whose first steps are looked at
 
 
@@ -30,8 +33,9 @@ class RehabTask(Task):
     parts: ClassVar[dict[str, Sequence[float]]]  # the keeps of each
     recovery: ClassVar[int]  # steps after the cut
     recipe: ClassVar[int]  # steps in all
-    rates: ClassVar[dict[str, Sequence[float]]]  # to choose from, for each part that chooses
+    rates: ClassVar[Sequence[float]]
     device: torch.device
+    cache: Path
 
     @abstractmethod
     def batches(self, seed: int, epoch: int, share: float = 1.0) -> list[Any]:
@@ -93,6 +97,14 @@ class Trial:
             target_modules=self.task.targets,
             **settings,
         )
+
+
+def loss_over(record: Record, part: str) -> float:
+    """The mean loss over the course, by the trapezoidal rule; or the loss in the end."""
+    if part == "recipe":
+        return record["end"]["loss"]
+    course = [(step, found["loss"]) for step, found in record["course"]]
+    return sum((b - a) * (x + y) / 2 for (a, x), (b, y) in pairwise(course)) / (course[-1][0] - course[0][0])
 
 
 Callbacks = list[L.Callback]
@@ -197,6 +209,7 @@ RECOVERY: dict[str, Row] = {
     "SVD-LLM's cut, plain training": lambda trial: [svd_llm_cut(trial)],
     "RehabSchedule": rehab,
     "RehabSchedule, product decay": lambda trial: rehab(trial, lp.FactorTraining(product_decay=0.1)),
+    "RehabSchedule, rebalanced": lambda trial: rehab(trial, lp.FactorTraining(rebalance_every=10)),
     "RehabSchedule, nothing else than factors": lambda trial: rehab(trial, lp.FactorTraining(train="factors")),
     "refined first": lambda trial: rehab(trial, RefinedFirst(trial)),
     "distillation (logits)": lambda trial: rehab(trial, lp.RehabDistillation()),

@@ -46,7 +46,7 @@ class Recovering(MiniLM, RehabTask):
     parts: ClassVar = {"recovery": (0.3, 0.15), "recipe": (0.1, 0.05), "spike": (0.3, 0.15)}
     steps, recovery, recipe = 25, 200, 300
     batch, calibration_batches = 32, 25
-    rates: ClassVar = {"recovery": (3e-5, 1e-4, 3e-4), "recipe": (1e-4, 3e-4, 1e-3)}
+    rates = (3e-5, 1e-4, 3e-4)
     results = Path(__file__).with_suffix(".jsonl")
     metrics: ClassVar = {"accuracy": "Accuracy in %", "loss": "Cross-entropy"}
 
@@ -107,5 +107,5 @@ if __name__ == "__main__":
     task = Recovering(None if arguments.table else arguments.data, arguments.cache, arguments.model, arguments.device)
     task.results = arguments.results or task.results
     if not arguments.table:
-        main(task, arguments, Path(arguments.cache) / "locks")
+        main(task, arguments)
     print_tables(task)

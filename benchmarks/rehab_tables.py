@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from prehab_trial import Record, cell, load
-from rehab_rows import CONTROLS, ROWS, SHARES, RehabTask
+from rehab_rows import CONTROLS, ROWS, SHARES, TUNED_AT, RehabTask, loss_over
 
 #: 97.5 % of Student's t, by degrees of freedom.
 T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -145,20 +145,47 @@ def spike(stored: Stored) -> Iterator[str]:
             yield f"| {row} | {' | '.join(cells)} | {seeds} |"
 
 
+def tuning(stored: Stored, part: str) -> Iterator[str]:
+    """What was found on the validation split with each rate; the lowest loss chooses."""
+    task, tried = stored.task, [r for r in stored.records if (r["job"]["kind"], r["job"]["part"]) == ("tuning", part)]
+    what = "mean loss over the course" if part == "recovery" else "loss in the end"
+    yield (
+        f"| row | rate: {what} | best, right after | " + " | ".join(f"best, {t}" for t in task.metrics.values()) + " |"
+    )
+    yield "|" + "---|" * (3 + len(task.metrics))
+    for row in ROWS[part]:
+        found = {r["job"]["rate"]: r for r in tried if r["job"]["row"] == row}
+        if not found:
+            continue
+        each = "; ".join(f"{rate:g}: {loss_over(found[rate], part):.3f}" for rate in sorted(found))
+        best = min(found.values(), key=lambda record: loss_over(record, part))
+        ends = [f"{form(m)[0] * best['end'][m]:.{form(m)[1]}f}" for m in task.metrics]
+        yield f"| {row} | {each} | {best['after'][-1]['loss']:.3f} | {' | '.join(ends)} |"
+
+
 def print_tables(task: RehabTask) -> None:
     """All of them."""
     stored = Stored(task)
     for metric, title in task.metrics.items():
         scale, digits = form(metric)
         print(f"{title} of the dense models: {cell([scale * r[metric] for r in stored.dense.values()], digits)}\n")
-    for keep in task.parts["recovery"]:
+    for keep in task.parts.get("recovery", ()):
         for share in SHARES:
             lines = list(recovery(stored, share, keep))
             if len(lines) > 2:
                 print(f"Recovery at keep {keep} with {share:.0%} of the training data\n")
                 print("\n".join(lines) + "\n")
     for keep in task.parts["recipe"]:
-        print(f"Recipes of {task.recipe} steps at keep {keep}; the control is {CONTROLS['recipe']}\n")
-        print("\n".join(recipe(stored, keep)) + "\n")
-    print("The first steps after the cut: loss as a share of the loss right after the cut, median over seeds\n")
-    print("\n".join(spike(stored)))
+        lines = list(recipe(stored, keep))
+        if len(lines) > 2:
+            print(f"Recipes of {task.recipe} steps at keep {keep}; the control is {CONTROLS['recipe']}\n")
+            print("\n".join(lines) + "\n")
+    lines = list(spike(stored)) if "spike" in task.parts else []
+    if len(lines) > 2:
+        print("The first steps after the cut: loss as a share of the loss right after the cut, median over seeds\n")
+        print("\n".join(lines) + "\n")
+    for part in ("recovery", "recipe"):
+        lines = list(tuning(stored, part))
+        if len(lines) > 2:
+            print(f"Tuning of the {part}: the validation split, seed 99, keep {TUNED_AT[part]}\n")
+            print("\n".join(lines) + "\n")

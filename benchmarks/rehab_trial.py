@@ -13,7 +13,7 @@ Three parts:
 
 The learning rate of each row is one of three, that which is best on the *validation* split with seed 99: in the
 recovery at keep 0.15 with all training data, by the mean loss over the course; in the recipe at keep 0.1, by the loss
-in the end. The ``spike`` has the middle one of the recovery.
+in the end. The ``spike`` has the middle one.
 
 Results are lines of JSON. A run that was stopped goes on where it was, and the same command in several processes at
 once shares the work: each takes what no other has in hand.
@@ -35,14 +35,24 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from prehab_trial import Record, load
-from rehab_rows import HIGHER, ROWS, SHARES, WARM_EPOCHS, Job, RefinedFirst, RehabTask, Trial
+from rehab_rows import (
+    HIGHER,
+    ROWS,
+    SHARES,
+    TUNED_AT,
+    WARM_EPOCHS,
+    Job,
+    RefinedFirst,
+    RehabTask,
+    Trial,
+    loss_over,
+)
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -51,7 +61,6 @@ from lightning_prehab.__about__ import __version__
 
 SEEDS = (0, 1, 2)
 TUNED_ON = 99  # the seed that rates are chosen with
-TUNED_AT = {"recovery": 0.15, "recipe": 0.1}
 FIRST_STEPS = 20  # after the cut, measured one by one
 
 
@@ -126,9 +135,11 @@ def points_of(part: str, total: int) -> list[int]:
 
 def run(task: RehabTask, job: Job) -> Record:
     """One run."""
+    with claimed(task.cache / "locks", f"dense {job.seed}", wait=True):
+        dense = task.model(job.seed).eval()
     began = time.perf_counter()
     total = {"recovery": task.recovery, "recipe": task.recipe}.get(job.part, (WARM_EPOCHS + 1) * task.steps)
-    trial = Trial(task, job, total, task.model(job.seed).eval())
+    trial = Trial(task, job, total, dense)
     torch.manual_seed(job.seed)  # dropout
     callbacks = ROWS[job.part][job.row](trial)
     skipped = sum(one.steps for one in callbacks if isinstance(one, RefinedFirst))
@@ -157,7 +168,7 @@ def run(task: RehabTask, job: Job) -> Record:
 def tuning_jobs(task: RehabTask, job: Job) -> list[Job]:
     """The runs that choose the rate of a job."""
     keep = TUNED_AT[job.part]
-    rates = [rate * HIGHER.get(job.row, 1.0) for rate in task.rates[job.part]]
+    rates = [rate * HIGHER.get(job.row, 1.0) for rate in task.rates]
     return [replace(job, kind="tuning", seed=TUNED_ON, keep=keep, share=1.0, rate=rate) for rate in rates]
 
 
@@ -186,16 +197,8 @@ def jobs_of(task: RehabTask, arguments: argparse.Namespace) -> list[Job]:
 def rate_of(task: RehabTask, job: Job, done: dict[tuple[Any, ...], Record]) -> float | None:
     """The rate that was best on the validation split."""
     if job.part not in TUNED_AT:
-        return task.rates["recovery"][1]
+        return task.rates[1]
     return min(tuning_jobs(task, job), key=lambda one: loss_over(done[one.key], job.part)).rate
-
-
-def loss_over(record: Record, part: str) -> float:
-    """The mean loss over the course, by the trapezoidal rule; or the loss in the end."""
-    if part == "recipe":
-        return record["end"]["loss"]
-    course = [(step, found["loss"]) for step, found in record["course"]]
-    return sum((b - a) * (x + y) / 2 for (a, x), (b, y) in pairwise(course)) / (course[-1][0] - course[0][0])
 
 
 def results(task: RehabTask) -> dict[tuple[Any, ...], Record]:
@@ -204,12 +207,12 @@ def results(task: RehabTask) -> dict[tuple[Any, ...], Record]:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, name: str) -> Iterator[bool]:
+def claimed(folder: Path, name: str, wait: bool = False) -> Iterator[bool]:
     """Whether no other process has this in hand; it is let go of at the end, also of a process that is killed."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / hashlib.sha256(name.encode()).hexdigest()[:24]).open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
         else:
@@ -232,7 +235,8 @@ def attempt(task: RehabTask, job: Job) -> bool:
     """Runs a job; what fails is told, and the others go on."""
     try:
         if job.kind == "dense":
-            found = {"end": {k: round(v, 5) for k, v in task.measure(task.model(job.seed), "test").items()}}
+            with claimed(task.cache / "locks", f"dense {job.seed}", wait=True):
+                found = {"end": {k: round(v, 5) for k, v in task.measure(task.model(job.seed), "test").items()}}
         else:
             found = run(task, job)
     except Exception:
@@ -248,7 +252,7 @@ def needs(task: RehabTask, job: Job) -> list[Job]:
     return dense + (tuning_jobs(task, job) if job.kind == "run" and job.part in TUNED_AT else [])
 
 
-def work(task: RehabTask, jobs: Sequence[Job], locks: Path, seconds: float) -> None:
+def work(task: RehabTask, jobs: Sequence[Job], seconds: float) -> None:
     """Does what is missing and what nobody else does, until nothing is left or no time; what has failed is left out."""
     began, longest = time.perf_counter(), 0.0
     failed: set[tuple[Any, ...]] = set()
@@ -265,7 +269,7 @@ def work(task: RehabTask, jobs: Sequence[Job], locks: Path, seconds: float) -> N
             waiting = True
             if not done.keys() >= {*first}:
                 continue
-            with claimed(locks, f"{task.results} {job.key}") as mine:
+            with claimed(task.cache / "locks", f"{task.results} {job.key}") as mine:
                 if mine and job.key not in results(task):
                     idle = False
                     if not attempt(task, replace(job, rate=rate_of(task, job, done)) if job.kind == "run" else job):
@@ -292,10 +296,10 @@ def parser(description: str, data: str) -> argparse.ArgumentParser:
     return made
 
 
-def main(task: RehabTask, arguments: argparse.Namespace, locks: Path) -> None:
+def main(task: RehabTask, arguments: argparse.Namespace) -> None:
     """Runs what is missing."""
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    work(task, jobs_of(task, arguments), locks, 60 * arguments.minutes)
+    work(task, jobs_of(task, arguments), 60 * arguments.minutes)

@@ -29,13 +29,13 @@ def task(modules, tmp_path):
     made = modules.rehab_gpt.Recovering(str(tmp_path / "input.txt"), tmp_path / "cache", "cpu")
     made.pretraining, made.batch, made.steps, made.recovery, made.recipe = 2, 4, 2, 6, 12
     made.calibration_batches, made.results = 2, tmp_path / "results.jsonl"
-    made.rates = {"recovery": (1e-3, 1e-2, 3e-2), "recipe": (1e-3,)}
+    made.rates = (1e-3, 1e-2, 3e-2)
     return made
 
 
 def work(modules, task, *options: str) -> list[dict]:
     arguments = modules.rehab_trial.parser("", "").parse_args(options)
-    modules.rehab_trial.work(task, modules.rehab_trial.jobs_of(task, arguments), task.cache / "locks", math.inf)
+    modules.rehab_trial.work(task, modules.rehab_trial.jobs_of(task, arguments), math.inf)
     return [json.loads(line) for line in task.results.read_text().splitlines()]
 
 
@@ -45,9 +45,9 @@ def test_what_is_there_is_not_run_again_and_the_rate_is_the_best_one(modules, ta
     assert work(modules, task, *wish) == first
     kinds = [record["job"]["kind"] for record in first]
     assert [kinds.count(kind) for kind in ("dense", "tuning", "run")] == [2, 3, 2]
-    tuned = {r["job"]["rate"]: modules.rehab_trial.loss_over(r, "recovery") for r in first if r["job"]["keep"] == 0.15}
+    tuned = {r["job"]["rate"]: modules.rehab_rows.loss_over(r, "recovery") for r in first if r["job"]["keep"] == 0.15}
     runs = [record for record in first if record["job"]["kind"] == "run"]
-    best = min({rate: tuned[rate] for rate in task.rates["recovery"]}, key=tuned.get)
+    best = min({rate: tuned[rate] for rate in task.rates}, key=tuned.get)
     assert {record["job"]["rate"] for record in runs} == {best}
     for record in runs:
         assert record["keeps"][0] <= record["job"]["keep"]
@@ -55,7 +55,7 @@ def test_what_is_there_is_not_run_again_and_the_rate_is_the_best_one(modules, ta
         assert record["before"][0] == first[1]["end"]
         assert record["course"][-1][1] == record["end"]
     modules.rehab_tables.print_tables(task)
-    assert capsys.readouterr().out.count("| plain training |") == 2
+    assert capsys.readouterr().out.count("| plain training |") == 3  # two keeps, and the tuning
 
 
 def test_what_another_process_has_in_hand_is_left_to_it(modules, tmp_path):
@@ -72,7 +72,7 @@ def test_what_fails_is_told_and_the_rest_goes_on(modules, task, monkeypatch, cap
     monkeypatch.setitem(modules.rehab_rows.ROWS, "recovery", rows)
     found = work(modules, task, "--part", "recovery", "--seeds", "0", "--shares", "1.0")
     assert {r["job"]["row"] for r in found if r["job"]["kind"] == "run"} == {"plain training"}
-    assert capsys.readouterr().out.count("ZeroDivisionError") == len(task.rates["recovery"])
+    assert capsys.readouterr().out.count("ZeroDivisionError") == len(task.rates)
 
 
 @pytest.mark.parametrize("row", ["LoRA of rank 8 on the factors", "SVD-LLM's update, B then A"])
