@@ -109,7 +109,7 @@ class FactorSteps:
             return
         for parameter, gradient in self._decays():
             assert parameter.grad is not None
-            parameter.grad.add_(gradient.to(parameter.grad.dtype) * (decay * self._scale))
+            parameter.grad.add_(gradient.to(parameter.grad.dtype) * decay * self._scale)
 
     def _open(self) -> None:
         """Divides the groups, and decays the product as an optimizer decays weights: before it updates them."""

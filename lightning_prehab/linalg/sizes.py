@@ -16,6 +16,7 @@ def product_gradients(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Of the shapes of ``a`` and ``b``.
 
+    >>> import torch
     >>> product_gradients(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0]]))
     (tensor([[12., 16.]]), tensor([[50.]]))
     """

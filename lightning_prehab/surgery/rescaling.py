@@ -51,6 +51,8 @@ def _changes(optimizer: torch.optim.Optimizer, parameter: Tensor, scale: Tensor)
         return None
     changes = []
     for key, value in known.items():
+        if key not in state:
+            return None  # it is kept in parts, such as rows and columns
         if not isinstance(value, Tensor) or value.dim() == 0 or value is not state[key]:
             continue  # a counter, or an average of steps, which have no unit where they are divided by a second moment
         if key in ITERATES or key == "step_size":

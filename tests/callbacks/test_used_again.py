@@ -48,6 +48,12 @@ SETTINGS = {
         lp.RehabSchedule(100, shape="cosine", end_factor=0.1, decay_steps=50, group_factors={0: 0.5}),
     ],
     "paper": lambda: [lp.PaperPrehab(), lp.CompressionCallback(SURGERY, 0.5), lp.RehabSchedule()],
+    "taught": lambda: [
+        lp.PrehabCallback(self_distillation=0.5),
+        lp.CompressionCallback(SURGERY, 0.5),
+        lp.RehabDistillation(fade_steps=20),
+        lp.FactorTraining(0.01, alternate=2, rate_B=2.0),
+    ],
     "without a surgery": lambda: [lp.PrehabCallback(strength_share=0.2, space="loss")],
 }
 #: What ends the first run, and where.
