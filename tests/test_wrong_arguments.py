@@ -140,6 +140,9 @@ def test_a_second_cut(whole):
         lp.compress_(net, 0.9, batches())
     with pytest.raises(TargetError, match=r"is compressed already \(low-rank layers: 1, the first '0'\)"):
         lp.compress_(net, 0.6, batches(), target_modules=["0"])
+    if whole:
+        with pytest.raises(TargetError, match="cut_again=True takes low-rank layers too, for a deeper cut"):
+            lp.find_targets(net)
     with pytest.raises(TargetError, match="Layer '0' .LowRankLinear. cannot be cut: it is low-rank already; to_dense_"):
         lp.find_targets(net, ["0"])
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

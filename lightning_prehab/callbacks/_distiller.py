@@ -17,11 +17,12 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.callbacks._injection import add_to_loss_
 from lightning_prehab.callbacks._trainer import loss_scale
-from lightning_prehab.distillation.calls import Calls, autocast_of
+from lightning_prehab.distillation.calls import Calls, autocast_of, named
 from lightning_prehab.distillation.comparison import Comparison
 from lightning_prehab.distillation.replay import WAY_OUT, Pair, features_of, pairs_of
 from lightning_prehab.distillation.teacher import Teacher, bytes_of_copy, copy_of, rebuilt
-from lightning_prehab.errors import NumericalError, StatisticsError, UnsupportedError
+from lightning_prehab.documents.settings import show
+from lightning_prehab.errors import ArgumentError, NumericalError, StatisticsError, UnsupportedError
 from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.refinement.blocks import find_blocks
 from lightning_prehab.refinement.distance import answer_in
@@ -68,7 +69,7 @@ class Distiller:
         self._who, self._form, self._temperature = who, form, temperature
         self._module, self._forward, self._feature_modules = module, forward, feature_modules
         self._precision = precision
-        self._device = None if device is None else torch.device(device)
+        self._device = None if device is None else _device(device)
         self.teacher: Teacher | None = None
         self._stored = True  # in checkpoints
         self._calls: Calls | None = None
@@ -83,6 +84,13 @@ class Distiller:
         self._features: list[str] = []
         self._checked = self._reached = False
         self._batch: Any = None
+
+    def check_names(self, pl_module: "pl.LightningModule") -> None:
+        """Raises :class:`TargetError` for names of modules that are not there; before anything has been trained."""
+        if self._module is not None:
+            named(pl_module, self._module)
+        if self._form == "features":
+            self._choose_features(pl_module)
 
     def announce(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", when: str) -> None:
         """Says what the teacher is going to take."""
@@ -333,6 +341,13 @@ class Distiller:
             where = ", ".join(name or "the module itself" for name in names)
             what = f"the {kind} of {where}"
         rank_zero_info(f"{self._who} compares {what} with the teacher's.")
+
+
+def _device(wish: str | torch.device) -> torch.device:
+    try:
+        return torch.device(wish)
+    except RuntimeError as error:
+        raise ArgumentError(f"device must be one that torch knows ('cpu', 'cuda:0', ...), got {show(wish)}.") from error
 
 
 def _add_once(answer: Tensor, addend: Tensor, reached: Callable[[], None]) -> None:

@@ -105,8 +105,8 @@ def check_groups(optimizers: list[Optimizer], of_groups: Mapping[int | str, floa
         if not any(_names(key, group, number) for number, group in enumerate(groups)):
             there = [f"{n} ({show(group['name'])})" if "name" in group else str(n) for n, group in enumerate(groups)]
             raise ArgumentError(
-                f"group_factors: no parameter group is {show(key)}; there are {', '.join(there)}. Groups are told by "
-                "their number, or by what they have as 'name'."
+                f"group_factors: no parameter group is {show(key)}; the groups are {', '.join(there)}. They are told "
+                "by their number, or by what they have as 'name'."
             )
     factors: dict[int, float] = {}
     for number, group in enumerate(groups):

@@ -80,6 +80,7 @@ class RehabDistillation(OnlyOne):
     Raises:
         ArgumentError: If a value is out of range.
         CheckpointError: When fit starts, if a teacher's weights do not fit.
+        TargetError: When fit starts, if ``module`` or ``feature_modules`` name nothing, or there are no blocks.
         StatisticsError: At the first step, if the outputs hold nothing to be compared, or those of the teacher have
             another shape.
         UnsupportedError: When fit starts, for strategies other than one device and DDP, or without a teacher to be
@@ -129,6 +130,8 @@ class RehabDistillation(OnlyOne):
             raise ArgumentError(f"forward must be a function (module, batch) -> logits, got {show(forward)}.")
         if forward is not None and (form == "features" or module is not None):
             raise ArgumentError("forward gives the logits itself; leave out module= and form='features'.")
+        if feature_modules is not None and form != "features":
+            raise ArgumentError("feature_modules are for form='features'; give that too, or leave them out.")
         self.strength, self.task_strength = strength, task_strength
         self.form, self.temperature = form, temperature
         self.fade_steps, self.fade_epochs, self.shape = fade_steps, fade_epochs, shape
@@ -175,6 +178,7 @@ class RehabDistillation(OnlyOne):
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Says what the teacher takes, and makes it if it was given or lies in the checkpoint."""
+        self._distiller.check_names(pl_module)
         state, self._restored = self._restored, {}
         if state:
             self._steps, self._length = state["steps"], state["length"]

@@ -34,7 +34,10 @@ def compress_offloaded(settings: Any) -> None:
     if not source.is_dir():
         raise ArgumentError(f"{source} is no folder; --offload is for Hugging Face folders with safetensors.")
     if is_compressed(source):
-        raise ArgumentError(f"{source} is compressed already: give the dense model that it was made of.")
+        raise ArgumentError(
+            f"{source} is compressed already: give the dense model that it was made of, or leave out "
+            "--offload for a deeper cut."
+        )
     check_output(output, settings.force)
     recipe = read_recipe(settings, settings.keep)
     if settings.data == SELF:

@@ -61,7 +61,7 @@ class Calls:
     def __init__(self, model: nn.Module, module: str | None = None, features: Sequence[str] = ()) -> None:
         self._model, self._module, self._features = model, module, features
         if module is not None:
-            _named(model, module)
+            named(model, module)
         self._handles: list[RemovableHandle] = []
         self._compiled: list[tuple[nn.Module, Any]] = []
         self.found: list[Call] = []
@@ -77,7 +77,7 @@ class Calls:
     def attach(self) -> None:
         """Puts the hooks on the modules of now; they are idle until :meth:`begin`."""
         self.detach()
-        doors = _doors(self._model) if self._module is None else [(self._module, _named(self._model, self._module))]
+        doors = _doors(self._model) if self._module is None else [(self._module, named(self._model, self._module))]
         names = {module: name for name, module in reversed(list(doors))}  # one of several names
         for module in {self._model: None, **names}:
             before, after = self._hooks_for(module, names.get(module))
@@ -89,7 +89,7 @@ class Calls:
                 self._compiled.append((module, impl))
                 module._compiled_call_impl = _around(module, impl, before, after)
         for name in self._features:
-            module = _named(self._model, name)
+            module = named(self._model, name)
             self._handles.append(module.register_forward_hook(run_eagerly(self._feature_hook(name))))
 
     def detach(self) -> None:
@@ -165,7 +165,7 @@ def _is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or vars(module).get("_compiled_call_impl") is not None
 
 
-def _named(model: nn.Module, name: str) -> nn.Module:
+def named(model: nn.Module, name: str) -> nn.Module:
     """The module of a name, with or without what ``torch.compile`` puts around."""
     module = by_clean_name(model).get(clean_name(name))
     if module is not None:

@@ -13,7 +13,7 @@ from lightning_prehab.targets.layouts import AS_FACTORS
 #: How the reason begins for a rank that is no multiple of what was asked for.
 NO_MULTIPLE = "not a multiple of"
 #: Of a layer that has been cut before, and not now.
-AS_IT_WAS = "it keeps the rank that it had"
+AS_IT_WAS = "the rank stays as it was"
 #: Between two reasons.
 AND = "; "
 

@@ -151,7 +151,8 @@ def check_uncut(model: nn.Module, others: Mapping[str, Target]) -> None:
     rest = f", or name the layers that are left to be cut (target_modules=[{names}])" if others else ""
     raise TargetError(
         f"{type(model).__name__} is compressed already (low-rank layers: {len(cut)}, the first {cut[0][0]!r}). Start "
-        f"from the dense model, or call to_dense_(model) first for another cut of the same layers{rest}."
+        f"from the dense model, or call to_dense_(model) first for another cut of the same layers{rest}; "
+        "cut_again=True takes low-rank layers too, for a deeper cut."
     )
 
 

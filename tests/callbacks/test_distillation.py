@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
-from lightning_prehab.errors import ArgumentError, CheckpointError, StatisticsError, UnsupportedError
+from lightning_prehab.errors import ArgumentError, CheckpointError, StatisticsError, TargetError, UnsupportedError
 from tests.same_model import assert_same_weights
 
 
@@ -301,12 +301,30 @@ def test_neither_statistics_nor_validation_are_touched(classes, make_trainer):
         ({"forward": "net"}, "forward must be a function"),
         ({"forward": nn.Linear(1, 1)}, "forward must be a function"),
         ({"forward": print, "form": "features"}, "leave out"),
+        ({"feature_modules": ["net.0"]}, "give that too"),
+        ({"device": "gpu"}, "torch knows"),
     ],
     ids=str,
 )
 def test_wrong_settings(wrong, match):
     with pytest.raises(ArgumentError, match=match):
         lp.RehabDistillation(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"module": "nett"}, "no module 'nett'"),
+        ({"form": "features", "feature_modules": ["nett"]}, "'nett' matches no layer"),
+        ({"form": "features"}, "Classifier has no blocks"),
+    ],
+)
+def test_names_that_are_not_there_are_told_before_anything_is_trained(wrong, match, classes, make_trainer):
+    module = Classifier()
+    callbacks = [lp.CompressionCallback(1), lp.RehabDistillation(**wrong)]
+    with pytest.raises(TargetError, match=match):
+        make_trainer(max_epochs=2, callbacks=callbacks).fit(module, classes)
+    assert not module.norms
 
 
 def test_without_a_teacher_to_be_had(classes, make_trainer, tmp_path):

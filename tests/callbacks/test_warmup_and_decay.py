@@ -288,7 +288,7 @@ def test_groups_have_factors_of_their_own(factors, expected, tensors, loader, ma
 
 @pytest.mark.parametrize(
     ("key", "message"),
-    [("head", r"no parameter group is 'head'; there are 0 \('rest'\), 1\. Groups"), (2, "no parameter group is 2")],
+    [("head", r"no parameter group is 'head'; the groups are 0 \('rest'\), 1\. They"), (2, "no parameter group is 2")],
 )
 def test_a_group_that_is_not_there_is_named_before_training(key, message, mlp, loader, make_trainer, lit_class):
     def groups(parameters):

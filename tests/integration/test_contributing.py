@@ -156,6 +156,9 @@ def test_commands_are_there():
     assert len(lines) >= 5
     for line in lines:
         words = shlex.split(line, comments=True)
+        while re.match(r"[A-Z_]+=", words[0]):  # set for this command
+            assert any(words[0].split("=")[0] in path.read_text() for path in (ROOT / "tests").rglob("*.py")), line
+            words.pop(0)
         if words[0] == "make":
             assert words[1] in TARGETS, line
             assert made(*words[1:])
