@@ -13,6 +13,7 @@ import lightning_prehab as lp
 from lightning_prehab.cli.arguments import parse
 from lightning_prehab.cli.recipes import read_recipe
 from lightning_prehab.errors import ArgumentError, PrehabError, StatisticsError, UnsupportedError
+from lightning_prehab.linalg import factors as linalg_factors
 from lightning_prehab.progress import listening
 from lightning_prehab.road import operate, plan_budgets, survey
 from lightning_prehab.sites import ProcessSite, Site
@@ -319,3 +320,15 @@ def test_the_command_line(tmp_path):
     assert again.policy == lp.CalibratedBudget(0.3, 2, trials=4)
     with pytest.raises(ArgumentError, match="--trials tries budgets, and RankRatio.* use --policy budget"):
         recipe_of("--trials", 5, "--policy", "ratio")
+
+
+def test_trials_do_no_work_of_the_pivot_layout(monkeypatch):
+    """Their products are the same without it; each layer is packed once, for the cut."""
+    packed = []
+    usual = linalg_factors.pivot_parts
+    monkeypatch.setattr(linalg_factors, "pivot_parts", lambda a, b: packed.append(1) or usual(a, b))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 8))
+    batches = [torch.randn(32, 24) for _ in range(4)]
+    report = lp.compress_(model, batches=batches, policy=lp.CalibratedBudget(0.6, trials=4), layout="pivot")
+    assert len(packed) == sum(layer.rank is not None for layer in report.plan.layers) > 0

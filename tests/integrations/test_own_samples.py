@@ -235,3 +235,11 @@ def test_models_that_do_not_write():
     for model, message in ((torch.nn.Linear(2, 2), "no model of transformers"), (both, "about a given one only")):
         with pytest.raises(UnsupportedError, match=message):
             lp.own_samples(model, Tokenizer(), progress=False)
+
+
+def test_a_token_that_begins_and_ends_texts_does_both_at_once():
+    """As that of GPT-2: it ends a text, and the next one needs no other to begin with."""
+    model = tiny("gpt2")
+    found = ids(lp.own_samples(model, Tokenizer(bos=2), 4, 24))
+    assert torch.equal(found, by_hand(model, 4, 24, [2], ends=()))
+    assert len(found.unique()) > 10
