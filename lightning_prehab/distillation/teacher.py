@@ -90,7 +90,23 @@ class Teacher:
             stack.enter_context(torch.no_grad())
             stack.enter_context(unseen())
             stack.enter_context(torch.autocast(kind, dtype, enabled=dtype is not None))
+            stack.enter_context(_without_fast_path())
             yield
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Inside, attention computes as in training.
+
+    The fast path of torch for eval mode leaves 0 at padded positions and rounds otherwise, and it is taken only by
+    modules without hooks: a teacher that is rebuilt would not answer bit by bit like one that was copied with them.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @outside_inference_mode

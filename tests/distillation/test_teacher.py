@@ -104,3 +104,18 @@ def test_weights_of_another_model_are_named():
         wrong = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
         with pytest.raises(CheckpointError, match=match):
             rebuilt(model, wrong)
+
+
+def test_attention_answers_as_in_training():
+    """Not on the fast path of eval mode, which leaves 0 at padded positions and is taken without hooks alone."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    x, padded = torch.randn(3, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 5])
+    teacher = Teacher(copy_of(model))
+    with teacher.at_work(None):
+        answer = teacher.module(x, src_key_padding_mask=padded)
+    torch.testing.assert_close(answer, model.train()(x, src_key_padding_mask=padded))
+    with pytest.raises(RuntimeError, match="on purpose"), teacher.at_work(None):
+        raise RuntimeError("on purpose")
+    assert torch.backends.mha.get_fastpath_enabled()
