@@ -42,9 +42,7 @@ class _Fused(nn.Module):
 
 
 def _conv1d(columns, rows):
-    from transformers.pytorch_utils import Conv1D
-
-    return Conv1D(rows, columns)
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(rows, columns)
 
 
 def _images(*layers):
@@ -260,7 +258,7 @@ def test_a_layer_that_keeps_its_rank_is_not_touched():
     assert id(model[0]) == before["0"]
     assert id(model[2]) != before["2"]
     assert report.weight_errors["0"] == 0.0
-    assert "keeps the rank" in str(report)
+    assert "the rank stays as it was" in str(report)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items() if name[0] == "0")
 
 
@@ -313,7 +311,7 @@ def test_what_is_on_the_factors_is_left_alone():
     assert list(targets) == ["2", "4"]
     assert "sparse part" in targets.skipped["0"]
     torch.nn.utils.parametrizations.weight_norm(model[2].A)
-    assert "something is on its factors" in lp.find_targets(model, cut_again=True).skipped["2"]
+    assert "something is on the factors" in lp.find_targets(model, cut_again=True).skipped["2"]
 
 
 POLICIES = {
