@@ -15,7 +15,7 @@ from lightning_prehab.progress import counted, tell
 WARM_UP, LAST = 0.1, 0.1
 #: Largest norm of all gradients together.
 CLIP = 1.0
-#: Measurements of a whole course.
+#: Measurements of a whole course, at most.
 MEASUREMENTS = 8
 
 
@@ -85,7 +85,7 @@ class Course:
         start()
         lr = self.lr(before) if callable(self.lr) else self.lr
         optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0)
-        every = max(self.steps // MEASUREMENTS, 1)
+        every = math.ceil(self.steps / MEASUREMENTS)
         steps = list(numbers)
         try:
             for number in steps if phase is None else counted(steps, phase):

@@ -41,8 +41,8 @@ class Refinement:
         lr: Largest learning rate. None means 5e-4 for blocks, and 2e-4 for the model; where its divergence is measured,
             that times ``min(1, divergence) ** (2/3)``, at least a tenth: what steps cost in noise must be less than
             what the cut has cost.
-            (SmolLM2 came furthest with 5e-5, 1e-4, 2e-4 where the cut had cost 0.14, 0.56, 1.2 nats; with 2e-4 it came
-            no further than the first.)
+            (On SmolLM2 5e-5, 1e-4, 2e-4 were good where the cut had cost 0.14, 0.56, 1.2 nats, and 2e-4 won none of
+            the 0.14 back; one draw each.)
         rows: Of a batch that a step takes; None means about 2,048 tokens of text, and whole batches of other data.
         held_back: Share of the rows to measure on, in ``(0, 1)``; never more than four steps take.
         measure: ``"divergence"`` takes outputs for logits, ``"squared"`` for numbers. None tells by the model: logits
@@ -50,8 +50,8 @@ class Refinement:
         precision: ``"half"`` computes in bfloat16 (weights stay in float32), ``"full"`` does not; ``"auto"`` where the
             device is fast at it.
         checkpointing: Compute activations of blocks twice rather than keep them; None where memory is short.
-        patience: End after so many measurements, of eight over the whole course, without a new best, at least 1. With 8
-            all steps are made: the last ones, at a low rate, may bring back what the first ones have cost.
+        patience: End after so many measurements, of at most eight over the course, without a new best, at least 1. With
+            8 all steps are made: the last ones, at a low rate, may bring back what the first ones have cost.
         seed: Of the order of the rows.
 
     Raises:

@@ -9,6 +9,7 @@ from torch import nn
 
 import lightning_prehab as lp
 from lightning_prehab.errors import ArgumentError
+from lightning_prehab.refinement.course import MEASUREMENTS, Course
 from lightning_prehab.refinement.settings import Refinement
 
 
@@ -67,3 +68,13 @@ def test_the_rate_of_the_model_goes_with_what_the_cut_has_cost(monkeypatch):
         share = min(max(found.before ** (2 / 3), 0.1), 1.0) if measure == "divergence" else 1.0
         assert rates.pop() == pytest.approx(given or 2e-4 * share)
         assert 0 < found.before < 1
+
+
+@pytest.mark.parametrize("steps", [1, 7, 8, 9, 15, 20, 128])
+def test_a_course_measures_at_most_eight_times_and_the_usual_patience_waits_for_all_of_them(steps):
+    weight = nn.Parameter(torch.zeros(()))
+    measured = iter(range(1000))  # worse and worse
+    course = Course([weight], steps, 1e-3, Refinement().patience)
+    found = course.run(range(steps), lambda _: weight.square(), lambda: float(next(measured)), phase=None)
+    assert (found.steps, found.kept) == (steps, False)
+    assert next(measured) <= 1 + MEASUREMENTS
