@@ -15,6 +15,7 @@ from lightning_prehab.kinds import kind_of
 from lightning_prehab.linalg.matrices import is_quantized
 from lightning_prehab.linalg.modes import in_full_precision, outside_inference_mode
 from lightning_prehab.statistics.collector import unseen
+from lightning_prehab.surgery.hooks import makes_weight, without_hooks
 from lightning_prehab.surgery.structure import follow_state_dict_
 from lightning_prehab.targets.names import clean_name
 
@@ -112,7 +113,10 @@ def _without_fast_path() -> Iterator[None]:
 @outside_inference_mode
 @in_full_precision
 def copy_of(model: nn.Module, device: torch.device | None = None, half: torch.dtype | None = None) -> nn.Module:
-    """A copy of a model that shares nothing with it.
+    """A copy of a model that shares nothing with it, without the hooks that are on its modules.
+
+    Hooks of the user would count the teacher's calls as the student's, and ours would teach it. One that changes what a
+    module returns is lost with them.
 
     Args:
         model: The model.
@@ -123,7 +127,10 @@ def copy_of(model: nn.Module, device: torch.device | None = None, half: torch.dt
         UnsupportedError: If it cannot be copied.
     """
     short = {id(one) for one in _of_products(model)} if half is not None else set()
-    known: dict[int, Any] = {}
+    known = without_hooks(model)
+    for module in model.modules():  # weights that a hook has computed, and computes anew
+        made_there = [one for one in vars(module).values() if isinstance(one, Tensor) and one.grad_fn is not None]
+        known |= {id(one): one.detach().clone() for one in made_there}
     for parameter in model.parameters():
         tensor = parameter.detach()
         if is_quantized(parameter):
@@ -212,6 +219,8 @@ def _of_products(model: nn.Module) -> Iterator[nn.Parameter]:
     """Weights in float32 that autocast casts in each forward pass; not those that are looked up as well."""
     tables = {id(one) for module in model.modules() if isinstance(module, nn.Embedding) for one in module.parameters()}
     for module in model.modules():
+        if any(makes_weight(hook) for hook in module._forward_pre_hooks.values()):
+            continue  # they are no factors of a product themselves
         if kind_of(module) is not None or isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             for one in module.parameters(recurse=False):
                 if one.dtype == torch.float32 and one.dim() >= 2 and id(one) not in tables and not is_quantized(one):
