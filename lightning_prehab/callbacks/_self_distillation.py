@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_prehab.callbacks._checkpoint import check_version
 from lightning_prehab.callbacks._distiller import Distiller
-from lightning_prehab.callbacks._trainer import callbacks_of, log_number, set_callbacks
+from lightning_prehab.callbacks._trainer import callbacks_of, find_callback, log_number, set_callbacks
+from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.distillation.teacher import Teacher
 
 #: Of the state in checkpoints.
@@ -70,9 +71,13 @@ class SelfDistillation(pl.Callback):
         self._distiller.end_epoch()
 
     def on_surgery(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", report: Any) -> None:
-        """Prehab is over; lets go of the teacher, which a RehabDistillation has taken before."""
+        """Prehab is over; lets go of the teacher, which a RehabDistillation has taken before.
+
+        A cut that no prehab has come before is waited out: there has been no teacher yet.
+        """
+        compression = find_callback(trainer, CompressionCallback)
+        self._done = self._distiller.teacher is not None or compression is None or compression.done
         self._distiller.forget()
-        self._done = True
 
     @property
     def teacher(self) -> Teacher | None:
