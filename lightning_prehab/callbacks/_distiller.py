@@ -5,7 +5,8 @@ the distance goes into the loss. With manual optimization, where there may be se
 the answers, a hook on each answer adds the gradient of its distance when that of a loss comes by.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -17,17 +18,17 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.callbacks._injection import add_to_loss_
 from lightning_prehab.callbacks._trainer import loss_scale
-from lightning_prehab.distillation.calls import Calls, autocast_of, named
+from lightning_prehab.distillation.calls import Call, Calls, autocast_of, named
 from lightning_prehab.distillation.comparison import Comparison
-from lightning_prehab.distillation.replay import WAY_OUT, Pair, features_of, pairs_of
-from lightning_prehab.distillation.teacher import Teacher, bytes_of_copy, copy_of, rebuilt
+from lightning_prehab.distillation.replay import WAY_OUT, Pair, check_calls, features_of, pairs_of
+from lightning_prehab.distillation.teacher import Teacher, bytes_of_copy, check_copy, copy_of, rebuilt
 from lightning_prehab.documents.settings import show
 from lightning_prehab.errors import ArgumentError, NumericalError, StatisticsError, UnsupportedError
 from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.refinement.blocks import find_blocks
 from lightning_prehab.refinement.distance import answer_in
 from lightning_prehab.statistics.batches import to_device
-from lightning_prehab.statistics.collector import recompile
+from lightning_prehab.statistics.collector import recompile, unseen
 from lightning_prehab.targets.locate import low_rank_layers
 from lightning_prehab.targets.names import Patterns, match_names
 
@@ -82,7 +83,7 @@ class Distiller:
         self.teacher = None
         self._comparison = Comparison(self._temperature, relative=self._form == "features")
         self._features: list[str] = []
-        self._checked = self._reached = False
+        self._checked = self._reached = self._looked = False
         self._batch: Any = None
 
     def check_names(self, pl_module: "pl.LightningModule") -> None:
@@ -91,6 +92,10 @@ class Distiller:
             named(pl_module, self._module)
         if self._form == "features":
             self._choose_features(pl_module)
+
+    def check_copy(self, pl_module: "pl.LightningModule") -> None:
+        """Raises :class:`UnsupportedError` if the model of now could not become the teacher."""
+        check_copy(pl_module)
 
     def announce(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", when: str) -> None:
         """Says what the teacher is going to take."""
@@ -217,6 +222,47 @@ class Distiller:
         self._check(found, sorted({pair.name for pair in pairs}))
         return found
 
+    def begin_look(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any) -> bool:
+        """A batch begins before the teacher has a part: whether it is looked at, since nobody has looked yet.
+
+        Compiled modules are not, which hooks would make compile anew. A ``forward`` is called here and now.
+        """
+        if self._looked or _is_compiled(pl_module):
+            return False
+        if self._forward is None:
+            self.begin_batch(trainer, pl_module, batch)
+            return True
+        self._looked = True
+        with _undisturbed(pl_module), trainer.precision_plugin.forward_context():
+            answer_in(self._forward(pl_module, batch))
+        return False
+
+    def look(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
+        """Finds out, before anything is trained, if a teacher could be asked what this step has asked of the model.
+
+        Raises:
+            StatisticsError: If there is nothing to compare.
+            UnsupportedError: If a teacher could not be asked the same.
+        """
+        assert self._calls is not None
+        self._calls.listening = False
+        calls = self._calls.take()
+        if not loss.requires_grad or not (calls or pl_module.automatic_optimization):
+            return
+        self._looked = True
+        if not calls:
+            raise StatisticsError(f"{self._who}: training_step calls no module of the model. {WAY_OUT}")
+        if self.teacher is None:
+            check_calls(calls, self._features if self._form == "features" else None)
+            return
+        pairs = self._pairs(pl_module, calls)  # a teacher that was given answers at once
+        trial = Comparison(self._temperature, relative=self._form == "features")
+        with torch.no_grad():
+            for pair in pairs:
+                asked = [*pair.asked, self._batch]
+                trial.decide(pair.module, pair.output, asked)
+                in_full_precision(trial.value)(pair.answer, pair.right, asked)
+
     def after_backward(self) -> None:
         """With manual optimization the step goes on."""
         if self._calls is not None and self._calls.attached:
@@ -284,6 +330,10 @@ class Distiller:
             if pl_module.automatic_optimization:
                 raise StatisticsError(f"{self._who}: training_step calls no module of the model. {WAY_OUT}")
             return []
+        return self._pairs(pl_module, calls)
+
+    def _pairs(self, pl_module: "pl.LightningModule", calls: list[Call]) -> list[Pair]:
+        assert self.teacher is not None
         if self._form == "features":
             return features_of(self.teacher, calls, self._features)
         return pairs_of(pl_module, self.teacher, calls)
@@ -341,6 +391,20 @@ class Distiller:
             where = ", ".join(name or "the module itself" for name in names)
             what = f"the {kind} of {where}"
         rank_zero_info(f"{self._who} compares {what} with the teacher's.")
+
+
+@contextmanager
+def _undisturbed(pl_module: "pl.LightningModule") -> Iterator[None]:
+    """Inside, the module answers as in evaluation; nothing of it is seen afterwards."""
+    modes = {module: module.training for module in pl_module.modules()}
+    device = pl_module.device
+    try:
+        pl_module.eval()
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []), unseen():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _device(wish: str | torch.device) -> torch.device:

@@ -27,7 +27,7 @@ class SelfDistillation(pl.Callback):
     def __init__(self, strength: float, in_season: Callable[["pl.Trainer"], bool]) -> None:
         self._strength, self._in_season = strength, in_season
         self._distiller = Distiller("PrehabCallback(self_distillation=...)")
-        self._done = False
+        self._done = self._looking = False
         self._restored: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -37,13 +37,18 @@ class SelfDistillation(pl.Callback):
             self._done = state["done"]
             self._distiller.load_state_dict(trainer, pl_module, state)
         elif not self._done:
+            self._distiller.check_copy(pl_module)
             self._distiller.announce(trainer, pl_module, "before prehab")
 
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Keeps the model when prehab begins; looks at what the step is going to call."""
-        if self._done or not self._in_season(trainer):
+        self._looking = False
+        if self._done:
+            return
+        if not self._in_season(trainer):
+            self._looking = self._distiller.teacher is None and self._distiller.begin_look(trainer, pl_module, batch)
             return
         if self._distiller.teacher is None:
             self._distiller.keep(trainer, pl_module)
@@ -51,7 +56,9 @@ class SelfDistillation(pl.Callback):
 
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
         """Asks the teacher."""
-        if self._distiller.watches:
+        if self._looking:
+            self._distiller.look(trainer, pl_module, loss)
+        elif self._distiller.watches:
             found = self._distiller.before_backward(trainer, pl_module, loss, self._strength)
             if found is not None:
                 log_number(pl_module, "prehab/distillation", found)

@@ -81,11 +81,11 @@ class RehabDistillation(OnlyOne):
         ArgumentError: If a value is out of range.
         CheckpointError: When fit starts, if a teacher's weights do not fit.
         TargetError: When fit starts, if ``module`` or ``feature_modules`` name nothing, or there are no blocks.
-        StatisticsError: At the first step, if the outputs hold nothing to be compared, or those of the teacher have
-            another shape.
-        UnsupportedError: When fit starts, for strategies other than one device and DDP, or without a teacher to be
-            had; at the cut, if the model cannot be copied; at the first step, if the teacher cannot be asked the same,
-            or the loss does not depend on what was compared.
+        StatisticsError: At the first step of the fit, if the outputs hold nothing to be compared, or those of a teacher
+            that was given have another shape.
+        UnsupportedError: When fit starts, for strategies other than one device and DDP, without a teacher to be had, or
+            if the model cannot be copied; at the first step of the fit, if a teacher cannot be asked the same; after
+            the cut, if no loss of a manual optimization depends on what was compared.
 
     References:
         Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, https://arxiv.org/abs/1503.02531
@@ -151,7 +151,7 @@ class RehabDistillation(OnlyOne):
         self._steps: int | None = None  # since it has begun
         self._length: int | None = None
         self._restored: dict[str, Any] = {}
-        self._fits = False
+        self._fits = self._looking = False
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Refuses what cannot work, before anything has been trained."""
@@ -186,6 +186,7 @@ class RehabDistillation(OnlyOne):
         if self.teacher is None:
             compression = find_callback(trainer, CompressionCallback)
             if self._distiller.teacher is None and compression is not None and not compression.done:
+                self._distiller.check_copy(pl_module)
                 self._distiller.announce(trainer, pl_module, "right before the cut")
         elif isinstance(self.teacher, nn.Module):
             self._distiller.take(trainer, pl_module, self.teacher)
@@ -223,13 +224,19 @@ class RehabDistillation(OnlyOne):
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        """Looks at what the step is going to call."""
+        """Looks at what the step is going to call; once before the cut, too, to say in time what cannot be taught."""
+        self._looking = False
         if self.factor > 0.0 or self._task_factor != 1.0:
             self._distiller.begin_batch(trainer, pl_module, batch)
+        elif self._steps is None:
+            self._looking = self._distiller.begin_look(trainer, pl_module, batch)
 
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
         """Asks the teacher."""
         if not self._distiller.watches:
+            return
+        if self._looking:
+            self._distiller.look(trainer, pl_module, loss)
             return
         found = self._distiller.before_backward(trainer, pl_module, loss, self.factor, self._task_factor)
         if found is not None:

@@ -127,10 +127,7 @@ def copy_of(model: nn.Module, device: torch.device | None = None, half: torch.dt
         UnsupportedError: If it cannot be copied.
     """
     short = {id(one) for one in _of_products(model)} if half is not None else set()
-    known = without_hooks(model)
-    for module in model.modules():  # weights that a hook has computed, and computes anew
-        made_there = [one for one in vars(module).values() if isinstance(one, Tensor) and one.grad_fn is not None]
-        known |= {id(one): one.detach().clone() for one in made_there}
+    known: dict[int, Any] = {}
     for parameter in model.parameters():
         tensor = parameter.detach()
         if is_quantized(parameter):
@@ -139,14 +136,32 @@ def copy_of(model: nn.Module, device: torch.device | None = None, half: torch.dt
             dtype = half if id(parameter) in short else parameter.dtype
             tensor = tensor.to(device=device or parameter.device, dtype=dtype, copy=True)
         known[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
+    made = _deepcopy(model, known)
+    return made if device is None else made.to(device)
+
+
+@outside_inference_mode
+def check_copy(model: nn.Module) -> None:
+    """Raises :class:`UnsupportedError` if a model cannot be copied, without the memory that it takes."""
+    blank: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        made = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        blank[id(tensor)] = nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
+    _deepcopy(model, blank)
+
+
+def _deepcopy(model: nn.Module, known: dict[int, Any]) -> nn.Module:
+    known |= without_hooks(model)
+    for module in model.modules():  # weights that a hook has computed, and computes anew
+        made_there = [one for one in vars(module).values() if isinstance(one, Tensor) and one.grad_fn is not None]
+        known |= {id(one): one.detach().clone() for one in made_there}
     try:
-        made = copy.deepcopy(model, known)
+        return copy.deepcopy(model, known)
     except Exception as error:
         raise UnsupportedError(
             f"The dense model cannot be copied to be the teacher: {type(model).__name__} cannot be deep-copied "
             f"({type(error).__name__}: {error}). Give a teacher: teacher=, a checkpoint of the dense model or a module."
         ) from error
-    return made if device is None else made.to(device)
 
 
 def bytes_of_copy(model: nn.Module, half: torch.dtype | None) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -110,7 +110,7 @@ def fill_(made: nn.Module, tensors: Mapping[str, DTensor]) -> None:
 
     Args:
         made: From :func:`skeleton_of`; nothing has gone through it yet.
-        tensors: By the names of :func:`places_of`: of the same shapes and placements, in any dtype. They are not copied.
+        tensors: By the names of :func:`places_of`: of the same shapes and placements, in any dtype; not copied.
     """
     put: dict[int, nn.Parameter] = {}  # what is tied stays so
     for place in places_of(made):

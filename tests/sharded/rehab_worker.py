@@ -10,8 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lightning_prehab.sharded.copies import copy_of_sharded, places_of, skeleton_of
-from lightning_prehab.surgery.hooks import HOOKS, hooks_of
+from lightning_prehab.sharded.copies import copy_of_sharded, places_of
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore")
@@ -109,7 +108,9 @@ def check_copy(kind):
     assert {one.name for one in places_of(net)} == {one.name for one in places_of(made)}
 
 
-CHECKS = {f"copy, {kind}": lambda kind=kind: check_copy(kind) for kind in ("plain", "kept", "mixed", "layers", "ignored")}
+CHECKS = {
+    f"copy, {kind}": lambda kind=kind: check_copy(kind) for kind in ("plain", "kept", "mixed", "layers", "ignored")
+}
 
 
 if __name__ == "__main__":
