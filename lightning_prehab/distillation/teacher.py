@@ -126,7 +126,7 @@ def copy_of(model: nn.Module, device: torch.device | None = None, half: torch.dt
     Raises:
         UnsupportedError: If it cannot be copied.
     """
-    short = {id(one) for one in _of_products(model)} if half is not None else set()
+    short = {id(one) for one in of_products(model)} if half is not None else set()
     known: dict[int, Any] = {}
     for parameter in model.parameters():
         tensor = parameter.detach()
@@ -166,7 +166,7 @@ def _deepcopy(model: nn.Module, known: dict[int, Any]) -> nn.Module:
 
 def bytes_of_copy(model: nn.Module, half: torch.dtype | None) -> int:
     """What :func:`copy_of` is going to take."""
-    short = {id(one) for one in _of_products(model)} if half is not None else set()
+    short = {id(one) for one in of_products(model)} if half is not None else set()
     size = sum(one.numel() * (2 if id(one) in short else one.element_size()) for one in model.parameters())
     return size + sum(one.numel() * one.element_size() for one in model.buffers())
 
@@ -230,7 +230,7 @@ def weights_in_file(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _of_products(model: nn.Module) -> Iterator[nn.Parameter]:
+def of_products(model: nn.Module) -> Iterator[nn.Parameter]:
     """Weights in float32 that autocast casts in each forward pass; not those that are looked up as well."""
     tables = {id(one) for module in model.modules() if isinstance(module, nn.Embedding) for one in module.parameters()}
     for module in model.modules():

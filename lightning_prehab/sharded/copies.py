@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.kinds.base import plain_type
+from lightning_prehab.linalg.sharding import local_part
 from lightning_prehab.sharded.engine import is_tensor_parallel, managed_by, reshard_, unit_layouts
 from lightning_prehab.sharded.gathered import dtensor_like
 from lightning_prehab.surgery.hooks import without_hooks
@@ -60,8 +61,8 @@ def copy_of_sharded(model: nn.Module, dtypes: Mapping[int, torch.dtype] | None =
     tensors: dict[str, DTensor] = {}
     for place in places_of(model):
         if isinstance(place.parameter, DTensor):
-            local, dtype = place.parameter.detach().to_local(), dtypes.get(id(place.parameter), place.parameter.dtype)
-            tensors[place.name] = dtensor_like(local.to(dtype, copy=True), place.parameter)
+            dtype = dtypes.get(id(place.parameter), place.parameter.dtype)
+            tensors[place.name] = dtensor_like(local_part(place.parameter).to(dtype, copy=True), place.parameter)
     fill_(made, tensors)
     return made
 
@@ -93,7 +94,7 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     try:
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                state: dict[str, Any] = module.__reduce_ex__(4)[2]  # type: ignore[assignment, index]
+                state: dict[str, Any] = module.__reduce_ex__(4)[2]  # type: ignore[assignment]
                 own = {key: value for key, value in state.items() if not key.startswith(_NOTES)}
                 memo[id(module)].__setstate__(copy.deepcopy(own, memo))
         made: nn.Module = copy.deepcopy(model, memo) if id(model) not in memo else memo[id(model)]
