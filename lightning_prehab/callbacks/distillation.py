@@ -186,10 +186,10 @@ class RehabDistillation(OnlyOne):
             self._distiller.take(trainer, pl_module, self.teacher)
         elif self._distiller.teacher is None:
             self._distiller.check_model(trainer, pl_module)
-        if self.teacher is not None and self._distiller.teacher is None:
-            folder = Path(self.teacher).is_dir()
-            weights = self.teacher if folder and shards(trainer) else weights_in_file(self.teacher)
-            self._distiller.rebuild(trainer, pl_module, weights, given=True)
+            if self.teacher is not None:
+                in_parts = shards(trainer) and Path(self.teacher).is_dir()
+                weights = self.teacher if in_parts else weights_in_file(self.teacher)
+                self._distiller.rebuild(trainer, pl_module, weights, given=True)
         if not shards(trainer):
             self._go_on(trainer, pl_module)
 

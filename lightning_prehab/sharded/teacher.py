@@ -10,13 +10,14 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from lightning_prehab.distillation.teacher import Teacher, of_products
 from lightning_prehab.errors import CheckpointError
 from lightning_prehab.sharded.copies import fill_, places_of
 from lightning_prehab.sharded.engine import managed_by, reshard_
 from lightning_prehab.sharded.gathered import dtensor_like, full
+from lightning_prehab.sharded.pairs import part_of
 from lightning_prehab.targets.names import clean_name
 
 
@@ -142,7 +143,7 @@ def fill_from_whole_(
         if isinstance(like, DTensor):
             whole = whole.to(like.device_mesh.device_type)
             dtype = dtypes.get(id(like), whole.dtype)
-            parts[place.name] = dtensor_like(_part_of(whole, like).to(device, dtype, copy=True), like)
+            parts[place.name] = dtensor_like(part_of(whole, like).to(device, dtype, copy=True), like)
         else:
             like.copy_(whole)
     for name, buffer in blank.named_buffers(remove_duplicate=False):
@@ -203,13 +204,6 @@ def fill_from_parts_(
         if isinstance(found, DTensor):
             parts[place.name] = dtensor_like(found.to_local().to(dtypes.get(id(like), found.dtype)), found)
     fill_(blank, parts)
-
-
-def _part_of(whole: Tensor, like: DTensor) -> Tensor:
-    """What this process would hold of a tensor that all have; nothing is sent."""
-    mesh = like.device_mesh
-    everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return everywhere.redistribute(placements=like.placements).to_local()
 
 
 def _check(blank: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
