@@ -18,7 +18,7 @@ class ShardedPair(FactorPair):
     def size_gradients(self) -> tuple[Tensor, Tensor]:
         """Gradients of half the squared size of the product: the parts of this process."""
         for_a, for_b = self._whole().size_gradients()
-        return part_of(for_a, self.A), part_of(for_b, self.B)
+        return _own(for_a, self.A), _own(for_b, self.B)
 
     def even_scales(self) -> tuple[Tensor, Tensor] | None:
         """What to multiply the parts of this process by to share the sizes out evenly; None if they do already."""
@@ -26,7 +26,7 @@ class ShardedPair(FactorPair):
         if scales is None:
             return None
         for_a, for_b = (scale.expand(like.shape) for scale, like in zip(scales, self.both, strict=True))
-        return part_of(for_a, self.A), part_of(for_b, self.B)
+        return _own(for_a, self.A), _own(for_b, self.B)
 
     def _whole(self) -> FactorPair:
         a, b = (nn.Parameter(full(one), requires_grad=False) for one in self.both)
@@ -45,6 +45,10 @@ def pairs_of_now(model: nn.Module) -> list[FactorPair]:
     ]
 
 
+def _own(whole: Tensor, factor: Tensor) -> Tensor:
+    return part_of(whole, factor).to(local_part(factor).device)  # which may be kept on the CPU
+
+
 @torch.no_grad()
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
     """What this process would hold of a tensor that all have, if it were divided like another one; nothing is sent.
@@ -57,5 +61,4 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
         return whole
     mesh = like.device_mesh
     everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    part = local_part(everywhere.redistribute(placements=like.placements))
-    return part.to(local_part(like).device)
+    return local_part(everywhere.redistribute(placements=like.placements))

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -20,6 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
 from lightning_prehab.callbacks._factor_steps import FactorSteps
+from lightning_prehab.callbacks._self_distillation import put_beside
+from lightning_prehab.errors import PrehabError
 from lightning_prehab.layers.pairs import factor_pairs
 from lightning_prehab.sharded.copies import copy_of_sharded, places_of
 
@@ -332,9 +335,230 @@ class Uneven(pl.Callback):
         uneven_(pl_module.net)
 
 
+class Changes(lp.CompressionCallback):
+    """In the place of a cut: at epoch 1 all weights become smaller. Those who listen are told as by a cut."""
+
+    for _name, _hook in vars(pl.Callback).items():
+        if not _name.startswith("__"):
+            locals()[_name] = _hook
+    done = property(lambda self: self.changed)
+
+    def __init__(self):
+        super().__init__(1)
+        self.changed, self.before, self.after = False, {}, {}
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch != 1 or self.changed:
+            return
+        others = [one for one in trainer.callbacks if one is not self]
+        self.before = whole(pl_module.net)
+        for one in others:
+            getattr(one, "on_before_surgery", lambda *_: None)(trainer, pl_module)
+        with torch.no_grad():
+            for parameter in pl_module.parameters():
+                parameter.to_local().mul_(0.7)
+        self.changed, self.after = True, whole(pl_module.net)
+        for one in others:
+            getattr(one, "on_surgery", lambda *_: None)(trainer, pl_module, None)
+
+    def state_dict(self):
+        return {"changed": self.changed}
+
+    def load_state_dict(self, state_dict):
+        self.changed = state_dict["changed"]
+
+
+def with_weights(weights):
+    net = make_net(False)
+    net[3].p = 0.0
+    net.load_state_dict(weights)
+    return net
+
+
+def expected_gradients(student, teacher, batches, strength, temperature=1.0, features=()):
+    """Of the whole batches, in one process."""
+    student, teacher = with_weights(student), with_weights(teacher).eval()
+    total = 0.0
+    for x, y in ([on_all_ranks(part) for part in batch] for batch in batches):
+        loss = nn.functional.cross_entropy(student(x), y)
+        with torch.no_grad():
+            p = (teacher(x) / temperature).log_softmax(-1)
+        distance = temperature**2 * (p.exp() * (p - (student(x) / temperature).log_softmax(-1))).sum(-1).mean()
+        if features:
+            parts = []
+            for last in features:
+                with torch.no_grad():
+                    right = teacher[: last + 1](x)
+                mine = student[: last + 1](x)
+                # each process has a relative error of its own
+                halves = [
+                    (mine[rows] - right[rows]).square().sum() / right[rows].square().sum()
+                    for rows in (slice(0, len(x) // 2), slice(len(x) // 2, None))
+                ]
+                parts.append(torch.stack(halves).mean())
+            distance = torch.stack(parts).mean()
+        total = total + (loss + strength * distance) / len(batches)
+    names, parameters = zip(*student.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(total, parameters), strict=True))
+
+
+def check_distillation(accumulate=1, manual=False, features=(), **settings):
+    """The gradients after the change are those of a hand-written step on the whole batch, to 1e-6."""
+    lit, cut = Lit(False, lambda p: torch.optim.SGD(p, lr=0.05), manual=manual), Changes()
+    rehab = lp.RehabDistillation(0.8, temperature=1.0 if features else 2.0, **settings)
+    trainer = fit(lit, [cut, rehab], 2, accumulate_grad_batches=accumulate)
+    expected = expected_gradients(cut.after, cut.before, lit.batches[6 : 6 + accumulate], 0.8, 2.0, features)
+    assert_same(lit.seen[6 // accumulate], expected, atol=1e-6, rtol=1e-5)
+    assert trainer.callback_metrics["rehab/distillation"] > 0
+    teacher = rehab._distiller.teacher
+    kept = {name.removeprefix("net."): full(one) for name, one in teacher.tensors().items()}
+    assert_same(kept, cut.before, atol=0, rtol=0)
+    dense = sum(one.numel() for one in cut.before.values()) * 4
+    assert dense / 2 - 64 <= teacher.bytes <= dense / 2 + 256, (dense, teacher.bytes)  # rows do not always divide
+    held = [one.numel() for one in teacher.module.parameters() if not isinstance(one, DTensor)]
+    assert held == []  # nothing of it is whole between the steps
+
+
+def saved_run(folder, in_parts, *callbacks):
+    """Its checkpoints of all epochs are in the folder."""
+    lit = Lit(False, sgd)
+    saves = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    fit(lit, [*callbacks, saves], 4, in_parts=in_parts, enable_checkpointing=True)
+    return lit
+
+
+def check_resume(in_parts):
+    """Bit by bit, from before the change and from after it; the teacher is in the checkpoint, wherever that lies."""
+    folder = shared_folder()
+
+    def callbacks():
+        return [Changes(), lp.RehabDistillation(fade_epochs=2.5, precision="half")]
+
+    lit = saved_run(folder, in_parts, *callbacks())
+    for epoch, teaches in ((0, False), (1, True), (3, False)):
+        path = folder / f"epoch={epoch}.ckpt"
+        assert path.is_dir() == in_parts
+        assert (path / "RehabDistillation_teacher").is_dir() == (in_parts and teaches)
+        meta = torch.load(path / "meta.pt" if in_parts else path, weights_only=True)
+        stored = meta["callbacks"]["RehabDistillation"]["teacher"]
+        assert (stored is not None) == teaches
+        assert not teaches or (stored == "RehabDistillation_teacher") == in_parts
+        if teaches and not in_parts:
+            assert stored["net.0.weight"].shape == (16, 12)
+            assert stored["net.0.weight"].dtype is torch.bfloat16
+    distributed.barrier()
+    moved = folder / "elsewhere.ckpt"
+    if distributed.get_rank() == 0:
+        (folder / "epoch=1.ckpt").rename(moved)
+    distributed.barrier()
+    for path in (folder / "epoch=0.ckpt", moved):
+        again, rehab = Lit(False, sgd), callbacks()
+        trainer = fit(again, rehab, 4, path=path, in_parts=in_parts)
+        assert_same(whole(lit.net), whole(again.net), atol=0, rtol=0)
+        assert "save_checkpoint" not in vars(trainer.strategy)
+        assert rehab[1].is_over
+        assert rehab[1]._distiller.teacher is None
+
+
+def given_teacher(kind):
+    """A teacher, and its weights."""
+    folder = shared_folder()
+    if kind in ("file", "folder"):
+        lit = saved_run(folder, kind == "folder")
+        return folder / "epoch=3.ckpt", whole(lit.net)
+    torch.manual_seed(9)
+    net = make_net(False)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1.5)
+    weights = whole(net)
+    if kind == "sharded":
+        fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+    return net, weights
+
+
+def check_given(kind):
+    """Without a cut in the run it teaches from the first step on, and is in no checkpoint."""
+    teacher, weights = given_teacher(kind)
+    folder, lit, before = shared_folder(), Lit(False, sgd), whole(with_weights(make_net(False).state_dict()))
+    rehab = lp.RehabDistillation(0.8, temperature=2.0, teacher=teacher)
+    saves = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    fit(lit, [rehab, saves], 1, enable_checkpointing=True)
+    expected = expected_gradients(before, weights, lit.batches[:1], 0.8, 2.0)
+    assert_same(lit.seen[0], expected, atol=1e-6, rtol=1e-5)
+    assert {one.name for one in (folder / "epoch=0.ckpt").iterdir() if one.is_dir()} == set()
+    again = Lit(False, sgd)
+    rehab = lp.RehabDistillation(0.8, temperature=2.0, teacher=teacher)
+    fit(again, [rehab], 2, path=folder / "epoch=0.ckpt")
+    if kind != "sharded":
+        assert all(isinstance(one, DTensor) for one in rehab._distiller.teacher.module.parameters()) == (
+            kind != "module"
+        )
+
+
+def check_refusals():
+    """Before anything is trained, on both, with the way out."""
+    cases = [
+        (Lit(False, sgd), lp.RehabDistillation(device="cpu"), "Leave device out"),
+        (
+            Lit(True, sgd),
+            lp.RehabDistillation(teacher=str(shared_folder())),
+            "this one is cut already.* Give a teacher",
+        ),
+        (Lit(False, sgd), lp.RehabDistillation(teacher=str(shared_folder())), "cannot be read"),
+    ]
+    for lit, rehab, match in cases:
+        with pytest.raises(PrehabError, match=match):
+            fit(lit, [Changes(), rehab], 2)
+        assert lit.seen == []
+
+
+class Told(pl.Callback):
+    """A SelfDistillation of its own: PrehabCallback puts it into the Trainer."""
+
+    def setup(self, trainer, pl_module, stage):
+        put_beside(trainer, 0.8, lambda trainer: trainer.current_epoch < 1)
+
+
+def check_self_distillation():
+    """Its teacher is the model from before, whose distance is first 0; then it lets go of it, and resumes."""
+    folder = shared_folder()
+    lit = saved_run(folder, True, Told(), Changes())
+    helper = "SelfDistillation_teacher"
+    plain = saved_run(shared_folder(), True, Changes())
+    assert_same(lit.seen[0], plain.seen[0], atol=1e-6, rtol=1e-5)
+    start = whole(with_weights(make_net(False).state_dict()))
+    assert any(not torch.allclose(lit.seen[1][name], one) for name, one in plain.seen[1].items())
+    by_hand = with_weights(start)
+    optimizer = sgd([*by_hand.parameters()])
+    for step in range(2):
+        found = expected_gradients(by_hand.state_dict(), start, lit.batches[step : step + 1], 0.8)
+        assert_same(lit.seen[step], found, atol=1e-6, rtol=1e-5)
+        for name, parameter in by_hand.named_parameters():
+            parameter.grad = found[name]
+        optimizer.step()
+    assert (folder / "epoch=0.ckpt" / helper).is_dir()
+    assert not (folder / "epoch=1.ckpt" / helper).exists()
+    again = Lit(False, sgd)
+    fit(again, [Told(), Changes()], 4, path=folder / "epoch=0.ckpt")
+    assert_same(whole(lit.net), whole(again.net), atol=0, rtol=0)
+
+
 CHECKS = {
     **{f"copy, {kind}": partial(check_copy, kind) for kind in ("plain", "kept", "mixed", "layers", "ignored")},
     "schedule": check_schedule,
+    "distillation": check_distillation,
+    "distillation, accumulation": partial(check_distillation, accumulate=3),
+    "distillation, manual": partial(check_distillation, manual=True),
+    "distillation, features": partial(
+        check_distillation, form="features", feature_modules=["net.2", "net.4"], features=(2, 4)
+    ),
+    "distillation, forward": partial(check_distillation, forward=lambda module, batch: module.net(batch[0])),
+    "resume, folders": partial(check_resume, True),
+    "resume, files": partial(check_resume, False),
+    **{f"given, {kind}": partial(check_given, kind) for kind in ("module", "sharded", "file", "folder")},
+    "self-distillation": check_self_distillation,
+    "refusals": check_refusals,
     **{f"factors, {name}": partial(check_factor_training, name) for name in FACTORS},
 }
 
