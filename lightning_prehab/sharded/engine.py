@@ -281,7 +281,9 @@ def unit_layouts(model: nn.Module) -> list[UnitLayout]:
     layouts = []
     for modules, own in reversed(found):  # a module comes after those that it is in
         state: Any = modules[0]._get_fsdp_state()
-        settings = {"mesh": meshes[0], "reshard_after_forward": True, "mp_policy": state._mp_policy}
+        settings = {"mesh": meshes[0], "reshard_after_forward": True}
+        if hasattr(state, "_mp_policy"):  # which casts inputs, even of a unit without parameters of its own
+            settings["mp_policy"] = state._mp_policy
         for group in own:
             settings |= {"mesh": group.mesh_info.mesh, "offload_policy": group.offload_policy}
         layouts.append(UnitLayout(modules, settings))

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -64,6 +64,8 @@ def sharded(kind, mesh):
     if kind == "mixed":
         settings["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         net.norm = nn.Identity()
+    if kind == "offloaded":
+        settings["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     if kind == "ignored":
         settings["ignored_params"] = {net.extra}
     for block in net.blocks:
@@ -78,6 +80,8 @@ def sharded(kind, mesh):
 def check_copy(kind):
     """The same answers bit by bit, without the hooks, before and after the model has gone on."""
     mesh, calls = init_device_mesh("cpu", (2,)), []
+    if kind == "hybrid":
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("copies", "shards"))
     net = sharded(kind, mesh)
     net.blocks[0].register_forward_hook(lambda *_: calls.append(1))
     inputs = torch.randint(0, 7, (8,), generator=torch.Generator().manual_seed(distributed.get_rank()))
@@ -540,8 +544,9 @@ def check_self_distillation():
     assert_same(whole(lit.net), whole(again.net), atol=0, rtol=0)
 
 
+COPIES = ("plain", "kept", "mixed", "layers", "ignored", "hybrid", "offloaded")
 CHECKS = {
-    **{f"copy, {kind}": partial(check_copy, kind) for kind in ("plain", "kept", "mixed", "layers", "ignored")},
+    **{f"copy, {kind}": partial(check_copy, kind) for kind in COPIES},
     "schedule": check_schedule,
     "distillation": check_distillation,
     "distillation, accumulation": partial(check_distillation, accumulate=3),
