@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -19,6 +18,7 @@ from lightning_prehab.callbacks._checkpoint import DenseShell, follow_on_load, p
 from lightning_prehab.callbacks._distributed import decide_on_rank_zero, together
 from lightning_prehab.callbacks._neighbours import refuse_finders
 from lightning_prehab.callbacks._said import say_followed
+from lightning_prehab.callbacks._trainer import shards
 from lightning_prehab.errors import CheckpointError
 from lightning_prehab.factorizations import Factorization, Factors
 from lightning_prehab.files.distributed import check_complete, first_failure, stored_tensors
@@ -33,14 +33,9 @@ from lightning_prehab.targets.locate import Layer, low_rank_layers
 from lightning_prehab.targets.names import clean_name, join
 
 
-def loads_late(trainer: "pl.Trainer") -> bool:
-    """Whether a checkpoint is loaded after ``on_fit_start``, weights and optimizer states at once."""
-    return isinstance(trainer.strategy, ModelParallelStrategy)
-
-
 def followed_load(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> "RemovableHandle | ShardedFollowing":
     """For validate, test and predict: the module takes the structure of whatever is loaded, until ``remove()``."""
-    return ShardedFollowing(trainer, pl_module) if loads_late(trainer) else follow_on_load(pl_module)
+    return ShardedFollowing(trainer, pl_module) if shards(trainer) else follow_on_load(pl_module)
 
 
 def shell_for(
@@ -54,7 +49,7 @@ def shell_for(
         own: Names of the low-rank layers that an earlier surgery of the same callback has made.
         factorization: How the factors have come about, for the report.
     """
-    if loads_late(trainer):
+    if shards(trainer):
         return ShardedShell(trainer, pl_module, factorization)
     return DenseShell(pl_module, own)
 

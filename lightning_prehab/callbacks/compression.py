@@ -33,7 +33,7 @@ from lightning_prehab.callbacks._said import (
     say_passed_over,
     saying_what_to_do,
 )
-from lightning_prehab.callbacks._sharded_checkpoint import ShardedShell, followed_load, loads_late, shell_for
+from lightning_prehab.callbacks._sharded_checkpoint import ShardedShell, followed_load, shell_for
 from lightning_prehab.callbacks._showing import showing
 from lightning_prehab.callbacks._site import TrainerSite
 from lightning_prehab.callbacks._trainer import (
@@ -42,6 +42,7 @@ from lightning_prehab.callbacks._trainer import (
     check_strategy,
     move_to_front,
     reset_scores_,
+    shards,
 )
 from lightning_prehab.compress import make_plan
 from lightning_prehab.documents.checks import check_real, check_whole
@@ -263,7 +264,7 @@ class CompressionCallback(OnlyOne):
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Repeats the surgery that a loaded checkpoint has had; else checks targets and optimizers."""
-        if not loads_late(trainer):
+        if not shards(trainer):
             self._follow(trainer, pl_module)
         check_ready(trainer, pl_module, self._cuts[self._made :])
 
