@@ -169,16 +169,22 @@ def dump_statistics(
 ) -> dict[str, dict[str, Tensor]]:
     """Sums over all processes that see data of their own, as plain tensors for a checkpoint; all have to call this.
 
+    The processes then go on with what a run that resumes here begins with, all sums on rank 0: both add up the same
+    numbers in the same order.
+
     Args:
         statistics: Of this process.
         world_size: Number of processes.
         group: Those that each see other data, and this process; None: all.
     """
     dumped = {name: layer.snapshot() for name, layer in (statistics or {}).items()}
-    if world_size > 1:
+    if world_size > 1 and statistics:
         for sums in dumped.values():
             for tensor in sums.values():
                 distributed.all_reduce(tensor, group=group)
+        first = distributed.get_rank(group) == 0
+        for name, layer in statistics.items():
+            layer.restore_({key: one if first else torch.zeros_like(one) for key, one in dumped[name].items()})
     return dumped
 
 
