@@ -184,7 +184,7 @@ def check_resume(folder, kind):
     assert reference[1].callbacks[0].done
     for moment in ("0", "ride", str(SURGERY - 1), "cut", str(SURGERY), str(EPOCHS - 1)):
         callback = cut(**cuts)
-        resumed = fit(kind, [callback], f"{folder}/{kind}-{moment}.ckpt")
+        resumed = fit(kind, [callback, Save(folder, f"again-{kind}")], f"{folder}/{kind}-{moment}.ckpt")
         if os.environ.get("DBG"): print(moment, len(resumed[0].losses), [(i, float(a), float(b)) for i, (a, b) in enumerate(zip(resumed[0].losses, reference[0].losses[-len(resumed[0].losses):])) if a != b][:2], flush=True)  # TEMP
         assert_same_end(resumed, reference)
         assert callback.done, moment
