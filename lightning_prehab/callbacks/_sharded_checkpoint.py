@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.callbacks._checkpoint import DenseShell, follow_on_load, plan_of_factors
@@ -75,7 +75,7 @@ class ShardedFollowing:
         self.name_holders: Callable[[], None] | None = None
         self._trainer, self._pl_module = trainer, pl_module
         self._original = trainer.strategy.load_checkpoint
-        trainer.strategy.load_checkpoint = self._load  # type: ignore[method-assign]
+        trainer.strategy.load_checkpoint = self._load  # type: ignore[method-assign,assignment]
 
     def remove(self) -> None:
         """Takes it off again."""

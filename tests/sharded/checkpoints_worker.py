@@ -20,7 +20,6 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
 from lightning_prehab.errors import CheckpointError, PrehabError
@@ -209,13 +208,13 @@ def check_other_strategies(folder):
     """
     written = {kind: fit(kind, [cut(), Save(folder, f"flat-{kind}")], lit=Lit(flat=True)) for kind in ("ddp", *SHARDED)}
     for kind in written:
-        for other in written:
+        for other, whole_run in written.items():
             if kind == other or (kind, other) == ("ddp", "folder"):
                 continue
             moment = "0" if other == "ddp" and kind == "file" else SURGERY
             resumed = fit(kind, [cut()], f"{folder}/flat-{other}-{moment}.ckpt", lit=Lit(flat=True))
             assert resumed[1].callbacks[0].done
-            assert_same_end(resumed, written[other], rtol=1e-4, atol=1e-5)
+            assert_same_end(resumed, whole_run, rtol=1e-4, atol=1e-5)
 
 
 class EveryKind(nn.Module):
@@ -237,19 +236,17 @@ class EveryKind(nn.Module):
 
 
 CUTS = {
-    "factors": {},
-    "parts": {"split_fused": True},
-    "pivot": {"layout": "pivot"},
-    "a new bias": {"factorization": lp.WhitenedSVD(centered=True), "make": mlp},
-    "sparse": {"factorization": lp.LowRankPlusSparse(0.1, lp.WhitenedSVD(centered=True)), "make": mlp},
+    "factors": (EveryKind, {}),
+    "parts": (EveryKind, {"split_fused": True}),
+    "pivot": (EveryKind, {"layout": "pivot"}),
+    "a new bias": (mlp, {"factorization": lp.WhitenedSVD(centered=True)}),
+    "sparse": (mlp, {"factorization": lp.LowRankPlusSparse(0.1, lp.WhitenedSVD(centered=True))}),
 }
 
 
 def check_every_kind_of_layer(folder):
     """What another run has cut is put in place from its names and shapes alone, before anything is filled."""
-    for name, settings in CUTS.items():
-        make = settings.get("make", EveryKind)
-        settings = {key: value for key, value in settings.items() if key != "make"}
+    for name, (make, settings) in CUTS.items():
         file = f"{folder}/kinds-{name}.ckpt"
         lit, trainer = fit("ddp", [cut(1, **settings)], epochs=2, lit=Lit(make))
         trainer.save_checkpoint(file)
@@ -354,8 +351,34 @@ CHECKS = {
 }
 
 
+class Start(pl.Callback):
+    """What a run begins with; it is saved at once."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if not Path(self.file).exists():
+            state = end_of(pl_module, trainer)
+            trainer.save_checkpoint(self.file)
+            if trainer.is_global_zero:
+                torch.save(state, f"{self.file}.start")
+        trainer.should_stop = True
+
+
+def check_spread(folder):
+    """Another number of processes begins with the same numbers."""
+    processes = int(os.environ["WORLD_SIZE"])
+    came = f"{folder}/flat-folder-{SURGERY}.ckpt" if processes == 4 else f"{folder}/on-4.ckpt"
+    fit("folder", [cut(), Start(f"{folder}/on-{processes}.ckpt")], came, lit=Lit(flat=True))
+
+
+#: Started by themselves, on other numbers of processes.
+SPREAD = {"spread": check_spread}
+
+
 if __name__ == "__main__":
     for name in sys.argv[2:] or CHECKS:
-        CHECKS[name](Path(sys.argv[1]))
+        {**CHECKS, **SPREAD}[name](Path(sys.argv[1]))
         if int(os.environ["RANK"]) == 0:
             print(f"passed: {name}", flush=True)

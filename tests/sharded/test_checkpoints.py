@@ -81,3 +81,15 @@ def test_one_process_loads_what_is_left(written):
     )  # fmt: skip
     results = [trainer.validate(worker.Lit(), worker.Loader(), path, verbose=False) for path in (whole, file)]
     assert results[0] == results[1]
+
+
+@pytest.mark.slow
+def test_other_numbers_of_processes_go_on(written):
+    from tests.sharded import checkpoints_worker as worker
+
+    for processes in (4, 2):
+        assert start(processes, written, "spread") == list(worker.SPREAD)
+    four, two = (torch.load(written / f"on-{processes}.ckpt.start", weights_only=True) for processes in (4, 2))
+    torch.testing.assert_close(four, two, rtol=0, atol=0)
+    file = torch.load(written / "flat-file-2.ckpt", weights_only=True)["state_dict"]
+    torch.testing.assert_close(four[0], dict(file), rtol=0, atol=0)
