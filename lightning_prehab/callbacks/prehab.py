@@ -30,13 +30,13 @@ from lightning_prehab.callbacks._decisions import (
     settled,
 )
 from lightning_prehab.callbacks._forecast import Forecast
-from lightning_prehab.callbacks._injection import add_to_gradients_, add_to_loss_, penalty_of
+from lightning_prehab.callbacks._injection import Pull, add_to_gradients_, add_to_loss_, penalty_of, pull_of
 from lightning_prehab.callbacks._preparation import Preparation
-from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, matrices, restore_layers
+from lightning_prehab.callbacks._regularized import RegularizedLayer, Space
 from lightning_prehab.callbacks._schedules import ramp
 from lightning_prehab.callbacks._seasons import ActsInSeason
 from lightning_prehab.callbacks._self_distillation import put_beside
-from lightning_prehab.callbacks._shared_work import complete_memories_, own_part, shrink_together_
+from lightning_prehab.callbacks._shared_work import own_part, restored, shrink_together_, states_of
 from lightning_prehab.callbacks._timeline import batches_to_watch, check_season
 from lightning_prehab.callbacks._trainer import (
     EQUAL,
@@ -50,8 +50,8 @@ from lightning_prehab.callbacks._trainer import (
 from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.documents.checks import check_real
 from lightning_prehab.regularizers import GradientRatio, Penalty, Shrinkage
+from lightning_prehab.sharded.engine import check_engine, is_sharded, reshard_
 from lightning_prehab.targets.find import Targets
-from lightning_prehab.targets.forms import in_all_forms
 from lightning_prehab.targets.names import Patterns
 
 #: Of the state in checkpoints.
@@ -230,11 +230,13 @@ class PrehabCallback(ActsInSeason):
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Finds the targets and decides where to inject."""
+        check_engine(pl_module)
+        reshard_(pl_module)
         if not self._is_over(trainer):
             check_season(trainer, self.start_epoch)
             self._look(trainer, pl_module)
         if self._restored and self._targets is not None:
-            self._restore()
+            self._restore(pl_module, self._targets)
 
     def _look(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         compression = find_callback(trainer, CompressionCallback)
@@ -245,6 +247,9 @@ class PrehabCallback(ActsInSeason):
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Watches the optimizers, and goes on with a preparation that was under way."""
+        if is_sharded(pl_module):  # what such a module holds, and our state, have been loaded since
+            self._release()
+            self.on_fit_start(trainer, pl_module)
         if self._targets is not None:
             self._watch_steps(trainer, pl_module)
         if isinstance(self.regularizer, Shrinkage) and self._remaining(trainer, -1) is None:
@@ -279,10 +284,13 @@ class PrehabCallback(ActsInSeason):
         if not self._into_loss or not self._acts(trainer) or not loss.requires_grad:
             return
         with torch.autocast(loss.device.type, enabled=False):
+            assert isinstance(self.regularizer, Penalty)
             mine = own_part(self._layers, self._global_rank, self._world_size)
-            penalty = self._penalty(pl_module, mine, self._world_size)
-            if penalty is None:
+            found = penalty_of(self.regularizer, self._layers, mine, self._world_size)
+            if found is None:
                 return
+            penalty, mean = found
+            pl_module.log("prehab/penalty", mean, batch_size=1, sync_dist=self._world_size > 1)
             strength = self.strength * self._ramp()
             log_number(pl_module, "prehab/strength", strength)
             add_to_loss_(loss, penalty, strength * loss_scale(trainer))
@@ -334,8 +342,7 @@ class PrehabCallback(ActsInSeason):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on bit by bit: steps, metrics, ranks, warm starts; plain data only."""
         preparation = self._preparation
-        if self._into_loss and isinstance(self.regularizer, Penalty):
-            complete_memories_(self._layers, self._global_rank, self._world_size)
+        owned = self._into_loss and isinstance(self.regularizer, Penalty)
         return {
             "version": STATE_VERSION,
             "steps": self._steps,
@@ -345,7 +352,7 @@ class PrehabCallback(ActsInSeason):
             "forecast": self.forecast,
             "outlook": self._outlook.state_dict(),
             "ratio": None if self._ratio is None else self._ratio.state_dict(),
-            "layers": {layer.name: layer.state_dict() for layer in self._layers},
+            "layers": states_of(self._layers, owned, self._global_rank, self._world_size),
             "preparation": None if preparation is None else preparation.state_dict(self._world_size),
         }
 
@@ -354,9 +361,8 @@ class PrehabCallback(ActsInSeason):
         check_version(state_dict, STATE_VERSION, type(self).__name__)
         self._restored = state_dict
 
-    def _restore(self) -> None:
+    def _restore(self, pl_module: "pl.LightningModule", targets: Targets) -> None:
         """All but a preparation under way, which waits for the start of training."""
-        assert self._targets is not None
         state = self._restored
         self._steps, self._planned_at, self._span = state["steps"], state["planned_at"], state["span"]
         self._ready, self.forecast = state["ready"], state["forecast"]
@@ -364,7 +370,7 @@ class PrehabCallback(ActsInSeason):
             self._outlook.load_state_dict(state["outlook"])
         if self._ratio is not None and state["ratio"] is not None:
             self._ratio.load_state_dict(state["ratio"])
-        self._layers = restore_layers(matrices(in_all_forms(self._targets)), state["layers"])
+        self._layers = restored(pl_module, targets, state["layers"], self.regularizer)
 
     def _acts(self, trainer: "pl.Trainer") -> bool:
         """Whether a penalty is due at this step."""
@@ -386,22 +392,21 @@ class PrehabCallback(ActsInSeason):
         # Lightning leaves the gradients of a fused optimizer scaled; the optimizer unscales them itself.
         scale = gradient_scale(trainer) if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
         full = self.strength if self._ratio is None else self._ratio
-        penalty = partial(self._penalty, pl_module)
-        strength = add_to_gradients_(optimizer, self._layers, penalty, full, self._ramp(), scale)
+        pull = partial(self._pull, trainer, pl_module)
+        strength = add_to_gradients_(optimizer, self._layers, pull, full, self._ramp(), scale)
         if strength is not None:
             log_number(pl_module, "prehab/strength", strength)
 
-    def _penalty(
-        self, pl_module: "pl.LightningModule", layers: Sequence[RegularizedLayer], processes: int | None = None
-    ) -> Tensor | None:
-        """What :func:`penalty_of` says; the mean is logged."""
+    def _pull(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", layers: Sequence[RegularizedLayer]
+    ) -> Pull | None:
+        """What :func:`pull_of` says; the mean is logged."""
         assert isinstance(self.regularizer, Penalty)
-        found = penalty_of(self.regularizer, self._layers, layers, processes)
+        found = pull_of(trainer, self.regularizer, self._layers, layers)
         if found is None:
             return None
-        total, mean = found
-        pl_module.log("prehab/penalty", mean, batch_size=1, sync_dist=processes is not None and processes > 1)
-        return total
+        pl_module.log("prehab/penalty", found[1], batch_size=1)
+        return found[0]
 
     def _shrink(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch_idx: int) -> None:
         """Applies a shrinkage to the trainable weights that an optimizer has stepped."""

@@ -93,7 +93,7 @@ class Shrinkage(ABC):
         """
         return True
 
-    def passes_(self, memory: Memory, progress: float, lr: float) -> bool:
+    def passes_(self, memory: Memory, progress: float, rank: int | None, lr: float) -> bool:
         """Counts the next call, if it is one that would change nothing; it need not be made then."""
         return False
 

@@ -44,7 +44,7 @@ class SpectralWeightDecay(Shrinkage):
         check_whole("every", self.every, 1)
         check_whole("steps", self.steps, 1)
 
-    def passes_(self, memory: Memory, progress: float, lr: float) -> bool:
+    def passes_(self, memory: Memory, progress: float, rank: int | None, lr: float) -> bool:
         """All calls but every ``every``-th and those at progress 1; they add to what is owed."""
         calls = int(memory["age"]) + 1 if "age" in memory else 1
         if progress >= 1.0 or calls >= self.every:
@@ -65,7 +65,7 @@ class SpectralWeightDecay(Shrinkage):
     ) -> Tensor:
         """The weight with all singular values lowered, or as it was where the call is not due; ``rank`` is ignored."""
         assert isinstance(weight, Tensor)
-        if memory is not None and self.passes_(memory, progress, lr):
+        if memory is not None and self.passes_(memory, progress, rank, lr):
             return weight.clone()
         owed = lr if memory is None or "lr" not in memory else lr + float(memory["lr"])
         if memory is not None:

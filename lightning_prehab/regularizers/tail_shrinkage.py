@@ -96,6 +96,15 @@ class TailShrinkage(Shrinkage):
         """Where exact directions are due and not prepared; a step from earlier ones takes thin products alone."""
         return "prepared" not in memory and self._exact_is_due(memory, progress, rank)
 
+    def passes_(self, memory: Memory, progress: float, rank: int | None, lr: float) -> bool:
+        """All calls but every ``every``-th, where the directions are fresh enough."""
+        if "prepared" in memory or self.has_work(memory, progress, rank):
+            return False
+        if (int(memory["age"]) + 1) % self.every == 0:
+            return False
+        is_due(memory, self.refresh)
+        return True
+
     def _exact_is_due(self, memory: Memory, progress: float, rank: int | None) -> bool:
         basis = memory.get("basis")
         return basis is None or progress >= 1.0 or basis.shape[1] != self._rank(rank)
@@ -134,14 +143,14 @@ class TailShrinkage(Shrinkage):
         if self._rank(rank) >= min(weight.shape):
             return own
         memory = {} if memory is None else memory
+        if self.passes_(memory, progress, rank, lr):
+            return own
         if self.has_work(memory, progress, rank) and "prepared" not in memory:
             self.prepare_(weight, rank, memory, progress, metric)
         if "prepared" in memory:
             del memory["prepared"]
             memory.pop("age", None)  # counted from here
         is_due(memory, self.refresh)
-        if progress < 1.0 and int(memory["age"]) % self.every:
-            return own
         side: Side = "left" if weight.shape[0] <= weight.shape[1] else "right"
         if metric.is_identity_on(side):
             outer, inner = IDENTITY.projector(side, memory["basis"].to(own))
