@@ -1,12 +1,12 @@
 """Several processes: sum the statistics, let one rank decide, share the factors, wrap the model anew."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from torch import distributed
+from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prehab.errors import PrehabError
@@ -14,25 +14,93 @@ from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.statistics.sums import LayerStatistics
 
 T = TypeVar("T")
+#: Sums are sent in pieces of this size, in one flat tensor beside them.
+BUCKET_BYTES = 64 * 2**20
+
+
+def data_group(trainer: "pl.Trainer") -> distributed.ProcessGroup | None:
+    """The processes that see different data; None stands for all of them.
+
+    With tensor parallelism, processes that hold parts of the same layers are fed with the same batches.
+    """
+    mesh = getattr(trainer.strategy, "_device_mesh", None)  # of a ModelParallelStrategy, once its processes are there
+    if mesh is None or mesh["data_parallel"].size() == trainer.world_size:
+        return None
+    group: distributed.ProcessGroup = mesh["data_parallel"].get_group()
+    return group
+
+
+def data_ranks(trainer: "pl.Trainer") -> tuple[int, int]:
+    """The number of this process among those that see different data, and how many these are."""
+    group = data_group(trainer)
+    if group is None:
+        return trainer.global_rank, trainer.world_size
+    return distributed.get_rank(group), distributed.get_world_size(group)
 
 
 def sum_statistics_(trainer: "pl.Trainer", statistics: Mapping[str, LayerStatistics]) -> None:
-    """Replaces the sums of every rank by the sum over all ranks."""
-    if trainer.world_size == 1:
+    """Replaces the sums of every rank by the sum over the ranks that see different data."""
+    if data_ranks(trainer)[1] == 1:
         return
-    owners = _owners(statistics)
-    if any(other != owners for other in gather(trainer, owners)):  # ranks that disagree would wait for each other
+    leaders = _leaders(statistics)
+    if any(other != leaders for other in gather(trainer, leaders)):  # ranks that disagree would wait for each other
         for layer in statistics.values():
             layer.unshare_inputs_()
-    done: set[int] = set()
-    for layer in statistics.values():
-        for _, tensor in layer.tensors():
-            if id(tensor) not in done:
-                done.add(id(tensor))
-                tensor.copy_(trainer.strategy.reduce(tensor, reduce_op="sum"))
+    sums = {id(tensor): tensor for layer in statistics.values() for _, tensor in layer.tensors()}
+    sum_in_buckets_(trainer, list(sums.values()))
 
 
-def _owners(statistics: Mapping[str, LayerStatistics]) -> dict[str, str]:
+def sum_in_buckets_(trainer: "pl.Trainer", tensors: Sequence[Tensor]) -> None:
+    """Adds up tensors over the ranks that see different data, in place: many small ones are sent as a few large ones.
+
+    Args:
+        trainer: The running Trainer.
+        tensors: The same shapes on every rank.
+    """
+    group = data_group(trainer)
+    buckets = _buckets(tensors)
+    rooms = together(trainer, lambda: _rooms_for(buckets))
+    for bucket in buckets:
+        if len(bucket) == 1 and bucket[0].is_contiguous():
+            distributed.all_reduce(bucket[0], group=group)
+            continue
+        room = rooms[_sort_of(bucket[0])][: sum(tensor.numel() for tensor in bucket)]
+        parts = room.split([tensor.numel() for tensor in bucket])
+        for part, tensor in zip(parts, bucket, strict=True):
+            part.copy_(tensor.reshape(-1))
+        distributed.all_reduce(room, group=group)
+        for part, tensor in zip(parts, bucket, strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+
+def _sort_of(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
+    """What tensors have in common that can be sent as one."""
+    return tensor.dtype, tensor.device
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Tensors of one sort side by side, ``BUCKET_BYTES`` of them at most; one that is as large as that is alone."""
+    open_ones: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    buckets: list[list[Tensor]] = []
+    for tensor in tensors:
+        bucket = open_ones.get(_sort_of(tensor))
+        if bucket is None or sum(one.nbytes for one in bucket) + tensor.nbytes > BUCKET_BYTES:
+            bucket = open_ones[_sort_of(tensor)] = []
+            buckets.append(bucket)
+        bucket.append(tensor)
+    return buckets
+
+
+def _rooms_for(buckets: Sequence[Sequence[Tensor]]) -> dict[tuple[torch.dtype, torch.device], Tensor]:
+    """One flat tensor for each sort, in which any bucket of it has room."""
+    sizes: dict[tuple[torch.dtype, torch.device], int] = {}
+    for bucket in buckets:
+        sort = _sort_of(bucket[0])
+        sizes[sort] = max(sizes.get(sort, 0), sum(tensor.numel() for tensor in bucket) if len(bucket) > 1 else 0)
+    return {sort: torch.empty(size, dtype=sort[0], device=sort[1]) for sort, size in sizes.items()}
+
+
+def _leaders(statistics: Mapping[str, LayerStatistics]) -> dict[str, str]:
     """For each layer the first one that it shares its input sums with."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(layer.input_gram), name) for name, layer in statistics.items()}
@@ -51,39 +119,57 @@ def merge(trainer: "pl.Trainer", own: Mapping[str, T]) -> dict[str, T]:
     return {name: value for part in gather(trainer, dict(own)) for name, value in part.items()}
 
 
-def share_factors(
-    trainer: "pl.Trainer", own: Mapping[str, Factors], devices: Mapping[str, torch.device]
-) -> dict[str, Factors]:
-    """The factors of all layers on every rank, bit-identical, each from the rank that has computed it.
+class FactorsOfOwners(Mapping[str, Factors]):
+    """The factors of all layers, each kept by the process that has computed it and sent to all when it is asked for.
+
+    Every process asks for the same one at the same time, and keeps it no longer than it needs it. All then have those
+    of the owner, bit by bit, on the device of this process.
 
     Args:
         trainer: The running Trainer.
-        own: What this rank has computed, by the name of the layer.
-        devices: Of all layers, in the order of the plan: where their factors belong.
+        own: What this process has computed, by the name of the layer.
+        names: Of the layers that somebody has computed something for, perhaps with others: the order.
     """
-    if trainer.world_size == 1:
-        return dict(own)
-    described = merge(
-        trainer,
-        {
+
+    def __init__(self, trainer: "pl.Trainer", own: Mapping[str, Factors], names: Iterable[str]) -> None:
+        self._trainer, self._own = trainer, dict(own)
+        mine = {
             name: [None if part is None else (part.shape, part.dtype) for part in found.parts()]
             for name, found in own.items()
-        },
-    )
-    owner = merge(trainer, dict.fromkeys(own, trainer.global_rank))
-    factors: dict[str, Factors] = {}
-    for name, device in devices.items():
-        descriptions, found = described[name], own.get(name)
-        shared: list[torch.Tensor | None] = []
-        for part, description in zip(found.parts() if found else [None] * len(descriptions), descriptions, strict=True):
-            tensor = None
-            if description is not None:
-                shape, dtype = description
-                tensor = torch.empty(shape, dtype=dtype, device=device) if part is None else part.contiguous()
-                distributed.broadcast(tensor, src=owner[name])
-            shared.append(tensor)
-        factors[name] = Factors.from_parts(shared)
-    return factors
+        }
+        described = merge(trainer, mine)
+        self._described = {name: described[name] for name in names if name in described}
+        self._owner = merge(trainer, dict.fromkeys(own, trainer.global_rank))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._described)
+
+    def __len__(self) -> int:
+        return len(self._described)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._described
+
+    def __getitem__(self, name: str) -> Factors:
+        """Those of one layer; every process has to ask for them."""
+        if name not in self._described:
+            raise KeyError(name)
+        if self._trainer.world_size == 1:
+            return self._own[name]
+        parts = together(self._trainer, lambda: self._room_for(name, self._trainer.strategy.root_device))
+        for part in parts:
+            if part is not None:
+                distributed.broadcast(part, src=self._owner[name])
+        return Factors.from_parts(parts)
+
+    def _room_for(self, name: str, device: torch.device) -> list[Tensor | None]:
+        found = self._own.get(name)
+        if found is not None:
+            return [None if part is None else part.to(device).contiguous() for part in found.parts()]
+        return [
+            None if description is None else torch.empty(description[0], dtype=description[1], device=device)
+            for description in self._described[name]
+        ]
 
 
 def together(trainer: "pl.Trainer", work: Callable[[], T]) -> T:

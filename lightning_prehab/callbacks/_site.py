@@ -7,16 +7,17 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prehab.callbacks._distributed import (
+    FactorsOfOwners,
     decide_on_rank_zero,
     merge,
     rewrap,
-    share_factors,
     sum_statistics_,
     together,
 )
 from lightning_prehab.callbacks._listeners import tell_listeners
 from lightning_prehab.callbacks._own_pass import collect_in_own_pass, probe_in_own_pass
-from lightning_prehab.callbacks._trial import CutsInTraining, where_possible
+from lightning_prehab.callbacks._owners import owners_of, say_memory
+from lightning_prehab.callbacks._trial import NOT_KNOWN, CutsInTraining, Trial, where_possible
 from lightning_prehab.factorizations import Decomposition
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
@@ -43,7 +44,7 @@ _REMEDY = "Raise calibration_batches, or the shrinkage of the factorization."
 class TrainerSite(Site):
     """The module and the optimizers of a running Trainer, one device or DDP.
 
-    Each process decomposes one in ``world_size`` targets, rank 0 decides, and all end bit-identical.
+    The processes share the targets out among them to decompose, rank 0 decides, and all end bit-identical.
 
     Args:
         trainer: The running Trainer.
@@ -99,8 +100,10 @@ class TrainerSite(Site):
         return statistics
 
     def decompose(self, solver: Solver) -> dict[str, Spectrum]:
-        """One in ``world_size`` here, the others on other processes."""
-        own = list(solver.targets)[self._trainer.global_rank :: self._trainer.world_size]
+        """Some here, the others on other processes, so that all are busy for about as long."""
+        owners = owners_of(solver.targets, self._trainer.world_size)
+        own = [name for name, owner in owners.items() if owner == self._trainer.global_rank]
+        say_memory(solver, owners, self._trainer.world_size)
         solved = together(self._trainer, lambda: solver(own))
         self._decompositions |= {name: decomposition for name, (decomposition, _) in solved.items()}
         plain = merge(self._trainer, {name: spectrum.to_lists() for name, (_, spectrum) in solved.items()})
@@ -118,12 +121,12 @@ class TrainerSite(Site):
         """Rank 0 decides."""
         return decide_on_rank_zero(self._trainer, answer)
 
-    def factors(self, plan: CompressionPlan) -> dict[str, Factors]:
+    def factors(self, plan: CompressionPlan) -> Mapping[str, Factors]:
         """Each from the process that has decomposed the layer."""
         own = together(self._trainer, lambda: compute_factors(self._pl_module, plan, self._decompositions))
         targets = together(self._trainer, lambda: planned_targets(self._pl_module, plan))
-        cut = [layer.name for layer in plan.layers if layer.rank is not None]
-        return share_factors(self._trainer, own, {name: view_of(targets[name]).parameter.device for name in cut})
+        shared = FactorsOfOwners(self._trainer, own, targets)
+        return {name: shared[name].to(view_of(targets[name]).parameter.device) for name in shared}
 
     def divergence(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> float:
         """What the cut adds to the loss of ``training_step``, on batches that the statistics are not from if there are.
@@ -132,8 +135,8 @@ class TrainerSite(Site):
         them are taken, where an epoch has more.
         """
         if self._trials is None:
-            arguments = self._trainer, self._pl_module, (), self._own_pass, "Use another rank policy."
-            self._trials = CutsInTraining(*arguments)
+            trial = self._trial("Use another rank policy.")
+            self._trials = CutsInTraining(self._trainer, trial, skip=self._own_pass)
         return self._trials.mean_change(plan, factors)
 
     def release(self) -> None:
@@ -147,10 +150,14 @@ class TrainerSite(Site):
         """
 
         def increase() -> float:
-            tried = self._trials or CutsInTraining(self._trainer, self._pl_module, self._kept)
+            tried = self._trials or CutsInTraining(self._trainer, self._trial(NOT_KNOWN), self._kept)
             return tried.increase(plan, factors)
 
         return where_possible(increase)
+
+    def _trial(self, instead: str) -> Trial:
+        """A copy of the module to try cuts on."""
+        return together(self._trainer, lambda: Trial(self._trainer, self._pl_module, instead))
 
     def swap(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> CompressionReport:
         """In the module and all optimizers, once every process is ready to; the DDP wrapper is rebuilt."""

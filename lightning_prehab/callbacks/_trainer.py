@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import Tensor
 
@@ -19,15 +19,29 @@ CallbackT = TypeVar("CallbackT", bound=pl.Callback)
 EQUAL: Mapping[str, Any] = {"sync_dist": True, "rank_zero_only": True}
 
 
-def check_strategy(trainer: "pl.Trainer", who: pl.Callback) -> None:
-    """Raises :class:`UnsupportedError` unless the strategy is single-device or DDP."""
-    if isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+def check_strategy(trainer: "pl.Trainer", who: pl.Callback, *, sharded: bool = False) -> None:
+    """Raises :class:`UnsupportedError` for a strategy that a callback cannot follow.
+
+    Args:
+        trainer: Of the run.
+        who: The callback.
+        sharded: Whether it can work on weights that FSDP2 shards, too.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or (sharded and shards(trainer)):
         return
+    known = "one device, DDP and FSDP2 (ModelParallelStrategy)" if sharded else "one device and DDP"
     raise UnsupportedError(
-        f"{type(who).__name__} supports one device and DDP, not {type(trainer.strategy).__name__}: sharded weights and "
-        "flat optimizer states cannot follow it. Prepare and compress with strategy='ddp' or on one device, then "
-        "continue from there."
+        f"{type(who).__name__} supports {known}, not {type(strategy).__name__}"
+        + ("" if shards(trainer) else ": its flat pieces of weights and optimizer states are no matrices any more")
+        + ". Work in two phases: compress with compress_folder or compress_() outside of this strategy, and go on under "
+        "it with the compressed structure built in configure_model; docs/howto/cluster.md shows how."
     )
+
+
+def shards(trainer: "pl.Trainer") -> bool:
+    """Whether the strategy is the one for FSDP2 and tensor parallelism."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
 def check_launcher(trainer: "pl.Trainer", who: pl.Callback) -> None:

@@ -5,7 +5,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,7 +25,8 @@ from lightning_prehab.statistics.effect import Change, LossesAt, measure_increas
 from lightning_prehab.statistics.kept import MOST_BATCHES
 from lightning_prehab.surgery.factors import planned_targets
 
-_NOT_KNOWN = "So what the cut does to the loss is not known beforehand."
+#: What is said where nothing can be done about it.
+NOT_KNOWN = "So what the cut does to the loss is not known beforehand."
 _NOT_FINITE = "training_step returned a loss that is not finite."
 
 
@@ -40,7 +41,10 @@ class Trial:
         UnsupportedError: With manual optimization, or if the module cannot be copied.
     """
 
-    def __init__(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", instead: str = _NOT_KNOWN) -> None:
+    #: Gradients are not wanted, but a training_step may compute some of its own for its loss.
+    grad_mode: type[torch.enable_grad] | type[torch.no_grad] = torch.enable_grad
+
+    def __init__(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", instead: str = NOT_KNOWN) -> None:
         self._trainer = trainer
         self.module = quiet_copy(trainer, pl_module, instead)
         self._buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
@@ -53,16 +57,28 @@ class Trial:
             numbered = deque(zip(found, itertools.count(), strict=False), MOST_BATCHES)
         return [one for one in numbered if one[1] >= skip] or list(numbered)
 
-    def loss(self, batch: Any, batch_idx: int, changes: Sequence[Change], step: float) -> float:
+    def changes(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> Sequence[Any]:
+        """What turns the weights of the copy into the products of the factors; every process asks."""
+
+        def changes_of() -> list[Change]:
+            targets = planned_targets(self.module, plan)
+            return [Change.by_cut(view_of(targets[name]), found) for name, found in factors.items()]
+
+        return together(self._trainer, changes_of)
+
+    def moved(self, changes: Sequence[Any], step: float) -> AbstractContextManager[None]:
+        """Inside, the weights of the copy are moved by ``step`` times the changes."""
+        return moved(changes, step)
+
+    def loss(self, batch: Any, batch_idx: int, changes: Sequence[Any], step: float) -> float:
         """That of a batch, with the weights moved by ``step`` times the changes; in the state of randomness of now.
 
         NaN if ``training_step`` skips the batch.
         """
-        # Gradients are not wanted, but a training_step may compute some of its own for its loss.
         vars(self.module).update(self._plain)
         for buffer, value in self._buffers:
             buffer.copy_(value)
-        with isolate_rng(), unseen(), _trainer_as_it_is(self._trainer), moved(changes, step), torch.enable_grad():
+        with isolate_rng(), unseen(), _trainer_as_it_is(self._trainer), self.moved(changes, step), self.grad_mode():
             loss = loss_of(run_training_step(self._trainer, self.module, copy.deepcopy(batch), batch_idx))
         if loss is None:
             return math.nan
@@ -114,34 +130,26 @@ class CutsInTraining:
 
     Args:
         trainer: The running Trainer.
-        pl_module: Its module; it is not touched.
+        trial: Runs ``training_step``.
         kept: Training batches of this process, with their numbers; without any, those that an epoch begins with are
             taken.
         skip: Leave out so many of those, if that leaves some.
-        instead: What to do where ``training_step`` cannot be run on a copy.
 
     Raises:
-        UnsupportedError: If it cannot.
         StatisticsError: If there are no batches.
     """
 
     def __init__(
-        self,
-        trainer: "pl.Trainer",
-        pl_module: "pl.LightningModule",
-        kept: Sequence[tuple[Any, int]] = (),
-        skip: int = 0,
-        instead: str = _NOT_KNOWN,
+        self, trainer: "pl.Trainer", trial: Trial, kept: Sequence[tuple[Any, int]] = (), skip: int = 0
     ) -> None:
-        def prepare() -> tuple[Trial, Sequence[tuple[Any, int]]]:
-            trial = Trial(trainer, pl_module, instead)
+        def find() -> Sequence[tuple[Any, int]]:
             batches = kept or trial.first_batches(skip)
             if not batches:
                 raise StatisticsError("The training data has no batches.")
-            return trial, batches
+            return batches
 
-        self._trainer = trainer
-        self._trial, self._own = together(trainer, prepare)
+        self._trainer, self._trial = trainer, trial
+        self._own = together(trainer, find)
         self._count = min(gather(trainer, len(self._own)))
         self._seen: dict[Hashable, dict[tuple[int, float], list[float]]] = {}
 
@@ -170,11 +178,7 @@ class CutsInTraining:
         """Each loss is computed once, those of the dense model for all plans."""
         trainer, trial = self._trainer, self._trial
 
-        def changes_of() -> list[Change]:
-            targets = planned_targets(trial.module, plan)
-            return [Change.by_cut(view_of(targets[name]), found) for name, found in factors.items()]
-
-        changes = together(trainer, changes_of)
+        changes = trial.changes(plan, factors)
 
         def own_loss(number: int, step: float) -> float:
             try:

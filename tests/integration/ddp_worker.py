@@ -15,7 +15,7 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
-from lightning_prehab.callbacks import _site, _trial
+from lightning_prehab.callbacks import _distributed, _site
 from lightning_prehab.errors import PrehabError
 from lightning_prehab.layers import LowRankLayer
 
@@ -239,6 +239,45 @@ def check_statistics(epoch):
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
+def check_sums_are_sent_in_buckets():
+    """A few large tensors stand for many small ones, with bounded room beside them, and the sums are the same."""
+
+    def statistics():
+        torch.manual_seed(distributed.get_rank())
+        layers = {str(n): lp.LayerStatistics(n, 5, gradients=True, halves=True) for n in (3, 40, 7, 8)}
+        for n, layer in layers.items():
+            layer.update_inputs(torch.randn(9, int(n)))
+            layer.update_gradients(torch.randn(9, 5))
+        layers["7"].half.update_inputs(torch.randn(2, 7))
+        layers["again"] = lp.LayerStatistics(3, 5, gradients=True, halves=True)
+        layers["again"].share_inputs_(layers["3"])
+        return layers
+
+    class Sums(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            tensors = {id(t): t for layer in statistics().values() for _, t in layer.tensors()}
+            for room, most in ((64 * 2**20, 2), (4000, 6)):  # one of floats and one of counts; a Gram of 40 is alone
+                found, sent = statistics(), []
+                expected = {
+                    (name, key): sum(on_all_ranks(tensor)) for name, one in found.items() for key, tensor in one.tensors()
+                }
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(_distributed, "BUCKET_BYTES", room)
+                    reduce = distributed.all_reduce
+                    patch.setattr(
+                        distributed, "all_reduce", lambda t, **k: (sent.append(t.nbytes), reduce(t, **k))  # noqa: B023
+                    )
+                    _distributed.sum_statistics_(trainer, found)
+                for name, one in found.items():
+                    for key, tensor in one.tensors():
+                        torch.testing.assert_close(tensor, expected[name, key], rtol=0, atol=0)
+                assert len(sent) <= most, sent
+                assert sum(sent) == sum(t.nbytes for t in tensors.values())
+                assert max(sent) <= max(room, 40 * 40 * 4)
+
+    fit(Lit(make_net(), torch.optim.Adam), [Sums()], 1)
+
+
 class FailsOnRankOne(lp.SVD):
     def __call__(self, weight, rank, statistics=None):
         if distributed.get_rank() == 1:
@@ -316,7 +355,7 @@ def check_a_broken_step_breaks_on_all_ranks():
         before = copy.deepcopy(lit.net)
         with pytest.MonkeyPatch.context() as patch:
             if distributed.is_initialized() and distributed.get_rank() == 1:
-                patch.setattr(_trial if step == "Trial" else _site, step, broken)
+                patch.setattr(_site, step, broken)
             with pytest.raises((PrehabError, MemoryError), match="no memory"):
                 fit(lit, [lp.CompressionCallback(epoch, keep=0.5, policy=policy)], epoch + 1)
         assert str(lit.net) == str(before), step
@@ -659,6 +698,7 @@ CHECKS = {
     "gradients after surgery": check_gradients_after_surgery,
     "statistics of ordinary steps": lambda: check_statistics(1),
     "statistics of an own pass": lambda: check_statistics(0),
+    "statistics in buckets": check_sums_are_sent_in_buckets,
     "error on one rank": check_an_error_on_one_rank_reaches_all,
     "one rank decides": check_one_rank_decides,
     "each layer on one rank": check_each_layer_is_decomposed_by_one_rank,
