@@ -97,7 +97,9 @@ def note_spectra(trainer: "pl.Trainer", layers: Sequence[RegularizedLayer]) -> d
     Returns:
         What of it is logged.
     """
-    stable, effective, tails = (torch.stack(values) for values in zip(*figures(trainer, layers, RegularizedLayer.spectrum), strict=True))
+    stable, effective, tails = (
+        torch.stack(values) for values in zip(*figures(trainer, layers, RegularizedLayer.spectrum), strict=True)
+    )
     means = {"stable_rank": stable.mean().float(), "effective_rank": effective.mean().float()}
     for notes in _all_notes(trainer):
         notes.note_spectra(trainer, {**means, "tail_energy": tails.nanmean()})

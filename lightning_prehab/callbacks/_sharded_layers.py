@@ -1,6 +1,5 @@
 """Regularized layers of a sharded model: multiplied where their rows are, or whole on one process at a time."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -51,7 +50,9 @@ class ShardedLayer(RegularizedLayer):
 
     def whole(self, parameters: Mapping[int, nn.Parameter]) -> RegularizedLayer:
         """The same layer, with the same memory, around gathered parameters, by the id of the sharded ones."""
-        found = RegularizedLayer(self.name, rebound(self.view, copies_of(self.view.module, parameters)), self.rank, self.metric)
+        found = RegularizedLayer(
+            self.name, rebound(self.view, copies_of(self.view.module, parameters)), self.rank, self.metric
+        )
         found.memory = self.memory
         return found
 
@@ -102,15 +103,26 @@ def on_owners(
     """
     gatherings, rounds = _shared_out(layers)
     for names in rounds:
-        here = {}
-        for name in names:
-            found = gatherings[name].gather()
-            if found is not None:
-                here[name] = found
-        answers = together(trainer, lambda: _answers(gatherings, here, work))
-        del here, found
+        answers = _one_round(trainer, {name: gatherings[name] for name in names}, work)
         for name in names:
             yield gatherings[name], answers.pop(name, None)
+
+
+def _one_round(
+    trainer: "pl.Trainer",
+    gatherings: Mapping[str, _Gathering],
+    work: Callable[[list[RegularizedLayer], Mapping[int, nn.Parameter]], T],
+) -> dict[str, T]:
+    """The answers of this process; what it has gathered is gone with them."""
+    here = {name: found for name, one in gatherings.items() if (found := one.gather()) is not None}
+
+    def answers() -> dict[str, T]:
+        return {
+            name: work([layer.whole(parameters) for layer in gatherings[name].layers], parameters)
+            for name, parameters in here.items()
+        }
+
+    return together(trainer, answers)
 
 
 def _shared_out(layers: Sequence[ShardedLayer]) -> tuple[dict[str, _Gathering], list[list[str]]]:
@@ -124,18 +136,6 @@ def _shared_out(layers: Sequence[ShardedLayer]) -> tuple[dict[str, _Gathering], 
     for name, one in gatherings.items():
         one.owner = owners[name] % one.spreads[0].parts
     return gatherings, in_rounds(views, owners)
-
-
-def _answers(
-    gatherings: Mapping[str, _Gathering],
-    here: dict[str, dict[int, nn.Parameter]],
-    work: Callable[[list[RegularizedLayer], Mapping[int, nn.Parameter]], T],
-) -> dict[str, T]:
-    answers = {}
-    while here:
-        name, parameters = here.popitem()
-        answers[name] = work([layer.whole(parameters) for layer in gatherings[name].layers], parameters)
-    return answers
 
 
 def figures(
@@ -186,9 +186,12 @@ def pull_of_shards(
             raise named(error, layer.name) from error
         (gradient,) = torch.autograd.grad(value, own)
         values[layer.name] = value.detach()
-        rows.write_(gradient, gradients[id(layer.parameter)][1])
+        into = rows.within(gradients[id(layer.parameter)][1])
+        into.add_(gradient.reshape(into.shape))
 
-    def pull(wholes: list[RegularizedLayer], parameters: Mapping[int, nn.Parameter]) -> tuple[Tensor, dict[int, Tensor]]:
+    def pull(
+        wholes: list[RegularizedLayer], parameters: Mapping[int, nn.Parameter]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         own = torch.stack([one.penalty(regularizer) for one in wholes])
         found = torch.autograd.grad(own.sum(), list(parameters.values()))
         return own.detach(), dict(zip(parameters, found, strict=True))
@@ -199,7 +202,7 @@ def pull_of_shards(
         values.update({layer.name: value for layer, value in zip(gathering.layers, found, strict=True)})
         for spread in gathering.spreads:
             part = spread.scatter(None if answer is None else answer[1][id(spread.parameter)], gathering.owner)
-            gradients[id(spread.parameter)][1].copy_(part)
+            gradients[id(spread.parameter)][1].add_(part)
         if _learns_of_owners(regularizer):
             hand_out_(trainer, [gathering])
     pull = [(one.parameter, found) for one, found in gradients.values() if one.parameter.requires_grad]

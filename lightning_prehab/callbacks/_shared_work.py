@@ -12,7 +12,7 @@ from lightning_prehab.callbacks._owners import owners_of
 from lightning_prehab.callbacks._regularized import RegularizedLayer, matrices, restore_layers
 from lightning_prehab.callbacks._sharded_layers import ShardedLayer, restore_shards, shrink_sharded_, states_of_shards
 from lightning_prehab.regularizers import Memory, Penalty, Shrinkage
-from lightning_prehab.sharded.engine import is_sharded
+from lightning_prehab.sharded.engine import check_engine, is_sharded, reshard_
 from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.forms import in_all_forms
 
@@ -20,9 +20,7 @@ from lightning_prehab.targets.forms import in_all_forms
 Description = dict[str, tuple[torch.Size, torch.dtype, bool]]
 
 
-def own_part(
-    layers: Sequence[RegularizedLayer], global_rank: int, world_size: int
-) -> Sequence[RegularizedLayer]:
+def own_part(layers: Sequence[RegularizedLayer], global_rank: int, world_size: int) -> Sequence[RegularizedLayer]:
     """What one process works on, so that all have about the same to do."""
     if world_size == 1:
         return layers
@@ -79,6 +77,19 @@ def shrink_together_(
     for layer in layers:
         if layer.name in stepped:
             layer.shrink_(shrinkage, progress, stepped[layer.name])
+
+
+def reshard_if_sharded_(pl_module: "pl.LightningModule") -> bool:
+    """Whether a module is sharded; its sharded parameters then hang in it, and nothing is known against working on it.
+
+    Raises:
+        UnsupportedError: If something is.
+    """
+    sharded = is_sharded(pl_module)
+    if sharded:
+        check_engine(pl_module)
+        reshard_(pl_module)
+    return sharded
 
 
 def states_of(

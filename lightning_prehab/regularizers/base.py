@@ -86,7 +86,7 @@ class Shrinkage(ABC):
                 setattr(cls, name, getattr(Shrinkage, name))
 
     def needs_whole(self, memory: Memory, progress: float, rank: int | None) -> bool:
-        """Whether the next :meth:`prepare_`, or the call where nothing has to be prepared, has to see all of the matrix.
+        """Whether the next :meth:`prepare_`, or the call where nothing has to be prepared, has to see all of a matrix.
 
         Where it need not, both take :class:`~lightning_prehab.linalg.rows.Rows` as well, of a matrix that lies on
         several processes; the call then returns the own rows.

@@ -155,7 +155,7 @@ class ShardedRows(Rows):
         return self._spread.add_up(part)
 
     def within(self, local: Tensor) -> Tensor:
-        """Of what a process holds of the parameter, or of something of its shape, what belongs to these rows: a view."""
+        """Of what a process holds of the parameter, or of something like it, what belongs to these rows: a view."""
         return local.narrow(0, self._first if self._length else 0, self._length)
 
     def write_(self, own: Tensor, into: Tensor) -> None:
