@@ -39,6 +39,7 @@ FLOORS = [
         "refinement": "training of a cut model toward the dense one",
         "distillation": "the dense model as teacher beside the steps of a training",
     },
+    {"sharded": "a model whose parameters lie in shards on several processes"},
     {
         "sites": "where a model can live",
         "offload": "a model in a folder, one block in memory at a time",

@@ -232,7 +232,7 @@ class PrehabCallback(ActsInSeason):
         """Finds the targets and decides where to inject."""
         reshard_if_sharded_(pl_module)
         if not self._is_over(trainer):
-            check_season(trainer, self.start_epoch)
+            check_season(trainer, self.start_epoch, type(self).__name__, self.goes_on)
             self._look(trainer, pl_module)
         if self._restored and self._targets is not None:
             self._restore(pl_module, self._targets)

@@ -4,6 +4,7 @@ A :class:`~torch.utils.hooks.RemovableHandle` finds its hook through the diction
 dictionary itself that moves.
 """
 
+import copy
 from collections import OrderedDict
 from typing import Any
 
@@ -44,6 +45,21 @@ def hand_over_(old: nn.Module, new: nn.Module) -> None:
         vars(new).update(theirs)
 
 
+def without_hooks(model: nn.Module) -> dict[int, Any]:
+    """A memo for ``copy.deepcopy``: the copy has none of the hooks that somebody has put on the modules.
+
+    What torch computes a weight with in a hook (``weight_norm``, ``spectral_norm``, pruning) is part of the module, and
+    stays on it.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for found in hooks_of(module).values():
+            memo[id(found)] = OrderedDict(
+                (key, copy.deepcopy(hook)) for key, hook in found.items() if makes_weight(hook)
+            )
+    return memo
+
+
 def lost_hooks(name: str, old: nn.Module, new: nn.Module) -> list[str]:
     """Names of what has hooks in a layer and will have no place in the new one: modules inside, and parameters."""
     inside = dict(new.named_modules())
@@ -56,6 +72,11 @@ def lost_hooks(name: str, old: nn.Module, new: nn.Module) -> list[str]:
 def hooks_of(module: nn.Module) -> dict[str, Any]:
     """The hooks of a module itself, by where it keeps them; what is empty is left out."""
     return {kind: found for kind in HOOKS if (found := vars(module).get(kind))}
+
+
+def makes_weight(hook: Any) -> bool:
+    """Whether it is one of torch's, that computes a weight of parameters before each call."""
+    return any(kind.__module__.startswith("torch.nn.utils.") for kind in type(hook).__mro__)
 
 
 def _move_hooks_(old: nn.Module, new: nn.Module) -> None:
