@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 
 from lightning_prehab.callbacks._distributed import decide_on_rank_zero, merge
 from lightning_prehab.callbacks._regularized import RegularizedLayer
-from lightning_prehab.callbacks._sharded_layers import ShardedLayer, on_owners
+from lightning_prehab.callbacks._sharded_layers import ShardedLayer, on_owners, share_out_
 from lightning_prehab.kinds import view_of
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.recipe import Recipe
@@ -34,6 +34,7 @@ class _KnownShards(KnownSite):
     def decompose(self, solver: Solver) -> dict[str, Spectrum]:
         """Each on its owner; nothing of it stays but the spectra."""
         layers = [ShardedLayer(name, view_of(target), None, IDENTITY) for name, target in solver.targets.items()]
+        share_out_(layers)
 
         def solve(wholes: list[RegularizedLayer], _: object) -> dict[str, Plain]:
             found = replace(solver, targets={one.name: one.view for one in wholes})([one.name for one in wholes])

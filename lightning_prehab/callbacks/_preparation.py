@@ -10,7 +10,7 @@ from lightning_prehab.callbacks._checkpoint import dump_statistics, restore_stat
 from lightning_prehab.callbacks._distributed import decide_on_rank_zero, sum_statistics_
 from lightning_prehab.callbacks._plan_of_shards import plan_of_shards
 from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, is_reached, matrices, wanted_in
-from lightning_prehab.callbacks._sharded_layers import ShardedLayer
+from lightning_prehab.callbacks._sharded_layers import ShardedLayer, share_out_
 from lightning_prehab.callbacks._said import saying_what_to_do
 from lightning_prehab.callbacks._showing import showing
 from lightning_prehab.callbacks._trainer import loss_scale, uses_loss_scaling
@@ -128,6 +128,7 @@ class Preparation:
                 if is_reached(self._space, group, statistics):
                     rank = None if cut is None else cut.rank
                     layers.append(kind.seen_in(self._space, group, view, rank, statistics))
+        share_out_([layer for layer in layers if isinstance(layer, ShardedLayer)])
         return layers
 
     def _plan(

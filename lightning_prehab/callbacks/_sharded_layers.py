@@ -19,13 +19,21 @@ from lightning_prehab.sharded.gathered import copies_of, pinned, rebound
 from lightning_prehab.sharded.rows import ShardedRows, Spread, rows_of
 
 T = TypeVar("T")
+#: What :meth:`RegularizedLayer.tail` remembers, which only owners are asked for.
+_FORECAST = "forecast"
 
 
 class ShardedLayer(RegularizedLayer):
     """A layer that holds the sharded parameters for good; when it is made, they have to hang in the model.
 
     What asks it for its weight asks for one that is gathered, see :meth:`whole`, but for :meth:`here` and :meth:`put_`.
+
+    Attributes:
+        owner: The number of the process, among those with shards of it, that has it whole where one has to; see
+            :func:`share_out_`.
     """
+
+    owner = 0
 
     def __init__(self, name: str, view: MatrixView, rank: int | None, metric: Metric) -> None:
         super().__init__(name, pinned(view), rank, metric)
@@ -72,7 +80,7 @@ class _Gathering:
     def __init__(self, layers: list[ShardedLayer]) -> None:
         self.layers = layers
         self.spreads = list({id(one.parameter): one for layer in layers for one in layer.spreads}.values())
-        self.owner = 0
+        self.owner = layers[0].owner
 
     def gather(self) -> dict[int, nn.Parameter] | None:
         """The whole parameters where the owner is, by the id of the sharded ones, else None."""
@@ -101,8 +109,9 @@ def on_owners(
     Yields:
         What shares its parameters, and the answer of the owner; None on the others.
     """
-    gatherings, rounds = _shared_out(layers)
-    for names in rounds:
+    gatherings = _gatherings(layers)
+    views = {name: one.layers[0].view for name, one in gatherings.items()}
+    for names in in_rounds(views, {name: one.owner for name, one in gatherings.items()}):
         answers = _one_round(trainer, {name: gatherings[name] for name in names}, work)
         for name in names:
             yield gatherings[name], answers.pop(name, None)
@@ -125,17 +134,26 @@ def _one_round(
     return together(trainer, answers)
 
 
-def _shared_out(layers: Sequence[ShardedLayer]) -> tuple[dict[str, _Gathering], list[list[str]]]:
-    """What shares its parameters, by the name of the first layer, each with its owner; and the rounds of work."""
-    sharing: dict[int, list[ShardedLayer]] = {}
-    for layer in layers:
-        sharing.setdefault(id(layer.parameter), []).append(layer)
-    gatherings = {found[0].name: _Gathering(found) for found in sharing.values()}
+def share_out_(layers: Sequence[ShardedLayer]) -> None:
+    """Gives each layer its owner, who does what one process does for all, and remembers it, as long as the layers live.
+
+    Args:
+        layers: All that there are; what is asked of some of them goes to the same owners.
+    """
+    gatherings = _gatherings(layers)
     views = {name: one.layers[0].view for name, one in gatherings.items()}
     owners = owners_of(views, max((one.spreads[0].parts for one in gatherings.values()), default=1))
     for name, one in gatherings.items():
-        one.owner = owners[name] % one.spreads[0].parts
-    return gatherings, in_rounds(views, owners)
+        for layer in one.layers:
+            layer.owner = owners[name] % one.spreads[0].parts
+
+
+def _gatherings(layers: Sequence[ShardedLayer]) -> dict[str, _Gathering]:
+    """What shares its parameters, by the name of the first layer."""
+    sharing: dict[int, list[ShardedLayer]] = {}
+    for layer in layers:
+        sharing.setdefault(id(layer.parameter), []).append(layer)
+    return {found[0].name: _Gathering(found) for found in sharing.values()}
 
 
 def figures(
@@ -272,17 +290,22 @@ def _shrink_rows_(layer: ShardedLayer, shrinkage: Shrinkage, progress: float, ra
 
 
 def hand_out_(trainer: "pl.Trainer", gatherings: Sequence[_Gathering]) -> None:
-    """Gives all processes the memories of those who have worked on some layers."""
-    if gatherings:
-        for layer, memory in _memories_of_owners(gatherings, merge(trainer, _described(gatherings))):
-            layer.memory.clear()
-            layer.memory.update(memory)
+    """Gives all processes what those remember who have worked on some layers, but for what nobody else needs."""
+    if not gatherings:
+        return
+    described = merge(trainer, _described(gatherings))
+    for one in described.values():
+        one.pop(_FORECAST, None)
+    for layer, memory in _memories_of_owners(gatherings, described):
+        kept = {key: tensor for key, tensor in layer.memory.items() if key == _FORECAST}
+        layer.memory.clear()
+        layer.memory.update(kept | memory)
 
 
 def states_of_shards(layers: Sequence[ShardedLayer]) -> dict[str, dict[str, Any]]:
     """The states of all layers, with what their owners alone remember, on the CPU; every process has to call this."""
     states = {layer.name: layer.state_dict() for layer in layers}
-    gatherings = list(_shared_out(layers)[0].values())
+    gatherings = list(_gatherings(layers).values())
     parts: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(parts, _described(gatherings))
     described = {name: one for part in parts for name, one in part.items()}
@@ -301,11 +324,13 @@ def restore_shards(
     """
     bare = {name: {**state, "memory": {}} for name, state in states.items()}
     layers = restore_layers(views, bare, ShardedLayer)
-    for one in _shared_out([layer for layer in layers if isinstance(layer, ShardedLayer)])[0].values():
+    shards = [layer for layer in layers if isinstance(layer, ShardedLayer)]
+    share_out_(shards)
+    for one in _gatherings(shards).values():
         for layer in one.layers:
             memory = dict(states[layer.name]["memory"])
             if not one.is_here:
-                memory.pop("forecast", None)
+                memory.pop(_FORECAST, None)
                 if isinstance(regularizer, Penalty) and not _learns_of_owners(regularizer):
                     memory = {}
             layer.load_memory(memory)

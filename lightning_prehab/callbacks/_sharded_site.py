@@ -60,7 +60,9 @@ class ShardedSite(TrainerSite):
             plain |= self._one_round(solver, {name: owners[name] for name in names})
         return {name: Spectrum.of_lists(*plain[name]) for name in solver.targets}
 
-    def _one_round(self, solver: Solver, owners: Mapping[str, int]) -> dict[str, tuple[list[float], list[float] | None, float]]:
+    def _one_round(
+        self, solver: Solver, owners: Mapping[str, int]
+    ) -> dict[str, tuple[list[float], list[float] | None, float]]:
         held = {}
         for name, owner in owners.items():
             whole = gathered_on(view_of(solver.targets[name]), owner, self._agree)
@@ -79,7 +81,9 @@ class ShardedSite(TrainerSite):
 
     def probe(self, targets: Targets, probe_keep: float, layout: Layout = "factors") -> dict[str, Probe] | None:
         """Not here: each process would have to run the whole model for layers of its own."""
-        raise UnsupportedError("Small cuts of one layer each cannot be measured on sharded weights; use another policy.")
+        raise UnsupportedError(
+            "Small cuts of one layer each cannot be measured on sharded weights; use another policy."
+        )
 
     def factors(self, plan: CompressionPlan) -> Mapping[str, Factors]:
         """Each stays with the process that has decomposed the layer, and is sent when it is asked for."""

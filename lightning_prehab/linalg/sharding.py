@@ -16,8 +16,8 @@ def is_distributed(tensor: Tensor) -> bool:
 
 
 def local_part(tensor: Any) -> Tensor:
-    """What this process holds of a ``DTensor``, detached and without a copy."""
-    local: Tensor = tensor.detach().to_local()
+    """What this process holds of a ``DTensor``, of another tensor all of it: detached and without a copy."""
+    local: Tensor = tensor.detach().to_local() if is_distributed(tensor) else tensor.detach()
     return local
 
 

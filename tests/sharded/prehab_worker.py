@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import sys
+import tempfile
 import types
 import warnings
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
@@ -21,7 +22,13 @@ import lightning_prehab as lp
 from lightning_prehab.callbacks._injection import add_to_gradients_, pull_of
 from lightning_prehab.callbacks._regularized import RegularizedLayer, matrices
 from lightning_prehab.callbacks._shared_work import shrink_together_
-from lightning_prehab.callbacks._sharded_layers import ShardedLayer, figures, restore_shards, states_of_shards
+from lightning_prehab.callbacks._sharded_layers import (
+    ShardedLayer,
+    figures,
+    restore_shards,
+    share_out_,
+    states_of_shards,
+)
 from lightning_prehab.kinds import kind_again
 from lightning_prehab.linalg.sharding import local_part
 from lightning_prehab.regularizers import GradientRatio, Penalty, Shrinkage
@@ -150,7 +157,9 @@ def assert_near(found, expected, what, tolerance=1e-5):
 
 def both(space, **settings):
     plain, sharded = nets(**settings)
-    return layers_of(sharded, ShardedLayer, space), layers_of(plain, RegularizedLayer, space)
+    ours = layers_of(sharded, ShardedLayer, space)
+    share_out_(ours)
+    return ours, layers_of(plain, RegularizedLayer, space)
 
 
 def check_penalties():
@@ -239,16 +248,154 @@ def check_gradients_are_added():
                 assert_near(one, other, "gradient")
 
 
+class Lit(pl.LightningModule):
+    """Blocks and a last layer, sharded where the strategy shards."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = None
+        self.logged = []
+
+    def configure_model(self):
+        if self.net is not None:
+            return
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 12), Block(), nn.LayerNorm(12), Block(), nn.Linear(12, 5))
+        if self.device_mesh is not None:
+            for module in (self.net[1], self.net[3], self.net):
+                fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.net(batch[0])
+
+    def on_train_epoch_end(self):
+        self.logged.append({key: float(value) for key, value in self.trainer.callback_metrics.items()})
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)]
+
+
+def batches(sharded):
+    """The same global batches: one process has all of it, one of two has its half."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(8, 16, 6, generator=generator) @ torch.diag(torch.linspace(2, 0.3, 6))
+    y = torch.tanh(x @ torch.randn(6, 5, generator=generator))
+    own = slice(8 * RANK, 8 * RANK + 8) if sharded else slice(None)
+    x, y = x[:, own], y[:, own]
+    return DataLoader(TensorDataset(x.flatten(0, 1), y.flatten(0, 1)), x.shape[1])
+
+
+def fit(callbacks, *, sharded=True, epochs=3, resume=None, lit=None, whole_checkpoint=False, **settings):
+    lit = Lit() if lit is None else lit
+    strategy = ModelParallelStrategy(
+        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=not whole_checkpoint
+    )
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2 if sharded else 1,
+        strategy=strategy if sharded else SingleDeviceStrategy("cpu"),
+        max_epochs=epochs,
+        callbacks=callbacks,
+        use_distributed_sampler=False,
+        accumulate_grad_batches=2,
+        gradient_clip_val=0.3,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=tempfile.gettempdir(),
+        **settings,
+    )
+    trainer.fit(lit, batches(sharded), batches(sharded), ckpt_path=resume)
+    return lit, trainer
+
+
+def weights_of(lit):
+    return {name: whole(one.detach()) for name, one in lit.named_parameters()}
+
+
+PREHABS = {
+    "StableRank, loss space": lambda: lp.PrehabCallback(lp.StableRank(), 0.1, space="loss", update_steps=4),
+    "TailEnergy, activation space": lambda: lp.PrehabCallback(
+        lp.TailEnergy(rank=3, refresh=2), 1.0, space="activation", every_n_steps=2, ramp_steps=3, update_steps=0
+    ),
+    "NuclearNorm, a share": lambda: lp.PrehabCallback(lp.NuclearNorm(refresh=2), strength_share=0.2),
+    "a penalty of one's own": lambda: lp.PrehabCallback(OwnPenalty(), 0.1),
+    "TailShrinkage, loss space": lambda: lp.PrehabCallback(
+        lp.TailShrinkage(rank=3, start=0.1, refresh=3, every=2), space="loss", stop_epoch=3
+    ),
+    "SpectralWeightDecay": lambda: lp.PrehabCallback(lp.SpectralWeightDecay(decay=5.0, every=3)),
+    "PaperPrehab": lambda: lp.PaperPrehab("nuclear_norm"),
+}
+
+
+def check_training(name):
+    """Clipped, accumulated, with a schedule and validation: weights and logs of one process."""
+    (ours, trainer), (theirs, _) = (fit([PREHABS[name]()], sharded=sharded) for sharded in (True, False))
+    assert isinstance(trainer.strategy, ModelParallelStrategy)
+    found, expected = weights_of(ours), weights_of(theirs)
+    for key, weight in expected.items():
+        assert_near(found[key], weight, f"{name}, {key}")
+    assert any(key.startswith("prehab/") for key in ours.logged[-1])
+    for one, other in zip(ours.logged, theirs.logged, strict=True):
+        assert one.keys() == other.keys(), (one, other)
+        for key, value in other.items():
+            assert one[key] == pytest.approx(value, rel=1e-3, abs=1e-5), (name, key, one[key], value)
+
+
+def check_refusals():
+    with pytest.raises(lp.UnsupportedError, match="injection='gradient'"):
+        fit([lp.PrehabCallback(lp.StableRank(), injection="loss")])
+
+
+class Save(pl.Callback):
+    def __init__(self, path, epoch):
+        self.path, self.epoch = path, epoch
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            trainer.save_checkpoint(self.path)
+
+
+def check_resume(name, whole_checkpoint):
+    """A run that is resumed ends where one does that is not, bit by bit."""
+    folder = [tempfile.mkdtemp() if RANK == 0 else None]
+    distributed.broadcast_object_list(folder, src=0)
+    path = f"{folder[0]}/checkpoint"
+    kind = {"whole_checkpoint": whole_checkpoint}
+    through, _ = fit([PREHABS[name](), Save(path, 0)], **kind)
+    again, _ = fit([PREHABS[name]()], resume=path, **kind)
+    for (key, one), other in zip(through.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(local_part(one), local_part(other)), (name, key)
+
+
 CHECKS = {
     "penalties": check_penalties,
     "shrinkages": check_shrinkages,
     "figures and states": check_figures_and_states,
     "gradients are added": check_gradients_are_added,
+    "training, StableRank": lambda: check_training("StableRank, loss space"),
+    "training, TailEnergy": lambda: check_training("TailEnergy, activation space"),
+    "training, NuclearNorm": lambda: check_training("NuclearNorm, a share"),
+    "training, a penalty of one's own": lambda: check_training("a penalty of one's own"),
+    "training, TailShrinkage": lambda: check_training("TailShrinkage, loss space"),
+    "training, SpectralWeightDecay": lambda: check_training("SpectralWeightDecay"),
+    "training, PaperPrehab": lambda: check_training("PaperPrehab"),
+    "refusals": check_refusals,
+    "resume, TailEnergy": lambda: check_resume("TailEnergy, activation space", whole_checkpoint=True),
+    "resume, NuclearNorm": lambda: check_resume("NuclearNorm, a share", whole_checkpoint=False),
+    "resume, TailShrinkage": lambda: check_resume("TailShrinkage, loss space", whole_checkpoint=False),
 }
 
 if __name__ == "__main__":
     distributed.init_process_group("gloo")
     for name, check in CHECKS.items():
+        if len(sys.argv) > 1 and sys.argv[1] not in name:
+            continue
         check()
         if RANK == 0:
             print(f"passed: {name}", flush=True)
