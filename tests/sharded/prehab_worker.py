@@ -318,15 +318,16 @@ def weights_of(lit):
     return {name: whole(one.detach()) for name, one in lit.named_parameters()}
 
 
+GRADIENT = {"injection": "gradient"}  # as "auto" chooses for shards; in the loss it is added twice in two batches
 PREHABS = {
-    "StableRank, loss space": lambda: lp.PrehabCallback(lp.StableRank(), 0.1, space="loss", update_steps=4),
-    "TailEnergy, activation space": lambda: lp.PrehabCallback(
-        lp.TailEnergy(rank=3, refresh=2), 1.0, space="activation", every_n_steps=2, ramp_steps=3, update_steps=0
+    "StableRank": lambda: lp.PrehabCallback(lp.StableRank(), 0.1, space="loss", update_steps=4, **GRADIENT),
+    "TailEnergy": lambda: lp.PrehabCallback(
+        lp.TailEnergy(3, 2), 1.0, space="activation", every_n_steps=2, ramp_steps=3, update_steps=0, **GRADIENT
     ),
-    "NuclearNorm, a share": lambda: lp.PrehabCallback(lp.NuclearNorm(refresh=2), strength_share=0.2),
-    "a penalty of one's own": lambda: lp.PrehabCallback(OwnPenalty(), 0.1),
-    "TailShrinkage, loss space": lambda: lp.PrehabCallback(
-        lp.TailShrinkage(rank=3, start=0.1, refresh=3, every=2), space="loss", stop_epoch=3
+    "NuclearNorm": lambda: lp.PrehabCallback(lp.NuclearNorm(refresh=2), strength_share=0.2),
+    "a penalty of one's own": lambda: lp.PrehabCallback(OwnPenalty(), 0.1, **GRADIENT),
+    "TailShrinkage": lambda: lp.PrehabCallback(
+        lp.TailShrinkage(rank=3, start=0.1, refresh=3, every=2), stop_epoch=3
     ),
     "SpectralWeightDecay": lambda: lp.PrehabCallback(lp.SpectralWeightDecay(decay=5.0, every=3)),
     "PaperPrehab": lambda: lp.PaperPrehab("nuclear_norm"),
@@ -378,17 +379,17 @@ CHECKS = {
     "shrinkages": check_shrinkages,
     "figures and states": check_figures_and_states,
     "gradients are added": check_gradients_are_added,
-    "training, StableRank": lambda: check_training("StableRank, loss space"),
-    "training, TailEnergy": lambda: check_training("TailEnergy, activation space"),
-    "training, NuclearNorm": lambda: check_training("NuclearNorm, a share"),
+    "training, StableRank": lambda: check_training("StableRank"),
+    "training, TailEnergy": lambda: check_training("TailEnergy"),
+    "training, NuclearNorm": lambda: check_training("NuclearNorm"),
     "training, a penalty of one's own": lambda: check_training("a penalty of one's own"),
-    "training, TailShrinkage": lambda: check_training("TailShrinkage, loss space"),
+    "training, TailShrinkage": lambda: check_training("TailShrinkage"),
     "training, SpectralWeightDecay": lambda: check_training("SpectralWeightDecay"),
     "training, PaperPrehab": lambda: check_training("PaperPrehab"),
     "refusals": check_refusals,
-    "resume, TailEnergy": lambda: check_resume("TailEnergy, activation space", whole_checkpoint=True),
-    "resume, NuclearNorm": lambda: check_resume("NuclearNorm, a share", whole_checkpoint=False),
-    "resume, TailShrinkage": lambda: check_resume("TailShrinkage, loss space", whole_checkpoint=False),
+    "resume, TailEnergy": lambda: check_resume("TailEnergy", whole_checkpoint=True),
+    "resume, NuclearNorm": lambda: check_resume("NuclearNorm", whole_checkpoint=False),
+    "resume, TailShrinkage": lambda: check_resume("TailShrinkage", whole_checkpoint=False),
 }
 
 if __name__ == "__main__":
