@@ -1,6 +1,7 @@
 """The teacher of a sharded model: sharded like it, and in a folder of its own in distributed checkpoints."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_prehab.callbacks._distributed import together
 from lightning_prehab.callbacks._keeper import Keeper, Precision, same_buffers_
 from lightning_prehab.distillation.teacher import Teacher
 from lightning_prehab.errors import UnsupportedError
@@ -66,10 +68,7 @@ class ShardedKeeper(Keeper):
         """Copies the modules of the model, without its weights: a teacher in a checkpoint would be made of them."""
         if low_rank_layers(pl_module):
             return
-        try:
-            self._blank = skeleton_of(pl_module)
-        except UnsupportedError as error:
-            raise UnsupportedError(f"The model cannot become a teacher: {error} {WAY_OUT}") from error
+        self._blank = _copied(trainer, lambda: skeleton_of(pl_module))
 
     def size(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> str:
         """What the teacher is going to take, in words."""
@@ -81,10 +80,7 @@ class ShardedKeeper(Keeper):
         """The model of now as teacher."""
         self._blank = None
         reshard_(pl_module)
-        try:
-            module = copy_of_sharded(pl_module, self._dtypes(trainer, pl_module))
-        except UnsupportedError as error:
-            raise UnsupportedError(f"The model cannot become a teacher: {error} {WAY_OUT}") from error
+        module = _copied(trainer, lambda: copy_of_sharded(pl_module, self._dtypes(trainer, pl_module)))
         same_buffers_(trainer, module)
         return ShardedTeacher(module, device=trainer.strategy.root_device, half=self.half(trainer))
 
@@ -111,13 +107,14 @@ class ShardedKeeper(Keeper):
         blank, self._blank = self._blank, None
         device = _where(pl_module, trainer.strategy.root_device)
         dtypes = self._dtypes(trainer, blank) if given else {}
+        agree = partial(together, trainer)
         if isinstance(tensors, Mapping):
-            fill_from_whole_(blank, tensors, device, dtypes)
+            agree(lambda: fill_from_whole_(blank, tensors, device, dtypes))
         elif given:
-            fill_from_parts_(blank, Path(tensors), device, dtypes, _WEIGHTS)
+            fill_from_parts_(blank, Path(tensors), device, dtypes, agree, _WEIGHTS)
         else:
             assert trainer.ckpt_path is not None  # the state comes from there
-            fill_from_parts_(blank, Path(trainer.ckpt_path) / str(tensors), device, dtypes)
+            fill_from_parts_(blank, Path(trainer.ckpt_path) / str(tensors), device, dtypes, agree)
         return ShardedTeacher(blank, device=trainer.strategy.root_device, half=self.half(trainer))
 
     def take(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", module: nn.Module) -> Teacher:
@@ -143,6 +140,18 @@ class ShardedKeeper(Keeper):
     def _dtypes(self, trainer: "pl.Trainer", model: nn.Module) -> dict[int, torch.dtype]:
         cast = {} if self._precision == "full" else cast_anyway(model)
         return {**kept_dtypes(model, self.half(trainer)), **cast}
+
+
+def _copied(trainer: "pl.Trainer", work: Callable[[], nn.Module]) -> nn.Module:
+    """What ``work`` returns; if it fails on one process, all are told the way out."""
+
+    def explained() -> nn.Module:
+        try:
+            return work()
+        except UnsupportedError as error:
+            raise UnsupportedError(f"The model cannot become a teacher: {error} {WAY_OUT}") from error
+
+    return together(trainer, explained)
 
 
 def _where(model: nn.Module, device: torch.device) -> torch.device:

@@ -19,7 +19,7 @@ from lightning_prehab.linalg.sharding import is_distributed
 from lightning_prehab.linalg.storage import Layout
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.recipe import Recipe
-from lightning_prehab.plan.spectra import Solution, Solver, Spectrum
+from lightning_prehab.plan.spectra import Solver, Spectrum
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.sharded.engine import is_sharded, reshard_
@@ -30,6 +30,8 @@ from lightning_prehab.surgery.factors import compute_factors
 from lightning_prehab.targets.find import Targets
 
 T = TypeVar("T")
+#: A spectrum, for other processes.
+_Plain = tuple[list[float], list[float] | None, float]
 
 
 def site_of(trainer: "pl.Trainer", pl_module: "pl.LightningModule", batches: int, *known: Any, **settings: Any) -> Site:
@@ -54,30 +56,20 @@ class ShardedSite(TrainerSite):
     def decompose(self, solver: Solver) -> dict[str, Spectrum]:
         """In rounds, in each of which each process works on one layer."""
         owners = owners_of(solver.targets, self._trainer.world_size)
-        say_memory(solver, owners, self._trainer.world_size, sharded=True)
-        plain = {}
+        say_memory(self._pl_module, solver, owners, self._trainer.world_size)
+        plain: dict[str, _Plain] = {}
         for names in in_rounds(solver.targets, owners):
             plain |= self._one_round(solver, {name: owners[name] for name in names})
         return {name: Spectrum.of_lists(*plain[name]) for name in solver.targets}
 
-    def _one_round(
-        self, solver: Solver, owners: Mapping[str, int]
-    ) -> dict[str, tuple[list[float], list[float] | None, float]]:
+    def _one_round(self, solver: Solver, owners: Mapping[str, int]) -> dict[str, _Plain]:
         held = {}
         for name, owner in owners.items():
             whole = gathered_on(view_of(solver.targets[name]), owner, self._agree)
             if whole is not None:
                 held[name] = whole
-        solved = self._agree(lambda: self._solved(replace(solver, targets=held)))
+        solved = self._agree(lambda: self._solve(replace(solver, targets=held), list(held)))
         return merge(self._trainer, {name: spectrum.to_lists() for name, (_, spectrum) in solved.items()})
-
-    def _solved(self, solver: Solver) -> dict[str, Solution]:
-        found = solver(list(solver.targets))
-        for name, (decomposition, _) in found.items():
-            if decomposition.compact is not None:
-                decomposition.compact(solver.rank_limit(name))
-            self._decompositions[name] = decomposition
-        return found
 
     def probe(self, targets: Targets, probe_keep: float, layout: Layout = "factors") -> dict[str, Probe] | None:
         """Not here: each process would have to run the whole model for layers of its own."""

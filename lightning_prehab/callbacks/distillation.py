@@ -54,6 +54,10 @@ class RehabDistillation(OnlyOne):
     starts. Its weights lie in each checkpoint from the cut on, so that one file is enough to resume bit by bit; with
     ``teacher=`` they do not. Time: a forward pass of the dense model for each step; validation takes none.
 
+    Under FSDP2 (``ModelParallelStrategy``) the teacher is sharded like the model, and nothing is gathered to make it:
+    each process keeps its part, and while the teacher answers, one unit of it at a time is whole. In a distributed
+    checkpoint it lies in a folder of its own, in a full one as a whole.
+
     Logged: ``rehab/distillation`` (the distance), ``rehab/teacher`` (its factor).
 
     Args:
@@ -85,9 +89,10 @@ class RehabDistillation(OnlyOne):
         TargetError: When fit starts, if ``module`` or ``feature_modules`` name nothing, or there are no blocks.
         StatisticsError: At the first step of the fit, if the outputs hold nothing to be compared, or those of a teacher
             that was given have another shape.
-        UnsupportedError: When fit starts, for strategies other than one device and DDP, without a teacher to be had, or
-            if the model cannot be copied; at the first step of the fit, if a teacher cannot be asked the same; after
-            the cut, if no loss of a manual optimization depends on what was compared.
+        UnsupportedError: When fit starts, for strategies other than one device, DDP and FSDP2, without a teacher to be
+            had, or if the model cannot be copied (one that is tensor parallel cannot); at the first step of the fit, if
+            a teacher cannot be asked the same; after the cut, if no loss of a manual optimization depends on what was
+            compared.
 
     References:
         Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, https://arxiv.org/abs/1503.02531
@@ -186,10 +191,10 @@ class RehabDistillation(OnlyOne):
             self._distiller.take(trainer, pl_module, self.teacher)
         elif self._distiller.teacher is None:
             self._distiller.check_model(trainer, pl_module)
-        if self.teacher is not None and self._distiller.teacher is None:
-            folder = Path(self.teacher).is_dir()
-            weights = self.teacher if folder and shards(trainer) else weights_in_file(self.teacher)
-            self._distiller.rebuild(trainer, pl_module, weights, given=True)
+            if self.teacher is not None:
+                in_parts = shards(trainer) and Path(self.teacher).is_dir()
+                weights = self.teacher if in_parts else weights_in_file(self.teacher)
+                self._distiller.rebuild(trainer, pl_module, weights, given=True)
         if not shards(trainer):
             self._go_on(trainer, pl_module)
 

@@ -16,7 +16,7 @@ def is_distributed(tensor: Tensor) -> bool:
 
 
 def local_part(tensor: Any) -> Tensor:
-    """What this process holds of a ``DTensor``, of another tensor all of it: detached and without a copy."""
+    """What this process holds of a tensor, detached and without a copy: of a ``DTensor`` its part, else all of it."""
     local: Tensor = tensor.detach().to_local() if is_distributed(tensor) else tensor.detach()
     return local
 

@@ -295,3 +295,45 @@ def _check_fsdp1(model: nn.Module) -> None:
 def version() -> tuple[int, ...]:
     """Of torch: its first two numbers."""
     return tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+class UnitLayout(NamedTuple):
+    """What ``fully_shard`` was called with.
+
+    Attributes:
+        modules: That make one unit.
+        settings: For another call; without where each parameter is divided, which the parameters say themselves.
+    """
+
+    modules: list[nn.Module]
+    settings: dict[str, Any]
+
+
+def unit_layouts(model: nn.Module) -> list[UnitLayout]:
+    """The units of a model, those inside of others before them: in this order a copy of it can be sharded.
+
+    A copy is gathered anew for its backward pass, whatever the unit does.
+
+    Raises:
+        UnsupportedError: If the parameters of a unit lie on several meshes.
+    """
+    states: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            states.setdefault(id(module._get_fsdp_state()), []).append(module)
+    found = [(modules, groups(modules[0])) for modules in states.values()]
+    if any(len(own) > 1 for _, own in found):
+        raise UnsupportedError(
+            "The parameters of one unit of FSDP2 lie on several meshes, and such a unit is not copied."
+        )
+    meshes = [group.mesh_info.mesh for _, own in found for group in own]
+    layouts = []
+    for modules, own in reversed(found):  # a module comes after those that it is in
+        state: Any = modules[0]._get_fsdp_state()
+        settings = {"mesh": meshes[0], "reshard_after_forward": True}
+        if hasattr(state, "_mp_policy"):  # which casts inputs, even of a unit without parameters of its own
+            settings["mp_policy"] = state._mp_policy
+        for group in own:
+            settings |= {"mesh": group.mesh_info.mesh, "offload_policy": group.offload_policy}
+        layouts.append(UnitLayout(modules, settings))
+    return layouts

@@ -12,6 +12,7 @@ from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.kinds import MatrixView
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.modes import in_full_precision
+from lightning_prehab.linalg.sharding import local_part
 from lightning_prehab.sharded.engine import reshard_
 from lightning_prehab.sharded.gathered import gathered
 from lightning_prehab.sharded.owned import Agree
@@ -30,7 +31,7 @@ class ShardedChange(NamedTuple):
 
 
 def changes_by_cut(
-    views: Mapping[str, MatrixView], factors: Mapping[str, Factors], agree: Agree[Any]
+    views: Mapping[str, MatrixView], factors: Mapping[str, Factors], agree: Agree
 ) -> list[ShardedChange]:
     """What turns matrices into the products of their factors; collective, one whole layer at a time.
 
@@ -42,11 +43,11 @@ def changes_by_cut(
     Raises:
         UnsupportedError: Where the cut shifts a bias, and for tensor parallelism together with FSDP2.
     """
-    return [change for name in factors for change in _of_one(views[name], factors[name], agree)]
+    return [_of_one(views[name], factors[name], agree) for name in factors]
 
 
 @torch.no_grad()
-def _of_one(view: MatrixView, found: Factors, agree: Agree[Any]) -> list[ShardedChange]:
+def _of_one(view: MatrixView, found: Factors, agree: Agree) -> ShardedChange:
     parameter = view.parameter
 
     def check() -> None:
@@ -64,7 +65,8 @@ def _of_one(view: MatrixView, found: Factors, agree: Agree[Any]) -> list[Sharded
 
     agree(check)
     whole = gathered(view)
-    return agree(lambda: [ShardedChange(parameter, _local_change(parameter, whole, found))])
+    change: ShardedChange = agree(lambda: ShardedChange(parameter, _local_change(parameter, whole, found)))
+    return change
 
 
 @in_full_precision
@@ -79,7 +81,7 @@ def _local_change(parameter: Any, whole: MatrixView, found: Factors) -> Tensor:
     mesh = parameter.device_mesh
     everywhere = DTensor.from_local(change, mesh, [Replicate()] * mesh.ndim, run_check=False)
     local: Tensor = everywhere.redistribute(mesh, parameter.placements).to_local().clone()
-    return local.to(parameter.to_local().device)
+    return local.to(local_part(parameter).device)
 
 
 @contextmanager
@@ -90,7 +92,7 @@ def moved_shards(model: nn.Module, changes: Sequence[ShardedChange], step: float
     Every process has to do it, and run the model inside as often as the others.
     """
     reshard_(model)  # what was gathered before would be used as it is
-    locals_ = {id(parameter): _local(parameter) for parameter, _ in changes}
+    locals_ = {id(parameter): local_part(parameter) for parameter, _ in changes}
     before = {key: local.clone() for key, local in locals_.items()} if step else {}
     try:
         for parameter, change in changes if step else ():
@@ -100,7 +102,3 @@ def moved_shards(model: nn.Module, changes: Sequence[ShardedChange], step: float
         reshard_(model)
         for key, local in before.items():
             locals_[key].copy_(local)
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()

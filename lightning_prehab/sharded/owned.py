@@ -1,7 +1,7 @@
 """Whole weights on one process each, so that several processes can work on several layers at the same time."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -10,12 +10,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from lightning_prehab.kinds import MatrixView
 from lightning_prehab.sharded.gathered import copies_of, full, rebound
 
-T = TypeVar("T")
 #: ``agree(work)``: what ``work`` returns on this process; an error on one process is raised on every one.
-Agree = Callable[[Callable[[], T]], T]
+Agree = Callable[[Callable[[], Any]], Any]
 
 
-def gathered_on(view: MatrixView, owner: int, agree: Agree[Any]) -> MatrixView | None:
+def gathered_on(view: MatrixView, owner: int, agree: Agree) -> MatrixView | None:
     """A stand-in that holds the whole weight, on the process that is going to work on it; None on the others.
 
     Collective. Where each process has rows of the weight, the others send theirs and need no room; in other placements
@@ -37,12 +36,12 @@ def gathered_on(view: MatrixView, owner: int, agree: Agree[Any]) -> MatrixView |
 
 
 @torch.no_grad()
-def whole_on(tensor: Tensor, owner: int, agree: Agree[Any]) -> Tensor | None:
+def whole_on(tensor: Tensor, owner: int, agree: Agree) -> Tensor | None:
     """The whole of a tensor on one process, detached; None on the others. Collective."""
     here = distributed.get_rank() == owner
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
-        return agree(lambda: tensor) if here else agree(lambda: None)
+        return tensor if here else None
     mesh, dimension = tensor.device_mesh, _rows(tensor)
     if dimension is None:
         agree(lambda: None)
@@ -52,8 +51,8 @@ def whole_on(tensor: Tensor, owner: int, agree: Agree[Any]) -> Tensor | None:
     ranks = distributed.get_process_group_ranks(group)
     most = -(-tensor.shape[0] // len(ranks))  # rows of a process; the last ones may have fewer
 
-    part = agree(lambda: _even_part(tensor, most))
-    room = agree(lambda: part.new_empty(len(ranks) * most, *part.shape[1:]) if here else None)
+    part: Tensor = agree(lambda: _even_part(tensor, most))
+    room: Tensor | None = agree(lambda: part.new_empty(len(ranks) * most, *part.shape[1:]) if here else None)
     if owner in ranks:
         distributed.gather(part, None if room is None else list(room.split(most)), dst=owner, group=group)
     return None if room is None else room[: tensor.shape[0]]

@@ -1,8 +1,10 @@
 """The teacher of a sharded model: a copy that is sharded like it, of which each process keeps its part."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +12,15 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from lightning_prehab.distillation.teacher import Teacher, of_products
 from lightning_prehab.errors import CheckpointError
+from lightning_prehab.linalg.sharding import local_part
 from lightning_prehab.sharded.copies import fill_, places_of
 from lightning_prehab.sharded.engine import managed_by, reshard_
 from lightning_prehab.sharded.gathered import dtensor_like, full
+from lightning_prehab.sharded.pairs import part_of
 from lightning_prehab.targets.names import clean_name
 
 
@@ -112,7 +116,7 @@ def gathered_tensors(teacher: ShardedTeacher, keep: bool) -> dict[str, Tensor]:
     for place in places_of(teacher.module):
         if id(place.parameter) not in known:
             whole = full(place.parameter)
-            known[id(place.parameter)] = whole.cpu() if keep else whole[:0]
+            known[id(place.parameter)] = whole.cpu() if keep else torch.empty(0)
         found[clean_name(place.name)] = known[id(place.parameter)]
     found |= {
         clean_name(name): one.detach().cpu() for name, one in teacher.module.named_buffers(remove_duplicate=False)
@@ -142,7 +146,7 @@ def fill_from_whole_(
         if isinstance(like, DTensor):
             whole = whole.to(like.device_mesh.device_type)
             dtype = dtypes.get(id(like), whole.dtype)
-            parts[place.name] = dtensor_like(_part_of(whole, like).to(device, dtype, copy=True), like)
+            parts[place.name] = dtensor_like(part_of(whole, like).to(device, dtype, copy=True), like)
         else:
             like.copy_(whole)
     for name, buffer in blank.named_buffers(remove_duplicate=False):
@@ -158,7 +162,12 @@ def save_parts(tensors: Mapping[str, Tensor], folder: Path) -> None:
 
 @torch.no_grad()
 def fill_from_parts_(
-    blank: nn.Module, folder: Path, device: torch.device, dtypes: Mapping[int, torch.dtype], prefix: str = ""
+    blank: nn.Module,
+    folder: Path,
+    device: torch.device,
+    dtypes: Mapping[int, torch.dtype],
+    agree: Callable[[Callable[[], Any]], Any],
+    prefix: str = "",
 ) -> None:
     """Gives a blank copy what lies in a folder that any number of processes have written; collective.
 
@@ -167,11 +176,34 @@ def fill_from_parts_(
         folder: From :func:`save_parts`, or a distributed checkpoint.
         device: Where the parts are kept.
         dtypes: Of parameters of the copy that are kept in another one, by their id.
+        agree: Does work, and raises on all processes what one of them has raised.
         prefix: Of the names there.
 
     Raises:
         CheckpointError: If weights are missing, or do not fit (the tensor is named).
     """
+    stored = agree(partial(_stored_in, folder, prefix, blank))
+    names = {clean_name(name): name for name in stored}
+    wanted: dict[str, Tensor] = {}
+    for place in places_of(blank):
+        name, like = names[clean_name(place.name)], place.parameter
+        wanted[prefix + name] = like.detach()
+        if isinstance(like, DTensor):
+            local = torch.empty(like.to_local().shape, dtype=stored[name].properties.dtype, device=device)
+            wanted[prefix + name] = dtensor_like(local, like)
+    for raw, buffer in blank.named_buffers(remove_duplicate=False):
+        if clean_name(raw) in names:
+            wanted[prefix + names[clean_name(raw)]] = buffer
+    load(wanted, checkpoint_id=folder)
+    parts: dict[str, DTensor] = {}
+    for place in places_of(blank):
+        found, like = wanted[prefix + names[clean_name(place.name)]], place.parameter
+        if isinstance(found, DTensor):
+            parts[place.name] = dtensor_like(local_part(found).to(dtypes.get(id(like), found.dtype)), found)
+    fill_(blank, parts)
+
+
+def _stored_in(folder: Path, prefix: str, blank: nn.Module) -> dict[str, TensorStorageMetadata]:
     try:
         index = FileSystemReader(folder).read_metadata().state_dict_metadata
     except Exception as error:
@@ -184,32 +216,8 @@ def fill_from_parts_(
         for key, one in index.items()
         if key.startswith(prefix) and isinstance(one, TensorStorageMetadata)
     }
-    names = {clean_name(name): prefix + name for name in stored}
-    _check(blank, {name: stored[raw.removeprefix(prefix)].size for name, raw in names.items()})
-    wanted: dict[str, Tensor] = {}
-    for place in places_of(blank):
-        raw, like = names[clean_name(place.name)], place.parameter
-        wanted[raw] = like.detach()
-        if isinstance(like, DTensor):
-            dtype = stored[raw.removeprefix(prefix)].properties.dtype
-            wanted[raw] = dtensor_like(torch.empty(like.to_local().shape, dtype=dtype, device=device), like)
-    for name, buffer in blank.named_buffers(remove_duplicate=False):
-        if clean_name(name) in names:
-            wanted[names[clean_name(name)]] = buffer
-    load(wanted, checkpoint_id=folder)
-    parts: dict[str, DTensor] = {}
-    for place in places_of(blank):
-        found, like = wanted[names[clean_name(place.name)]], place.parameter
-        if isinstance(found, DTensor):
-            parts[place.name] = dtensor_like(found.to_local().to(dtypes.get(id(like), found.dtype)), found)
-    fill_(blank, parts)
-
-
-def _part_of(whole: Tensor, like: DTensor) -> Tensor:
-    """What this process would hold of a tensor that all have; nothing is sent."""
-    mesh = like.device_mesh
-    everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return everywhere.redistribute(placements=like.placements).to_local()
+    _check(blank, {clean_name(name): one.size for name, one in stored.items()})
+    return stored
 
 
 def _check(blank: nn.Module, shapes: Mapping[str, torch.Size]) -> None:

@@ -15,7 +15,8 @@ OLDEST = (2, 10)  # of FSDP2 on the CPU
 pytestmark = [
     pytest.mark.ddp,
     pytest.mark.skipif(
-        tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST, reason="FSDP2 on the CPU needs torch 2.10"
+        tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST,
+        reason="FSDP2 on the CPU needs torch 2.10",
     ),
 ]
 NAMES = ["default", "pivot", "sparse", "several", "trials"]
