@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement
 
 from lightning_prehab.errors import UnsupportedError
 
 #: The private names that are used, by what has them; found on torch 2.6, 2.8, 2.10 and 2.14.
 NAMES: dict[str, tuple[str, ...]] = {
     "unit": ("_get_fsdp_state",),
+    "state": ("_mp_policy",),
     "group": (
         "fsdp_params",
         "mesh_info",
@@ -64,6 +66,18 @@ class Managed(NamedTuple):
     parameter: Any
 
 
+class UnitLayout(NamedTuple):
+    """What ``fully_shard`` was called with.
+
+    Attributes:
+        modules: That make one unit.
+        settings: For another call; without where each parameter is divided, which the parameters say themselves.
+    """
+
+    modules: list[nn.Module]
+    settings: dict[str, Any]
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether a parameter of a model is a ``DTensor``, or a module a unit of FSDP2."""
     return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
@@ -82,6 +96,7 @@ def check_engine(model: nn.Module) -> None:
         if not isinstance(module, FSDPModule):
             continue
         _check_names(module, "unit")
+        _check_names(module._get_fsdp_state(), "state")
         for group in groups(module):
             _check_group(group)
     index = managed_by(model)
@@ -125,12 +140,46 @@ def managed_by(model: nn.Module) -> dict[int, Managed]:
     return found
 
 
+def unit_layouts(model: nn.Module) -> list[UnitLayout]:
+    """The units of a model, those inside of others before them: in this order a copy of it can be sharded.
+
+    A copy is gathered anew for its backward pass, whatever the unit does.
+
+    Raises:
+        UnsupportedError: If the parameters of a unit lie on several meshes.
+    """
+    states: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            states.setdefault(id(module._get_fsdp_state()), []).append(module)
+    found = [(modules, groups(modules[0])) for modules in states.values()]
+    if any(len(own) > 1 for _, own in found):
+        raise UnsupportedError(
+            "The parameters of one unit of FSDP2 lie on several meshes, and such a unit is not copied."
+        )
+    meshes = [group.mesh_info.mesh for _, own in found for group in own]
+    layouts = []
+    for modules, own in reversed(found):  # a module comes after those that it is in
+        state: Any = modules[0]._get_fsdp_state()
+        settings = {"mesh": meshes[0], "reshard_after_forward": True, "mp_policy": state._mp_policy}
+        for group in own:
+            settings |= {"mesh": group.mesh_info.mesh, "offload_policy": group.offload_policy}
+        layouts.append(UnitLayout(modules, settings))
+    return layouts
+
+
 def is_tensor_parallel(parameter: Tensor, managed: Managed | None) -> bool:
     """Whether a parameter would be a ``DTensor`` without FSDP2, too."""
+    return parallel_plan(parameter, managed) is not None
+
+
+def parallel_plan(parameter: Tensor, managed: Managed | None) -> tuple[DeviceMesh, tuple[Placement, ...]] | None:
+    """Mesh and placements that a parameter would have without FSDP2; None if it would be an ordinary tensor."""
     if managed is None:
-        return isinstance(parameter, DTensor)
-    whole = getattr(managed.parameter, "_unsharded_dtensor_spec", None)  # torch 2.14; before, _tp_spec
-    return whole is not None or getattr(managed.parameter, "_tp_spec", None) is not None
+        return (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else None
+    spec = getattr(managed.parameter, "_unsharded_dtensor_spec", None)  # torch 2.14; before, _tp_spec
+    spec = getattr(managed.parameter, "_tp_spec", None) if spec is None else spec
+    return None if spec is None else (spec.mesh, tuple(spec.placements))
 
 
 def why_not_now(managed: Managed) -> str | None:
@@ -246,45 +295,3 @@ def _check_fsdp1(model: nn.Module) -> None:
 def version() -> tuple[int, ...]:
     """Of torch: its first two numbers."""
     return tuple(int(part) for part in torch.__version__.split(".")[:2])
-
-
-class UnitLayout(NamedTuple):
-    """What ``fully_shard`` was called with.
-
-    Attributes:
-        modules: That make one unit.
-        settings: For another call; without where each parameter is divided, which the parameters say themselves.
-    """
-
-    modules: list[nn.Module]
-    settings: dict[str, Any]
-
-
-def unit_layouts(model: nn.Module) -> list[UnitLayout]:
-    """The units of a model, those inside of others before them: in this order a copy of it can be sharded.
-
-    A copy is gathered anew for its backward pass, whatever the unit does.
-
-    Raises:
-        UnsupportedError: If the parameters of a unit lie on several meshes.
-    """
-    states: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            states.setdefault(id(module._get_fsdp_state()), []).append(module)
-    found = [(modules, groups(modules[0])) for modules in states.values()]
-    if any(len(own) > 1 for _, own in found):
-        raise UnsupportedError(
-            "The parameters of one unit of FSDP2 lie on several meshes, and such a unit is not copied."
-        )
-    meshes = [group.mesh_info.mesh for _, own in found for group in own]
-    layouts = []
-    for modules, own in reversed(found):  # a module comes after those that it is in
-        state: Any = modules[0]._get_fsdp_state()
-        settings = {"mesh": meshes[0], "reshard_after_forward": True}
-        if hasattr(state, "_mp_policy"):  # which casts inputs, even of a unit without parameters of its own
-            settings["mp_policy"] = state._mp_policy
-        for group in own:
-            settings |= {"mesh": group.mesh_info.mesh, "offload_policy": group.offload_policy}
-        layouts.append(UnitLayout(modules, settings))
-    return layouts

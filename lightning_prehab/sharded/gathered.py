@@ -8,6 +8,7 @@ whole, plain one at another, between its forward and its backward pass and after
 import copy
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,25 @@ def dtensor_like(local: Tensor, like: DTensor) -> DTensor:
     return DTensor.from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
+
+
+def share_of(whole: Tensor, like: DTensor) -> Tensor:
+    """What this process holds of a whole tensor that is divided like another one: a copy, where that one has its own.
+
+    Nothing is sent.
+    """
+    mesh, part = like.device_mesh, whole.detach()
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    places = enumerate(like.placements)
+    strided = {index for index, placement in places if type(placement).__name__ == "_StridedShard"}
+    for index in sorted(range(mesh.ndim), key=lambda one: one in strided):  # these divide what the others have divided
+        placement: Any = like.placements[index]
+        if not placement.is_replicate():
+            size, length = -(-part.shape[placement.dim] // mesh.size(index)), part.shape[placement.dim]
+            start = min(coordinate[index] * size, length)
+            part = part.narrow(placement.dim, start, min(size, length - start))
+    return part.to(like.to_local().device, copy=True, memory_format=torch.contiguous_format)
 
 
 def stand_in(view: MatrixView, weight: nn.Parameter | Tensor) -> MatrixView:
