@@ -12,11 +12,13 @@ from lightning_prehab.callbacks._owners import in_rounds, owners_of
 from lightning_prehab.callbacks._regularized import RegularizedLayer, restore_layers
 from lightning_prehab.callbacks._said import named
 from lightning_prehab.errors import PrehabError, UnsupportedError
-from lightning_prehab.kinds import MatrixView
+from lightning_prehab.kinds import MatrixView, view_of
+from lightning_prehab.linalg.sharding import is_distributed, local_part
 from lightning_prehab.regularizers import Penalty, Shrinkage
 from lightning_prehab.regularizers.metric import Metric
 from lightning_prehab.sharded.gathered import copies_of, pinned, rebound
 from lightning_prehab.sharded.rows import ShardedRows, Spread, rows_of
+from lightning_prehab.targets.locate import Target
 
 T = TypeVar("T")
 #: What :meth:`RegularizedLayer.tail` remembers, which only owners are asked for.
@@ -49,12 +51,12 @@ class ShardedLayer(RegularizedLayer):
         return rows_of(self.view, self.spreads)
 
     def here(self, tensor: Tensor | None = None) -> Tensor:
-        """The rows of this process, of the weight or of what it has of the gradient."""
-        return self._rows().within(self.spreads[0].local if tensor is None else tensor).flatten(1)
+        """The rows of this process, of the weight or of its gradient."""
+        return self._rows().within(local_part(self.parameter if tensor is None else tensor)).flatten(1)
 
     def put_(self, matrix: Tensor, into: Tensor | None = None) -> None:
         """Writes them."""
-        self._rows().write_(matrix, self.spreads[0].local if into is None else into)
+        self._rows().write_(matrix, local_part(self.parameter if into is None else into))
 
     def whole(self, parameters: Mapping[int, nn.Parameter]) -> RegularizedLayer:
         """The same layer, with the same memory, around gathered parameters, by the id of the sharded ones."""
@@ -66,12 +68,19 @@ class ShardedLayer(RegularizedLayer):
 
     def _rows(self) -> ShardedRows:
         rows = self.rows()
-        if rows is None:
-            raise UnsupportedError(
-                f"Layer {self.name!r} ({type(self.view.module).__name__}) lies on the processes in another way than row "
-                "by row, so its rows cannot be changed in place. Leave it out with exclude_modules."
-            )
+        assert rows is not None  # see check_rows
         return rows
+
+
+def check_rows(targets: Mapping[str, Target]) -> None:
+    """Raises :class:`UnsupportedError` for a layer in shards whose rows cannot be changed where they are."""
+    for name, target in targets.items():
+        view = view_of(target)
+        if is_distributed(view.parameter) and rows_of(view, [Spread(one) for one in view.parameters]) is None:
+            raise UnsupportedError(
+                f"Layer {name!r} ({type(view.module).__name__}) is not sharded row by row, so its matrix cannot be "
+                "exchanged for another one in each step. Use PrehabCallback, or leave it out with exclude_modules."
+            )
 
 
 class _Gathering:
