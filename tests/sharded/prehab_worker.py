@@ -29,6 +29,7 @@ from lightning_prehab.callbacks._sharded_layers import (
     share_out_,
     states_of_shards,
 )
+from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.kinds import kind_again
 from lightning_prehab.linalg.sharding import local_part
 from lightning_prehab.regularizers import GradientRatio, Penalty, Shrinkage
@@ -260,9 +261,9 @@ class Lit(pl.LightningModule):
         if self.net is not None:
             return
         torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(6, 12), Block(), nn.LayerNorm(12), Block(), nn.Linear(12, 5))
+        self.net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), Block(), nn.Tanh(), Block(), nn.Linear(12, 5))
         if self.device_mesh is not None:
-            for module in (self.net[1], self.net[3], self.net):
+            for module in (self.net[2], self.net[4], self.net):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch, batch_idx):
@@ -340,7 +341,8 @@ def check_training(name):
     assert isinstance(trainer.strategy, ModelParallelStrategy)
     found, expected = weights_of(ours), weights_of(theirs)
     for key, weight in expected.items():
-        assert_near(found[key], weight, f"{name}, {key}")
+        # The way back divides by a root of a Gram matrix of few samples, which multiplies what has been rounded.
+        assert_near(found[key], weight, f"{name}, {key}", 1e-3 if name == "PaperPrehab" else 1e-5)
     assert any(key.startswith("prehab/") for key in ours.logged[-1])
     for one, other in zip(ours.logged, theirs.logged, strict=True):
         assert one.keys() == other.keys(), (one, other)
@@ -349,8 +351,21 @@ def check_training(name):
 
 
 def check_refusals():
-    with pytest.raises(lp.UnsupportedError, match="injection='gradient'"):
+    with pytest.raises(UnsupportedError, match="injection='gradient'"):
         fit([lp.PrehabCallback(lp.StableRank(), injection="loss")])
+
+
+def check_the_whole_act():
+    """Toward the planned ranks, cut, and trained on: what one process makes of it."""
+    found = []
+    for sharded in (True, False):
+        prehab, cut = lp.PrehabCallback(forecast_every_n_steps=4), lp.CompressionCallback(epoch=2, keep=0.5)
+        lit, _ = fit([prehab, cut, lp.RehabSchedule()], sharded=sharded, epochs=4)
+        found.append((lit, cut.report.ranks, weights_of(lit)))
+    (ours, ranks, weights), (theirs, expected, wishes) = found
+    assert ranks == expected
+    if RANK == 0:
+        print(ranks, ours.logged, theirs.logged, {key: float((weights[key]-wish).abs().max()/wish.abs().max()) for key, wish in wishes.items()})
 
 
 class Save(pl.Callback):
@@ -386,6 +401,7 @@ CHECKS = {
     "training, TailShrinkage": lambda: check_training("TailShrinkage"),
     "training, SpectralWeightDecay": lambda: check_training("SpectralWeightDecay"),
     "training, PaperPrehab": lambda: check_training("PaperPrehab"),
+    "the whole act": check_the_whole_act,
     "refusals": check_refusals,
     "resume, TailEnergy": lambda: check_resume("TailEnergy", whole_checkpoint=True),
     "resume, NuclearNorm": lambda: check_resume("NuclearNorm", whole_checkpoint=False),
@@ -395,7 +411,7 @@ CHECKS = {
 if __name__ == "__main__":
     distributed.init_process_group("gloo")
     for name, check in CHECKS.items():
-        if len(sys.argv) > 1 and sys.argv[1] not in name:
+        if not any(word in name for word in sys.argv[1:] or [""]):
             continue
         check()
         if RANK == 0:
