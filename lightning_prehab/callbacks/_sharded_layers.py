@@ -351,14 +351,18 @@ def _learns_of_owners(penalty: Penalty) -> bool:
     return type(penalty).needs_whole is not Penalty.needs_whole
 
 
-#: Of each tensor of a memory the shape, the dtype, and whether it lives on the CPU whatever the device.
-_Description = dict[str, tuple[torch.Size, torch.dtype, bool]]
+#: Of each tensor of a memory the shape, the strides of a copy (products are rounded as memory is laid out), the dtype,
+#: and whether it lives on the CPU whatever the device.
+_Description = dict[str, tuple[torch.Size, tuple[int, ...], torch.dtype, bool]]
 
 
 def _described(gatherings: Sequence[_Gathering]) -> dict[str, _Description]:
     """What this process remembers of its own layers."""
     return {
-        layer.name: {key: (tensor.shape, tensor.dtype, tensor.is_cpu) for key, tensor in layer.memory.items()}
+        layer.name: {
+            key: (tensor.shape, torch.empty_like(tensor, device="meta").stride(), tensor.dtype, tensor.is_cpu)
+            for key, tensor in layer.memory.items()
+        }
         for one in gatherings
         for layer in one.layers
         if one.is_here
@@ -372,8 +376,9 @@ def _memories_of_owners(
     for one in gatherings:
         for layer in one.layers:
             memory = {}
-            for key, (shape, dtype, on_cpu) in described[layer.name].items():
+            for key, (shape, strides, dtype, on_cpu) in described[layer.name].items():
                 tensor = layer.memory[key] if one.is_here else torch.empty(shape, dtype=dtype)
                 tensor = one.spreads[0].send(tensor.to(layer.device), one.owner)
-                memory[key] = tensor.cpu() if on_cpu else tensor
+                memory[key] = torch.empty_strided(shape, strides, dtype=dtype, device="cpu" if on_cpu else layer.device)
+                memory[key].copy_(tensor)
             yield layer, memory

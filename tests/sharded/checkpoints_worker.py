@@ -185,7 +185,17 @@ def check_resume(folder, kind):
     for moment in ("0", "ride", str(SURGERY - 1), "cut", str(SURGERY), str(EPOCHS - 1)):
         callback = cut(**cuts)
         resumed = fit(kind, [callback], f"{folder}/{kind}-{moment}.ckpt")
-        if os.environ.get("DBG"): print(moment, len(resumed[0].losses), [(i, float(a), float(b)) for i, (a, b) in enumerate(zip(resumed[0].losses, reference[0].losses[-len(resumed[0].losses):])) if a != b][:2], flush=True)  # TEMP
+        if os.environ.get("DBG"):
+            print(
+                moment,
+                len(resumed[0].losses),
+                [
+                    (i, float(a), float(b))
+                    for i, (a, b) in enumerate(zip(resumed[0].losses, reference[0].losses[-len(resumed[0].losses) :]))
+                    if a != b
+                ][:2],
+                flush=True,
+            )  # TEMP
         assert_same_end(resumed, reference)
         assert callback.done, moment
         assert [one.ranks for one in callback.reports] == [one.ranks for one in reference[1].callbacks[0].reports]
@@ -297,7 +307,9 @@ def check_the_last_one(folder):
         shutil.rmtree(where, ignore_errors=True) if trainer.is_global_zero else None
         trainer.strategy.barrier()
         assert_same_end((lit, trainer), fit(kind, [cut()]))
-        [dense] = trainer.validate(lit, Loader(), f"{folder}/{kind}-0.ckpt", verbose=False)  # after fit, with optimizers
+        [dense] = trainer.validate(
+            lit, Loader(), f"{folder}/{kind}-0.ckpt", verbose=False
+        )  # after fit, with optimizers
         assert dense == trainer_of(kind, [cut()]).validate(Lit(), Loader(), f"{folder}/{kind}-0.ckpt", verbose=False)[0]
 
 
@@ -352,7 +364,8 @@ CHECKS = {
 
 if __name__ == "__main__":
     for name, check in CHECKS.items():
-        if sys.argv[2:] and name not in sys.argv[2:]: continue  # TEMP
+        if sys.argv[2:] and name not in sys.argv[2:]:
+            continue  # TEMP
         check(Path(sys.argv[1]))
         if int(os.environ["RANK"]) == 0:
             print(f"passed: {name}", flush=True)
