@@ -194,6 +194,25 @@ def tails_of(trainer: "pl.Trainer", layers: Sequence[RegularizedLayer]) -> tuple
     return sum(shares) / len(shares), sum(absolute)
 
 
+@torch.no_grad()
+def cuts_of_shards(trainer: "pl.Trainer", layers: Sequence[ShardedLayer]) -> Iterator[tuple[str, Tensor]]:
+    """What :meth:`RegularizedLayer.cut` would change in what this process has of each parameter.
+
+    Yields:
+        The name of a layer that is held by the parameter, and the change; once for each parameter.
+    """
+
+    def change(wholes: list[RegularizedLayer], _: Mapping[int, nn.Parameter]) -> Tensor:
+        held = wholes[0].parameter.detach()
+        new = held.clone()
+        for one in wholes:
+            one.view.write_(one.here() + one.cut().to(held), into=new)
+        return new - held
+
+    for gathering, found in on_owners(trainer, layers, change):
+        yield gathering.layers[0].name, gathering.layers[0].spreads[0].scatter(found, gathering.owner)
+
+
 def pull_of_shards(
     trainer: "pl.Trainer", regularizer: Penalty, layers: Sequence[ShardedLayer]
 ) -> tuple[list[Tensor], list[tuple[nn.Parameter, Tensor]]]:

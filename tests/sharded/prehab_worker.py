@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_prehab as lp
 from lightning_prehab.callbacks._injection import add_to_gradients_, pull_of
 from lightning_prehab.callbacks._regularized import RegularizedLayer, matrices
-from lightning_prehab.callbacks._shared_work import shrink_together_
 from lightning_prehab.callbacks._sharded_layers import (
     ShardedLayer,
     figures,
@@ -29,6 +28,7 @@ from lightning_prehab.callbacks._sharded_layers import (
     share_out_,
     states_of_shards,
 )
+from lightning_prehab.callbacks._shared_work import shrink_together_
 from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.kinds import kind_again
 from lightning_prehab.linalg.sharding import local_part
@@ -367,6 +367,22 @@ def check_the_whole_act():
     assert ours.logged[-1].keys() == theirs.logged[-1].keys()
 
 
+def check_forecast():
+    """What the cut would add to the loss is tried on a copy in shards."""
+    found = []
+    for sharded in (True, False):
+        prehab = lp.PrehabCallback(
+            lp.StableRank(), 0.1, space="loss", forecast_every_n_steps=2, start_epoch=0, **GRADIENT
+        )
+        lit, _ = fit([prehab, lp.CompressionCallback(epoch=3, keep=0.4)], sharded=sharded, epochs=4)
+        found.append(lit.logged)
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert ours[key] == pytest.approx(value, rel=1e-2), key
+    assert found[0][-1]["prehab/forecast"] > 0.0
+
+
 class Save(pl.Callback):
     def __init__(self, path, epoch):
         self.path, self.epoch = path, epoch
@@ -401,6 +417,7 @@ CHECKS = {
     "training, SpectralWeightDecay": lambda: check_training("SpectralWeightDecay"),
     "training, PaperPrehab": lambda: check_training("PaperPrehab"),
     "the whole act": check_the_whole_act,
+    "forecast": check_forecast,
     "refusals": check_refusals,
     "resume, TailEnergy": lambda: check_resume("TailEnergy", whole_checkpoint=True),
     "resume, NuclearNorm": lambda: check_resume("NuclearNorm", whole_checkpoint=False),
