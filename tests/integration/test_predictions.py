@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
-from lightning_prehab.callbacks._regularized import tails_of
+from lightning_prehab.callbacks._sharded_layers import tails_of
 
 SYMBOLS, WIDTH = 12, 32
 #: A cut that costs less or more is not a small one; in the unit of a mean over predictions.
@@ -194,7 +194,7 @@ class Watch(pl.Callback):
         if self.prehab is None or self.prehab.forecast is None or (batch_idx + 1) % 10:
             return
         layers = [layer for layer in self.prehab._layers if layer.rank is not None]
-        tails_of(layers)
+        tails_of(trainer, layers)
         before, kept = self.loss(pl_module), copy.deepcopy(pl_module.state_dict())
         with torch.no_grad():
             for layer in layers:
