@@ -1,4 +1,4 @@
-"""Digits on one device, under DDP or sharded by FSDP2, as the configuration says: ``python train.py --config ddp.yaml``.
+"""Digits on one device, under DDP or sharded by FSDP2, as the YAML says: ``python train.py --config ddp.yaml``.
 
 Started again it goes on from the newest checkpoint. The order of the data does not depend on the number of processes.
 """
