@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import Tensor
 
@@ -28,14 +28,15 @@ def check_strategy(trainer: "pl.Trainer", who: pl.Callback, *, sharded: bool = F
         sharded: Whether it can work on weights that FSDP2 shards, too.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or (sharded and shards(trainer)):
+    whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+    if whole or (sharded and shards(trainer)):  # Lightning derives DeepSpeedStrategy from DDPStrategy
         return
     known = "one device, DDP and FSDP2 (ModelParallelStrategy)" if sharded else "one device and DDP"
     raise UnsupportedError(
         f"{type(who).__name__} supports {known}, not {type(strategy).__name__}"
         + ("" if shards(trainer) else ": its flat pieces of weights and optimizer states are no matrices any more")
-        + ". Work in two phases: compress with compress_folder or compress_() outside of this strategy, and go on under "
-        "it with the compressed structure built in configure_model; docs/howto/cluster.md shows how."
+        + ". Work in two phases: compress with compress_folder or compress_() outside of this strategy, and go on "
+        "under it with the compressed structure built in configure_model; docs/howto/cluster.md shows how."
     )
 
 
