@@ -39,6 +39,7 @@ FLOORS = [
         "refinement": "training of a cut model toward the dense one",
         "distillation": "the dense model as teacher beside the steps of a training",
     },
+    {"sharded": "a model whose parameters lie in shards on several processes"},
     {
         "sites": "where a model can live",
         "offload": "a model in a folder, one block in memory at a time",
@@ -96,7 +97,8 @@ STEPS = {
     "collect_statistics": {"sites/process.py"},
     "decompose_targets": {"plan/spectra.py"},
     "measure_probes": {"sites/process.py", "callbacks/_own_pass.py"},
-    "compute_factors": {"sites/process.py", "callbacks/_site.py", "offload/site.py"},
+    "compute_factors": {"sites/process.py", "callbacks/_site.py", "callbacks/_sharded_site.py", "offload/site.py"},
+    "prepare_sharded_swap": {"callbacks/_sharded_site.py"},
     "effect_of_cuts": {"sites/process.py"},
     "CutsInTraining": {"callbacks/_site.py"},
     "prepare_swap": {"surgery/swap.py", "callbacks/_site.py"},

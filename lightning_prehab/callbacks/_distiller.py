@@ -5,34 +5,35 @@ the distance goes into the loss. With manual optimization, where there may be se
 the answers, a hook on each answer adds the gradient of its distance when that of a loss comes by.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.callbacks._injection import add_to_loss_
-from lightning_prehab.callbacks._trainer import loss_scale
-from lightning_prehab.distillation.calls import Calls, autocast_of, named
+from lightning_prehab.callbacks._keeper import Keeper, Precision, refuse_shared
+from lightning_prehab.callbacks._sharded_keeper import ShardedKeeper
+from lightning_prehab.callbacks._trainer import loss_scale, shards
+from lightning_prehab.distillation.calls import Call, Calls, autocast_of, named
 from lightning_prehab.distillation.comparison import Comparison
-from lightning_prehab.distillation.replay import WAY_OUT, Pair, features_of, pairs_of
-from lightning_prehab.distillation.teacher import Teacher, bytes_of_copy, copy_of, rebuilt
+from lightning_prehab.distillation.replay import WAY_OUT, Pair, check_calls, features_of, pairs_of
+from lightning_prehab.distillation.teacher import Teacher
 from lightning_prehab.documents.settings import show
 from lightning_prehab.errors import ArgumentError, NumericalError, StatisticsError, UnsupportedError
 from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.refinement.blocks import find_blocks
 from lightning_prehab.refinement.distance import answer_in
 from lightning_prehab.statistics.batches import to_device
-from lightning_prehab.statistics.collector import recompile
+from lightning_prehab.statistics.collector import recompile, unseen
 from lightning_prehab.targets.locate import low_rank_layers
 from lightning_prehab.targets.names import Patterns, match_names
 
 Form = Literal["logits", "features"]
-Precision = Literal["auto", "half", "full"]
 #: Calls a model on a batch and returns its logits.
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -68,8 +69,9 @@ class Distiller:
     ) -> None:
         self._who, self._form, self._temperature = who, form, temperature
         self._module, self._forward, self._feature_modules = module, forward, feature_modules
-        self._precision = precision
+        self._precision: Precision = precision
         self._device = None if device is None else _device(device)
+        self._keeper = Keeper(who, precision, self._device)
         self.teacher: Teacher | None = None
         self._stored = True  # in checkpoints
         self._calls: Calls | None = None
@@ -82,7 +84,7 @@ class Distiller:
         self.teacher = None
         self._comparison = Comparison(self._temperature, relative=self._form == "features")
         self._features: list[str] = []
-        self._checked = self._reached = False
+        self._checked = self._reached = self._looked = False
         self._batch: Any = None
 
     def check_names(self, pl_module: "pl.LightningModule") -> None:
@@ -92,12 +94,35 @@ class Distiller:
         if self._form == "features":
             self._choose_features(pl_module)
 
+    def begin_fit(self, trainer: "pl.Trainer") -> None:
+        """Knows how a model of this Trainer is kept; in ``setup``.
+
+        Raises:
+            UnsupportedError: If the teacher of a sharded model shall lie elsewhere than the model.
+        """
+        if not shards(trainer):
+            self._keeper = Keeper(self._who, self._precision, self._device)
+            return
+        if self._device is not None:
+            raise UnsupportedError(
+                f"{self._who}(device={str(self._device)!r}): the teacher of a sharded model is sharded like it, and "
+                "lies where that does (on the CPU with CPUOffloadPolicy). Leave device out."
+            )
+        name = f"{self._who.partition('(')[0]}_teacher"
+        self._keeper = ShardedKeeper(self._who, self._precision, trainer, name, self._tensors_to_store)
+
+    def end_fit(self) -> None:
+        """Nothing of a Trainer is held any more."""
+        self._keeper.close()
+
+    def check_model(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Raises :class:`UnsupportedError` if the model of now could not become the teacher."""
+        self._keeper.check(trainer, pl_module)
+
     def announce(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", when: str) -> None:
         """Says what the teacher is going to take."""
-        size = bytes_of_copy(pl_module, self._half(trainer)) / 1e6
-        where = pl_module.device if self._device is None else self._device
         rank_zero_info(
-            f"{self._who}: the model as it is {when} becomes the teacher, {size:,.1f} MB on {where} beside the model; "
+            f"{self._who}: the model as it is {when} becomes the teacher, {self._keeper.size(trainer, pl_module)}; "
             "its weights are written into each checkpoint from then on, which grows by as much."
         )
 
@@ -107,62 +132,38 @@ class Distiller:
         Raises:
             UnsupportedError: If it cannot be copied.
         """
-        half = self._half(trainer)
-        self._adopt(trainer, copy_of(pl_module, self._device, half), half)
-        assert self.teacher is not None
-        if trainer.world_size > 1:  # running statistics of each process are its own; checkpoints hold the first one's
-            for buffer in self.teacher.module.buffers():
-                distributed.broadcast(buffer, src=0)
+        self._adopt(trainer, self._keeper.keep(trainer, pl_module))
 
     def rebuild(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", tensors: Mapping[str, Tensor], stored: bool = True
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", tensors: Any, given: bool = False
     ) -> None:
         """Makes a teacher of weights.
 
         Args:
             trainer: The running Trainer.
             pl_module: Its module, cut or not.
-            tensors: By name.
-            stored: Write them into checkpoints.
+            tensors: As :meth:`state_dict` has them of a teacher; or those of a dense model, by name.
+            given: They are the latter, and are not written into checkpoints.
 
         Raises:
             CheckpointError: If they are not those of the dense form of the model.
         """
-        half = self._half(trainer)
-        module = rebuilt(pl_module, tensors, self._device)
-        if not stored and half is not None:
-            module = copy_of(module, half=half)
-        self._adopt(trainer, module, half)
-        self._stored = stored
+        self._adopt(trainer, self._keeper.rebuild(trainer, pl_module, tensors, given))
+        self._stored = not given
 
     def take(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", module: nn.Module) -> None:
         """Makes a module that was given the teacher, as it is; it is not stored."""
-        own = {id(parameter) for parameter in pl_module.parameters()}
-        if any(id(parameter) in own for parameter in module.parameters()):
-            raise UnsupportedError(
-                f"The teacher of {self._who} is the model that is trained, or shares weights with it; give a copy "
-                "(copy.deepcopy), or a checkpoint."
-            )
-        by_name = isinstance(module, pl.LightningModule)
-        device = pl_module.device if self._device is None else self._device
-        half = self._half(trainer) if self._precision == "half" else None
-        self.teacher = Teacher(module, device=device, half=half, by_name=by_name)
-        self._stored = False
+        refuse_shared(self._who, pl_module, module)
+        self.teacher, self._stored = self._keeper.take(trainer, pl_module, module), False
 
-    def _adopt(self, trainer: "pl.Trainer", module: nn.Module, half: torch.dtype | None) -> None:
-        if isinstance(module, pl.LightningModule):
-            module.trainer = trainer
-            module.log = module.log_dict = _ignore  # type: ignore[method-assign]
-        self.teacher, self._stored = Teacher(module, half=half), True
+    def _adopt(self, trainer: "pl.Trainer", teacher: Teacher) -> None:
+        if isinstance(teacher.module, pl.LightningModule):
+            teacher.module.trainer = trainer
+            teacher.module.log = teacher.module.log_dict = _ignore  # type: ignore[method-assign]
+        self.teacher, self._stored = teacher, True
 
-    def _half(self, trainer: "pl.Trainer") -> torch.dtype | None:
-        plugin = trainer.precision_plugin
-        mixed = isinstance(plugin, MixedPrecision)
-        if self._precision == "full" or (self._precision == "auto" and not mixed):
-            return None
-        fp16 = isinstance(plugin, MixedPrecision) and plugin.precision == "16-mixed"
-        on_cpu = self._device is not None and self._device.type == "cpu"
-        return torch.float16 if fp16 and not on_cpu else torch.bfloat16
+    def _tensors_to_store(self) -> Mapping[str, Tensor] | None:
+        return None if self.teacher is None or not self._stored else self.teacher.tensors()
 
     @property
     def watches(self) -> bool:
@@ -217,6 +218,47 @@ class Distiller:
         self._check(found, sorted({pair.name for pair in pairs}))
         return found
 
+    def begin_look(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any) -> bool:
+        """A batch begins before the teacher has a part: whether it is looked at, since nobody has looked yet.
+
+        Compiled modules are not, which hooks would make compile anew. A ``forward`` is called here and now.
+        """
+        if self._looked or _is_compiled(pl_module):
+            return False
+        if self._forward is None:
+            self.begin_batch(trainer, pl_module, batch)
+            return True
+        self._looked = True
+        with _undisturbed(pl_module), trainer.precision_plugin.forward_context():
+            answer_in(self._forward(pl_module, batch))
+        return False
+
+    def look(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
+        """Finds out, before anything is trained, if a teacher could be asked what this step has asked of the model.
+
+        Raises:
+            StatisticsError: If there is nothing to compare.
+            UnsupportedError: If a teacher could not be asked the same.
+        """
+        assert self._calls is not None
+        self._calls.listening = False
+        calls = self._calls.take()
+        if not loss.requires_grad or not (calls or pl_module.automatic_optimization):
+            return
+        self._looked = True
+        if not calls:
+            raise StatisticsError(f"{self._who}: training_step calls no module of the model. {WAY_OUT}")
+        if self.teacher is None:
+            check_calls(calls, self._features if self._form == "features" else None)
+            return
+        pairs = self._pairs(pl_module, calls)  # a teacher that was given answers at once
+        trial = Comparison(self._temperature, relative=self._form == "features")
+        with torch.no_grad():
+            for pair in pairs:
+                asked = [*pair.asked, self._batch]
+                trial.decide(pair.module, pair.output, asked)
+                in_full_precision(trial.value)(pair.answer, pair.right, asked)
+
     def after_backward(self) -> None:
         """With manual optimization the step goes on."""
         if self._calls is not None and self._calls.attached:
@@ -253,9 +295,9 @@ class Distiller:
 
     def state_dict(self) -> dict[str, Any]:
         """The teacher's weights, unless it was given, and what was found out; plain data and tensors only."""
-        stored = self.teacher is not None and self._stored
+        stored = self.teacher if self._stored else None
         return {
-            "teacher": self.teacher.tensors() if stored and self.teacher is not None else None,
+            "teacher": None if stored is None else self._keeper.stored(stored),
             "measure": self._comparison.measure,
             "shifted": self._comparison.shifted,
         }
@@ -284,6 +326,10 @@ class Distiller:
             if pl_module.automatic_optimization:
                 raise StatisticsError(f"{self._who}: training_step calls no module of the model. {WAY_OUT}")
             return []
+        return self._pairs(pl_module, calls)
+
+    def _pairs(self, pl_module: "pl.LightningModule", calls: list[Call]) -> list[Pair]:
+        assert self.teacher is not None
         if self._form == "features":
             return features_of(self.teacher, calls, self._features)
         return pairs_of(pl_module, self.teacher, calls)
@@ -341,6 +387,20 @@ class Distiller:
             where = ", ".join(name or "the module itself" for name in names)
             what = f"the {kind} of {where}"
         rank_zero_info(f"{self._who} compares {what} with the teacher's.")
+
+
+@contextmanager
+def _undisturbed(pl_module: "pl.LightningModule") -> Iterator[None]:
+    """Inside, the module answers as in evaluation; nothing of it is seen afterwards."""
+    modes = {module: module.training for module in pl_module.modules()}
+    device = pl_module.device
+    try:
+        pl_module.eval()
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []), unseen():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _device(wish: str | torch.device) -> torch.device:

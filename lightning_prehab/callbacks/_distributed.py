@@ -65,7 +65,7 @@ def sum_in_buckets_(trainer: "pl.Trainer", tensors: Sequence[Tensor]) -> None:
             distributed.all_reduce(bucket[0], group=group)
             continue
         room = rooms[_sort_of(bucket[0])][: sum(tensor.numel() for tensor in bucket)]
-        parts = room.split([tensor.numel() for tensor in bucket])
+        parts = torch.split(room, [tensor.numel() for tensor in bucket])
         for part, tensor in zip(parts, bucket, strict=True):
             part.copy_(tensor.reshape(-1))
         distributed.all_reduce(room, group=group)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_prehab.callbacks._steps import StepWatch
 from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.layers.pairs import FactorPair
+from lightning_prehab.linalg.sharding import local_part
 from lightning_prehab.surgery.rescaling import rebalance_
 from lightning_prehab.surgery.step_groups import Apart, StepGroups
 
@@ -109,7 +110,7 @@ class FactorSteps:
             return
         for parameter, gradient in self._decays():
             assert parameter.grad is not None
-            parameter.grad.add_(gradient.to(parameter.grad.dtype) * decay * self._scale)
+            local_part(parameter.grad).add_(gradient.to(parameter.grad.dtype) * decay * self._scale)
 
     def _open(self) -> None:
         """Divides the groups, and decays the product as an optimizer decays weights: before it updates them."""
@@ -129,7 +130,8 @@ class FactorSteps:
         with torch.no_grad():
             for parameter, gradient in self._decays():
                 self._check_own(parameter)
-                parameter.sub_((rates[id(parameter)] * settings.product_decay * gradient).to(parameter.dtype))
+                decay = rates[id(parameter)] * settings.product_decay * gradient
+                local_part(parameter).sub_(decay.to(parameter.dtype))
 
     def _check_own(self, parameter: Tensor) -> None:
         """Raises :class:`UnsupportedError` if a step makes the parameter of something else than its last value."""

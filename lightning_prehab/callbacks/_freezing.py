@@ -7,7 +7,8 @@ from torch import nn
 
 from lightning_prehab.callbacks._distributed import rewrap
 from lightning_prehab.errors import UnsupportedError
-from lightning_prehab.layers.pairs import factor_pairs, factors_in
+from lightning_prehab.layers.pairs import factors_in
+from lightning_prehab.sharded.pairs import pairs_of_now
 
 #: What of a model is trained.
 Train = Literal["all", "factors", "factors_norms_biases"]
@@ -33,7 +34,7 @@ class Freezing:
         self.end()
         if self._train == "all":
             return
-        factors = {id(parameter) for parameter in factors_in(factor_pairs(pl_module))}
+        factors = {id(parameter) for parameter in factors_in(pairs_of_now(pl_module))}
         small = self._train == "factors_norms_biases"
         trainable = [one for one in pl_module.parameters() if one.requires_grad]
         if not any(id(one) in factors for one in trainable):

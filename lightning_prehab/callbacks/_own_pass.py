@@ -21,6 +21,8 @@ from lightning_prehab.linalg.storage import Layout
 from lightning_prehab.plan.probes import measure_probes
 from lightning_prehab.progress import counted
 from lightning_prehab.rank_policies import Probe, RankPolicy
+from lightning_prehab.sharded.copies import copy_of_sharded
+from lightning_prehab.sharded.engine import is_sharded
 from lightning_prehab.sites.process import factors_in_forms
 from lightning_prehab.statistics.backward import cheaply_if_possible, gradients_for
 from lightning_prehab.statistics.collector import Collector
@@ -160,7 +162,8 @@ def _ignore(*_args: Any, **_kwargs: Any) -> None:
 
 def _copy(pl_module: "pl.LightningModule", instead: str) -> "pl.LightningModule":
     try:
-        return copy.deepcopy(pl_module)
+        copied: Any = copy_of_sharded(pl_module) if is_sharded(pl_module) else copy.deepcopy(pl_module)
+        return copied  # type: ignore[no-any-return]
     except Exception as error:
         raise UnsupportedError(
             f"training_step is run on a copy of the module, and {type(pl_module).__name__} cannot be copied ({error}). "

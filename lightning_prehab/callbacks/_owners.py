@@ -3,10 +3,11 @@
 from collections import Counter
 from collections.abc import Mapping
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 
 from lightning_prehab.kinds import view_of
+from lightning_prehab.linalg.sharding import is_distributed, local_part
 from lightning_prehab.plan.spectra import Solver
 from lightning_prehab.targets.locate import Target
 
@@ -64,37 +65,41 @@ def in_rounds(targets: Mapping[str, Target], owners: Mapping[str, int]) -> list[
     return rounds
 
 
-def say_memory(solver: Solver, owners: Mapping[str, int], world_size: int, *, sharded: bool = False) -> None:
+def say_memory(model: nn.Module, solver: Solver, owners: Mapping[str, int], world_size: int) -> None:
     """Says, once, what the work is going to take on each process beside the model and the optimizers, at most.
 
     Args:
+        model: The model. Of sharded weights one is gathered at a time, and factors stay where they were computed.
         solver: What is to be decomposed.
         owners: By whom.
         world_size: How many processes there are; a single one says nothing.
-        sharded: Factors stay where they were computed, and one whole weight is gathered for it.
     """
     if world_size == 1 or not owners:
         return
     sums = {id(t): t.nbytes for layer in (solver.statistics or {}).values() for _, t in layer.tensors()}
     kept: Counter[int] = Counter()
-    largest, factors = 0, 0
+    made: Counter[int] = Counter()
+    largest, sharded = 0, False
     for name, owner in owners.items():
         view = view_of(solver.targets[name])
-        width = torch.promote_types(view.parameter.dtype, torch.float32).itemsize
-        own = solver.rank_limit(name) * (view.out_features + view.group_count * view.in_features)
-        kept[owner] += own * width
-        factors += own * view.parameter.dtype.itemsize
-        entries = view.out_features * view.in_features
-        largest = max(largest, entries * (WORKSPACE_BYTES + sharded * view.parameter.dtype.itemsize))
-    parts = {
-        "sums": sum(sums.values()),
-        "decompositions": max(kept.values()),
-        "the largest layer": largest,
-        "factors": max(factors // world_size, 1) if sharded else factors,
-    }
-    total = sum(parts.values())
-    listed = ", ".join(f"{what} {size / 1e6:,.1f}" for what, size in parts.items() if size)
+        size, whole = view.parameter.dtype.itemsize, is_distributed(view.parameter)
+        entries = solver.rank_limit(name) * (view.out_features + view.group_count * view.in_features)
+        kept[owner] += entries * max(size, 4)
+        made[owner] += entries * size
+        largest = max(largest, view.out_features * view.in_features * (WORKSPACE_BYTES + whole * size))
+        sharded |= whole
+    weights = sum(local_part(parameter).nbytes for parameter in model.parameters())
+    decomposing = {"sums": sum(sums.values()), "decompositions": max(kept.values()), "the largest layer": largest}
+    trying = {"factors": max(made.values()) if sharded else sum(made.values())}
+    if solver.factorization.comparable:
+        trying["a copy of the model and its changes"] = 3 * weights
+    (one, said), (other, also) = _listed(decomposing), _listed(trying)
     rank_zero_info(
-        f"Surgery on {world_size} processes: beside model and optimizer each needs at most {total / 1e6:,.1f} MB "
-        f"({listed})."
+        f"Surgery on {world_size} processes: beside model and optimizer each needs at most {max(one, other):,.1f} MB "
+        f"({said}; later {also})."
     )
+
+
+def _listed(parts: Mapping[str, int]) -> tuple[float, str]:
+    """The sum in MB, and a list."""
+    return sum(parts.values()) / 1e6, ", ".join(f"{what} {size / 1e6:,.1f}" for what, size in parts.items() if size)

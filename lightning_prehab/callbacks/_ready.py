@@ -6,13 +6,41 @@ import lightning.pytorch as pl
 
 from lightning_prehab.callbacks._cuts import Cut
 from lightning_prehab.callbacks._neighbours import refuse_pruning
+from lightning_prehab.callbacks._own_pass import check_runs_apart
+from lightning_prehab.callbacks._trainer import shards
 from lightning_prehab.callbacks._untrained import warn_of_unheld
 from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.kinds import view_of
 from lightning_prehab.plan.choices import added_parameters
 from lightning_prehab.plan.ranks import check_recipe
+from lightning_prehab.sharded.engine import check_engine, reshard_
 from lightning_prehab.surgery.optimizers import check_optimizer
 from lightning_prehab.surgery.pretrained import check_pretrained
+
+
+def check_settings(trainer: "pl.Trainer", pl_module: "pl.LightningModule", cuts: Sequence[Cut]) -> None:
+    """Raises what would stop one of these cuts whatever the module looks like: asked in ``setup``.
+
+    Raises:
+        UnsupportedError: If a policy cannot measure what it asks for.
+    """
+    for cut in cuts:
+        policy = cut.recipe.policy_or_default
+        check_runs_apart(policy, pl_module)
+        if not shards(trainer):
+            continue
+        if policy.needs_probes:
+            raise UnsupportedError(
+                f"{policy} cuts one layer after the other to see what it does, and each process would have to run the "
+                "whole of a sharded model for it. Use another rank policy: CalibratedBudget tries whole cuts, "
+                "ParameterBudget measures none."
+            )
+        if cut.epoch == 0 and any(cut.recipe.wanted):
+            raise UnsupportedError(
+                f"A surgery at epoch 0 would calibrate {cut.recipe.factorization_or_default} in a pass of its own, "
+                "which sharded weights do not allow. Use CompressionCallback(epoch=1, ...) or later, or "
+                "factorization=SVD(), which needs no data."
+            )
 
 
 def check_ready(trainer: "pl.Trainer", pl_module: "pl.LightningModule", cuts: Sequence[Cut]) -> None:
@@ -26,6 +54,8 @@ def check_ready(trainer: "pl.Trainer", pl_module: "pl.LightningModule", cuts: Se
     Raises:
         PrehabError: If something is wrong.
     """
+    check_engine(pl_module)
+    reshard_(pl_module)
     found = [(cut.recipe, cut.recipe.find_targets(pl_module, cut_again=True)) for cut in cuts]
     weights = {id(p): p for _, targets in found for target in targets.values() for p in view_of(target).parameters}
     refuse_pruning(trainer, pl_module, weights.values())

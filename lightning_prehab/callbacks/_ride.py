@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_prehab.callbacks._checkpoint import dump_statistics, restore_statistics_
 from lightning_prehab.callbacks._trainer import batches_per_epoch, loss_scale, uses_loss_scaling
 from lightning_prehab.plan.recipe import Recipe
+from lightning_prehab.sharded.engine import reshard_
 from lightning_prehab.statistics.collector import MANY_BATCHES, Collector
 from lightning_prehab.statistics.kept import KeptBatches
 from lightning_prehab.statistics.sums import LayerStatistics
@@ -105,6 +106,7 @@ class Ride:
     def _new_collector(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", recipe: Recipe, attach: bool = True
     ) -> Collector:
+        reshard_(pl_module)
         targets = recipe.find_targets(pl_module, cut_again=True)
         collector = Collector(
             targets,

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_prehab.callbacks._checkpoint import check_version
 from lightning_prehab.callbacks._distiller import Distiller
-from lightning_prehab.callbacks._trainer import callbacks_of, log_number, set_callbacks
+from lightning_prehab.callbacks._trainer import callbacks_of, find_callback, log_number, set_callbacks, shards
+from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.distillation.teacher import Teacher
 
 #: Of the state in checkpoints.
@@ -26,23 +27,43 @@ class SelfDistillation(pl.Callback):
     def __init__(self, strength: float, in_season: Callable[["pl.Trainer"], bool]) -> None:
         self._strength, self._in_season = strength, in_season
         self._distiller = Distiller("PrehabCallback(self_distillation=...)")
-        self._done = False
+        self._done = self._looking = False
         self._restored: dict[str, Any] = {}
+
+    def begin_fit(self, trainer: "pl.Trainer") -> None:
+        """Stands for ``setup``, which is over when it comes into the Trainer."""
+        self._distiller.begin_fit(trainer)
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Says what the teacher takes, or takes it from the checkpoint."""
+        if not self._done:
+            self._distiller.check_model(trainer, pl_module)
+        if not shards(trainer):
+            self._go_on(trainer, pl_module)
+
+    def _go_on(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Goes on where the checkpoint was written, now that it is loaded."""
         state, self._restored = self._restored, {}
         if state:
             self._done = state["done"]
             self._distiller.load_state_dict(trainer, pl_module, state)
-        elif not self._done:
+        if not self._done and self._distiller.teacher is None:
             self._distiller.announce(trainer, pl_module, "before prehab")
+
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Where the model is sharded, its checkpoint was loaded after fit has started."""
+        if shards(trainer):
+            self._go_on(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Keeps the model when prehab begins; looks at what the step is going to call."""
-        if self._done or not self._in_season(trainer):
+        self._looking = False
+        if self._done:
+            return
+        if not self._in_season(trainer):
+            self._looking = self._distiller.teacher is None and self._distiller.begin_look(trainer, pl_module, batch)
             return
         if self._distiller.teacher is None:
             self._distiller.keep(trainer, pl_module)
@@ -50,7 +71,9 @@ class SelfDistillation(pl.Callback):
 
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
         """Asks the teacher."""
-        if self._distiller.watches:
+        if self._looking:
+            self._distiller.look(trainer, pl_module, loss)
+        elif self._distiller.watches:
             found = self._distiller.before_backward(trainer, pl_module, loss, self._strength)
             if found is not None:
                 log_number(pl_module, "prehab/distillation", found)
@@ -70,9 +93,13 @@ class SelfDistillation(pl.Callback):
         self._distiller.end_epoch()
 
     def on_surgery(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", report: Any) -> None:
-        """Prehab is over; lets go of the teacher, which a RehabDistillation has taken before."""
+        """Prehab is over; lets go of the teacher, which a RehabDistillation has taken before.
+
+        A cut that no prehab has come before is waited out: there has been no teacher yet.
+        """
+        compression = find_callback(trainer, CompressionCallback)
+        self._done = self._distiller.teacher is not None or compression is None or compression.done
         self._distiller.forget()
-        self._done = True
 
     @property
     def teacher(self) -> Teacher | None:
@@ -82,6 +109,11 @@ class SelfDistillation(pl.Callback):
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Lets go of the teacher."""
         self._distiller.forget()
+
+    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Lets go of the Trainer."""
+        if stage == "fit":
+            self._distiller.end_fit()
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Takes the hooks off."""
@@ -100,5 +132,7 @@ class SelfDistillation(pl.Callback):
 def put_beside(trainer: "pl.Trainer", strength: float, in_season: Callable[["pl.Trainer"], bool]) -> None:
     """Puts a new :class:`SelfDistillation` into the Trainer, in the place of an earlier one; none for strength 0."""
     own = [SelfDistillation(strength, in_season)] if strength > 0.0 else []
+    for one in own:
+        one.begin_fit(trainer)
     others = [callback for callback in callbacks_of(trainer) if not isinstance(callback, SelfDistillation)]
     set_callbacks(trainer, [*others, *own])

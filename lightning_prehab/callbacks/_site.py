@@ -24,7 +24,7 @@ from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.storage import Layout
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.recipe import Recipe
-from lightning_prehab.plan.spectra import Solver, Spectrum
+from lightning_prehab.plan.spectra import Solution, Solver, Spectrum
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.sites import Site
@@ -103,11 +103,19 @@ class TrainerSite(Site):
         """Some here, the others on other processes, so that all are busy for about as long."""
         owners = owners_of(solver.targets, self._trainer.world_size)
         own = [name for name, owner in owners.items() if owner == self._trainer.global_rank]
-        say_memory(solver, owners, self._trainer.world_size)
-        solved = together(self._trainer, lambda: solver(own))
-        self._decompositions |= {name: decomposition for name, (decomposition, _) in solved.items()}
+        say_memory(self._pl_module, solver, owners, self._trainer.world_size)
+        solved = together(self._trainer, lambda: self._solve(solver, own))
         plain = merge(self._trainer, {name: spectrum.to_lists() for name, (_, spectrum) in solved.items()})
         return {name: Spectrum.of_lists(*plain[name]) for name in solver.targets}
+
+    def _solve(self, solver: Solver, own: Sequence[str]) -> dict[str, Solution]:
+        """Decomposes some of the targets here, and keeps of several processes' work what ranks that save can need."""
+        solved = solver(own)
+        for name, (decomposition, _) in solved.items():
+            if decomposition.compact is not None and self._trainer.world_size > 1:
+                decomposition.compact(solver.rank_limit(name))
+            self._decompositions[name] = decomposition
+        return solved
 
     def probe(self, targets: Targets, probe_keep: float, layout: Layout = "factors") -> dict[str, Probe] | None:
         """Each process measures the layers that it has decomposed, on its own batches."""

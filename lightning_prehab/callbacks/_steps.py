@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.errors import UnsupportedError
+from lightning_prehab.linalg.sharding import local_part
 from lightning_prehab.surgery.wrapped import family
 
 #: Entries of each parameter that tell whether it has moved.
@@ -169,14 +170,14 @@ class WeightSteps:
             watch.forget()
         self._now = set()
         blind = self._manual and not any(watch.steps for watch in self.watches)
-        self._versions = {id(weight): weight._version for weight in weights if blind}
+        self._versions = {id(weight): _version(weight) for weight in weights if blind}
 
     def end_batch(self, weights: Sequence[Tensor]) -> bool:
         """Whether one of the weights was stepped since the batch began."""
         if any(id(weight) in self._now for weight in weights):
             return True
         seen = any(watch.steps for watch in self.watches)
-        if seen or all(self._versions.get(id(weight), weight._version) == weight._version for weight in weights):
+        if seen or all(self._versions.get(id(weight), _version(weight)) == _version(weight) for weight in weights):
             return False
         self._unseen = True
         for watch in self.watches:
@@ -233,4 +234,9 @@ def check_seen(watches: Sequence[StepWatch], who: pl.Callback) -> None:
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    return parameter.detach().reshape(-1)[:_SAMPLE].clone()
+    return local_part(parameter).reshape(-1)[:_SAMPLE].clone()
+
+
+def _version(weight: Tensor) -> int:
+    """Counts the changes in place; those of a sharded tensor are made in what this process has of it."""
+    return local_part(weight)._version

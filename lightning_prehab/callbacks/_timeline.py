@@ -21,16 +21,23 @@ def end_epoch(trainer: "pl.Trainer", stop_epoch: int | None) -> int | None:
     return min((end for end in ends if end is not None), default=None)
 
 
-def check_season(trainer: "pl.Trainer", start_epoch: int) -> None:
-    """Raises :class:`ArgumentError` for a regularizer that would begin when its time is over."""
+def check_season(trainer: "pl.Trainer", start_epoch: int, who: str = "PrehabCallback", goes_on: bool = True) -> None:
+    """Raises :class:`ArgumentError` for a regularizer that would begin when its time is over.
+
+    Args:
+        trainer: The running Trainer.
+        start_epoch: Where it begins.
+        who: For the message.
+        goes_on: Whether it acts between two surgeries, too.
+    """
     compression, end = find_callback(trainer, CompressionCallback), end_epoch(trainer, None)
-    if compression is not None and start_epoch < compression.last_epoch:
+    if goes_on and compression is not None and start_epoch < compression.last_epoch:
         return  # before a later one of several surgeries
     if end is not None and start_epoch >= end and not getattr(trainer, "fast_dev_run", False):
         surgery = compression is not None and compression.epoch == end
         why = f"the surgery is at epoch {end}" if surgery else f"max_epochs is {end}"
         raise ArgumentError(
-            f"PrehabCallback(start_epoch={start_epoch}) never acts: {why}, and epochs count from 0. Start earlier, or "
+            f"{who}(start_epoch={start_epoch}) never acts: {why}, and epochs count from 0. Start earlier, or "
             "leave it out."
         )
 

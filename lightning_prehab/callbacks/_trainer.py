@@ -31,9 +31,9 @@ def check_strategy(trainer: "pl.Trainer", who: pl.Callback, *, sharded: bool = F
     whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
     if whole or (sharded and shards(trainer)):  # Lightning derives DeepSpeedStrategy from DDPStrategy
         return
-    known = "one device, DDP and FSDP2 (ModelParallelStrategy)" if sharded else "one device and DDP"
+    both = " supports one device, DDP and FSDP2 (ModelParallelStrategy), not "
     raise UnsupportedError(
-        f"{type(who).__name__} supports {known}, not {type(strategy).__name__}"
+        f"{type(who).__name__}{both if sharded else ' supports one device and DDP, not '}{type(strategy).__name__}"
         + ("" if shards(trainer) else ": its flat pieces of weights and optimizer states are no matrices any more")
         + ". Work in two phases: compress with compress_folder or compress_() outside of this strategy, and go on "
         "under it with the compressed structure built in configure_model; docs/howto/cluster.md shows how."

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from lightning_prehab.callbacks._announcement import announce
 from lightning_prehab.callbacks._auto_epoch import check_reachable, counts_as_free, is_due, last_possible_epoch
 from lightning_prehab.callbacks._checkpoint import (
     DenseShell,
@@ -18,7 +19,6 @@ from lightning_prehab.callbacks._checkpoint import (
 from lightning_prehab.callbacks._course import CourseNotes
 from lightning_prehab.callbacks._cuts import Cut, Epochs, Keeps, cuts_made, number_of, planned_cuts
 from lightning_prehab.callbacks._finetuning import FROZEN, StoredGroups, note_frozen, rename_groups_, unfreeze_
-from lightning_prehab.callbacks._listeners import tell_listeners
 from lightning_prehab.callbacks._neighbours import (
     refuse_averaging,
     refuse_communication_state,
@@ -26,10 +26,7 @@ from lightning_prehab.callbacks._neighbours import (
 )
 from lightning_prehab.callbacks._of_recipe import OfRecipe
 from lightning_prehab.callbacks._only_one import OnlyOne
-from lightning_prehab.callbacks._own_pass import check_runs_apart
-from lightning_prehab.callbacks._printing import show
-from lightning_prehab.callbacks._ready import check_ready
-from lightning_prehab.callbacks._report_logging import log_report
+from lightning_prehab.callbacks._ready import check_ready, check_settings
 from lightning_prehab.callbacks._ride import Ride
 from lightning_prehab.callbacks._said import (
     plain_recipe,
@@ -39,10 +36,9 @@ from lightning_prehab.callbacks._said import (
     say_passed_over,
     saying_what_to_do,
 )
+from lightning_prehab.callbacks._sharded_site import site_of
 from lightning_prehab.callbacks._showing import showing
-from lightning_prehab.callbacks._site import TrainerSite
 from lightning_prehab.callbacks._trainer import (
-    EQUAL,
     check_launcher,
     check_strategy,
     move_to_front,
@@ -247,10 +243,9 @@ class CompressionCallback(OnlyOne):
             self._following = follow_on_load(pl_module)
             return
         self.refuse_others(trainer, CompressionCallback, _ONE_CUT)
-        check_strategy(trainer, self)
+        check_strategy(trainer, self, sharded=True)
         check_launcher(trainer, self)
-        for cut in self._cuts:
-            check_runs_apart(cut.recipe.policy_or_default, pl_module)
+        check_settings(trainer, pl_module, self._cuts)
         refuse_averaging(trainer)
         refuse_communication_state(trainer)
         cuts = [name for report in self.reports for name, rank in report.ranks.items() if rank is not None]
@@ -391,7 +386,7 @@ class CompressionCallback(OnlyOne):
     ) -> CompressionReport:
         """The same edits of modules and optimizers, with stored factors; nobody is told, since it is no new surgery."""
         method = self.recipe.factorization_or_default
-        site = TrainerSite(trainer, pl_module, self.calibration_batches)
+        site = site_of(trainer, pl_module, self.calibration_batches)
         groups = StoredGroups(trainer, pl_module)
         report = site.swap(plan_of_factors(pl_module, factors, method), factors)
         groups.complete_()
@@ -425,7 +420,7 @@ class CompressionCallback(OnlyOne):
 
     @names_holders
     def _operate(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        site = TrainerSite(trainer, pl_module, self.calibration_batches, *self._ride.take(), announced=True)
+        site = site_of(trainer, pl_module, self.calibration_batches, *self._ride.take(), announced=True)
         with showing(trainer), saying_what_to_do():
             report = operate(self.recipe, site)
         self._end_course(trainer)
@@ -435,11 +430,7 @@ class CompressionCallback(OnlyOne):
         rename_groups_(trainer, pl_module)
         if self.reset_scores:
             reset_scores_(trainer)
-        show(pl_module, report)
-        shares = {"compression/keep": report.keep, "compression/model_keep": report.model_keep}
-        pl_module.log_dict(shares, batch_size=1, **EQUAL)
-        log_report(trainer, report, self._made)
-        tell_listeners(trainer, pl_module, "on_surgery", report)
+        announce(trainer, pl_module, report, self._made)
 
     def _end_course(self, trainer: "pl.Trainer") -> None:
         """Completes the last report: the time after its surgery is over."""

@@ -7,7 +7,8 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from lightning_prehab.callbacks._checkpoint import check_version
-from lightning_prehab.callbacks._distiller import Distiller, Form, Forward, Precision
+from lightning_prehab.callbacks._distiller import Distiller, Form, Forward
+from lightning_prehab.callbacks._keeper import Precision
 from lightning_prehab.callbacks._only_one import OnlyOne
 from lightning_prehab.callbacks._schedules import Shape, between
 from lightning_prehab.callbacks._self_distillation import SelfDistillation
@@ -18,6 +19,7 @@ from lightning_prehab.callbacks._trainer import (
     closes_window,
     find_callback,
     log_number,
+    shards,
 )
 from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.distillation.teacher import weights_in_file
@@ -52,6 +54,10 @@ class RehabDistillation(OnlyOne):
     starts. Its weights lie in each checkpoint from the cut on, so that one file is enough to resume bit by bit; with
     ``teacher=`` they do not. Time: a forward pass of the dense model for each step; validation takes none.
 
+    Under FSDP2 (``ModelParallelStrategy``) the teacher is sharded like the model, and nothing is gathered to make it:
+    each process keeps its part, and while the teacher answers, one unit of it at a time is whole. In a distributed
+    checkpoint it lies in a folder of its own, in a full one as a whole.
+
     Logged: ``rehab/distillation`` (the distance), ``rehab/teacher`` (its factor).
 
     Args:
@@ -81,11 +87,12 @@ class RehabDistillation(OnlyOne):
         ArgumentError: If a value is out of range.
         CheckpointError: When fit starts, if a teacher's weights do not fit.
         TargetError: When fit starts, if ``module`` or ``feature_modules`` name nothing, or there are no blocks.
-        StatisticsError: At the first step, if the outputs hold nothing to be compared, or those of the teacher have
-            another shape.
-        UnsupportedError: When fit starts, for strategies other than one device and DDP, or without a teacher to be
-            had; at the cut, if the model cannot be copied; at the first step, if the teacher cannot be asked the same,
-            or the loss does not depend on what was compared.
+        StatisticsError: At the first step of the fit, if the outputs hold nothing to be compared, or those of a teacher
+            that was given have another shape.
+        UnsupportedError: When fit starts, for strategies other than one device, DDP and FSDP2, without a teacher to be
+            had, or if the model cannot be copied (one that is tensor parallel cannot); at the first step of the fit, if
+            a teacher cannot be asked the same; after the cut, if no loss of a manual optimization depends on what was
+            compared.
 
     References:
         Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, https://arxiv.org/abs/1503.02531
@@ -151,7 +158,7 @@ class RehabDistillation(OnlyOne):
         self._steps: int | None = None  # since it has begun
         self._length: int | None = None
         self._restored: dict[str, Any] = {}
-        self._fits = False
+        self._fits = self._looking = False
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Refuses what cannot work, before anything has been trained."""
@@ -160,7 +167,8 @@ class RehabDistillation(OnlyOne):
         if not self._fits:
             return
         self.refuse_others(trainer, RehabDistillation, "both would teach the same model. Keep one of them.")
-        check_strategy(trainer, self)
+        check_strategy(trainer, self, sharded=True)
+        self._distiller.begin_fit(trainer)
         self._restored = {}
         if self._module is not pl_module or not any(isinstance(part, LowRankLayer) for part in pl_module.modules()):
             self._distiller.forget()
@@ -179,21 +187,31 @@ class RehabDistillation(OnlyOne):
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Says what the teacher takes, and makes it if it was given or lies in the checkpoint."""
         self._distiller.check_names(pl_module)
+        if isinstance(self.teacher, nn.Module):
+            self._distiller.take(trainer, pl_module, self.teacher)
+        elif self._distiller.teacher is None:
+            self._distiller.check_model(trainer, pl_module)
+            if self.teacher is not None:
+                in_parts = shards(trainer) and Path(self.teacher).is_dir()
+                weights = self.teacher if in_parts else weights_in_file(self.teacher)
+                self._distiller.rebuild(trainer, pl_module, weights, given=True)
+        if not shards(trainer):
+            self._go_on(trainer, pl_module)
+
+    def _go_on(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Goes on where the checkpoint was written, now that it is loaded."""
         state, self._restored = self._restored, {}
         if state:
             self._steps, self._length = state["steps"], state["length"]
             self._distiller.load_state_dict(trainer, pl_module, state)
-        if self.teacher is None:
-            compression = find_callback(trainer, CompressionCallback)
-            if self._distiller.teacher is None and compression is not None and not compression.done:
-                self._distiller.announce(trainer, pl_module, "right before the cut")
-        elif isinstance(self.teacher, nn.Module):
-            self._distiller.take(trainer, pl_module, self.teacher)
-        else:
-            self._distiller.rebuild(trainer, pl_module, weights_in_file(self.teacher), stored=False)
+        compression = find_callback(trainer, CompressionCallback)
+        if self._distiller.teacher is None and compression is not None and not compression.done:
+            self._distiller.announce(trainer, pl_module, "right before the cut")
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Begins at once where no cut is to come."""
+        if shards(trainer):  # its checkpoint was loaded after fit has started
+            self._go_on(trainer, pl_module)
         if self.fade_epochs is not None and batches_per_epoch(trainer) is None:
             raise UnsupportedError("The length of an epoch is not known here; give RehabDistillation(fade_steps=...).")
         compression = find_callback(trainer, CompressionCallback)
@@ -223,13 +241,19 @@ class RehabDistillation(OnlyOne):
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        """Looks at what the step is going to call."""
+        """Looks at what the step is going to call; once before the cut, too, to say in time what cannot be taught."""
+        self._looking = False
         if self.factor > 0.0 or self._task_factor != 1.0:
             self._distiller.begin_batch(trainer, pl_module, batch)
+        elif self._steps is None:
+            self._looking = self._distiller.begin_look(trainer, pl_module, batch)
 
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
         """Asks the teacher."""
         if not self._distiller.watches:
+            return
+        if self._looking:
+            self._distiller.look(trainer, pl_module, loss)
             return
         found = self._distiller.before_backward(trainer, pl_module, loss, self.factor, self._task_factor)
         if found is not None:
@@ -263,6 +287,11 @@ class RehabDistillation(OnlyOne):
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Takes the hooks off."""
         self._distiller.close()
+
+    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Lets go of the Trainer."""
+        if stage == "fit":
+            self._distiller.end_fit()
 
     def state_dict(self) -> dict[str, Any]:
         """How far it has come, and the teacher's weights unless it was given; plain data and tensors only."""

@@ -12,11 +12,11 @@ from lightning_prehab.callbacks._factor_steps import DecayForm, FactorSettings, 
 from lightning_prehab.callbacks._freezing import Freezing, Train
 from lightning_prehab.callbacks._only_one import OnlyOne
 from lightning_prehab.callbacks._steps import are_of_now, check_seen
-from lightning_prehab.callbacks._trainer import check_strategy, find_callback, gradient_scale
+from lightning_prehab.callbacks._trainer import check_strategy, find_callback, gradient_scale, shards
 from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.documents.checks import check_real, check_whole
 from lightning_prehab.errors import ArgumentError, UnsupportedError
-from lightning_prehab.layers.pairs import factor_pairs
+from lightning_prehab.sharded.pairs import pairs_of_now
 from lightning_prehab.surgery.optimizers import check_optimizer
 from lightning_prehab.surgery.wrapped import family
 
@@ -63,8 +63,9 @@ class FactorTraining(OnlyOne):
         ArgumentError: If a value is out of range, or no setting does anything.
         UnsupportedError: When fit starts, without low-rank layers and a CompressionCallback to make them, beside
             another FactorTraining, or a BaseFinetuning if something is frozen here; for other strategies than one
-            device and DDP, and for optimizers without usual steps. At a step, for an optimizer whose groups count what
-            depends on the learning rate, or that makes its gradients within a step that Lightning does not announce.
+            device, DDP and FSDP2, and for optimizers without usual steps. At a step, for an optimizer whose groups
+            count what depends on the learning rate, or that makes its gradients within a step that Lightning does not
+            announce.
 
     Example::
 
@@ -109,7 +110,8 @@ class FactorTraining(OnlyOne):
         if stage != "fit":
             return
         self.refuse_others(trainer, FactorTraining, "both would step the same factors. Keep one of them.")
-        check_strategy(trainer, self)
+        check_strategy(trainer, self, sharded=True)
+        self._check_parallelism(trainer)
         if self.train != "all" and find_callback(trainer, BaseFinetuning) is not None:
             raise UnsupportedError(
                 f"FactorTraining(train={self.train!r}) and a BaseFinetuning both decide what is frozen. Keep one of "
@@ -118,11 +120,25 @@ class FactorTraining(OnlyOne):
         self._stop()
         self._steps = []
 
+    def _check_parallelism(self, trainer: "pl.Trainer") -> None:
+        whole = self.settings.product_decay or self.settings.rebalance_every
+        if whole and shards(trainer) and trainer.strategy.device_mesh["tensor_parallel"].size() > 1:  # type: ignore[attr-defined]
+            raise UnsupportedError(
+                "FactorTraining(product_decay=, rebalance_every=) is not there for tensor parallelism, where gradients "
+                "may still have to be summed. Leave both out (product_decay=0 takes the weight decay off the factors), "
+                "or set tensor_parallel_size=1."
+            )
+
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Freezes, if the model is compressed: after the surgery that a loaded checkpoint has had is repeated."""
         for optimizer in trainer.optimizers:
             check_optimizer(optimizer)
-        if find_callback(trainer, CompressionCallback) is None and not factor_pairs(pl_module):
+        if not shards(trainer):
+            self._start(trainer, pl_module)
+
+    def _start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Once the checkpoint is loaded, which for a sharded model is after fit has started."""
+        if find_callback(trainer, CompressionCallback) is None and not pairs_of_now(pl_module):
             raise UnsupportedError(
                 "FactorTraining found no low-rank layer to train. Add a CompressionCallback to the Trainer, or start "
                 "from a compressed model."
@@ -132,6 +148,8 @@ class FactorTraining(OnlyOne):
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Watches the steps, if the model is compressed."""
+        if shards(trainer):
+            self._start(trainer, pl_module)
         if self._acts(trainer) and not self._optimizers:
             self._follow(trainer, pl_module)
 
@@ -212,7 +230,7 @@ class FactorTraining(OnlyOne):
         if len(steps) != len(trainer.optimizers):
             steps = [0] * len(trainer.optimizers)
         self._let_go()
-        pairs = factor_pairs(pl_module)
+        pairs = pairs_of_now(pl_module)
         every = list(dict.fromkeys(one for optimizer in trainer.optimizers for one in family(optimizer)))
         self._optimizers = [
             FactorSteps(self.settings, optimizer, every, pairs, count)

@@ -231,7 +231,7 @@ class PrehabCallback(ActsInSeason):
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Finds the targets and decides where to inject."""
         if not self._is_over(trainer):
-            check_season(trainer, self.start_epoch)
+            check_season(trainer, self.start_epoch, type(self).__name__, self.goes_on)
             self._look(trainer, pl_module)
         if self._restored and self._targets is not None:
             self._restore()

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -12,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prehab.callbacks._checkpoint import check_version, follow_on_load
 from lightning_prehab.callbacks._only_one import OnlyOne
 from lightning_prehab.callbacks._scaled_rates import RestoreRates, ScaledRates, check_groups
-from lightning_prehab.callbacks._schedules import Shape
+from lightning_prehab.callbacks._schedules import Shape, between
 from lightning_prehab.callbacks._steps import are_of_now, check_seen
 from lightning_prehab.callbacks._timeline import rest_of_run, steps_of_epochs
 from lightning_prehab.callbacks._trainer import (
@@ -209,6 +210,30 @@ class RehabSchedule(OnlyOne):
             self._course.decay = length(self.decay_steps, self.decay_epochs, self.warmup_epochs or 0.0)
         self._find_end(trainer, pl_module, into_epoch)
         self._course.note_warm()
+        if self._course.last and not getattr(trainer, "fast_dev_run", False):
+            self._warn_of_too_little_time(rest_of_run(trainer, pl_module, into_epoch))
+
+    def _warn_of_too_little_time(self, rest: Mapping[str, int]) -> None:
+        assert self._course is not None
+        for unit, length in self._course.warmup.items():
+            left = rest.get(unit, length)
+            if left < length:
+                reached = between(self.start_factor, self.peak_factor, max(left - 1, 0) / length, self.shape)
+                decay = "" if self.end_factor is None else f" There is no decay to end_factor={self.end_factor:g}."
+                rank_zero_warn(
+                    f"RehabSchedule: the warm-up takes {length} {unit}, and {left} are left of the run after the cut. "
+                    f"The learning rate comes to {reached:.3g} times yours in the last one, not to peak_factor="
+                    f"{self.peak_factor:g}.{decay} Give a shorter warm-up (warmup_steps, warmup_epochs), cut earlier, "
+                    "or train longer."
+                )
+                return
+            both = length + (self._course.decay or {}).get(unit, 0)
+            if left < both and unit in rest:
+                rank_zero_warn(
+                    f"RehabSchedule: warm-up and decay take {both} {unit}, and {left} are left of the run after the "
+                    f"cut: the learning rate does not fall to end_factor={self.end_factor:g}. Give a shorter decay "
+                    "(decay_steps, decay_epochs), or no length: then it ends with the run."
+                )
 
     def _unit_of(self, epochs: float | None) -> str:
         """By hand an optimizer may step at every batch or at some: only batches tell how long an epoch is."""

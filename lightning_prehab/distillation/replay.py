@@ -1,6 +1,6 @@
 """The teacher is asked what the student was asked."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +42,26 @@ class Pair:
     module: nn.Module | None = None
 
 
+def check_calls(calls: Sequence[Call], names: Sequence[str] | None = None) -> None:
+    """Raises what :func:`pairs_of` would raise of these calls, whoever the teacher is.
+
+    Args:
+        calls: Of a step.
+        names: Of the features; then what :func:`features_of` would raise.
+    """
+    if names is None:
+        calls = _answering(calls)
+    else:
+        calls = _featured(calls, names)
+        for name, outputs in (both for call in calls for both in call.features.items()):
+            for output in outputs:
+                _feature(name, output)
+    known: set[int] = set()
+    for call in calls:
+        _check_asked(call, known)
+        known |= {id(one) for one in all_tensors(call.output)}
+
+
 def pairs_of(student: nn.Module, teacher: Teacher, calls: Sequence[Call]) -> list[Pair]:
     """The answers that end the calls of a step: those that no later call of it was given.
 
@@ -52,9 +72,7 @@ def pairs_of(student: nn.Module, teacher: Teacher, calls: Sequence[Call]) -> lis
         StatisticsError: If no call returns anything that can be compared.
         UnsupportedError: If a call was given something else that was computed with the model's weights.
     """
-    calls = [call for call in calls if _has_answer(call)]
-    if not calls:
-        raise StatisticsError(f"training_step calls no module that returns logits or numbers for each row. {WAY_OUT}")
+    calls = _answering(calls)
     known: dict[int, Tensor] = {}  # outputs of the student -> those of the teacher
     made: dict[int, int] = {}  # outputs of the student -> number of the call
     sources: list[set[int]] = []
@@ -81,12 +99,7 @@ def features_of(teacher: Teacher, calls: Sequence[Call], names: Sequence[str]) -
         StatisticsError: If they were not called, or not as often.
         TargetError: If the teacher has no such module.
     """
-    calls = [call for call in calls if call.features]
-    if not calls:
-        raise StatisticsError(
-            f"None of the modules {', '.join(map(repr, names[:3]))} ... is called in training_step, or only inside of "
-            "what torch.compile has made; name others (feature_modules=), or compare the logits."
-        )
+    calls = _featured(calls, names)
     pairs: list[Pair] = []
     known: dict[int, Tensor] = {}
     for call in calls:
@@ -99,35 +112,67 @@ def features_of(teacher: Teacher, calls: Sequence[Call], names: Sequence[str]) -
             if len(found.get(name, ())) != len(mine):
                 raise StatisticsError(f"Module {name!r} is called {len(mine)} times, the teacher's another number.")
             for one, other in zip(mine, found[name], strict=True):
-                answer = answer_in(one)
-                if not answer.requires_grad:
-                    raise UnsupportedError(
-                        f"What module {name!r} returns has no gradient: reentrant checkpointing hides it, or it is "
-                        "frozen. Use use_reentrant=False, name other modules (feature_modules=), or compare the logits."
-                    )
+                answer = _feature(name, one)
                 pairs.append(Pair(name, [call.kwargs, call.args], answer, answer_in(other).to(answer.device)))
     return pairs
 
 
-def _ask(teacher: Teacher, call: Call, known: dict[int, Tensor]) -> Any:
-    device = teacher.device
+def _answering(calls: Sequence[Call]) -> list[Call]:
+    found = [call for call in calls if _has_answer(call)]
+    if not found:
+        raise StatisticsError(f"training_step calls no module that returns logits or numbers for each row. {WAY_OUT}")
+    return found
 
-    def given(tensor: Tensor) -> Tensor:
-        if id(tensor) in known:
-            return known[id(tensor)]
-        if tensor.grad_fn is not None:
-            raise UnsupportedError(
-                f"Module {call.name!r} is called with something that training_step has computed from the outputs of "
-                f"the model, and the teacher cannot be asked the same. {WAY_OUT}"
-            )
-        tensor = tensor.detach() if tensor.requires_grad else tensor
-        return tensor if tensor.device == device else tensor.to(device)
 
+def _featured(calls: Sequence[Call], names: Sequence[str]) -> list[Call]:
+    found = [call for call in calls if call.features]
+    if not found:
+        raise StatisticsError(
+            f"None of the modules {', '.join(map(repr, names[:3]))} ... is called in training_step, or only inside of "
+            "what torch.compile has made; name others (feature_modules=), or compare the logits."
+        )
+    return found
+
+
+def _feature(name: str, output: Any) -> Tensor:
+    answer = answer_in(output)
+    if not answer.requires_grad:
+        raise UnsupportedError(
+            f"What module {name!r} returns has no gradient: reentrant checkpointing hides it, or it is "
+            "frozen. Use use_reentrant=False, name other modules (feature_modules=), or compare the logits."
+        )
+    return answer
+
+
+def _check_asked(call: Call, known: Container[int]) -> None:
+    """Raises :class:`UnsupportedError` if a teacher cannot be given what a call was given.
+
+    Args:
+        call: The call.
+        known: The ids of what earlier calls have returned.
+    """
+    if any(one.grad_fn is not None and id(one) not in known for one in all_tensors((call.args, call.kwargs))):
+        raise UnsupportedError(
+            f"Module {call.name!r} is called with something that training_step has computed from the outputs of "
+            f"the model, and the teacher cannot be asked the same. {WAY_OUT}"
+        )
     for name in ("past_key_values", "past_key_value"):
         if call.kwargs.get(name) is not None:
             raise UnsupportedError(
                 f"Module {call.name!r} is called with {name}, of which the teacher would need its own. {WAY_OUT}"
             )
+
+
+def _ask(teacher: Teacher, call: Call, known: dict[int, Tensor]) -> Any:
+    _check_asked(call, known)
+    device = teacher.device
+
+    def given(tensor: Tensor) -> Tensor:
+        if id(tensor) in known:
+            return known[id(tensor)]
+        tensor = tensor.detach() if tensor.requires_grad else tensor
+        return tensor if tensor.device == device else tensor.to(device)
+
     args, kwargs = with_tensors(call.args, given), with_tensors(call.kwargs, given)
     module = teacher.module_for(call)
     with teacher.at_work(call.autocast):

@@ -15,6 +15,7 @@ from lightning_prehab.kinds import kind_of
 from lightning_prehab.linalg.matrices import is_quantized
 from lightning_prehab.linalg.modes import in_full_precision, outside_inference_mode
 from lightning_prehab.statistics.collector import unseen
+from lightning_prehab.surgery.hooks import makes_weight, without_hooks
 from lightning_prehab.surgery.structure import follow_state_dict_
 from lightning_prehab.targets.names import clean_name
 
@@ -112,7 +113,10 @@ def _without_fast_path() -> Iterator[None]:
 @outside_inference_mode
 @in_full_precision
 def copy_of(model: nn.Module, device: torch.device | None = None, half: torch.dtype | None = None) -> nn.Module:
-    """A copy of a model that shares nothing with it.
+    """A copy of a model that shares nothing with it, without the hooks that are on its modules.
+
+    Hooks of the user would count the teacher's calls as the student's, and ours would teach it. One that changes what a
+    module returns is lost with them.
 
     Args:
         model: The model.
@@ -122,7 +126,7 @@ def copy_of(model: nn.Module, device: torch.device | None = None, half: torch.dt
     Raises:
         UnsupportedError: If it cannot be copied.
     """
-    short = {id(one) for one in _of_products(model)} if half is not None else set()
+    short = {id(one) for one in of_products(model)} if half is not None else set()
     known: dict[int, Any] = {}
     for parameter in model.parameters():
         tensor = parameter.detach()
@@ -132,19 +136,37 @@ def copy_of(model: nn.Module, device: torch.device | None = None, half: torch.dt
             dtype = half if id(parameter) in short else parameter.dtype
             tensor = tensor.to(device=device or parameter.device, dtype=dtype, copy=True)
         known[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
+    made = _deepcopy(model, known)
+    return made if device is None else made.to(device)
+
+
+@outside_inference_mode
+def check_copy(model: nn.Module) -> None:
+    """Raises :class:`UnsupportedError` if a model cannot be copied, without the memory that it takes."""
+    blank: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        made = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        blank[id(tensor)] = nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
+    _deepcopy(model, blank)
+
+
+def _deepcopy(model: nn.Module, known: dict[int, Any]) -> nn.Module:
+    known |= without_hooks(model)
+    for module in model.modules():  # weights that a hook has computed, and computes anew
+        made_there = [one for one in vars(module).values() if isinstance(one, Tensor) and one.grad_fn is not None]
+        known |= {id(one): one.detach().clone() for one in made_there}
     try:
-        made = copy.deepcopy(model, known)
+        return copy.deepcopy(model, known)
     except Exception as error:
         raise UnsupportedError(
             f"The dense model cannot be copied to be the teacher: {type(model).__name__} cannot be deep-copied "
             f"({type(error).__name__}: {error}). Give a teacher: teacher=, a checkpoint of the dense model or a module."
         ) from error
-    return made if device is None else made.to(device)
 
 
 def bytes_of_copy(model: nn.Module, half: torch.dtype | None) -> int:
     """What :func:`copy_of` is going to take."""
-    short = {id(one) for one in _of_products(model)} if half is not None else set()
+    short = {id(one) for one in of_products(model)} if half is not None else set()
     size = sum(one.numel() * (2 if id(one) in short else one.element_size()) for one in model.parameters())
     return size + sum(one.numel() * one.element_size() for one in model.buffers())
 
@@ -208,10 +230,12 @@ def weights_in_file(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _of_products(model: nn.Module) -> Iterator[nn.Parameter]:
+def of_products(model: nn.Module) -> Iterator[nn.Parameter]:
     """Weights in float32 that autocast casts in each forward pass; not those that are looked up as well."""
     tables = {id(one) for module in model.modules() if isinstance(module, nn.Embedding) for one in module.parameters()}
     for module in model.modules():
+        if any(makes_weight(hook) for hook in module._forward_pre_hooks.values()):
+            continue  # they are no factors of a product themselves
         if kind_of(module) is not None or isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             for one in module.parameters(recurse=False):
                 if one.dtype == torch.float32 and one.dim() >= 2 and id(one) not in tables and not is_quantized(one):

@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prehab.kinds.base import Kind, MatrixView, See, dense_linear, not_its_own
+from lightning_prehab.kinds.base import Kind, MatrixView, See, dense_linear, not_its_own, part_of, plain_type
 from lightning_prehab.layers.attend import Masks, Projections, Three, attend, each
 from lightning_prehab.layers.attention import PARTS, LowRankMultiheadAttention, Projection
 from lightning_prehab.layers.pivot import low_rank_linear
@@ -52,7 +52,7 @@ class AttentionView(MatrixView):
         if self.part == "out_proj":
             return self.module.out_proj._parameters["bias"]
         bias = self.module._parameters["in_proj_bias"]
-        return None if bias is None else self._block(bias)
+        return None if bias is None else part_of(bias, self._start, self.out_features)
 
     @property
     def packed(self) -> bool:
@@ -60,7 +60,11 @@ class AttentionView(MatrixView):
         return self.part != "out_proj" and self.module._qkv_same_embed_dim
 
     def _block(self, tensor: Tensor) -> Tensor:
-        return tensor.narrow(0, PARTS.index(self.part) * self.out_features, self.out_features)
+        return tensor.narrow(0, self._start, self.out_features)
+
+    @property
+    def _start(self) -> int:
+        return PARTS.index(self.part) * self.out_features
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """The rows that belong to this projection."""
@@ -76,7 +80,7 @@ class MultiheadAttentionKind(Kind):
 
     def fits(self, module: nn.Module) -> bool:
         """The exact type."""
-        return type(module) is nn.MultiheadAttention
+        return plain_type(module) is nn.MultiheadAttention
 
     def refusal(self, module: nn.Module) -> str | None:
         """Weights that are not those of torch are not known."""
@@ -84,7 +88,7 @@ class MultiheadAttentionKind(Kind):
         names = ["in_proj_weight"] if module._qkv_same_embed_dim else [f"{part}_weight" for part in PARTS[:3]]
         if is_parametrized(module.out_proj):
             return "the weight of its out_proj is parametrized; remove the parametrization first"
-        if type(module.out_proj) not in (NonDynamicallyQuantizableLinear, nn.Linear):
+        if plain_type(module.out_proj) not in (NonDynamicallyQuantizableLinear, nn.Linear):
             return f"its out_proj is a {type(module.out_proj).__name__}"
         if "weight" not in module.out_proj._parameters or not module._parameters.keys() >= set(names):
             return "a weight of it is pruned or normalized by a hook; make that permanent or remove it first"

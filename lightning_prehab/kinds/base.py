@@ -1,5 +1,6 @@
 """How a layer shows its weight matrices: what every kind of layer has in common."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prehab.layers.linear import LowRankLayer, parameter_like
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.products import Product
+from lightning_prehab.linalg.sharding import is_distributed
 from lightning_prehab.linalg.storage import Layout
 
 #: Receives the matrices of a layer that were just used together: ``see(views, x, y)``. ``x`` and ``y`` are what
@@ -235,6 +237,25 @@ class Kind(ABC):
             see(views, first_argument(args, settings), output)
 
         return [module.register_forward_hook(hook, with_kwargs=True)]
+
+
+def plain_type(module: nn.Module) -> type[nn.Module]:
+    """The class of a module; of a unit of FSDP2, which is of a subclass of its own (``FSDPLinear``), the class below.
+
+    >>> plain_type(nn.Linear(2, 2)).__name__
+    'Linear'
+    """
+    kind, unit = type(module), getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if unit is None or unit not in kind.__mro__:
+        return kind
+    return kind.__mro__[kind.__mro__.index(unit) + 1]
+
+
+def part_of(bias: Tensor, start: int, rows: int) -> Tensor:
+    """Some entries of a bias, as a view; of a sharded one, which has no such view, a tensor without values."""
+    if is_distributed(bias):
+        return torch.empty(rows, dtype=bias.dtype, device="meta")
+    return bias.narrow(0, start, rows)
 
 
 def first_argument(args: tuple[Any, ...], settings: Mapping[str, Any]) -> Tensor:

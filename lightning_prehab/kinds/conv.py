@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.errors import ArgumentError
-from lightning_prehab.kinds.base import Kind, MatrixView, not_its_own
+from lightning_prehab.kinds.base import Kind, MatrixView, not_its_own, part_of, plain_type
 from lightning_prehab.layers.conv import (
     LowRankConv,
     LowRankConv1d,
@@ -122,7 +122,7 @@ class ChannelView(_ConvView):
     def __init__(self, module: Conv, group: int | None = None) -> None:
         count = module.groups if group is None else 1
         m = module.out_channels if group is None else module.out_channels // module.groups
-        super().__init__(module, m, module.weight[0].numel(), count)
+        super().__init__(module, m, module.weight.shape[1:].numel(), count)
         self._group = group
         self.reads = ("channel", module.groups, group, *self._geometry())
 
@@ -130,7 +130,9 @@ class ChannelView(_ConvView):
     def bias(self) -> Tensor | None:
         """The bias of the layer, or of the group."""
         bias = super().bias
-        return None if bias is None else self._rows(bias)
+        if bias is None or self._group is None:
+            return bias
+        return part_of(bias, self._group * self.out_features, self.out_features)
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """Flattened rows of a kernel."""
@@ -288,7 +290,7 @@ class ConvKind(Kind):
 
     def fits(self, module: nn.Module) -> bool:
         """Exactly these types."""
-        return type(module) in (nn.Conv1d, nn.Conv2d)
+        return plain_type(module) in (nn.Conv1d, nn.Conv2d)
 
     def refusal(self, module: nn.Module) -> str | None:
         """A kernel that is no parameter, or of another shape than the layer says."""

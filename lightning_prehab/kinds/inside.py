@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_prehab.kinds.base import Kind, MatrixView
+from lightning_prehab.kinds.base import Kind, MatrixView, part_of
 from lightning_prehab.kinds.low_rank import LowRankView
 from lightning_prehab.layers.attention import PARTS, LowRankMultiheadAttention
 from lightning_prehab.layers.blocks import LowRankBlocks
@@ -108,14 +108,14 @@ class InsideKind(Kind):
         if isinstance(owner, LowRankMultiheadAttention):
             place = PARTS.index(self._key)
             last, bias = place == len(PARTS) - 1, owner.in_proj_bias
-            return None if last or bias is None else bias.chunk(3)[place], last or not owner.batch_first
+            return None if last or bias is None else part_of(bias, place * rows, rows), last or not owner.batch_first
         assert isinstance(owner, LowRankBlocks)
         start = 0
         for key, block in owner.named_children():
             if key == self._key:
                 break
             start += int(block.out_features)  # type: ignore[arg-type]
-        return None if owner.bias is None else owner.bias.narrow(0, start, rows), False
+        return None if owner.bias is None else part_of(owner.bias, start, rows), False
 
     def low_rank(
         self, module: nn.Module, views: Mapping[str, MatrixView], factors: Mapping[str, Factors]

@@ -5,7 +5,7 @@ from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
-from lightning_prehab.kinds.base import Kind, MatrixView, dense_linear, not_its_own
+from lightning_prehab.kinds.base import Kind, MatrixView, dense_linear, not_its_own, part_of, plain_type
 from lightning_prehab.layers.blocks import LowRankBlocks
 from lightning_prehab.layers.linear import LowRankLayer
 from lightning_prehab.layers.pivot import low_rank_linear
@@ -56,7 +56,7 @@ class RowBlock(MatrixView):
     def bias(self) -> Tensor | None:
         """The part of the bias that belongs to these rows."""
         bias = self.whole.bias
-        return None if bias is None else bias.narrow(0, self.start, self.out_features)
+        return None if bias is None else part_of(bias, self.start, self.out_features)
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """The rows."""
@@ -100,7 +100,7 @@ class LinearKind(Kind):
 
     def fits(self, module: nn.Module) -> bool:
         """Whether this is an ``nn.Linear``, by its exact type."""
-        kind = type(module)
+        kind = plain_type(module)
         return kind is nn.Linear or (issubclass(kind, nn.Linear) and _ALIKE.get(kind.__module__) == kind.__name__)
 
     def refusal(self, module: nn.Module) -> str | None:

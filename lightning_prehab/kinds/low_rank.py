@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_prehab.kinds.base import Kind, MatrixView
+from lightning_prehab.kinds.base import Kind, MatrixView, part_of, plain_type
 from lightning_prehab.kinds.conv import ChannelView, SpatialView
 from lightning_prehab.kinds.linear import LinearView
 from lightning_prehab.layers.blocks import LowRankConv1D, PivotConv1D
@@ -72,7 +72,7 @@ class LowRankView(MatrixView):
         bias: Tensor | None = layer.bias
         if bias is None or self._group is None:
             return bias
-        return bias.narrow(0, self._group * self.out_features, self.out_features)
+        return part_of(bias, self._group * self.out_features, self.out_features)
 
     def sides(self, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``A`` and ``B`` as matrices, of all groups or of this one: shapes ``(groups * r, n)`` and ``(m, r)``.
@@ -175,13 +175,13 @@ class CutKind(Kind):
 
     def fits(self, module: nn.Module) -> bool:
         """The exact types."""
-        return type(module) in self.types
+        return plain_type(module) in self.types
 
     def refusal(self, module: nn.Module) -> str | None:
         """What is on the factors beside them."""
         for name, child in module._modules.items():
             weight = None if child is None else child._parameters.get("weight")
-            if child is None or is_parametrized(child) or type(child) not in (nn.Linear, nn.Conv1d, nn.Conv2d):
+            if child is None or is_parametrized(child) or plain_type(child) not in (nn.Linear, nn.Conv1d, nn.Conv2d):
                 return (
                     f"it is low-rank already, and its {name} is a {type(child).__name__}: something is on the factors"
                 )

@@ -6,7 +6,7 @@ from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
-from lightning_prehab.kinds.base import MatrixView, not_its_own
+from lightning_prehab.kinds.base import MatrixView, not_its_own, plain_type
 from lightning_prehab.kinds.linear import LinearKind
 from lightning_prehab.layers.blocks import LowRankConv1D, LowRankConv1DBlocks, PivotConv1D
 from lightning_prehab.layers.linear import LowRankLayer
@@ -43,7 +43,7 @@ class Conv1DKind(LinearKind):
     def fits(self, module: nn.Module) -> bool:
         """Whether this is a ``Conv1D``: nobody can have made one before transformers was imported."""
         source = sys.modules.get("transformers.pytorch_utils")
-        return source is not None and type(module) is source.Conv1D
+        return source is not None and plain_type(module) is source.Conv1D
 
     def refusal(self, module: nn.Module) -> str | None:
         """A weight that is no parameter, or of another shape than the layer says."""

@@ -10,6 +10,7 @@ from lightning_prehab.layers.conv import LowRankConv, kernel_to_matrix, matrix_t
 from lightning_prehab.layers.linear import LowRankLinear, LowRankPlusSparseLinear
 from lightning_prehab.layers.pivot import PivotLayer
 from lightning_prehab.linalg.balance import even_scales
+from lightning_prehab.linalg.sharding import is_distributed, local_part
 from lightning_prehab.linalg.sizes import pivot_gradients, product_gradients
 
 
@@ -101,12 +102,17 @@ def _pair(name: str, layer: nn.Module) -> FactorPair | None:
     else:
         return None
     weights = [child._parameters.get("weight") for child in children]
-    if any(type(weight) is not nn.Parameter or not weight.is_floating_point() for weight in weights):
+    if any(weight is None or not _is_ordinary(weight) or not weight.is_floating_point() for weight in weights):
         return None
     a, b = weights
     assert a is not None
     assert b is not None
     return FactorPair(name, layer, a, b)
+
+
+def _is_ordinary(weight: nn.Parameter) -> bool:
+    """Whether it holds its numbers itself, all of them or the part of this process."""
+    return type(weight) is nn.Parameter or (is_distributed(weight) and type(local_part(weight)) is Tensor)
 
 
 def _wide(factor: Tensor) -> Tensor:

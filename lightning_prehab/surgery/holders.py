@@ -96,6 +96,13 @@ def note_replaced(pairs: Iterable[tuple[nn.Module, nn.Module]], lost: Iterable[s
         lost = ()
 
 
+def note_gone(things: Iterable[object]) -> None:
+    """The same for single modules and parameters."""
+    notes = _NOTES.get()
+    if notes is not None:
+        notes.add(things, ())
+
+
 def names_holders(call: Callable[P, T]) -> Callable[P, T]:
     """Makes a call of the user's warn of everybody who still holds what it has replaced."""
 

@@ -4,6 +4,7 @@ A :class:`~torch.utils.hooks.RemovableHandle` finds its hook through the diction
 dictionary itself that moves.
 """
 
+import copy
 from collections import OrderedDict
 from typing import Any
 
@@ -30,18 +31,38 @@ HOOKS = (
 _OF_ALL = frozenset(vars(nn.Module()))
 
 
-def hand_over_(old: nn.Module, new: nn.Module) -> None:
+def hand_over_(old: nn.Module, new: nn.Module, itself: bool = True) -> None:
     """Moves the hooks of a layer, and of the modules in it that have a namesake in the new one; cannot fail.
 
     A dense layer hands over the attributes that somebody has put on it as well, where the new one lacks them.
+
+    Args:
+        old: The layer.
+        new: What takes its place.
+        itself: Whether the layer itself has to do with it, or only what is inside.
     """
     inside = dict(new.named_modules())
     for name, module in old.named_modules():
-        if name in inside and inside[name] is not module:
+        if name in inside and inside[name] is not module and (itself or name):
             _move_hooks_(module, inside[name])
-    if not isinstance(old, LowRankLayer):
+    if itself and not isinstance(old, LowRankLayer):
         theirs = {key: value for key, value in vars(old).items() if key not in _OF_ALL and not hasattr(new, key)}
         vars(new).update(theirs)
+
+
+def without_hooks(model: nn.Module) -> dict[int, Any]:
+    """A memo for ``copy.deepcopy``: the copy has none of the hooks that somebody has put on the modules.
+
+    What torch computes a weight with in a hook (``weight_norm``, ``spectral_norm``, pruning) is part of the module, and
+    stays on it.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for found in hooks_of(module).values():
+            memo[id(found)] = OrderedDict(
+                (key, copy.deepcopy(hook)) for key, hook in found.items() if makes_weight(hook)
+            )
+    return memo
 
 
 def lost_hooks(name: str, old: nn.Module, new: nn.Module) -> list[str]:
@@ -56,6 +77,16 @@ def lost_hooks(name: str, old: nn.Module, new: nn.Module) -> list[str]:
 def hooks_of(module: nn.Module) -> dict[str, Any]:
     """The hooks of a module itself, by where it keeps them; what is empty is left out."""
     return {kind: found for kind in HOOKS if (found := vars(module).get(kind))}
+
+
+def makes_weight(hook: Any) -> bool:
+    """Whether it is one of torch's, that computes a weight of parameters before each call."""
+    return any(kind.__module__.startswith("torch.nn.utils.") for kind in type(hook).__mro__)
+
+
+def own_content(module: nn.Module) -> dict[str, Any]:
+    """What makes a module what it is, besides its class: parts and settings, without hooks and without its mode."""
+    return {key: value for key, value in vars(module).items() if key not in (*HOOKS, "_is_full_backward_hook")}
 
 
 def _move_hooks_(old: nn.Module, new: nn.Module) -> None:

@@ -18,9 +18,17 @@ CORRELATED = ("exp_avg_sq", "max_exp_avg_sq")
 #: They are at least this share of the square of the first moment: no first step is larger than four times the rate.
 #: With the whole square, where correlations are counted already, the first 50 steps do a little less.
 CORRELATED_FLOOR = 1 / 16
+#: Adds up what several processes have.
+AddUp = Callable[[Tensor], Tensor]
 
 
-def factor_states(state: Mapping[str, Any], a: Tensor, b: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def factor_states(
+    state: Mapping[str, Any], a: Tensor, b: Tensor, add_up: AddUp = _itself
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """States of ``A`` and ``B`` from the state of ``W``, for ``W ~ B A``.
 
     The gradients are ``dA = B^T dW`` and ``dB = dW A^T``, so a first moment, being linear in them, moves exactly:
@@ -38,6 +46,8 @@ def factor_states(state: Mapping[str, Any], a: Tensor, b: Tensor) -> tuple[dict[
         state: Of ``W``.
         a: Shape ``(rank, in_features)``.
         b: Shape ``(out_features, rank)``.
+        add_up: Given a sum over rows, the sum over those of all processes, where each has the same rows of ``W`` and
+            ``B`` and knows nothing of the others. What it is given does not depend on what it has returned.
 
     Returns:
         ``(state of A, state of B)``. Both are empty, a fresh start, if the state holds a matrix of unknown meaning.
@@ -55,10 +65,10 @@ def factor_states(state: Mapping[str, Any], a: Tensor, b: Tensor) -> tuple[dict[
             continue
         if key not in MEANINGS or value.shape != (b.shape[0], a.shape[1]):
             return {}, {}
-        for_a[key], for_b[key] = _factored(key, value, a.detach(), b.detach())
+        for_a[key], for_b[key] = _factored(key, value, a.detach(), b.detach(), add_up)
     if "exp_avg" in state and "exp_avg_sq" in state:
-        for_rows = _correlation(state["exp_avg"], b.detach())[:, None]
-        for_columns = _correlation(state["exp_avg"].mT, a.detach().mT)
+        for_rows = _correlation(state["exp_avg"], b.detach(), inner=add_up)[:, None]
+        for_columns = _correlation(state["exp_avg"].mT, a.detach().mT, outer=add_up)
         for key in CORRELATED:
             if key in for_a:
                 for_a[key], for_b[key] = for_a[key] * for_rows, for_b[key] * for_columns
@@ -231,34 +241,37 @@ def bias_state(state: Mapping[str, Any], bias: Tensor) -> dict[str, Any]:
     return moved
 
 
-def _factored(key: str, value: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _factored(key: str, value: Tensor, a: Tensor, b: Tensor, add_up: AddUp) -> tuple[Tensor, Tensor]:
     """What one entry of the state of ``W`` becomes for ``A`` and for ``B``."""
     if key in ITERATES:
         return a.to(value.dtype, copy=True), b.to(value.dtype, copy=True)
     if key in STEP_SIZES:
-        return value.mean(0, keepdim=True).repeat(len(a), 1), value.mean(1, keepdim=True).repeat(1, len(a))
+        mean = add_up(value.sum(0, keepdim=True)) / add_up(value.new_tensor([float(len(value))]))
+        return mean.repeat(len(a), 1), value.mean(1, keepdim=True).repeat(1, len(a))
     if key in LARGEST:
         squared = value.square()
-        return _product(b.square().mT, squared, value.dtype).sqrt(), _product(
-            squared, a.square().mT, value.dtype
-        ).sqrt()
+        for_a, for_b = add_up(_wide(b.square().mT, squared)), _wide(squared, a.square().mT)
+        return for_a.to(value.dtype).sqrt(), for_b.to(value.dtype).sqrt()
     if key in SECOND_MOMENTS:
-        return _product(b.square().mT, value, value.dtype), _product(value, a.square().mT, value.dtype)
-    return _product(b.mT, value, value.dtype), _product(value, a.mT, value.dtype)
+        a, b = a.square(), b.square()
+    return add_up(_wide(b.mT, value)).to(value.dtype), _wide(value, a.mT).to(value.dtype)
 
 
-def _correlation(moment: Tensor, factor: Tensor) -> Tensor:
+def _correlation(moment: Tensor, factor: Tensor, inner: AddUp = _itself, outer: AddUp = _itself) -> Tensor:
     """How much larger the squares of ``factor^T moment`` are than if its entries were uncorrelated.
 
     Args:
         moment: A mean gradient: shape ``(m, n)``.
         factor: Shape ``(m, rank)``.
+        inner: Adds up sums over ``m`` where a process has some of it; see :func:`factor_states`.
+        outer: The same for ``n``.
 
     Returns:
         By row of the product: shape ``(rank,)``; 1 where there is no gradient.
     """
-    together = _product(factor.mT, moment, torch.float32).square().sum(1)
-    alone = _product(factor.square().mT, moment.float().square().sum(1, keepdim=True), torch.float32).squeeze(1)
+    together = outer(inner(_wide(factor.mT, moment)).float().square().sum(1))
+    squares = outer(moment.float().square().sum(1, keepdim=True))
+    alone = inner(_wide(factor.square().mT, squares)).float().squeeze(1)
     return torch.where(together > 0, together / alone.clamp_min(torch.finfo(alone.dtype).tiny), 1.0).to(moment.dtype)
 
 
@@ -290,7 +303,7 @@ def _centered(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**state, "square_avg": (state["square_avg"] - state["grad_avg"].square()).clamp_min(0.0)}
 
 
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """A product in float64 (float32 where the device has no float64), rounded to ``dtype``."""
+def _wide(left: Tensor, right: Tensor) -> Tensor:
+    """A product in float64 (float32 where the device has no float64)."""
     wide = torch.float32 if left.device.type == "mps" else torch.float64
-    return (left.detach().to(wide) @ right.detach().to(wide)).to(dtype)
+    return left.detach().to(wide) @ right.detach().to(wide)

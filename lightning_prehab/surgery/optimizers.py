@@ -1,7 +1,7 @@
 """The only file that changes an optimizer: factors take the place of a weight, with what is known of it."""
 
 import warnings
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_prehab.errors import UnsupportedError
+from lightning_prehab.linalg.sharding import is_distributed, local_part
 from lightning_prehab.surgery.meanings import ITERATES, counts_in_group, flags, readable_state
 from lightning_prehab.surgery.rehearsal import fresh_states
 from lightning_prehab.surgery.replacement import Exchange, renamed
@@ -110,8 +111,19 @@ class GroupEdit:
             edit.commit()
 
 
-def plan_edits(optimizer: torch.optim.Optimizer, replacements: Sequence[Exchange]) -> list[GroupEdit]:
+#: What an optimizer shall know of what takes the place of a weight: its group, the weight, the exchange.
+StatesOf = Callable[[torch.optim.Optimizer, Mapping[str, Any], Tensor, Exchange], dict[Tensor, dict[str, Any]]]
+
+
+def plan_edits(
+    optimizer: torch.optim.Optimizer, replacements: Sequence[Exchange], states: StatesOf | None = None
+) -> list[GroupEdit]:
     """What has to change in an optimizer when layers are replaced; nothing is changed yet.
+
+    Args:
+        optimizer: The optimizer; those that it wraps are edited, too.
+        replacements: The layers.
+        states: What it shall know of the new parameters, where that is known; None: what follows from its own state.
 
     Raises:
         UnsupportedError: As :func:`check_optimizer`.
@@ -128,7 +140,7 @@ def plan_edits(optimizer: torch.optim.Optimizer, replacements: Sequence[Exchange
     edits = []
     for one in family(optimizer):
         for group in one.param_groups:
-            edit = _plan_group(one, group, replacements, by_weight, names)
+            edit = _plan_group(one, group, replacements, by_weight, names, states or _own_states)
             for replacement in replacements:
                 edit.order(list(replacement.new.parameters()))
             edits.append(edit)
@@ -141,6 +153,7 @@ def _plan_group(
     replacements: Sequence[Exchange],
     by_weight: Mapping[int, Exchange],
     both_names: Mapping[int, tuple[str, str]],
+    states: StatesOf,
 ) -> GroupEdit:
     """The edit of one group, with the parameters in the order in which they replace each other."""
     removed = [parameter for parameter in group["params"] if id(parameter) in by_weight]
@@ -159,21 +172,39 @@ def _plan_group(
         parts = found.parameters(parameter)
         edit.params.extend(parts.values())
         edit.names.extend(name.removesuffix(within) + part for part in parts)
-        own.added.update(_states(optimizer, group, parameter, found))
+        own.added.update(states(optimizer, group, parameter, found))
     return edit
 
 
-def _states(
+def _own_states(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], weight: Tensor, found: Exchange
 ) -> dict[Tensor, dict[str, Any]]:
-    """What takes the place of the state of a weight; parameters that start with nothing are left out."""
-    state = optimizer.state.get(weight)
+    return moved_states(optimizer, group, weight, found, lambda other: optimizer.state.get(other, {}))
+
+
+def moved_states(
+    optimizer: torch.optim.Optimizer,
+    group: Mapping[str, Any],
+    weight: Tensor,
+    found: Exchange,
+    state_of: Callable[[Tensor], Mapping[str, Any]],
+) -> dict[Tensor, dict[str, Any]]:
+    """What takes the place of the state of a weight; parameters that start with nothing are left out.
+
+    Args:
+        optimizer: The one that keeps it.
+        group: The group of the weight.
+        weight: The weight.
+        found: The layer that holds it, and what takes its place.
+        state_of: The state of a weight of that layer.
+    """
+    state = state_of(weight)
     if not state:
         return {}
     known = readable_state(optimizer, weight, state)
 
     def of(other: Tensor) -> Mapping[str, Any] | None:
-        return readable_state(optimizer, other, optimizer.state.get(other, {}))
+        return readable_state(optimizer, other, state_of(other))
 
     moved = {} if known is None else found.states(weight, known, of)
     least = group.get("min_dim_size_to_factor", 0)  # of timm
@@ -195,11 +226,13 @@ def _shifts(
     parameter: Tensor, state: Mapping[str, Any] | None, replacements: Sequence[Exchange]
 ) -> list[tuple[Tensor, Tensor]]:
     """Where the state of a bias that is kept holds other values of it, which move with it: parts, and by how much."""
-    iterates = [value for key, value in (state or {}).items() if key in ITERATES and type(value) is Tensor]
+    known = [value for key, value in (state or {}).items() if key in ITERATES and isinstance(value, Tensor)]
+    known = [value for value in known if value.shape == parameter.shape]
+    iterates = [local_part(value) if is_distributed(value) else value for value in known]
     return [
         (value[part], shift.to(value.dtype))
         for value in iterates
-        if value.shape == parameter.shape
+        if type(value) is Tensor
         for one in replacements
         for part, shift in one.shifts(parameter)
     ]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_prehab.layers.pairs import FactorPair
+from lightning_prehab.linalg.sharding import is_distributed, local_part
 from lightning_prehab.surgery.meanings import FIRST_MOMENTS, ITERATES, LARGEST, SECOND_MOMENTS, readable_state
 
 
@@ -39,14 +40,14 @@ def rebalance_(pair: FactorPair, optimizers: Sequence[torch.optim.Optimizer]) ->
             changes += found
         changes.append((parameter, scale))
     for value, scale in changes:
-        value.mul_(scale.to(value.dtype))
+        local_part(value).mul_(scale.to(value.dtype))
     return True
 
 
 def _changes(optimizer: torch.optim.Optimizer, parameter: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor]] | None:
     """What in the state of a parameter is multiplied by what; None if it is not known."""
-    state: dict[str, Any] = optimizer.state.get(parameter, {})
-    known = readable_state(optimizer, parameter, state)
+    state = {key: _here(value) for key, value in optimizer.state.get(parameter, {}).items()}
+    known = readable_state(optimizer, local_part(parameter), state)
     if known is None or "s" in known:  # MADGRAD has an iterate that moves by no power of two
         return None
     changes = []
@@ -64,3 +65,7 @@ def _changes(optimizer: torch.optim.Optimizer, parameter: Tensor, scale: Tensor)
         else:  # Adadelta: the squares of steps
             changes.append((value, scale.square()))
     return changes
+
+
+def _here(value: Any) -> Any:
+    return local_part(value) if isinstance(value, Tensor) and is_distributed(value) else value

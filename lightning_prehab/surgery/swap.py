@@ -18,8 +18,8 @@ from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.report.origin import Origin
 from lightning_prehab.surgery.factors import planned_targets, stays_as_it_is
-from lightning_prehab.surgery.holders import note_replaced
-from lightning_prehab.surgery.hooks import hand_over_, lost_hooks
+from lightning_prehab.surgery.holders import note_gone, note_replaced
+from lightning_prehab.surgery.hooks import hand_over_, lost_hooks, own_content
 from lightning_prehab.surgery.optimizers import GroupEdit, plan_edits
 from lightning_prehab.surgery.pretrained import check_pretrained, note_structure_
 from lightning_prehab.surgery.recut import Recut
@@ -62,7 +62,7 @@ class PreparedSwap:
         """Changes the model and the optimizers."""
         before = count_dense_parameters(self.model)
         _shift_biases_(self.replacements)
-        _put_(self.slots, [(one.old, one.new) for one in self.replacements])
+        put_(self.slots, [(one.old, one.new) for one in self.replacements])
         for edit in self.edits:
             edit.commit()
         note_structure_(self.model)
@@ -96,15 +96,16 @@ def prepare_swap(
     changed = {name: one for name, one in cut.items() if name not in same or one.bias_shift is not None}
     located = locate(model, shapes_of(changed)).values()
     check_pretrained(model, (layer.module for layer, _ in located))
-    replacements = [_kind_of_exchange(views).prepare(layer, views, changed) for layer, views in located]
-    _check_hooks(replacements)
+    replacements = [kind_of_exchange(views).prepare(layer, views, changed) for layer, views in located]
+    check_hooks(replacements)
     edits = [edit for optimizer in optimizers for edit in plan_edits(optimizer, replacements)]
-    slots = _slots(model, {id(one.old): one.new for one in replacements})
+    slots = slots_of(model, {id(one.old): one.new for one in replacements})
     errors = {name: error for one in replacements for name, error in one.errors().items()}
     return PreparedSwap(model, plan, replacements, slots, edits, {name: errors.get(name, 0.0) for name in cut})
 
 
-def _kind_of_exchange(views: Mapping[str, MatrixView]) -> type[Replacement]:
+def kind_of_exchange(views: Mapping[str, MatrixView]) -> type[Replacement]:
+    """What prepares a layer: one that has been cut before, or a dense one."""
     return Recut if any(view.rank is not None for view in views.values()) else Replacement
 
 
@@ -113,10 +114,10 @@ def replace_modules_(model: nn.Module, replacement: Mapping[int, nn.Module]) -> 
     named = {name: module for name, module in model.named_modules() if id(module) in replacement}
     pairs = [(module, replacement[id(module)]) for module in named.values()]
     lost = [lost for name, old in named.items() for lost in lost_hooks(name, old, replacement[id(old)])]
-    _put_(_slots(model, replacement), pairs, lost)
+    put_(slots_of(model, replacement), pairs, lost)
 
 
-def _slots(model: nn.Module, replacement: Mapping[int, nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
+def slots_of(model: nn.Module, replacement: Mapping[int, nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
     """Every place where a module hangs that is to be replaced (by id); shared modules hang in several."""
     return [
         (parent, key, replacement[id(child)])
@@ -126,7 +127,7 @@ def _slots(model: nn.Module, replacement: Mapping[int, nn.Module]) -> list[tuple
     ]
 
 
-def _put_(
+def put_(
     slots: Iterable[tuple[nn.Module, str, nn.Module]],
     pairs: Sequence[tuple[nn.Module, nn.Module]],
     lost: Sequence[str] = (),
@@ -139,7 +140,19 @@ def _put_(
     note_replaced(pairs, lost)
 
 
-def _check_hooks(replacements: Iterable[Replacement]) -> None:
+def become_(layer: nn.Module, new: nn.Module) -> None:
+    """Gives a layer the parts and settings of another one, but for its class, where others know it by its identity.
+
+    Its own hooks and its class stay; assignments alone.
+    """
+    gone = [*list(layer.modules())[1:], *layer.parameters()]
+    kept = {id(thing) for thing in (*new.modules(), *new.parameters())}
+    hand_over_(layer, new, itself=False)
+    vars(layer).update(own_content(new))
+    note_gone(thing for thing in gone if id(thing) not in kept)
+
+
+def check_hooks(replacements: Iterable[Replacement]) -> None:
     """Raises :class:`UnsupportedError` for hooks that came after the targets were found."""
     for one in replacements:
         if any(has_hooks(weight) for weight in one.replaced()):

@@ -7,6 +7,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_prehab.kinds import Kind
 from lightning_prehab.linalg.matrices import break_even_rank, is_quantized
+from lightning_prehab.linalg.sharding import is_distributed, local_part, why_not_shards
 
 #: Parameters that torch.nn.utils.prune, spectral_norm and weight_norm leave in place of the weight.
 _REPARAMETRIZED = {"weight_orig", "weight_v"}
@@ -59,6 +60,8 @@ def why_not_tensor(tensor: Tensor, what: str) -> str | None:
         return f"{what} is not initialized"
     if is_quantized(tensor) or tensor.is_quantized:
         return f"{what} is quantized; compress the model first, then quantize the factors"
+    if is_distributed(tensor):
+        return why_not_shards(tensor, what) or why_not_tensor(local_part(tensor), what)
     if _has_own_operations(type(tensor)):
         return f"{what} is a {type(tensor).__name__}, which follows rules of its own"
     if tensor.is_nested:

@@ -421,7 +421,9 @@ def test_strategies_with_flat_parameters_are_refused(callback, lit):
         callbacks = ()
         max_epochs = 5
 
-    with pytest.raises(UnsupportedError, match="supports one device.* DDP.*, not FSDPStrategy: .*no matrices.*two phases"):
+    with pytest.raises(
+        UnsupportedError, match="supports one device.* DDP.*, not FSDPStrategy: .*no matrices.*two phases"
+    ):
         callback.setup(FakeTrainer(), lit, "fit")
 
 

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
 from lightning_prehab.errors import ArgumentError, CheckpointError, StatisticsError, TargetError, UnsupportedError
+from lightning_prehab.surgery.hooks import hooks_of
 from tests.same_model import assert_same_weights
 
 
@@ -243,6 +244,25 @@ def test_a_teacher_that_is_given_needs_no_cut_in_this_run(kind, classes, make_tr
     assert found < distances[0]
     assert sum(distances[-6:]) < sum(distances[:6])
     assert rehab.state_dict()["teacher"] is None
+
+
+def test_hooks_of_the_user_see_the_student_alone(classes, make_trainer):
+    """Also those on the layers, and those that come after the teacher was made; the teacher asks none of them."""
+    module, seen = Classifier(), []
+
+    class Hooks(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.before = len(seen)
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            assert len(seen) - self.before == 2
+            assert all(one in set(pl_module.modules()) for one in seen[self.before :])
+
+    for one in (module.net, module.net[2]):
+        one.register_forward_hook(lambda part, *_: seen.append(part))
+    rehab = lp.RehabDistillation()
+    trained(module, [rehab, Hooks()], classes, make_trainer)
+    assert not any(hooks_of(one) for one in rehab._distiller.teacher.module.modules())
 
 
 def test_of_several_fits_each_has_its_own_teacher(classes, make_trainer):

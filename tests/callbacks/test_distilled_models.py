@@ -441,23 +441,111 @@ class WithPast(nn.Sequential):
         return super().forward(x)
 
 
-@pytest.mark.parametrize(
-    ("kind", "modules", "error", "match"),
-    [
-        (OnlyLoss, lambda one: {"net": one}, StatisticsError, r"no module that returns logits .*\(forward=\)"),
-        (NoCall, lambda one: {"net": one}, StatisticsError, "calls no module of the model"),
-        (Between, lambda one: {"body": one[:3], "head": one[3:]}, UnsupportedError, "'head' is called with something"),
-        (Cached, lambda one: {"net": WithPast(*one)}, UnsupportedError, "called with past_key_values"),
-    ],
-)
-def test_what_cannot_be_asked_is_refused_with_the_way_out(kind, modules, error, match, rows, make_trainer):
-    dense = net()
-    rehab = lp.RehabDistillation(0.6, teacher=kind(**modules(copy.deepcopy(dense))))
-    lit = kind(**modules(cut(dense)))
+CANNOT = {
+    "only the loss": (OnlyLoss, lambda one: {"net": one}, StatisticsError, r"no module that returns logits .*forward="),
+    "no call": (NoCall, lambda one: {"net": one}, StatisticsError, "calls no module of the model"),
+    "in between": (
+        Between,
+        lambda one: {"body": one[:3], "head": one[3:]},
+        UnsupportedError,
+        "'head' is called with something",
+    ),
+    "cached": (Cached, lambda one: {"net": WithPast(*one)}, UnsupportedError, "called with past_key_values"),
+}
+
+
+@pytest.mark.parametrize("name", CANNOT)
+@pytest.mark.parametrize("kept", ["given", "given before the cut", "kept at the cut", "kept before prehab"])
+def test_what_cannot_be_asked_is_refused_with_the_way_out(name, kept, rows, make_trainer):
+    """At the first batch of the fit, before any step, also where the cut comes later."""
+    kind, modules, error, match = CANNOT[name]
+    dense, steps = net(), []
+    teacher = kind(**modules(copy.deepcopy(dense))) if kept.startswith("given") else None
+    callbacks = [lp.RehabDistillation(0.6, teacher=teacher)]
+    if kept != "given":
+        callbacks.append(lp.CompressionCallback(2, 0.4, factorization=lp.SVD()))
+    if kept == "kept before prehab":
+        callbacks[0] = lp.PrehabCallback(lp.StableRank(), start_epoch=1, self_distillation=0.5)
+
+    class Watch(pl.Callback):
+        def on_before_optimizer_step(self, *_):
+            steps.append(1)
+
+    lit = kind(**modules(cut(dense) if kept == "given" else dense))
     with pytest.raises(error, match=match) as caught:
-        make_trainer(callbacks=[rehab]).fit(lit, rows)
+        make_trainer(max_epochs=3, callbacks=[*callbacks, Watch()]).fit(lit, rows)
     assert "module=" in str(caught.value)
+    assert steps == []
     assert not any(one._forward_hooks or one._forward_pre_hooks for one in lit.modules())
+
+
+class Features(Lit):
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def fails(module, batch):
+    raise ZeroDivisionError
+
+
+def no_tensor(module, batch):
+    return "logits"
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        (
+            {"form": "features", "feature_modules": "unused"},
+            StatisticsError,
+            "None of the modules 'unused' .* is called",
+        ),
+        (
+            {"form": "features", "feature_modules": "frozen"},
+            StatisticsError,
+            "None of the modules 'frozen' .* is called",
+        ),
+        ({"forward": fails}, ZeroDivisionError, ""),
+        ({"forward": no_tensor}, StatisticsError, ""),
+        ({"teacher": Features(net=net()[:3])}, StatisticsError, "shape"),
+    ],
+    ids=["unused features", "frozen features", "forward fails", "forward without tensors", "teacher"],
+)
+def test_settings_that_give_nothing_to_compare_are_told_at_the_first_batch(settings, error, match, rows, make_trainer):
+    lit = Features(net=net(), unused=nn.Linear(2, 2), frozen=nn.Linear(12, 2).requires_grad_(False))
+    before = copy.deepcopy(lit.state_dict())
+    callbacks = [lp.RehabDistillation(**settings), lp.CompressionCallback(2, 0.4, factorization=lp.SVD())]
+    with pytest.raises(error, match=match):
+        make_trainer(max_epochs=3, callbacks=callbacks).fit(lit, rows)
+    assert all(torch.equal(before[name], one) for name, one in lit.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"forward": lambda module, batch: module.net(batch[0])}], ids=["training_step", "forward"]
+)
+def test_looking_ahead_changes_nothing(settings, rows, make_trainer):
+    """The weights before the cut, with dropout and running statistics, are those without a teacher; no hook is left."""
+
+    def run(*callbacks):
+        torch.manual_seed(3)
+        lit = Features(net=nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 5)))
+        surgery = lp.CompressionCallback(2, 0.4, factorization=lp.SVD())
+        states = []
+
+        class Watch(pl.Callback):
+            def on_train_batch_end(self, trainer, pl_module, *_):
+                assert not any(one._forward_hooks or one._forward_pre_hooks for one in pl_module.modules())
+                assert all(one.training for one in pl_module.modules())
+
+            def on_before_surgery(self, trainer, pl_module):
+                states.append(copy.deepcopy(pl_module.state_dict()))
+
+        make_trainer(max_epochs=3, callbacks=[*callbacks, surgery, Watch()]).fit(lit, rows)
+        return states[0]
+
+    torch.manual_seed(0)
+    plain, ours = run(), run(lp.RehabDistillation(**settings))
+    assert all(torch.equal(plain[name], one) for name, one in ours.items())
 
 
 @pytest.mark.parametrize("kind", [OnlyLoss, Between])
@@ -507,6 +595,7 @@ def test_a_model_that_cannot_be_copied_stays_dense(rows, make_trainer):
     callbacks = [lp.CompressionCallback(1, 0.4, factorization=lp.SVD()), lp.RehabDistillation()]
     with pytest.raises(UnsupportedError, match="Give a teacher: teacher="):
         make_trainer(max_epochs=2, callbacks=callbacks).fit(lit, rows)
+    assert lit.trainer.global_step == 0
     assert all(type(one) in (nn.Linear, nn.Tanh) for one in lit.net)
 
 

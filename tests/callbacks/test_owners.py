@@ -62,23 +62,23 @@ def test_rounds_have_each_name_once_and_no_process_twice(world_size):
     assert len(rounds) == max(list(owners.values()).count(rank) for rank in range(world_size))
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_the_memory_is_stated_once_with_its_parts(sharded, caplog, monkeypatch):
+@pytest.mark.parametrize("method", [lp.SVD(), lp.WhitenedSVD(), lp.KroneckerSVD()], ids=lambda m: type(m).__name__)
+def test_the_memory_is_stated_once_with_its_parts(method, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "level", logging.INFO)
-    targets = {name: nn.Linear(400, 400) for name in "ab"}
-    statistics = {name: lp.LayerStatistics(400, 400, magnitudes=False, device="meta") for name in targets}
+    model = nn.ModuleDict({name: nn.Linear(400, 400) for name in "ab"})
+    statistics = {name: lp.LayerStatistics(400, 400, magnitudes=False, device="meta") for name in model}
     statistics["b"].share_inputs_(statistics["a"])
-    solver = Solver(targets, lp.SVD(), statistics)
+    solver = Solver(dict(model.items()), method, statistics)
     with caplog.at_level(logging.INFO):
-        say_memory(solver, {"a": 0, "b": 1}, 1)
+        say_memory(model, solver, {"a": 0, "b": 1}, 1)
         assert not caplog.messages  # one process shares nothing
-        say_memory(solver, {"a": 0, "b": 1}, 2, sharded=sharded)
+        say_memory(model, solver, {"a": 0, "b": 1}, 2)
     (said,) = caplog.messages
-    sums = 4 * (400 * 400 + 2 * 400) + 2 * 2 * 8 - 4 * 400  # the counts of samples are each layer's own
-    assert f"sums {sums / 1e6:.1f}" in said
-    assert "decompositions 0.6" in said  # rank 200 of 400: as many numbers as the weight
-    assert f"the largest layer {(5.8 if sharded else 5.1)}" in said
-    assert f"factors {(0.6 if sharded else 1.3)}" in said
+    sums = 4 * (400 * 400 + 400) + 3 * 8  # the counts of samples are each layer's own
+    # of two layers each process keeps one, at rank 200 of 400: as many numbers as the weight has
+    tried = ", a copy of the model and its changes 3.8" if method.comparable else ""
+    parts = f"(sums {sums / 1e6:.1f}, decompositions 0.6, the largest layer 5.1; later factors 1.3{tried})"
+    assert said.endswith(f"at most 6.4 MB {parts}.")
 
 
 def test_buckets_hold_one_sort_each_and_no_more_than_they_may(monkeypatch):

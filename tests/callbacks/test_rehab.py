@@ -225,7 +225,7 @@ def test_no_hooks_stay_on_the_optimizer(crash, mlp, loader, make_trainer, lit_cl
                 raise ZeroDivisionError
 
     trainer = make_trainer(
-        max_epochs=5, callbacks=[lp.CompressionCallback(EPOCH, factorization=lp.SVD()), lp.RehabSchedule(30), Crash()]
+        max_epochs=5, callbacks=[lp.CompressionCallback(EPOCH, factorization=lp.SVD()), lp.RehabSchedule(18), Crash()]
     )
     lit = module(lit_class, mlp, None, "step")
     if crash:

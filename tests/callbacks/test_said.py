@@ -171,3 +171,9 @@ def test_a_regularizer_that_never_acts_is_refused(lit, loader, make_trainer):
     trainer = make_trainer(max_epochs=3, callbacks=[lp.PrehabCallback(start_epoch=1), lp.CompressionCallback(1)])
     with pytest.raises(ArgumentError, match="start_epoch=1.* never acts: the surgery is at epoch 1"):
         trainer.fit(lit, loader)
+    several = [lp.CompressionCallback([0, 2], [0.6, 0.4], factorization=lp.SVD()) for _ in range(2)]
+    with pytest.raises(ArgumentError, match=r"PaperPrehab\(start_epoch=0\) never acts: the surgery is at epoch 0"):
+        make_trainer(max_epochs=3, callbacks=[lp.PaperPrehab(), several[0]]).fit(lit, loader)
+    trainer = make_trainer(max_epochs=3, callbacks=[lp.PrehabCallback(update_steps=0), several[1]])
+    trainer.fit(lit, loader)  # before epoch 2
+    assert "prehab/progress" in trainer.callback_metrics

@@ -106,6 +106,27 @@ def test_the_teacher_goes_on_after_the_cut(strength, rows, make_trainer):
     assert not torch.equal(teacher["net.0.weight"], other["net.0.weight"])
 
 
+def test_a_cut_that_no_prehab_has_come_before_is_waited_out(rows, make_trainer):
+    """The first of two cuts is at the first epoch: the model from before prehab is the one that it leaves."""
+    seen = {}
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            taught = "prehab/distillation" in trainer.callback_metrics
+            seen.setdefault(trainer.current_epoch, set()).add(taught)
+            if trainer.current_epoch == 1:
+                teacher = find_callback(trainer, SelfDistillation).teacher
+                assert any(isinstance(one, lp.LowRankLinear) for one in teacher.module.modules())
+
+    torch.manual_seed(1)
+    prehab = lp.PrehabCallback(start_epoch=1, update_steps=2, self_distillation=0.6)
+    surgery = lp.CompressionCallback([0, 3], [0.7, 0.4], calibration_batches=4, factorization=lp.SVD())
+    trainer = make_trainer(max_epochs=4, callbacks=[prehab, surgery, Look()])
+    trainer.fit(Lit(), rows)
+    assert seen == {0: {False}, 1: {True}, 2: {True}, 3: {True}}  # metrics stay
+    assert find_callback(trainer, SelfDistillation)._done
+
+
 def test_a_wrong_strength():
     with pytest.raises(ArgumentError, match="self_distillation must be finite and not negative, got -1"):
         lp.PrehabCallback(self_distillation=-1)

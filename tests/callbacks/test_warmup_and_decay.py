@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import lightning.pytorch as pl
 import pytest
@@ -72,7 +73,9 @@ RUNS = {
 def test_warmup_and_decay(name, mlp, loader, make_trainer, lit_class):
     settings, arguments, before, warmup, decay = RUNS[name]
     arguments = {"warmup_steps": 4, "end_factor": 0.2, **arguments}
-    (rates,) = fit(make(lit_class, mlp), loader, make_trainer, cut(), lp.RehabSchedule(**arguments), **settings)
+    too_long = pytest.warns(UserWarning, match="takes 99 steps") if warmup == 99 else nullcontext()
+    with too_long:
+        (rates,) = fit(make(lit_class, mlp), loader, make_trainer, cut(), lp.RehabSchedule(**arguments), **settings)
     path = {"cosine": True, "peak": 2.0, "end": 0.0} if name == "cosine" else {}
     decay = math.inf if decay == 0 else decay
     if decay == math.inf:
@@ -170,7 +173,7 @@ class Stream(IterableDataset):
         ({"warmup_steps": 4, "end_factor": 0.1}, {}, r"end of the run, .*RehabSchedule\(decay_steps="),
         ({"warmup_steps": 4, "end_factor": 0.1, "decay_epochs": 2}, {}, r"RehabSchedule\(decay_steps="),
         ({"warmup_steps": 4, "end_factor": 0.1, "decay_steps": 2}, {}, None),
-        ({"warmup_steps": 4, "end_factor": 0.1}, {"max_steps": 9}, None),
+        ({"warmup_steps": 2, "end_factor": 0.1}, {"max_steps": 9}, None),
         ({"warmup_steps": 4}, {}, None),
     ],
 )
@@ -183,6 +186,53 @@ def test_an_end_that_is_not_known_is_said_in_time(arguments, settings, message, 
     with pytest.raises(UnsupportedError, match=message):
         fit(lit, loader, make_trainer, *callbacks, epochs=2)
     assert lit.losses == []
+
+
+TOO_LONG = {
+    "warm-up": (
+        {"warmup_steps": 24},
+        "the warm-up takes 24 steps, and 12 .* comes to 0.512 times yours .* peak_factor=1",
+    ),
+    "epochs": ({"warmup_epochs": 3}, "the warm-up takes 18 steps, and 12 are left .* shorter warm-up"),
+    "cosine": (
+        {"warmup_steps": 22, "shape": "cosine", "start_factor": 0.0, "peak_factor": 2},
+        "comes to 1 times yours",
+    ),
+    "no decay": ({"warmup_steps": 24, "end_factor": 0.1}, "There is no decay to end_factor=0.1"),
+    "decay": (
+        {"warmup_steps": 4, "end_factor": 0.1, "decay_steps": 9},
+        "warm-up and decay take 13 steps, and 12 are left",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOO_LONG)
+def test_what_the_run_is_too_short_for_is_said_at_the_cut(name, mlp, loader, make_trainer, lit_class):
+    """Once, with the factor that is really reached; and of several cuts at the last one."""
+    arguments, message = TOO_LONG[name]
+    surgery, rehab, seen = lp.CompressionCallback([1, 2], [0.7, 0.4], factorization=lp.SVD()), [], []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            seen.append((trainer.current_epoch, rehab[0].factor()))
+
+    for cuts in (surgery, cut()):
+        rehab[:], epochs = [lp.RehabSchedule(**arguments)], 4 if cuts is surgery else SURGERY + 2
+        with pytest.warns(UserWarning, match=message) as found:
+            fit(make(lit_class, mlp), loader, make_trainer, cuts, *rehab, Watch(), epochs=epochs)
+        ours = [str(one.message) for one in found if "RehabSchedule" in str(one.message)]
+        assert len(ours) == 1
+        if "comes to" in ours[0]:
+            assert f"comes to {seen[-1][1]:.3g} times" in ours[0]
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"warmup_steps": 12}, {"warmup_epochs": 2}, {"warmup_steps": 3, "end_factor": 0.0}]
+)
+def test_nothing_is_said_of_what_fits(arguments, mlp, loader, make_trainer, lit_class):
+    fit(make(lit_class, mlp), loader, make_trainer, cut(), lp.RehabSchedule(**arguments), epochs=SURGERY + 2)
+    arguments = {**arguments, "warmup_steps": 99, "warmup_epochs": None}
+    fit(make(lit_class, mlp), loader, make_trainer, cut(0), lp.RehabSchedule(**arguments), fast_dev_run=2)
 
 
 def test_open_training_has_no_end(mlp, loader, make_trainer, lit_class):

@@ -1,12 +1,15 @@
 import copy
+import re
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import lightning_prehab as lp
 from lightning_prehab.distillation.teacher import Teacher, bytes_of_copy, copy_of, rebuilt
 from lightning_prehab.errors import CheckpointError, UnsupportedError
+from lightning_prehab.surgery.hooks import hooks_of
 from tests.layers.every_layer import Case, every_case, name_of
 
 
@@ -47,6 +50,41 @@ def test_a_copy_shares_nothing_and_stays_as_it_was(half):
     assert dtypes["body.0.weight"] == (half or torch.float32)
     assert dtypes["embed.weight"] == dtypes["head.weight"] == dtypes["body.0.bias"] == torch.float32
     assert not any(parameter.requires_grad for parameter in teacher.module.parameters())
+
+
+@pytest.mark.parametrize("kind", [name for name in dir(nn.Module) if re.fullmatch("_?register_.*hook", name)])
+def test_a_copy_has_none_of_the_hooks(kind):
+    """Whatever there is to register on a module: on the model, on a container, on a layer."""
+    model, calls = Tied(), []
+    for module in (model, model.body, model.body[2]):
+        getattr(module, kind)(lambda *args: calls.append(kind))
+    made = copy_of(model)
+    assert any(hooks_of(module) for module in model.modules())
+    assert not any(hooks_of(module) for module in made.modules())
+    made(X).sum()
+    made.load_state_dict(made.state_dict())
+    assert calls == []
+
+
+def scaled_down(layer):
+    class Smallest(prune.L1Unstructured):  # of the user's own
+        pass
+
+    Smallest.apply(layer, "weight", amount=0.5)
+    return layer
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.spectral_norm, scaled_down])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_torch_computes_weights_with_stays(wrap):
+    model = nn.Sequential(nn.Linear(6, 6), wrap(nn.Linear(6, 4)))
+    made = copy_of(model).eval()
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(made(x), model.eval()(x))
+    with torch.no_grad():
+        for parameter in made[1].parameters():
+            parameter.mul_(3.0)
+    assert not torch.allclose(made(x), model(x))  # by its own weights
 
 
 def test_what_cannot_be_copied_is_told_the_way_out():

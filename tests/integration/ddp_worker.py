@@ -259,13 +259,17 @@ def check_sums_are_sent_in_buckets():
             for room, most in ((64 * 2**20, 2), (4000, 6)):  # one of floats and one of counts; a Gram of 40 is alone
                 found, sent = statistics(), []
                 expected = {
-                    (name, key): sum(on_all_ranks(tensor)) for name, one in found.items() for key, tensor in one.tensors()
+                    (name, key): sum(on_all_ranks(tensor))
+                    for name, one in found.items()
+                    for key, tensor in one.tensors()
                 }
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(_distributed, "BUCKET_BYTES", room)
                     reduce = distributed.all_reduce
                     patch.setattr(
-                        distributed, "all_reduce", lambda t, **k: (sent.append(t.nbytes), reduce(t, **k))  # noqa: B023
+                        distributed,
+                        "all_reduce",
+                        lambda t, **k: (sent.append(t.nbytes), reduce(t, **k)),  # noqa: B023
                     )
                     _distributed.sum_statistics_(trainer, found)
                 for name, one in found.items():

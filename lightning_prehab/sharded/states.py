@@ -1,0 +1,234 @@
+"""What optimizers know of sharded weights, for what takes their place: from rows where they are, or gathered."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from lightning_prehab.linalg.sharding import local_part
+from lightning_prehab.sharded.gathered import dtensor_like, full, share_of
+from lightning_prehab.surgery.moments import AddUp, bias_state, factor_states
+from lightning_prehab.surgery.optimizers import moved_states
+from lightning_prehab.surgery.replacement import Replacement, StateOf
+from lightning_prehab.surgery.wrapped import family
+
+T = TypeVar("T")
+#: Does some work on each process; an error on one is raised on all.
+Agree = Callable[[Callable[[], Any]], Any]
+#: What an optimizer knows of new parameters, by its id and that of the one whose place they take.
+Moved = dict[tuple[int, int], dict[Tensor, dict[str, Any]]]
+
+
+def holders_of(
+    weight: Tensor, optimizers: Iterable[torch.optim.Optimizer]
+) -> list[tuple[torch.optim.Optimizer, Mapping[str, Any]]]:
+    """The optimizers that know something of a weight, each with the group that it is in."""
+    return [
+        (one, group)
+        for optimizer in optimizers
+        for one in family(optimizer)
+        for group in one.param_groups
+        if any(parameter is weight for parameter in group["params"]) and one.state.get(weight)
+    ]
+
+
+def whole_states(weight: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> dict[int, dict[str, Any]]:
+    """The states of a weight with all of their tensors whole, by the id of the optimizer; collective."""
+    return {
+        id(optimizer): {key: _whole(value) for key, value in optimizer.state[weight].items()}
+        for optimizer, _ in holders_of(weight, optimizers)
+    }
+
+
+def _whole(value: Any) -> Any:
+    """A tensor whole; what is stored in a way of its own (eight bits) stays as it is, and is not understood."""
+    if not isinstance(value, DTensor) or type(local_part(value)) is not Tensor:
+        return value
+    return full(value)
+
+
+def states_of_whole(
+    replacement: Replacement,
+    originals: Mapping[int, nn.Parameter],
+    known: Mapping[int, Mapping[int, Mapping[str, Any]]],
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> Moved:
+    """What optimizers know of the plain parameters of a new layer.
+
+    Args:
+        replacement: A plain layer and what takes its place.
+        originals: The sharded parameters, by the id of the plain ones.
+        known: Their states, by their id and that of the optimizer; see :func:`whole_states`.
+        optimizers: The optimizers.
+    """
+    moved: Moved = {}
+    for weight in {id(one): one for one in replacement.replaced()}.values():
+        original = originals[id(weight)]
+        for optimizer, group in holders_of(original, optimizers):
+
+            def state_of(other: Tensor, optimizer: torch.optim.Optimizer = optimizer) -> Mapping[str, Any]:
+                return known.get(id(originals[id(other)]), {}).get(id(optimizer), {})
+
+            found = moved_states(optimizer, group, weight, replacement, state_of)
+            moved[id(optimizer), id(original)] = found
+    return moved
+
+
+class Sums:
+    """Sums over processes, all sent at once: work is done once to note what they are of, and again with the answers.
+
+    Args:
+        group: The processes.
+        device: On which they are sent.
+    """
+
+    def __init__(self, group: distributed.ProcessGroup, device: str) -> None:
+        self._group, self._device = group, device
+        self._noted: list[Tensor] = []
+
+    def of(self, work: Callable[[AddUp], T], agree: Agree) -> T:
+        """What ``work(add_up)`` returns with the sums of all processes; what it sums may not depend on them."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they would come twice
+            agree(lambda: work(self._note))
+        self._send_()
+        answer: T = agree(lambda: work(self._take))
+        return answer
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        self._noted.append(tensor)
+        return tensor
+
+    def _send_(self) -> None:
+        if not self._noted:
+            return
+        wide = torch.float32 if self._device == "mps" else torch.float64
+        flat = torch.cat([one.detach().flatten().to(self._device, wide) for one in self._noted])
+        distributed.all_reduce(flat, group=self._group)
+        parts = torch.split(flat, [one.numel() for one in self._noted])
+        self._noted = [part.view(one.shape).to(one) for part, one in zip(parts, self._noted, strict=True)]
+
+    def _take(self, tensor: Tensor) -> Tensor:
+        return self._noted.pop(0)
+
+
+def row_dimension(weight: Tensor) -> int | None:
+    """The dimension of the mesh over which the rows of a weight are divided, and nothing else is; None otherwise."""
+    if not isinstance(weight, DTensor):
+        return None
+    divided = [index for index, placement in enumerate(weight.placements) if type(placement) is not Replicate]
+    if len(divided) != 1 or weight.placements[divided[0]] != Shard(0):
+        return None
+    return divided[0]
+
+
+def in_rows(weight: DTensor, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
+    """Whether all that optimizers know of a weight lies as it does, or is no matrix."""
+    for optimizer, _ in holders_of(weight, optimizers):
+        for value in optimizer.state[weight].values():
+            alike = isinstance(value, DTensor) and value.placements == weight.placements and value.shape == weight.shape
+            if isinstance(value, Tensor) and value.dim() > 0 and not (alike and type(local_part(value)) is Tensor):
+                return False
+            if isinstance(value, DTensor) and value.dim() == 0:
+                return False
+    return True
+
+
+@dataclass
+class Rows:
+    """The part of a linear layer and of its two factors that lies on this process; nothing is gathered.
+
+    Args:
+        replacement: The layer, without values, and what takes its place.
+        weight: The weight of the layer itself.
+    """
+
+    replacement: Replacement
+    weight: DTensor
+    add_up: AddUp | None = None
+    _local: nn.Parameter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.child = self.replacement.child("")
+        self.device = self.child.A.weight.device
+        self._local = nn.Parameter(local_part(self.weight).to(self.device), requires_grad=False)
+        self.old, self.new = self.replacement.old, self.replacement.new
+        self.b = share_of(self.child.B.weight, self.weight).to(self.device)
+        bias = None if self.replacement.views[""].bias is not None else self.child.bias
+        self.bias = None if bias is None else share_of(bias, self.weight).to(self.device)
+
+    def squares(self, add_up: AddUp) -> Tensor:
+        """``|W - B A|_F^2`` and ``|W|_F^2``."""
+        weight = self._local.detach().float()
+        error = weight - self.b.float() @ self.child.A.weight.detach().float()
+        return add_up(torch.stack([error.double().square().sum(), weight.double().square().sum()]))
+
+    def moved(self, optimizers: Sequence[torch.optim.Optimizer], add_up: AddUp) -> Moved:
+        """What optimizers know of the plain new parameters: of ``A`` whole, of ``B`` the rows that are here."""
+        self.add_up = add_up
+        found: Moved = {}
+        for optimizer, group in holders_of(self.weight, optimizers):
+            state = {key: self._here(value) for key, value in optimizer.state[self.weight].items()}
+            found[id(optimizer), id(self.weight)] = moved_states(
+                optimizer,
+                group,
+                self._local,
+                self,
+                lambda other, state=state: state,  # type: ignore[misc]
+            )
+        return found
+
+    def _here(self, value: Any) -> Any:
+        return local_part(value).to(self.device) if isinstance(value, DTensor) else value
+
+    def replaced(self) -> list[nn.Parameter]:
+        """The weight."""
+        return [self._local]
+
+    def parameters(self, weight: Tensor) -> dict[str, Tensor]:
+        """What takes its place."""
+        return self.replacement.parameters(self.replacement.views[""].parameter)
+
+    def shifts(self, parameter: Tensor) -> list[tuple[slice, Tensor]]:
+        """None; see the whole layer."""
+        return []
+
+    def states(self, weight: Tensor, state: Mapping[str, Any], of: StateOf) -> dict[Tensor, dict[str, Any]]:
+        """As of the whole layer, from the rows that are here."""
+        assert self.add_up is not None
+        for_a, for_b = factor_states(state, self.child.A.weight, self.b, self.add_up)
+        found = {self.child.A.weight: for_a, self.child.B.weight: for_b}
+        if self.bias is not None:
+            found[self.child.bias] = bias_state(state, self.bias)
+        return {parameter: moved for parameter, moved in found.items() if moved}
+
+
+def placed(moved: Mapping[str, Any], before: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """A state with its tensors where the parameter is.
+
+    Args:
+        moved: Tensors of the shape of the parameter, or of what this process has of it.
+        before: What the optimizer knew of the parameter that was replaced.
+        parameter: Sharded, or plain.
+    """
+    if not isinstance(parameter, DTensor):
+        return dict(moved)
+    return {key: _placed(value, before.get(key), parameter) for key, value in moved.items()}
+
+
+def _placed(value: Any, before: Any, parameter: DTensor) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    local = local_part(parameter)
+    if value.dim() > 0 and value.shape == parameter.shape:
+        return dtensor_like(share_of(value, parameter), parameter)
+    if value.dim() > 0 and value.shape == local.shape:
+        return dtensor_like(value.to(local.device), parameter)
+    if not isinstance(before, DTensor):
+        return value
+    mesh = parameter.device_mesh
+    return DTensor.from_local(value.to(local.device), mesh, [Replicate()] * mesh.ndim, run_check=False)

@@ -1,0 +1,113 @@
+"""A tiny model of blocks, sharded in many ways, and cuts of it by hand: for processes that are started by torchrun."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+
+import lightning_prehab as lp
+from lightning_prehab.kinds import view_of
+from lightning_prehab.linalg.factors import Factors
+from lightning_prehab.rank_policies import RankPolicy
+from lightning_prehab.surgery.factors import planned_targets
+
+SIZE = 12
+
+
+class Block(nn.Module):
+    def __init__(self, bias=True):
+        super().__init__()
+        self.norm = nn.LayerNorm(SIZE)
+        self.up = nn.Linear(SIZE, 21, bias)
+        self.down = nn.Linear(21, SIZE, bias)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block(bias=False), Block()])
+        self.head = nn.Linear(SIZE, 9)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+RANKS = {"blocks.0.up": 5, "blocks.0.down": 1, "blocks.1.up": 3, "blocks.2.down": 4, "head": 2}
+
+
+class Fixed(RankPolicy):
+    """These ranks and no others."""
+
+    def __init__(self, ranks: Mapping[str, int]):
+        self.ranks = ranks
+
+    def __call__(self, layers):
+        return {layer.name: self.ranks.get(layer.name) for layer in layers}
+
+
+def make(kind=Net, seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return kind().to(dtype)
+
+
+def mesh_of(*shape, names=None):
+    return distributed.init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
+def shard_blocks(net, mesh, **settings):
+    for block in net.blocks:
+        fully_shard(block, mesh=mesh, **settings)
+    fully_shard(net, mesh=mesh, **settings)
+    return net
+
+
+def steps(net, optimizer, number, first=0, accumulate=1):
+    """Some steps; with a sharded net each process has its part of the same batches. Returns the mean losses."""
+    sharded = lp_is_sharded(net)
+    rank, count = (distributed.get_rank(), distributed.get_world_size()) if sharded else (0, 1)
+    losses = []
+    for step in range(first, first + number):
+        for part in range(accumulate):
+            generator = torch.Generator().manual_seed(1000 * part + step)
+            x = torch.randn(8, SIZE, generator=generator)
+            y = torch.tanh(x @ torch.randn(SIZE, 9, generator=torch.Generator().manual_seed(7)))
+            own = slice(rank * 8 // count, (rank + 1) * 8 // count)
+            if hasattr(net, "set_requires_gradient_sync"):
+                net.set_requires_gradient_sync(part == accumulate - 1)
+            loss = nn.functional.mse_loss(net(x[own]).float(), y[own]) / accumulate
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        value = loss.detach().clone()
+        if sharded:
+            distributed.all_reduce(value)
+        losses.append(float(value) / count)
+    return losses
+
+
+def lp_is_sharded(net):
+    from lightning_prehab.sharded.engine import is_sharded
+
+    return is_sharded(net)
+
+
+def planned(net, ranks=RANKS, factorization=None, **settings):
+    targets = lp.find_targets(net, target_modules=list(ranks), **settings)
+    return lp.make_plan(targets, Fixed(ranks), factorization or lp.SVD())
+
+
+def svd_factors(net, plan):
+    """Factors of a plain net, by hand."""
+    found = {}
+    for name, target in planned_targets(net, plan).items():
+        rank = plan.ranks[name]
+        if rank is not None:
+            u, s, v = torch.linalg.svd(view_of(target).weight.detach().double(), full_matrices=False)
+            found[name] = Factors((s[:rank, None] * v[:rank]).float(), u[:, :rank].float().contiguous())
+    return found
