@@ -47,7 +47,15 @@ class DenseShell:
     Args:
         pl_module: The module that is about to be loaded.
         own: Names of the low-rank layers that an earlier surgery of the same callback has made.
+
+    Attributes:
+        loaded: Whether something has been loaded.
+        parameters: How many the module had before.
+        report, name_holders: None; see :class:`~lightning_prehab.callbacks._sharded_checkpoint.ShardedShell`.
     """
+
+    report = None
+    name_holders = None
 
     def __init__(self, pl_module: "pl.LightningModule", own: Iterable[str]) -> None:
         self.factors: dict[str, Factors] = {}
@@ -156,22 +164,36 @@ def plan_of_factors(module: nn.Module, factors: Mapping[str, Factors], factoriza
     return CompressionPlan(layers, factorization, {})
 
 
-def dump_statistics(statistics: Mapping[str, LayerStatistics] | None, world_size: int) -> dict[str, dict[str, Tensor]]:
-    """Sums over all processes, as plain tensors for a checkpoint; every process has to call this."""
+def dump_statistics(
+    statistics: Mapping[str, LayerStatistics] | None, world_size: int, group: distributed.ProcessGroup | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """Sums over all processes that see data of their own, as plain tensors for a checkpoint; all have to call this.
+
+    The processes then go on with what a run that resumes here begins with, all sums on rank 0: both add up the same
+    numbers in the same order.
+
+    Args:
+        statistics: Of this process.
+        world_size: Number of processes.
+        group: Those that each see other data, and this process; None: all.
+    """
     dumped = {name: layer.snapshot() for name, layer in (statistics or {}).items()}
-    if world_size > 1:
+    if world_size > 1 and statistics:
         for sums in dumped.values():
             for tensor in sums.values():
-                distributed.all_reduce(tensor)
+                distributed.all_reduce(tensor, group=group)
+        first = distributed.get_rank(group) == 0
+        for name, layer in statistics.items():
+            layer.restore_({key: one if first else torch.zeros_like(one) for key, one in dumped[name].items()})
     return dumped
 
 
 def restore_statistics_(
-    statistics: Mapping[str, LayerStatistics], dumped: Mapping[str, Mapping[str, Tensor]], global_rank: int
+    statistics: Mapping[str, LayerStatistics], dumped: Mapping[str, Mapping[str, Tensor]], rank: int
 ) -> None:
-    """Puts stored sums back: on rank 0 alone, since they are sums over all processes."""
+    """Puts stored sums back: on rank 0 of those that see other data alone, since they are sums over all of them."""
     for name, layer in statistics.items():
-        if name in dumped and global_rank == 0:
+        if name in dumped and rank == 0:
             layer.restore_({key: torch.as_tensor(value) for key, value in dumped[name].items()})
 
 

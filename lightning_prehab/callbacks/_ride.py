@@ -5,8 +5,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
+from torch import distributed
 
 from lightning_prehab.callbacks._checkpoint import dump_statistics, restore_statistics_
+from lightning_prehab.callbacks._distributed import data_group, data_ranks
 from lightning_prehab.callbacks._trainer import batches_per_epoch, loss_scale, uses_loss_scaling
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.sharded.engine import reshard_
@@ -27,6 +29,7 @@ class Ride:
         self._collector: Collector | None = None
         self._older: dict[str, LayerStatistics] | None = None
         self._kept = KeptBatches()
+        self._group: distributed.ProcessGroup | None = None  # of processes that see different data; None: all
 
     def begin_batch(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", recipe: Recipe, batch: Any, batch_idx: int
@@ -89,8 +92,8 @@ class Ride:
         """The sums, over all processes."""
         collecting = None if self._collector is None else self._collector.statistics
         return {
-            "statistics": dump_statistics(collecting, world_size),
-            "older": dump_statistics(self._older, world_size),
+            "statistics": dump_statistics(collecting, world_size, self._group),
+            "older": dump_statistics(self._older, world_size, self._group),
         }
 
     def load_state_dict(
@@ -98,14 +101,15 @@ class Ride:
     ) -> None:
         """Goes on where :meth:`state_dict` was called."""
         self._collector = self._new_collector(trainer, pl_module, recipe)
-        restore_statistics_(self._collector.statistics, state["statistics"], trainer.global_rank)
+        restore_statistics_(self._collector.statistics, state["statistics"], data_ranks(trainer)[0])
         if state["older"]:
             self._older = self._new_collector(trainer, pl_module, recipe, attach=False).statistics
-            restore_statistics_(self._older, state["older"], trainer.global_rank)
+            restore_statistics_(self._older, state["older"], data_ranks(trainer)[0])
 
     def _new_collector(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", recipe: Recipe, attach: bool = True
     ) -> Collector:
+        self._group = data_group(trainer)
         reshard_(pl_module)
         targets = recipe.find_targets(pl_module, cut_again=True)
         collector = Collector(

@@ -6,16 +6,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.callbacks._announcement import announce
 from lightning_prehab.callbacks._auto_epoch import check_reachable, counts_as_free, is_due, last_possible_epoch
-from lightning_prehab.callbacks._checkpoint import (
-    DenseShell,
-    check_version,
-    follow_on_load,
-    plan_of_factors,
-)
+from lightning_prehab.callbacks._checkpoint import DenseShell, check_version, plan_of_factors
 from lightning_prehab.callbacks._course import CourseNotes
 from lightning_prehab.callbacks._cuts import Cut, Epochs, Keeps, cuts_made, number_of, planned_cuts
 from lightning_prehab.callbacks._finetuning import FROZEN, StoredGroups, note_frozen, rename_groups_, unfreeze_
@@ -36,6 +30,7 @@ from lightning_prehab.callbacks._said import (
     say_passed_over,
     saying_what_to_do,
 )
+from lightning_prehab.callbacks._sharded_checkpoint import ShardedShell, followed_load, shell_for
 from lightning_prehab.callbacks._sharded_site import site_of
 from lightning_prehab.callbacks._showing import showing
 from lightning_prehab.callbacks._trainer import (
@@ -43,6 +38,7 @@ from lightning_prehab.callbacks._trainer import (
     check_strategy,
     move_to_front,
     reset_scores_,
+    shards,
 )
 from lightning_prehab.compress import make_plan
 from lightning_prehab.documents.checks import check_real, check_whole
@@ -179,8 +175,8 @@ class CompressionCallback(OnlyOne):
         self._restored: dict[str, Any] = {}
         self._frozen: list[str] | None = None  # names, from a checkpoint
         self._name_holders: Callable[[], None] | None = None  # of what a resumed run has replaced
-        self._shell: DenseShell | None = None
-        self._following: RemovableHandle | None = None
+        self._shell: DenseShell | ShardedShell | None = None
+        self._following: Any = None
         self._world_size = 1
 
     @property
@@ -240,7 +236,7 @@ class CompressionCallback(OnlyOne):
         """Refuses what cannot work, before anything has been trained, and prepares for what may be loaded."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
-            self._following = follow_on_load(pl_module)
+            self._following = followed_load(trainer, pl_module)
             return
         self.refuse_others(trainer, CompressionCallback, _ONE_CUT)
         check_strategy(trainer, self, sharded=True)
@@ -258,32 +254,20 @@ class CompressionCallback(OnlyOne):
         self._ride.forget()
         self._restored, self._world_size, self._frozen = {}, trainer.world_size, None
         self._name_holders, self._course = None, CourseNotes()
-        self._shell = DenseShell(pl_module, cuts)
+        self._shell = shell_for(trainer, pl_module, cuts, self.recipe.factorization_or_default)
         move_to_front(trainer, self)  # others then see the compressed model from its first epoch on
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Repeats the surgery that a loaded checkpoint has had; else checks targets and optimizers."""
-        assert self._shell is not None
-        loaded, before, factors = self._shell.loaded, self._shell.parameters, self._shell.close()
-        self._shell = None
-        if loaded:
-            self.reports, self._made = [], 0
-        if factors:
-            refuse_finders(trainer)
-            with holders_named_later() as self._name_holders:
-                self._remember(self._replay(trainer, pl_module, factors))
-        elif loaded:
-            self._remember(None)
-        if loaded:
-            say_followed(pl_module, before, self.report.keep if self.report and self._restored.get("report") else None)
-        if self._restored:
-            say_other_cuts(self._restored, self._cuts, with_epochs=not self._auto)
-        unfreeze_(trainer, pl_module, self._frozen)
-        self._frozen = None
+        if not shards(trainer):
+            self._follow(trainer, pl_module)
         check_ready(trainer, pl_module, self._cuts[self._made :])
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Operates at epoch 0, and on a resume that enters an epoch without its start hook."""
+        if self._shell is not None:  # a sharded run has been loaded only now
+            self._follow(trainer, pl_module)
+            check_ready(trainer, pl_module, self._cuts[self._made :])
         if not self.done and self._fits(self._restored):
             self._ride.load_state_dict(trainer, pl_module, self.recipe, self._restored)
         self._restored = {}
@@ -335,6 +319,8 @@ class CompressionCallback(OnlyOne):
 
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Takes the loading hooks off."""
+        if self._shell is not None and self._shell.loaded:  # there was nothing left to train
+            self._follow(trainer, pl_module)
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -380,6 +366,24 @@ class CompressionCallback(OnlyOne):
             and state["epoch"] == self.epoch
             and Wanted(*state["wanted"]) == self.recipe.wanted
         )
+
+    def _follow(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Takes over what has been loaded; a dense shell is cut as it was in the run that wrote the checkpoint."""
+        assert self._shell is not None
+        (shell, self._shell), factors = (self._shell, None), self._shell.close()
+        if shell.loaded:
+            self.reports, self._made, report, self._name_holders = [], 0, shell.report, shell.name_holders
+            if factors:
+                refuse_finders(trainer)
+                with holders_named_later() as self._name_holders:
+                    report = self._replay(trainer, pl_module, factors)
+            self._remember(report)
+            keep = self.report.keep if self.report and self._restored.get("report") else None
+            say_followed(pl_module, shell.parameters, keep)
+        if self._restored:
+            say_other_cuts(self._restored, self._cuts, with_epochs=not self._auto)
+        unfreeze_(trainer, pl_module, self._frozen)
+        self._frozen = None
 
     def _replay(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", factors: Mapping[str, Factors]
