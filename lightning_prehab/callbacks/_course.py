@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_prehab.callbacks._regularized import RegularizedLayer
+from lightning_prehab.callbacks._sharded_layers import figures
 from lightning_prehab.callbacks._trainer import callbacks_of
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.report.course import Moment, PrehabCourse
@@ -96,7 +97,9 @@ def note_spectra(trainer: "pl.Trainer", layers: Sequence[RegularizedLayer]) -> d
     Returns:
         What of it is logged.
     """
-    stable, effective, tails = (torch.stack(values) for values in zip(*(one.spectrum() for one in layers), strict=True))
+    stable, effective, tails = (
+        torch.stack(values) for values in zip(*figures(trainer, layers, RegularizedLayer.spectrum), strict=True)
+    )
     means = {"stable_rank": stable.mean().float(), "effective_rank": effective.mean().float()}
     for notes in _all_notes(trainer):
         notes.note_spectra(trainer, {**means, "tail_energy": tails.nanmean()})

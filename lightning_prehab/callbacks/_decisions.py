@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_prehab.callbacks._regularized import Space, space_of
@@ -140,7 +140,19 @@ def injects_into_loss(
     injection: Injection,
     strength_share: float | None,
 ) -> bool:
-    """Whether a penalty is added to the loss; otherwise its gradient is added to the gradients."""
+    """Whether a penalty is added to the loss; otherwise its gradient is added to the gradients.
+
+    Raises:
+        UnsupportedError: If it was asked to be, and the weights are sharded.
+    """
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        if injection == "loss":
+            raise UnsupportedError(
+                "PrehabCallback(injection='loss') is not for sharded weights: FSDP2 exchanges the parameters between "
+                "forward and backward pass, and the gradient of a penalty in the loss can be lost without an error. "
+                "Use injection='gradient', or leave it out."
+            )
+        return False
     if injection != "auto":
         return injection == "loss"
     why = None

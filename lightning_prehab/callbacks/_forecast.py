@@ -7,7 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_prehab.callbacks._distributed import gather, together
-from lightning_prehab.callbacks._regularized import RegularizedLayer, matrices, tails_of
+from lightning_prehab.callbacks._regularized import RegularizedLayer, matrices
+from lightning_prehab.callbacks._sharded_layers import tails_of
 from lightning_prehab.callbacks._trainer import log_number
 from lightning_prehab.callbacks._trial import Trial, where_possible
 from lightning_prehab.statistics.effect import Change, mean_and_error, odd_and_even
@@ -64,7 +65,7 @@ class Forecast:
         """What :meth:`predict` says after the cut has been tried on this batch, whatever the time."""
         self.renew()
         self.follow(trainer, pl_module, targets, layers, batch, batch_idx, look=False)
-        return self.predict(tails_of(layers)[1])
+        return self.predict(tails_of(trainer, layers)[1])
 
     def predict(self, energy: float) -> float | None:
         """The increase of the loss by a cut that drops so much energy; None if nothing could be tried."""
@@ -84,7 +85,7 @@ class Forecast:
             layers: Without a target rank among them nothing is logged.
             last: What is returned then.
         """
-        share, energy = tails_of(layers)
+        share, energy = tails_of(pl_module.trainer, layers)
         if share is None:
             return last
         log_number(pl_module, "prehab/tail_energy", share)
@@ -117,7 +118,7 @@ class Forecast:
         """
         if self._left == 0 and not (look and self._last > 0.0):
             return
-        _, energy = tails_of(layers)
+        _, energy = tails_of(trainer, layers)
         if self._left == 0 and FREE * self._first < energy < 0.5 * self._last:
             self._last = energy
             self.renew()

@@ -2,12 +2,20 @@
 
 from collections.abc import Callable, Sequence
 
+import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_prehab.callbacks._regularized import RegularizedLayer
+from lightning_prehab.callbacks._sharded_layers import ShardedLayer, pull_of_shards
 from lightning_prehab.errors import UnsupportedError
+from lightning_prehab.linalg.sharding import is_distributed, local_part
 from lightning_prehab.regularizers import GradientRatio, Penalty
+from lightning_prehab.sharded.gathered import dtensor_like
+from lightning_prehab.sharded.rows import norm_of_shards
+
+#: Some parameters, each with the gradient of a penalty; of a sharded one in what this process has of it.
+Pull = Sequence[tuple[nn.Parameter, Tensor]]
 
 
 def add_to_loss_(loss: Tensor, penalty: Tensor, factor: float | Tensor) -> None:
@@ -52,19 +60,35 @@ def penalty_of(
     return total * (factor / len(layers)), factor * total.detach() / count
 
 
-def _measured_strength(
-    ratio: GradientRatio, weights: Sequence[Tensor], gradients: Sequence[Tensor], scale: float | Tensor
-) -> Tensor:
-    """The factor that gives the penalty its share of the task gradient, which is in ``grad``, times ``scale``."""
-    task = [weight.grad for weight in weights if weight.grad is not None]
-    norms = (torch.stack([part.float().norm() for part in parts]).norm() for parts in (task, gradients))
-    return ratio.update(next(norms) / scale, next(norms))
+def pull_of(
+    trainer: "pl.Trainer", regularizer: Penalty, layers: Sequence[RegularizedLayer], mine: Sequence[RegularizedLayer]
+) -> tuple[Pull, Tensor] | None:
+    """The gradient of what :func:`penalty_of` says where every process does all of it.
+
+    Args:
+        trainer: The running Trainer.
+        regularizer: The penalty.
+        layers: All layers.
+        mine: Those that count here, with trainable weights.
+
+    Returns:
+        The gradient, and the mean over ``mine``; None if there is none.
+    """
+    shards = [layer for layer in mine if isinstance(layer, ShardedLayer)]
+    if shards:
+        values, pull = pull_of_shards(trainer, regularizer, shards)
+        return [(one, gradient / len(layers)) for one, gradient in pull], torch.stack(values).mean()
+    found = penalty_of(regularizer, layers, mine, None)
+    if found is None:
+        return None
+    weights = list({id(one): one for layer in mine for one in layer.parameters if one.requires_grad}.values())
+    return list(zip(weights, torch.autograd.grad(found[0], weights), strict=True)), found[1]
 
 
 def add_to_gradients_(
     optimizer: torch.optim.Optimizer,
     layers: Sequence[RegularizedLayer],
-    penalty: Callable[[Sequence[RegularizedLayer]], Tensor | None],
+    pull: Callable[[Sequence[RegularizedLayer]], Pull | None],
     strength: float | Tensor | GradientRatio,
     ramp: float,
     scale: float | Tensor,
@@ -74,7 +98,7 @@ def add_to_gradients_(
     Args:
         optimizer: It is about to step.
         layers: All layers.
-        penalty: The penalty of some of them, differentiable.
+        pull: The gradient of the penalty of some of them.
         strength: Its factor, or what measures it.
         ramp: A factor on the strength.
         scale: That of the gradients that are there.
@@ -86,16 +110,35 @@ def add_to_gradients_(
     mine = [layer for layer in layers if id(layer.parameter) in held and layer.parameter.requires_grad]
     if all(layer.parameter.grad is None for layer in mine):
         return None
-    weights = list({id(one): one for layer in mine for one in layer.parameters if one.requires_grad}.values())
-    with torch.enable_grad(), torch.autocast(weights[0].device.type, enabled=False):
-        value = penalty(mine)
-        if value is None:
-            return None
-        gradients = torch.autograd.grad(value, weights)
+    with torch.enable_grad(), torch.autocast(mine[0].device.type, enabled=False):
+        found = pull(mine)
+    if found is None:
+        return None
     if isinstance(strength, GradientRatio):
-        strength = _measured_strength(strength, weights, gradients, scale)
+        task = [(weight, weight.grad) for weight, _ in found if weight.grad is not None]
+        norms = [_norm(parts, mine) for parts in (task, found)]
+        strength = strength.update(norms[0] / scale, norms[1])
     used = strength * ramp
-    for weight, gradient in zip(weights, gradients, strict=True):
-        addend = (gradient * (used * scale)).to(weight.dtype)
-        weight.grad = addend if weight.grad is None else weight.grad.add_(addend)
+    for weight, gradient in found:
+        _add_(weight, gradient * (used * scale))
     return used
+
+
+def _norm(parts: Pull, layers: Sequence[RegularizedLayer]) -> Tensor:
+    """Of gradients taken together; sharded ones are those of all processes."""
+    spreads = {id(one.parameter): one for layer in layers if isinstance(layer, ShardedLayer) for one in layer.spreads}
+    if spreads:
+        return norm_of_shards([(spreads[id(one)], local_part(part)) for one, part in parts])
+    return torch.stack([part.float().norm() for _, part in parts]).norm()
+
+
+@torch.no_grad()
+def _add_(weight: nn.Parameter, addend: Tensor) -> None:
+    """Adds to the gradient of a weight, or of what this process has of it."""
+    addend = addend.to(weight.device, weight.dtype)
+    if not is_distributed(weight):
+        weight.grad = addend if weight.grad is None else weight.grad.add_(addend)
+    elif weight.grad is None:
+        weight.grad = dtensor_like(addend, weight)
+    else:
+        local_part(weight.grad).add_(addend)

@@ -8,13 +8,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prehab.callbacks._checkpoint import dump_statistics, restore_statistics_
 from lightning_prehab.callbacks._distributed import decide_on_rank_zero, sum_statistics_
+from lightning_prehab.callbacks._plan_of_shards import plan_of_shards
 from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, is_reached, matrices, wanted_in
+from lightning_prehab.callbacks._sharded_layers import ShardedLayer, share_out_
 from lightning_prehab.callbacks._said import saying_what_to_do
 from lightning_prehab.callbacks._showing import showing
 from lightning_prehab.callbacks._trainer import loss_scale, uses_loss_scaling
 from lightning_prehab.callbacks.compression import CompressionCallback
+from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.layer_plan import LayerPlan
 from lightning_prehab.progress import counted
+from lightning_prehab.sharded.engine import is_sharded, reshard_
 from lightning_prehab.statistics.collector import Collector
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 from lightning_prehab.targets.find import Targets
@@ -103,13 +107,16 @@ class Preparation:
             return self._layers(trainer)
 
     def _layers(self, trainer: "pl.Trainer") -> list[RegularizedLayer]:
-        statistics, source = self.close(), self._source
+        statistics, source, kind = self.close(), self._source, RegularizedLayer
+        if is_sharded(trainer.lightning_module):
+            reshard_(trainer.lightning_module)
+            kind = ShardedLayer
         if statistics is not None:
             sum_statistics_(trainer, statistics)
         cuts: Mapping[str, LayerPlan] = {}
         if source is not None:
             with saying_what_to_do():
-                plan = decide_on_rank_zero(trainer, lambda: source.make_plan(self._planned, statistics))
+                plan = self._plan(trainer, source, statistics)
             cuts = {layer.name: layer for layer in plan.layers if layer.rank is not None}
         layers = []
         for name, target in counted(self._targets.items(), "prepare"):
@@ -120,8 +127,20 @@ class Preparation:
             for group, view in matrices({form_name(name, form): form}).items():
                 if is_reached(self._space, group, statistics):
                     rank = None if cut is None else cut.rank
-                    layers.append(RegularizedLayer.seen_in(self._space, group, view, rank, statistics))
+                    layers.append(kind.seen_in(self._space, group, view, rank, statistics))
+        share_out_([layer for layer in layers if isinstance(layer, ShardedLayer)])
         return layers
+
+    def _plan(
+        self,
+        trainer: "pl.Trainer",
+        source: CompressionCallback,
+        statistics: Mapping[str, LayerStatistics] | None,
+    ) -> CompressionPlan:
+        """Rank 0 decides; sharded layers are decomposed where they are whole for a moment."""
+        if is_sharded(trainer.lightning_module):
+            return plan_of_shards(trainer, source.recipe.without_probes(), self._planned, statistics)
+        return decide_on_rank_zero(trainer, lambda: source.make_plan(self._planned, statistics))
 
     def state_dict(self, world_size: int) -> dict[str, Any]:
         """The sums so far, over all processes."""

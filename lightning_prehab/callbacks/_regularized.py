@@ -13,7 +13,7 @@ from lightning_prehab.kinds import MatrixView, view_of
 from lightning_prehab.kinds.inside import write_first_
 from lightning_prehab.linalg.matrices import gram_root, leading_subspace, singular_values, spectral_ranks, to_float64
 from lightning_prehab.regularizers import Memory, Metric, Penalty, Shrinkage
-from lightning_prehab.regularizers.metric import Side, project
+from lightning_prehab.regularizers.metric import IDENTITY, Side, project
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 from lightning_prehab.targets.locate import Target, group_names
 
@@ -58,6 +58,19 @@ class RegularizedLayer:
         return self.view.parameter
 
     @property
+    def device(self) -> torch.device:
+        """Where there is work on it."""
+        return self.parameter.device
+
+    def here(self, tensor: Tensor | None = None) -> Tensor:
+        """The matrix, or that in a tensor of the parameter's shape; of a sharded one the rows of this process."""
+        return self.view.weight if tensor is None else self.view.matrix(tensor)
+
+    def put_(self, matrix: Tensor, into: Tensor | None = None) -> None:
+        """The way back from :meth:`here`, in place."""
+        self.view.write_(matrix, into)
+
+    @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """All that hold the matrix."""
         return self.view.parameters
@@ -90,12 +103,16 @@ class RegularizedLayer:
     @classmethod
     def from_state_dict(cls, name: str, view: MatrixView, state: Mapping[str, Any]) -> "RegularizedLayer":
         """The layer that :meth:`state_dict` describes."""
-        device = view.parameter.device
-        roots = (None if state[side] is None else state[side].to(device) for side in ("left", "right"))
-        layer = cls(name, view, state["rank"], Metric(*roots))
-        # Single numbers (ages, sums of learning rates) are read at each step: on the CPU nothing waits for that.
-        layer.memory = {key: value.to(device if value.dim() else "cpu") for key, value in state["memory"].items()}
+        layer = cls(name, view, state["rank"], IDENTITY)
+        device = layer.device
+        layer.metric = Metric(*(None if state[side] is None else state[side].to(device) for side in ("left", "right")))
+        layer.load_memory(state["memory"])
         return layer
+
+    def load_memory(self, memory: Mapping[str, Tensor]) -> None:
+        """Takes up what the state says of the memory."""
+        # Single numbers (ages, sums of learning rates) are read at each step: on the CPU nothing waits for that.
+        self.memory = {key: value.to(self.device if value.dim() else "cpu") for key, value in memory.items()}
 
     def spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of the weight itself: stable rank, effective rank, share of its energy beyond the target rank.
@@ -212,7 +229,11 @@ def matrices(targets: Mapping[str, Target]) -> dict[str, MatrixView]:
     }
 
 
-def restore_layers(views: Mapping[str, MatrixView], states: Mapping[str, Mapping[str, Any]]) -> list[RegularizedLayer]:
+def restore_layers(
+    views: Mapping[str, MatrixView],
+    states: Mapping[str, Mapping[str, Any]],
+    kind: type[RegularizedLayer] = RegularizedLayer,
+) -> list[RegularizedLayer]:
     """The layers that :meth:`RegularizedLayer.state_dict` has described, by name.
 
     Raises:
@@ -224,17 +245,4 @@ def restore_layers(views: Mapping[str, MatrixView], states: Mapping[str, Mapping
                 f"PrehabCallback: the checkpoint holds the state of layer {name!r}, which is not a target now. "
                 "Resume with the target_modules and exclude_modules that the checkpoint was written with."
             )
-    return [RegularizedLayer.from_state_dict(name, views[name], state) for name, state in states.items()]
-
-
-def tails_of(layers: Sequence[RegularizedLayer]) -> tuple[float | None, float]:
-    """The share of energy that the cut would drop now, mean over layers, and the energy itself, summed.
-
-    The share is None if no layer has a target rank. Reads values back from the device, all at once.
-    """
-    found = [layer.tail() for layer in layers if layer.rank is not None]
-    if not found:
-        return None, 0.0
-    tails, energies = (torch.stack(parts) for parts in zip(*found, strict=True))
-    shares, absolute = torch.stack([tails / energies.clamp_min(torch.finfo(energies.dtype).tiny), tails]).tolist()
-    return sum(shares) / len(shares), sum(absolute)
+    return [kind.from_state_dict(name, views[name], state) for name, state in states.items()]

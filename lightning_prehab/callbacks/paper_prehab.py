@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_prehab.callbacks._regularized import RegularizedLayer
 from lightning_prehab.callbacks._schedules import exponential_ramp
+from lightning_prehab.callbacks._sharded_layers import check_rows
 from lightning_prehab.callbacks.prehab import PrehabCallback
 from lightning_prehab.errors import ArgumentError, UnsupportedError
 from lightning_prehab.kinds import view_of
@@ -88,6 +89,7 @@ class PaperPrehab(PrehabCallback):
                 f"PaperPrehab steps dense weights, and {cut[0]!r} has been cut already. Use PrehabCallback, or leave "
                 "such layers out with exclude_modules."
             )
+        check_rows(self._targets or {})
 
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
@@ -117,12 +119,12 @@ class PaperPrehab(PrehabCallback):
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         with torch.no_grad():
             for layer in self._layers:
-                view, parameter, root = layer.view, layer.parameter, layer.metric.right
+                parameter, root = layer.parameter, layer.metric.right
                 if id(parameter) in held and parameter.grad is not None and root is not None:
-                    seen, gradient = layer.metric.view(view.weight), view.matrix(parameter.grad)
-                    self._inside.append((layer, view.weight.clone(), seen))
-                    view.write_(seen)
-                    view.write_(gradient @ layer.metric.right_inverse.mT.to(gradient), into=parameter.grad)
+                    seen, gradient = layer.metric.view(layer.here()), layer.here(parameter.grad)
+                    self._inside.append((layer, layer.here().clone(), seen))
+                    layer.put_(seen)
+                    layer.put_(gradient @ layer.metric.right_inverse.mT.to(gradient), into=parameter.grad)
 
     def _after_step(self) -> None:
         """Maps the weights back right after a step."""
@@ -137,6 +139,6 @@ class PaperPrehab(PrehabCallback):
     def _map_back(self) -> None:
         """The weights, changed by what the step has done to ``M``."""
         for layer, weight, seen in self._inside:
-            change = layer.metric.back(layer.view.weight - seen)
-            layer.view.write_(weight + change)
+            change = layer.metric.back(layer.here() - seen)
+            layer.put_(weight + change)
         self._inside = []

@@ -30,13 +30,13 @@ from lightning_prehab.callbacks._decisions import (
     settled,
 )
 from lightning_prehab.callbacks._forecast import Forecast
-from lightning_prehab.callbacks._injection import add_to_gradients_, add_to_loss_, penalty_of
+from lightning_prehab.callbacks._injection import Pull, add_to_gradients_, add_to_loss_, penalty_of, pull_of
 from lightning_prehab.callbacks._preparation import Preparation
-from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, matrices, restore_layers
+from lightning_prehab.callbacks._regularized import RegularizedLayer, Space
 from lightning_prehab.callbacks._schedules import ramp
 from lightning_prehab.callbacks._seasons import ActsInSeason
 from lightning_prehab.callbacks._self_distillation import put_beside
-from lightning_prehab.callbacks._shared_work import complete_memories_, own_part, shrink_together_
+from lightning_prehab.callbacks._shared_work import own_part, reshard_if_sharded_, restored, shrink_together_, states_of
 from lightning_prehab.callbacks._timeline import batches_to_watch, check_season
 from lightning_prehab.callbacks._trainer import (
     EQUAL,
@@ -51,7 +51,6 @@ from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.documents.checks import check_real
 from lightning_prehab.regularizers import GradientRatio, Penalty, Shrinkage
 from lightning_prehab.targets.find import Targets
-from lightning_prehab.targets.forms import in_all_forms
 from lightning_prehab.targets.names import Patterns
 
 #: Of the state in checkpoints.
@@ -98,7 +97,8 @@ class PrehabCallback(ActsInSeason):
         injection: ``"loss"`` adds the penalty in place to the loss in ``on_before_backward``; ``"gradient"`` adds its
             gradient in ``on_before_optimizer_step``. ``"auto"`` takes the first, and the second where the first cannot
             be right: manual optimization (several backward passes may make one step), DDP with
-            ``find_unused_parameters`` (a parameter would be reduced twice), and a ``strength_share``. The gradients are
+            ``find_unused_parameters`` (a parameter would be reduced twice), sharded weights, and a
+            ``strength_share``. The gradients are
             the same. At the end of an epoch that the accumulation does not divide, Lightning shrinks the task gradient
             of the incomplete step; ``"loss"`` shrinks the penalty with it, ``"gradient"`` does not.
         target_modules: Names or fnmatch patterns; None means the targets of the CompressionCallback, else all that can
@@ -119,9 +119,10 @@ class PrehabCallback(ActsInSeason):
     Raises:
         ArgumentError: If a value is out of range.
         TargetError: When fit starts, if no trainable layer matches.
-        UnsupportedError: When fit starts, for strategies other than one device and DDP, or for a shrinkage whose end
-            cannot be foreseen; at the end of the first epoch, if weights move and no step of their optimizer is ever
-            seen (steps are what the optimizers of the Trainer do, and those inside of them, announced or not).
+        UnsupportedError: When fit starts, for strategies other than one device, DDP and ModelParallelStrategy (FSDP2),
+            for ``injection="loss"`` under the last, or for a shrinkage whose end cannot be foreseen; at the end of the
+            first epoch, if weights move and no step of their optimizer is ever seen (steps are what the optimizers of
+            the Trainer do, and those inside of them, announced or not).
 
     Reference:
         Qin et al., "Low-Rank Prehab: Preparing Neural Networks for SVD Compression", 2025, https://arxiv.org/abs/2512.01980
@@ -176,8 +177,7 @@ class PrehabCallback(ActsInSeason):
         """Forgets what an earlier fit has left, that of another module perhaps."""
         self._release()
         self._begin_count()
-        self._into_loss = True
-        self._world_size, self._global_rank = 1, 0
+        self._into_loss, self._world_size, self._global_rank = True, 1, 0
 
     def _begin_count(self) -> None:
         self.forecast: float | None = None
@@ -209,8 +209,8 @@ class PrehabCallback(ActsInSeason):
     ) -> None:
         """Tries the cut on a batch, with the weights of now: for whoever decides by ``forecast``."""
         if self._targets is not None and self._ready:
-            cut = self._targets, self._layers
-            self.forecast = self._outlook.try_now(trainer, pl_module, *cut, batch, batch_idx)
+            arguments = trainer, pl_module, self._targets, self._layers, batch, batch_idx
+            self.forecast = self._outlook.try_now(*arguments)
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Refuses what cannot work, before anything has been trained."""
@@ -218,7 +218,7 @@ class PrehabCallback(ActsInSeason):
         if stage != "fit":
             return
         self.refuse_others(trainer, PrehabCallback, ONE_PREHAB)
-        check_strategy(trainer, self)
+        check_strategy(trainer, self, sharded=True)
         self._start_anew()
         self._world_size, self._global_rank = trainer.world_size, trainer.global_rank
         compression = find_callback(trainer, CompressionCallback)
@@ -230,11 +230,12 @@ class PrehabCallback(ActsInSeason):
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Finds the targets and decides where to inject."""
+        reshard_if_sharded_(pl_module)
         if not self._is_over(trainer):
             check_season(trainer, self.start_epoch, type(self).__name__, self.goes_on)
             self._look(trainer, pl_module)
         if self._restored and self._targets is not None:
-            self._restore()
+            self._restore(pl_module, self._targets)
 
     def _look(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         compression = find_callback(trainer, CompressionCallback)
@@ -245,6 +246,9 @@ class PrehabCallback(ActsInSeason):
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Watches the optimizers, and goes on with a preparation that was under way."""
+        if reshard_if_sharded_(pl_module):  # what such a module holds, and our state, have been loaded since
+            self._release()
+            self.on_fit_start(trainer, pl_module)
         if self._targets is not None:
             self._watch_steps(trainer, pl_module)
         if isinstance(self.regularizer, Shrinkage) and self._remaining(trainer, -1) is None:
@@ -279,10 +283,12 @@ class PrehabCallback(ActsInSeason):
         if not self._into_loss or not self._acts(trainer) or not loss.requires_grad:
             return
         with torch.autocast(loss.device.type, enabled=False):
+            assert isinstance(self.regularizer, Penalty)
             mine = own_part(self._layers, self._global_rank, self._world_size)
-            penalty = self._penalty(pl_module, mine, self._world_size)
-            if penalty is None:
+            penalty, mean = penalty_of(self.regularizer, self._layers, mine, self._world_size) or (None, None)
+            if penalty is None or mean is None:
                 return
+            pl_module.log("prehab/penalty", mean, batch_size=1, sync_dist=self._world_size > 1)
             strength = self.strength * self._ramp()
             log_number(pl_module, "prehab/strength", strength)
             add_to_loss_(loss, penalty, strength * loss_scale(trainer))
@@ -334,8 +340,7 @@ class PrehabCallback(ActsInSeason):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on bit by bit: steps, metrics, ranks, warm starts; plain data only."""
         preparation = self._preparation
-        if self._into_loss and isinstance(self.regularizer, Penalty):
-            complete_memories_(self._layers, self._global_rank, self._world_size)
+        owned = self._into_loss and isinstance(self.regularizer, Penalty)
         return {
             "version": STATE_VERSION,
             "steps": self._steps,
@@ -345,7 +350,7 @@ class PrehabCallback(ActsInSeason):
             "forecast": self.forecast,
             "outlook": self._outlook.state_dict(),
             "ratio": None if self._ratio is None else self._ratio.state_dict(),
-            "layers": {layer.name: layer.state_dict() for layer in self._layers},
+            "layers": states_of(self._layers, owned, self._global_rank, self._world_size),
             "preparation": None if preparation is None else preparation.state_dict(self._world_size),
         }
 
@@ -354,22 +359,20 @@ class PrehabCallback(ActsInSeason):
         check_version(state_dict, STATE_VERSION, type(self).__name__)
         self._restored = state_dict
 
-    def _restore(self) -> None:
+    def _restore(self, pl_module: "pl.LightningModule", targets: Targets) -> None:
         """All but a preparation under way, which waits for the start of training."""
-        assert self._targets is not None
         state = self._restored
         self._steps, self._planned_at, self._span = state["steps"], state["planned_at"], state["span"]
         self._ready, self.forecast = state["ready"], state["forecast"]
-        if "outlook" in state:
-            self._outlook.load_state_dict(state["outlook"])
+        self._outlook.load_state_dict(state.get("outlook", self._outlook.state_dict()))
         if self._ratio is not None and state["ratio"] is not None:
             self._ratio.load_state_dict(state["ratio"])
-        self._layers = restore_layers(matrices(in_all_forms(self._targets)), state["layers"])
+        self._layers = restored(pl_module, targets, state["layers"], self.regularizer)
 
     def _acts(self, trainer: "pl.Trainer") -> bool:
         """Whether a penalty is due at this step."""
-        due = self._ready and self._in_season(trainer) and self._steps % self.every_n_steps == 0
-        return due and isinstance(self.regularizer, Penalty)
+        acts = self._ready and self._in_season(trainer) and isinstance(self.regularizer, Penalty)
+        return acts and self._steps % self.every_n_steps == 0
 
     def _ramp(self) -> float:
         return ramp(self._steps, self.ramp_steps)
@@ -386,29 +389,26 @@ class PrehabCallback(ActsInSeason):
         # Lightning leaves the gradients of a fused optimizer scaled; the optimizer unscales them itself.
         scale = gradient_scale(trainer) if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
         full = self.strength if self._ratio is None else self._ratio
-        penalty = partial(self._penalty, pl_module)
-        strength = add_to_gradients_(optimizer, self._layers, penalty, full, self._ramp(), scale)
-        if strength is not None:
-            log_number(pl_module, "prehab/strength", strength)
+        pull = partial(self._pull, trainer, pl_module)
+        used = add_to_gradients_(optimizer, self._layers, pull, full, self._ramp(), scale)
+        if used is not None:
+            log_number(pl_module, "prehab/strength", used)
 
-    def _penalty(
-        self, pl_module: "pl.LightningModule", layers: Sequence[RegularizedLayer], processes: int | None = None
-    ) -> Tensor | None:
-        """What :func:`penalty_of` says; the mean is logged."""
+    def _pull(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", layers: Sequence[RegularizedLayer]
+    ) -> Pull | None:
+        """What :func:`pull_of` says; the mean is logged."""
         assert isinstance(self.regularizer, Penalty)
-        found = penalty_of(self.regularizer, self._layers, layers, processes)
-        if found is None:
-            return None
-        total, mean = found
-        pl_module.log("prehab/penalty", mean, batch_size=1, sync_dist=processes is not None and processes > 1)
-        return total
+        found, mean = pull_of(trainer, self.regularizer, self._layers, layers) or (None, None)
+        if mean is not None:
+            pl_module.log("prehab/penalty", mean, batch_size=1)
+        return found
 
     def _shrink(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch_idx: int) -> None:
         """Applies a shrinkage to the trainable weights that an optimizer has stepped."""
         if not isinstance(self.regularizer, Shrinkage) or self._weight_steps is None:
             return
-        remaining = self._remaining(trainer, batch_idx)
-        assert remaining is not None  # checked when the regularizer became ready
+        remaining = self._remaining(trainer, batch_idx) or 0  # None was checked when the regularizer became ready
         progress = 1.0 - remaining / max(self._span or 0, 1)  # exactly 1 at the last batch
         log_number(pl_module, "prehab/progress", progress)
         shrink_together_(trainer, self._layers, self.regularizer, progress, self._weight_steps.rates)
@@ -429,8 +429,8 @@ class PrehabCallback(ActsInSeason):
     def _new_preparation(self, trainer: "pl.Trainer") -> Preparation:
         assert self._targets is not None
         planned, source = self._planned or Targets({}, {}, None), self._rank_source(trainer)
-        season = self.start_epoch, self.stop_epoch
-        batches = batches_to_watch(trainer, *season, self.update_steps // 4 if self._ready else None)
+        again = self.update_steps // 4 if self._ready else None
+        batches = batches_to_watch(trainer, self.start_epoch, self.stop_epoch, again)
         only_cut = source is not None and self.regularizer.needs_rank
         return Preparation(trainer, self._targets, self.space, source, planned, batches, only_cut)
 

@@ -70,6 +70,12 @@ class AttentionView(MatrixView):
         """The rows that belong to this projection."""
         return self._block(tensor) if self.packed else tensor
 
+    @property
+    def slices(self) -> range | None:
+        """The same."""
+        start = PARTS.index(self.part) * self.out_features if self.packed else 0
+        return range(start, start + self.out_features)
+
 
 class MultiheadAttentionKind(Kind):
     """Exactly ``nn.MultiheadAttention``, also inside torch's transformer layers."""

@@ -90,6 +90,14 @@ class MatrixView(ABC):
         """
         self.matrix(self.parameter if into is None else into).copy_(matrix)
 
+    @property
+    def slices(self) -> range | None:
+        """Which slices of the parameter, along its first dimension, are the rows of the matrix when they are flattened.
+
+        None: the rows lie in another way. Where a parameter is shared out slice by slice, so are the rows then.
+        """
+        return None
+
     def inputs(self, x: Tensor) -> Tensor:
         """What is multiplied, shape ``(*, n)``, from the input of the layer; ``(*, groups, n)`` if there are groups."""
         return x

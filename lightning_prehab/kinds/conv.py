@@ -138,6 +138,12 @@ class ChannelView(_ConvView):
         """Flattened rows of a kernel."""
         return kernel_to_matrix(self._rows(tensor))
 
+    @property
+    def slices(self) -> range | None:
+        """Output channels, of one group or of all that there are."""
+        start = (self._group or 0) * self.out_features
+        return range(start, start + self.out_features)
+
     @torch.no_grad()
     def write_(self, matrix: Tensor, into: Tensor | None = None) -> None:
         """Copies the rows into the kernel, whatever its memory format."""

@@ -53,6 +53,11 @@ class InsideView(MatrixView):
         """As of the layer alone."""
         return self.own.matrix(tensor)
 
+    @property
+    def slices(self) -> range | None:
+        """As of the layer alone."""
+        return self.own.slices
+
     def product(self) -> Product | None:
         """As of the layer alone."""
         return self.own.product()

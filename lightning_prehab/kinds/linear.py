@@ -32,6 +32,11 @@ class LinearView(MatrixView):
         """The tensor itself."""
         return tensor
 
+    @property
+    def slices(self) -> range | None:
+        """All."""
+        return range(self.out_features)
+
 
 class RowBlock(MatrixView):
     """Rows of the matrix of a layer, such as the queries of a fused projection.
@@ -61,6 +66,12 @@ class RowBlock(MatrixView):
     def matrix(self, tensor: Tensor) -> Tensor:
         """The rows."""
         return self.whole.matrix(tensor).narrow(0, self.start, self.out_features)
+
+    @property
+    def slices(self) -> range | None:
+        """Some of those of the whole."""
+        slices = self.whole.slices
+        return None if slices is None else slices[self.start : self.start + self.out_features]
 
     def inputs(self, x: Tensor) -> Tensor:
         """What the whole matrix is multiplied with."""

@@ -323,7 +323,11 @@ def leading_subspace(matrix: Tensor, rank: int, warm: Tensor | None = None, step
     if warm is None or warm.shape != (matrix.shape[0], min(rank, matrix.shape[0])):
         wide = to_float64(matrix)
         return symmetric_eigh(wide @ wide.mT)[1][:, :rank].to(matrix)
-    basis = warm.to(matrix)
+    return subspace_iteration(matrix, warm.to(matrix), steps)
+
+
+def subspace_iteration(matrix: Operator, basis: Tensor, steps: int = 1) -> Tensor:
+    """The warm part of :func:`leading_subspace`: products with the matrix are all that is asked of it."""
     for _ in range(steps):
         right = torch.linalg.qr(matrix.mT @ basis).Q
         basis = torch.linalg.qr(matrix @ right).Q

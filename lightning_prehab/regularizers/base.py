@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_prehab.linalg.rows import Rows
 from lightning_prehab.regularizers.metric import IDENTITY, Metric
 
 #: What a regularizer remembers of one layer between steps (warm starts, projectors, the age of what it caches). Owned
@@ -29,14 +30,15 @@ class Penalty(ABC):
     default_strength: ClassVar[float] = 1.0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Makes :meth:`in_metric` ask the call where the call is defined further down than the ``in_metric`` found."""
+        """Makes :meth:`in_metric` ask the call where the call is defined further down than the ``in_metric`` found.
+
+        The same with :meth:`needs_whole`: who asks for less of a matrix has to say so where it is computed.
+        """
         super().__init_subclass__(**kwargs)
-        call, in_metric = (
-            next(place for place, kind in enumerate(cls.__mro__) if name in vars(kind))
-            for name in ("__call__", "in_metric")
-        )
-        if call < in_metric:
+        if _overrides(cls, "__call__", "in_metric"):
             cls.in_metric = Penalty.in_metric  # type: ignore[method-assign]
+        if _overrides(cls, "__call__", "needs_whole") or _overrides(cls, "in_metric", "needs_whole"):
+            cls.needs_whole = Penalty.needs_whole  # type: ignore[method-assign]
 
     @abstractmethod
     def __call__(self, matrix: Tensor, rank: int | None = None, memory: Memory | None = None) -> Tensor:
@@ -51,10 +53,19 @@ class Penalty(ABC):
             Scalar of the dtype of ``matrix``.
         """
 
+    def needs_whole(self, memory: Memory, rank: int | None) -> bool:
+        """Whether the next call has to see all of the matrix.
+
+        Where it need not, :meth:`in_metric` takes :class:`~lightning_prehab.linalg.rows.Rows` as well, of a matrix
+        that lies on several processes; it is then differentiable in the own rows, and the same value everywhere.
+        """
+        return True
+
     def in_metric(
-        self, weight: Tensor, metric: Metric, rank: int | None = None, memory: Memory | None = None
+        self, weight: Tensor | Rows, metric: Metric, rank: int | None = None, memory: Memory | None = None
     ) -> Tensor:
         """The penalty of ``M = L^T W S``, differentiable in ``W``."""
+        assert isinstance(weight, Tensor)
         return self(metric.view(weight), rank, memory)
 
 
@@ -67,6 +78,25 @@ class Shrinkage(ABC):
 
     needs_rank: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Who asks for less of a matrix, or counts calls that change nothing, has to say so where it is computed."""
+        super().__init_subclass__(**kwargs)
+        for name in ("needs_whole", "passes_"):
+            if any(_overrides(cls, method, name) for method in ("__call__", "prepare_")):
+                setattr(cls, name, getattr(Shrinkage, name))
+
+    def needs_whole(self, memory: Memory, progress: float, rank: int | None) -> bool:
+        """Whether the next :meth:`prepare_`, or the call where nothing has to be prepared, has to see all of a matrix.
+
+        Where it need not, both take :class:`~lightning_prehab.linalg.rows.Rows` as well, of a matrix that lies on
+        several processes; the call then returns the own rows.
+        """
+        return True
+
+    def passes_(self, memory: Memory, progress: float, rank: int | None, lr: float) -> bool:
+        """Counts the next call, if it is one that would change nothing; it need not be made then."""
+        return False
+
     def has_work(self, memory: Memory, progress: float, rank: int | None) -> bool:
         """Whether the next call with this memory has spectral work to do that :meth:`prepare_` can do before it.
 
@@ -75,14 +105,14 @@ class Shrinkage(ABC):
         return False
 
     def prepare_(  # noqa: B027 (nothing to do is the rule, not a gap)
-        self, weight: Tensor, rank: int | None, memory: Memory, progress: float, metric: Metric
+        self, weight: Tensor | Rows, rank: int | None, memory: Memory, progress: float, metric: Metric
     ) -> None:
         """Does that work and leaves its results in the memory; another process may then take them over from there."""
 
     @abstractmethod
     def __call__(
         self,
-        weight: Tensor,
+        weight: Tensor | Rows,
         rank: int | None = None,
         memory: Memory | None = None,
         progress: float = 1.0,
@@ -102,6 +132,12 @@ class Shrinkage(ABC):
         Returns:
             Shape and dtype of ``weight``; it shares the memory of ``weight`` where there is nothing to do.
         """
+
+
+def _overrides(cls: type, method: str, other: str) -> bool:
+    """Whether the method that a class has is defined further down than the other one."""
+    places = [next(place for place, kind in enumerate(cls.__mro__) if name in vars(kind)) for name in (method, other)]
+    return places[0] < places[1]
 
 
 def is_due(memory: Memory | None, every: int, first: bool = True) -> bool:

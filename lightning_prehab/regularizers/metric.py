@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_prehab.linalg.matrices import gram_root, to_float64
+from lightning_prehab.linalg.rows import Columns, Rows
 
 Side = Literal["left", "right"]
 
@@ -73,8 +74,16 @@ class Metric:
         """The same metric, with roots in float64."""
         return Metric(*(None if root is None else to_float64(root) for root in (self.left, self.right)))
 
-    def weigh(self, weight: Tensor) -> Tensor:
-        """``L L^T W S S^T``: half the gradient of ``|M|_F^2`` in ``W``, at the cost of one :meth:`view`."""
+    def weigh(self, weight: Tensor | Rows) -> Tensor:
+        """``L L^T W S S^T``: half the gradient of ``|M|_F^2`` in ``W``, at the cost of one :meth:`view`.
+
+        Where the rows lie on several processes, those that are here.
+        """
+        if isinstance(weight, Rows):
+            seen = weight.own if self.right is None else weight.own @ self.right_gram.to(weight.own)
+            if self.left is None:
+                return seen
+            return weight.take(weight.add_up(weight.take(self.left_gram).mT.to(seen) @ seen))  # a Gram is symmetric
         weighed = weight if self.left is None else self.left_gram.to(weight) @ weight
         return weighed if self.right is None else weighed @ self.right_gram.to(weight)
 
@@ -121,13 +130,19 @@ class Metric:
 class Unformed:
     """``M = L^T W S``, never multiplied out, for products with vectors: ``unformed @ v``, ``unformed.mT @ u``."""
 
-    weight: Tensor
+    weight: Tensor | Rows | Columns
     metric: Metric
 
     @property
     def dtype(self) -> torch.dtype:
         """That of the weight."""
         return self.weight.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """That of the weight."""
+        rows, columns = self.weight.shape
+        return rows, columns
 
     @property
     def mT(self) -> "Unformed":
@@ -145,8 +160,15 @@ class Unformed:
 IDENTITY = Metric()
 
 
-def project(weight: Tensor, side: Side, outer: Tensor, inner: Tensor) -> Tensor:
-    """Applies the factors of :meth:`Metric.projector`; the result has their rank."""
+def project(weight: Tensor | Rows, side: Side, outer: Tensor, inner: Tensor) -> Tensor:
+    """Applies the factors of :meth:`Metric.projector`; the result has their rank.
+
+    Where the rows lie on several processes, those that are here.
+    """
+    if isinstance(weight, Rows):
+        if side == "right":
+            return (weight.own @ outer) @ inner
+        return weight.take(outer) @ weight.add_up(inner[:, weight.start : weight.start + len(weight.own)] @ weight.own)
     return outer @ (inner @ weight) if side == "left" else (weight @ outer) @ inner
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_prehab.documents.checks import check_real, check_whole
 from lightning_prehab.linalg.matrices import polar_factor
+from lightning_prehab.linalg.rows import Rows
 from lightning_prehab.regularizers.base import Memory, Shrinkage, is_due
 from lightning_prehab.regularizers.metric import IDENTITY, Metric
 
@@ -43,10 +44,19 @@ class SpectralWeightDecay(Shrinkage):
         check_whole("every", self.every, 1)
         check_whole("steps", self.steps, 1)
 
+    def passes_(self, memory: Memory, progress: float, rank: int | None, lr: float) -> bool:
+        """All calls but every ``every``-th and those at progress 1; they add to what is owed."""
+        calls = int(memory["age"]) + 1 if "age" in memory else 1
+        if progress >= 1.0 or calls >= self.every:
+            return False
+        is_due(memory, self.every, first=False)
+        memory["lr"] = torch.tensor(lr + float(memory.get("lr", 0.0)), dtype=torch.float64, device="cpu")
+        return True
+
     @torch.no_grad()
     def __call__(
         self,
-        weight: Tensor,
+        weight: Tensor | Rows,
         rank: int | None = None,
         memory: Memory | None = None,
         progress: float = 1.0,
@@ -54,10 +64,12 @@ class SpectralWeightDecay(Shrinkage):
         metric: Metric = IDENTITY,
     ) -> Tensor:
         """The weight with all singular values lowered, or as it was where the call is not due; ``rank`` is ignored."""
-        owed = lr if memory is None or "lr" not in memory else lr + float(memory["lr"])
-        due = progress >= 1.0 or is_due(memory, self.every, first=self.every == 1)
-        if memory is not None:
-            memory["lr"] = torch.tensor(0.0 if due else owed, dtype=torch.float64, device="cpu")
-        if not due:
+        assert isinstance(weight, Tensor)
+        if memory is not None and self.passes_(memory, progress, rank, lr):
             return weight.clone()
+        owed = lr if memory is None or "lr" not in memory else lr + float(memory["lr"])
+        if memory is not None:
+            if progress < 1.0:
+                is_due(memory, self.every, first=self.every == 1)
+            memory["lr"] = torch.zeros((), dtype=torch.float64, device="cpu")
         return weight - (owed * self.decay) * metric.back(polar_factor(metric.view(weight), self.steps))

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from lightning_prehab.documents.checks import check_whole
 from lightning_prehab.linalg.lanczos import leading_right_vector
 from lightning_prehab.linalg.matrices import power_iteration, to_float64
+from lightning_prehab.linalg.rows import Rows, own_part, summed, taken
 from lightning_prehab.regularizers.base import Memory, Penalty, start_vector
 from lightning_prehab.regularizers.metric import IDENTITY, Metric, Unformed
 
@@ -22,17 +23,19 @@ class _StableRankFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, metric: Metric, sigma: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """The value, given the leading singular triple of ``M``; 0 for a zero matrix."""
+    def forward(
+        ctx: Any, own: Tensor, weight: Tensor | Rows, metric: Metric, sigma: Tensor, u: Tensor, v: Tensor
+    ) -> Tensor:
+        """The value, given the leading singular triple of ``M``; 0 for a zero matrix. Differentiable in ``own``."""
         weighed = metric.weigh(weight)
-        energy = weight.square().sum() if metric.is_identity else (weight * weighed).sum()
-        ctx.metric = metric
+        energy = summed(own.square().sum() if metric.is_identity else (own * weighed).sum(), weight)
+        ctx.metric, ctx.weight = metric, weight
         ctx.save_for_backward(weighed, energy, sigma, u, v)
         return torch.where(_is_safe(sigma), energy / sigma.square(), torch.zeros_like(sigma))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         """The gradient in the weight; 0 for a zero matrix."""
         weighed, energy, sigma, u, v = ctx.saved_tensors
         inverse = torch.where(_is_safe(sigma), 1.0 / sigma, torch.zeros_like(sigma))
@@ -40,8 +43,9 @@ class _StableRankFunction(torch.autograd.Function):
         left, right = ctx.metric.left, ctx.metric.right
         u = u if left is None else left.to(u).mT @ u
         v = v if right is None else right.to(v) @ v
+        u = taken(u, ctx.weight)
         change = torch.addcmul(scale * weighed, scale * energy * inverse * u[:, None], v[None, :], value=-1.0)
-        return change, None, None, None, None
+        return change, None, None, None, None, None
 
 
 def _is_safe(sigma: Tensor) -> Tensor:
@@ -81,19 +85,26 @@ class StableRank(Penalty):
         """The stable rank, in ``[1, min(m, n)]``; ``rank`` is ignored."""
         return StableRank.in_metric(self, matrix, IDENTITY, rank, memory)  # that of a subclass may come back here
 
+    def needs_whole(self, memory: Memory, rank: int | None) -> bool:
+        """Never: products with vectors are all that is asked of a matrix."""
+        return False
+
     def in_metric(
-        self, weight: Tensor, metric: Metric, rank: int | None = None, memory: Memory | None = None
+        self, weight: Tensor | Rows, metric: Metric, rank: int | None = None, memory: Memory | None = None
     ) -> Tensor:
         """The stable rank of ``M = L^T W S``: one product ``L L^T W S S^T`` and products with vectors."""
         warm = memory.get("v") if memory is not None else None
-        start = self._leading_vector(weight, metric) if warm is None else warm.to(weight)
-        sigma, u, v = power_iteration(Unformed(weight.detach(), metric), start, self.steps)
+        own = own_part(weight)
+        fixed = weight.with_own(own.detach()) if isinstance(weight, Rows) else weight.detach()
+        start = self._leading_vector(fixed, metric) if warm is None else warm.to(own)
+        sigma, u, v = power_iteration(Unformed(fixed, metric), start, self.steps)
         if memory is not None:
             memory["v"] = v
-        return _StableRankFunction.apply(weight, metric, sigma, u, v)  # type: ignore[no-any-return]
+        return _StableRankFunction.apply(own, fixed, metric, sigma, u, v)  # type: ignore[no-any-return]
 
-    def _leading_vector(self, weight: Tensor, metric: Metric) -> Tensor:
+    def _leading_vector(self, weight: Tensor | Rows, metric: Metric) -> Tensor:
         """The leading right singular vector of ``M``, found from nothing, in float64."""
-        wide = Unformed(to_float64(weight), metric.in_float64())
-        start = start_vector(weight.shape[1], wide.weight)
-        return leading_right_vector(wide, start, self.first_steps).to(weight)
+        own = to_float64(own_part(weight))
+        wide = Unformed(weight.with_own(own) if isinstance(weight, Rows) else own, metric.in_float64())
+        start = start_vector(weight.shape[1], own)
+        return leading_right_vector(wide, start, self.first_steps).to(own_part(weight))

@@ -9,8 +9,10 @@ from torch.autograd.function import once_differentiable
 
 from lightning_prehab.documents.checks import check_whole
 from lightning_prehab.errors import ArgumentError
-from lightning_prehab.linalg.matrices import leading_subspace
+from lightning_prehab.linalg.matrices import leading_subspace, subspace_iteration
+from lightning_prehab.linalg.rows import Rows
 from lightning_prehab.regularizers.base import Memory, Penalty, is_due
+from lightning_prehab.regularizers.metric import Metric, Unformed
 
 
 class _TailShareFunction(torch.autograd.Function):
@@ -32,6 +34,42 @@ class _TailShareFunction(torch.autograd.Function):
         """The gradient in the matrix; 0 for a zero matrix."""
         rows, tail, share, inverse = ctx.saved_tensors
         return (2.0 * grad * inverse) * (tail - share * rows), None
+
+
+class _TailShareOfRows(torch.autograd.Function):
+    """The same of ``M = L^T W S``, for own rows of a ``W`` that lies on several processes.
+
+    With ``D`` for ``L (M - U U^T M) S^T`` the energies are ``<W, D>`` and ``<W, L L^T W S S^T>``, and the gradient in
+    ``W`` is ``2 (D - t L L^T W S S^T) / |M|_F^2``. Apart from these two, all is thin.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, rows: Rows, metric: Metric, basis: Tensor) -> Tensor:
+        """The share; 0 for a zero matrix."""
+        weighed = metric.weigh(rows)
+        if rows.shape[0] <= rows.shape[1]:  # L U (L U)^T W S S^T
+            span = basis if metric.left is None else metric.left.to(own).mT @ basis
+            seen = rows.mT @ span
+            seen = seen if metric.right is None else metric.right_gram.to(own) @ seen
+            kept = rows.take(span) @ seen.mT
+        else:  # L L^T W S V (S V)^T
+            span = basis if metric.right is None else metric.right.to(own) @ basis
+            seen = rows @ span
+            seen = seen if metric.left is None else metric.left_gram.to(own) @ seen
+            kept = rows.take(seen) @ span.mT
+        tail = weighed - kept
+        energy, left_out = rows.add_up(torch.stack([(own * weighed).sum(), (own * tail).sum()]))
+        inverse = torch.where(energy >= torch.finfo(energy.dtype).tiny, 1.0 / energy, torch.zeros_like(energy))
+        share = left_out.clamp_min(0.0) * inverse
+        ctx.save_for_backward(weighed, tail, share, inverse)
+        return share
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        """The gradient in the own rows; 0 for a zero matrix."""
+        weighed, tail, share, inverse = ctx.saved_tensors
+        return (2.0 * grad * inverse) * (tail - share * weighed), None, None, None
 
 
 @dataclass(frozen=True)
@@ -64,12 +102,35 @@ class TailEnergy(Penalty):
 
     def __call__(self, matrix: Tensor, rank: int | None = None, memory: Memory | None = None) -> Tensor:
         """The tail's share of the energy; 0 for a zero matrix."""
-        target = self.rank if rank is None else rank
-        if target is None:
-            raise ArgumentError("TailEnergy has no target rank: give TailEnergy(rank=...), or a plan to take it from.")
+        target = self._target(rank)
         rows = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
         basis = self._basis(rows.detach(), target, memory)
         return _TailShareFunction.apply(rows, basis)  # type: ignore[no-any-return]
+
+    def needs_whole(self, memory: Memory, rank: int | None) -> bool:
+        """For the exact directions of the first call, and of a new rank."""
+        basis = memory.get("basis")
+        return basis is None or basis.shape[1] != min(self._target(rank), basis.shape[0])
+
+    def in_metric(
+        self, weight: Tensor | Rows, metric: Metric, rank: int | None = None, memory: Memory | None = None
+    ) -> Tensor:
+        """The share of ``M = L^T W S``."""
+        if not isinstance(weight, Rows):
+            return super().in_metric(weight, metric, rank, memory)
+        assert memory is not None
+        rows = weight.with_own(weight.own.detach())
+        if is_due(memory, self.refresh):
+            seen = Unformed(rows, metric)
+            thin = seen if rows.shape[0] <= rows.shape[1] else seen.mT
+            memory["basis"] = subspace_iteration(thin, memory["basis"].to(rows.own))
+        return _TailShareOfRows.apply(weight.own, rows, metric, memory["basis"].to(rows.own))  # type: ignore[no-any-return]
+
+    def _target(self, rank: int | None) -> int:
+        target = self.rank if rank is None else rank
+        if target is None:
+            raise ArgumentError("TailEnergy has no target rank: give TailEnergy(rank=...), or a plan to take it from.")
+        return target
 
     def _basis(self, rows: Tensor, rank: int, memory: Memory | None) -> Tensor:
         """Leading left singular vectors, shape ``(min(m, n), rank)``, from the memory while they are fresh enough."""

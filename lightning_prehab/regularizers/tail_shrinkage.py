@@ -8,9 +8,10 @@ from torch import Tensor
 
 from lightning_prehab.documents.checks import check_real, check_whole
 from lightning_prehab.errors import ArgumentError
-from lightning_prehab.linalg.matrices import leading_subspace
+from lightning_prehab.linalg.matrices import leading_subspace, subspace_iteration
+from lightning_prehab.linalg.rows import Rows, own_part
 from lightning_prehab.regularizers.base import Memory, Shrinkage, is_due, will_be_due
-from lightning_prehab.regularizers.metric import IDENTITY, Metric, Side, project
+from lightning_prehab.regularizers.metric import IDENTITY, Metric, Side, Unformed, project
 
 Schedule = Literal["geometric", "linear"]
 
@@ -89,16 +90,38 @@ class TailShrinkage(Shrinkage):
 
     def has_work(self, memory: Memory, progress: float, rank: int | None) -> bool:
         """At the first call, at every ``refresh``-th, at progress 1, and for a new rank."""
+        return self._exact_is_due(memory, progress, rank) or will_be_due(memory, self.refresh)
+
+    def needs_whole(self, memory: Memory, progress: float, rank: int | None) -> bool:
+        """Where exact directions are due and not prepared; a step from earlier ones takes thin products alone."""
+        return "prepared" not in memory and self._exact_is_due(memory, progress, rank)
+
+    def passes_(self, memory: Memory, progress: float, rank: int | None, lr: float) -> bool:
+        """All calls but every ``every``-th, where the directions are fresh enough."""
+        if "prepared" in memory or self.has_work(memory, progress, rank):
+            return False
+        if (int(memory["age"]) + 1) % self.every == 0:
+            return False
+        is_due(memory, self.refresh)
+        return True
+
+    def _exact_is_due(self, memory: Memory, progress: float, rank: int | None) -> bool:
         basis = memory.get("basis")
-        return (
-            basis is None or will_be_due(memory, self.refresh) or progress >= 1.0 or basis.shape[1] != self._rank(rank)
-        )
+        return basis is None or progress >= 1.0 or basis.shape[1] != self._rank(rank)
 
     @torch.no_grad()
-    def prepare_(self, weight: Tensor, rank: int | None, memory: Memory, progress: float, metric: Metric) -> None:
+    def prepare_(
+        self, weight: Tensor | Rows, rank: int | None, memory: Memory, progress: float, metric: Metric
+    ) -> None:
         """Brings the projector up to date."""
         target, warm = self._rank(rank), None if progress >= 1.0 else memory.get("basis")
-        side, basis = self.projector(metric.view(weight), target, warm)
+        side: Side
+        if isinstance(weight, Rows):
+            assert warm is not None
+            seen, side = Unformed(weight, metric), "left" if weight.shape[0] <= weight.shape[1] else "right"
+            basis = subspace_iteration(seen if side == "left" else seen.mT, warm.to(weight.own))
+        else:
+            side, basis = self.projector(metric.view(weight), target, warm)
         memory["basis"] = basis
         if not metric.is_identity_on(side):
             memory["outer"], memory["inner"] = metric.projector(side, basis)
@@ -107,7 +130,7 @@ class TailShrinkage(Shrinkage):
     @torch.no_grad()
     def __call__(
         self,
-        weight: Tensor,
+        weight: Tensor | Rows,
         rank: int | None = None,
         memory: Memory | None = None,
         progress: float = 1.0,
@@ -115,25 +138,26 @@ class TailShrinkage(Shrinkage):
         metric: Metric = IDENTITY,
     ) -> Tensor:
         """The weight less a share of its tail; of exactly the target rank where that is 1."""
-        weight = weight.detach()
+        own = own_part(weight).detach()
+        weight = weight.with_own(own) if isinstance(weight, Rows) else own
         if self._rank(rank) >= min(weight.shape):
-            return weight
+            return own
         memory = {} if memory is None else memory
+        if self.passes_(memory, progress, rank, lr):
+            return own
         if self.has_work(memory, progress, rank) and "prepared" not in memory:
             self.prepare_(weight, rank, memory, progress, metric)
         if "prepared" in memory:
             del memory["prepared"]
             memory.pop("age", None)  # counted from here
         is_due(memory, self.refresh)
-        if progress < 1.0 and int(memory["age"]) % self.every:
-            return weight
         side: Side = "left" if weight.shape[0] <= weight.shape[1] else "right"
         if metric.is_identity_on(side):
-            outer, inner = IDENTITY.projector(side, memory["basis"].to(weight))
+            outer, inner = IDENTITY.projector(side, memory["basis"].to(own))
         else:
-            outer, inner = memory["outer"].to(weight), memory["inner"].to(weight)
+            outer, inner = memory["outer"].to(own), memory["inner"].to(own)
         share = 1.0 - (1.0 - self.eta(progress)) ** min(self.every, self.refresh)
-        return torch.lerp(weight, project(weight, side, outer, inner), share)
+        return torch.lerp(own, project(weight, side, outer, inner), share)
 
     def _rank(self, planned: int | None) -> int:
         target = self.rank if planned is None else planned

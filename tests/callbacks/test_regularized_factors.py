@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import lightning_prehab as lp
-from lightning_prehab.callbacks._injection import add_to_gradients_
+from lightning_prehab.callbacks._injection import add_to_gradients_, pull_of
 from lightning_prehab.callbacks._regularized import RegularizedLayer, matrices
 from lightning_prehab.kinds import view_of
 from lightning_prehab.kinds.linear import LinearView
@@ -104,7 +104,7 @@ def test_the_gradient_of_a_penalty_reaches_both_factors(name, penalty):
     for parameter in ours.parameters:
         parameter.grad = torch.ones_like(parameter)
     ours.memory.clear()
-    add_to_gradients_(optimizer, [ours], lambda layers: layers[0].penalty(penalty), 0.5, 1.0, 1.0)
+    add_to_gradients_(optimizer, [ours], lambda layers: pull_of(None, penalty, layers, layers)[0], 0.5, 1.0, 1.0)
     for parameter, one in zip(ours.parameters, expected, strict=True):
         assert_close(parameter.grad, 1.0 + 0.5 * one, atol=1e-3, rtol=1e-3)
 
