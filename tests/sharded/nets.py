@@ -80,7 +80,7 @@ def steps(net, optimizer, number, first=0, accumulate=1):
             own = slice(rank * 8 // count, (rank + 1) * 8 // count)
             if hasattr(net, "set_requires_gradient_sync"):
                 net.set_requires_gradient_sync(part == accumulate - 1)
-            loss = nn.functional.mse_loss(net(x[own]).float(), y[own]) / accumulate
+            loss = nn.functional.mse_loss(net(x[own].to(next(net.parameters()).dtype)).float(), y[own]) / accumulate
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()

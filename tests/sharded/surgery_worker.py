@@ -10,8 +10,8 @@ import pytest
 import torch
 from nets import RANKS, SIZE, Net, kinds_net, make, mesh_of, planned, shard_blocks, steps, svd_factors
 from torch import distributed
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed._composable import checkpoint
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -73,9 +73,7 @@ def assert_same(net, ref, optimizer=None, theirs=None, **close):
             if isinstance(own, DTensor) and value.dim() > 0 and value.shape == own.shape:
                 assert value.placements == own.placements, (name, key)
                 assert value.to_local().shape == own.to_local().shape, (name, key)
-            torch.testing.assert_close(
-                full(value), expected[key], rtol=1e-4, atol=1e-6, msg=lambda text: f"{name}.{key}: {text}"
-            )
+            torch.testing.assert_close(full(value), expected[key], rtol=1e-4, atol=1e-6, msg=f"{name}.{key}")
 
 
 def blocks(net, **settings):
@@ -107,7 +105,8 @@ def columns(net):
 
 
 def checkpointed(net):
-    apply_activation_checkpointing(net, check_fn=lambda module: type(module).__name__ == "Block")
+    for block in net.blocks:
+        checkpoint(block)
     return blocks(net)
 
 
@@ -139,7 +138,7 @@ def twin_of(net, optimizer, shard, kind, make_net):
     """A compressed model with the same values and the same optimizer state that has been sharded when it was new."""
     plain = make_net()
     reshard_(net)
-    state = {name.replace("_checkpoint_wrapped_module.", ""): full(one) for name, one in net.state_dict().items()}
+    state = {name: full(one) for name, one in net.state_dict().items()}
     follow_state_dict_(plain, state)
     plain.load_state_dict(state)
     flags = [one.requires_grad for one in net.parameters()]
@@ -171,7 +170,7 @@ def check_layout(shard, exact, kind=AdamW, change=lambda net: net, accumulate=1,
     reshard_(net)
     weights = []
     for name, module in net.named_modules():
-        if name.replace("_checkpoint_wrapped_module.", "") in RANKS:
+        if name in RANKS:
             weights.append(weakref.ref(module.weight))
     prepared = prepare_sharded_swap(net, plan, factors, [own], together)
     with CommDebugMode() as sent:
@@ -208,10 +207,8 @@ def make_plain(net):
 
 def check_all_layouts(layouts):
     for name, (shard, exact) in layouts.items():
-        try:
-            check_layout(shard, exact)
-        except BaseException as error:
-            raise AssertionError(f"layout {name!r}") from error
+        print(f"layout: {name}", flush=True)
+        check_layout(shard, exact)
 
 
 def check_more():
@@ -293,9 +290,6 @@ def check_every_kind_of_layer():
             torch.testing.assert_close(found.weight_errors, report.weight_errors, rtol=1e-3, atol=1e-5)
             x = batches[0]
             torch.testing.assert_close(net(x), ref(x), rtol=1e-4, atol=1e-5)
-            assert {
-                key: type(one).__mro__[1 + isinstance(one, FSDPModule)].__name__ for key, one in net.named_modules()
-            } != {}
             for model, optimizer in ((ref, theirs), (net, own)):
                 model(x).square().mean().backward()
                 optimizer.step()
@@ -350,12 +344,7 @@ def check_structures_come_and_go():
     factors = svd_factors(ref, plan)
     prepare_swap(ref, plan, factors).commit()
     own = AdamW(net.parameters())
-    meta = {
-        name: lp.Factors(*(None if part is None else part.to("meta") for part in one[:3]))
-        if False
-        else one._replace(A=one.A.to("meta"), B=one.B.to("meta"))
-        for name, one in factors.items()
-    }
+    meta = {name: one._replace(A=one.A.to("meta"), B=one.B.to("meta")) for name, one in factors.items()}
     with CommDebugMode() as sent:
         put_structure_(net, meta, [own])
     assert sent.get_total_counts() == 0
@@ -431,9 +420,6 @@ def check_tensor_parallel(data=1):
     assert_same(net, ref, own, theirs) if data == 1 else assert_same(net, ref)
     plan = planned(ref)
     factors = svd_factors(ref, plan)
-    with CommDebugMode() as before:
-        step(net, own, 2)
-    step(ref, theirs, 2)
     factors = svd_factors(ref, plan)
     served = leave_unserved(net, lp.find_targets(net))
     assert set(served) >= set(RANKS)
@@ -448,10 +434,7 @@ def check_tensor_parallel(data=1):
         Replicate,
     ]
     assert_same(net, ref, own, theirs)
-    with CommDebugMode() as after:
-        step(net, own, 3)
-    step(ref, theirs, 3)
-    assert after.get_total_counts() <= before.get_total_counts() + (0 if data > 1 else 12)
+    step(net, own, 3), step(ref, theirs, 3)
     assert_same(net, ref, own, theirs, rtol=1e-4, atol=1e-5)
 
 
