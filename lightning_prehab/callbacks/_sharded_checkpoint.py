@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.callbacks._checkpoint import DenseShell, follow_on_load, plan_of_factors
@@ -74,7 +75,7 @@ class ShardedFollowing:
         self.name_holders: Callable[[], None] | None = None
         self._trainer, self._pl_module = trainer, pl_module
         self._original = trainer.strategy.load_checkpoint
-        trainer.strategy.load_checkpoint = self._load  # type: ignore[method-assign]
+        trainer.strategy.load_checkpoint = self._load  # type: ignore[method-assign,assignment]
 
     def remove(self) -> None:
         """Takes it off again."""
@@ -93,11 +94,9 @@ class ShardedFollowing:
             say_followed(module, self.parameters)
         try:
             return self._original(path, **options)
-        except Exception as error:
+        except CheckpointException as error:
             failure = first_failure(error)
-            if failure is error:
-                raise
-            raise CheckpointError(f"{path!r} could not be loaded: {type(failure).__name__}: {failure}") from error
+            raise CheckpointError(f"{path!r} could not be loaded: {type(failure).__name__}: {failure}") from failure
 
     def _follow(self, tensors: Mapping[str, Tensor]) -> None:
         trainer, module = self._trainer, self._pl_module

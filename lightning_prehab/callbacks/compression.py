@@ -370,7 +370,8 @@ class CompressionCallback(OnlyOne):
     def _follow(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Takes over what has been loaded; a dense shell is cut as it was in the run that wrote the checkpoint."""
         assert self._shell is not None
-        (shell, self._shell), factors = (self._shell, None), self._shell.close()
+        shell, self._shell = self._shell, None
+        factors = shell.close()
         if shell.loaded:
             self.reports, self._made, report, self._name_holders = [], 0, shell.report, shell.name_holders
             if factors:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 
 from lightning_prehab.errors import ArgumentError, CheckpointError, UnsupportedError
+from lightning_prehab.files.distributed import is_distributed
 from lightning_prehab.surgery.holders import names_holders
 from lightning_prehab.surgery.structure import follow_state_dict_
 
@@ -85,6 +86,11 @@ def _blame_the_file(path: Any, error: Exception) -> None:
     """Raises :class:`CheckpointError` from an error if the file is the reason: it is read once more, by itself."""
     if not isinstance(path, str | os.PathLike) or not Path(path).exists():
         return  # a stream, an address, or nothing, which the error says
+    if is_distributed(path):
+        raise CheckpointError(
+            f"{str(path)!r} holds the pieces of a sharded run; make one file of them first: python -m "
+            f"lightning.fabric.utilities.consolidate_checkpoint {path}"
+        ) from error
     if Path(path).is_dir():
         raise CheckpointError(
             f"{str(path)!r} is a folder, not a .ckpt file; what save_compressed has written is loaded with "

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from lightning_prehab.errors import CheckpointError
 
@@ -75,12 +76,9 @@ def check_complete(path: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"{str(path)!r} is no complete checkpoint: {_REST} {state}. {_ADVICE}")
 
 
-def first_failure(error: BaseException) -> BaseException:
+def first_failure(error: CheckpointException) -> BaseException:
     """What is behind the error of a load on many processes: that of the first one that failed."""
-    if isinstance(error, CheckpointException) and error.failures:
-        failure: BaseException = error.failures[min(error.failures)][0]
-        return failure
-    return error
+    return error.failures[min(error.failures)][0] if error.failures else error
 
 
 def _index(folder: str | os.PathLike[str]) -> Any:

@@ -24,12 +24,14 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
 from lightning_prehab.callbacks import compression
+from lightning_prehab.files.distributed import check_complete
 
 EPOCHS, STEPS, SURGERY = 6, 6, 3
 #: Named moments; the part before the colon is a hook below, the number says which call of it.
@@ -53,6 +55,10 @@ class Lit(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 14), nn.Tanh(), nn.Linear(14, 6))
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         return nn.functional.mse_loss(self.net(batch[0]), batch[1])
@@ -124,14 +130,14 @@ def latest(folder: Path) -> Path | None:
     """The newest checkpoint that can be read; a torn one is what a killed writer leaves."""
     for file in sorted(folder.glob("*.ckpt"), key=lambda f: f.stat().st_mtime_ns, reverse=True):
         try:
-            torch.load(file, weights_only=True)
+            check_complete(file) if file.is_dir() else torch.load(file, weights_only=True)
         except Exception:
             continue
         return file
     return None
 
 
-def train(folder: Path, point: str | None, processes: int, rank: int) -> None:
+def train(folder: Path, point: str | None, processes: int, rank: int, sharded: bool) -> None:
     """One process of one run; ends by itself or by SIGKILL."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -148,17 +154,18 @@ def train(folder: Path, point: str | None, processes: int, rank: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     lit = Lit()
+    ddp = DDPStrategy(process_group_backend="gloo") if processes > 1 else "auto"
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=processes,
-        strategy=DDPStrategy(process_group_backend="gloo") if processes > 1 else "auto",
+        strategy=ModelParallelStrategy(processes, 1) if sharded else ddp,
         max_epochs=EPOCHS,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
         callbacks=[
-            lp.PrehabCallback(lp.TailEnergy(refresh=4), 0.1, space="loss"),
+            *([] if sharded else [lp.PrehabCallback(lp.TailEnergy(refresh=4), 0.1, space="loss")]),
             lp.CompressionCallback(SURGERY, 0.5, calibration_batches=4, factorization=FragileKronecker()),
             lp.RehabSchedule(warmup_epochs=1.5),
             KillCallback(killer),
@@ -167,13 +174,22 @@ def train(folder: Path, point: str | None, processes: int, rank: int) -> None:
         ],
     )
     trainer.fit(lit, DataLoader(data, 16), ckpt_path=latest(folder))
-    states = {"weights": lit.state_dict(), "optimizer": trainer.optimizers[0].state_dict()}
+    states = {"weights": whole(lit.state_dict()), "optimizer": whole(trainer.optimizers[0].state_dict())}
     torch.save(
         {**states, "scheduler": trainer.lr_scheduler_configs[0].scheduler.state_dict()}, folder / f"end{rank}.pt"
     )
 
 
-def start(folder: Path, point: str | None, processes: int, victim: int) -> list[int]:
+def whole(value: object) -> object:
+    """The same with whole tensors in the place of sharded ones."""
+    if isinstance(value, dict):
+        return {key: whole(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [whole(one) for one in value]
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def start(folder: Path, point: str | None, processes: int, victim: int, sharded: bool) -> list[int]:
     """Forks the processes of a run; the exit codes, negative for signals. When one has died, the others are stopped."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -193,7 +209,7 @@ def start(folder: Path, point: str | None, processes: int, victim: int) -> list[
                         LOCAL_RANK=str(rank), NODE_RANK="0", LOCAL_WORLD_SIZE=str(processes), GROUP_RANK="0",
                         TORCHELASTIC_RUN_ID="faults",
                     )  # fmt: skip
-                train(folder, point if rank == victim else None, processes, rank)
+                train(folder, point if rank == victim else None, processes, rank, sharded)
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -221,14 +237,14 @@ def equal(one: object, other: object) -> bool:
     return True
 
 
-def check(folder: Path, point: str, processes: int, victim: int, reference: dict) -> str | None:
+def check(folder: Path, point: str, processes: int, victim: int, sharded: bool, reference: dict) -> str | None:
     """Kills a run at a point and resumes it; what went wrong, or None."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    codes = start(folder, point, processes, victim)
+    codes = start(folder, point, processes, victim, sharded)
     if codes[victim] != -signal.SIGKILL:
         return f"was not killed: exit codes {codes}; {(folder / f'log{victim}.txt').read_text()[-1500:]}"
-    codes = start(folder, None, processes, victim)
+    codes = start(folder, None, processes, victim, sharded)
     if any(codes):
         return f"did not resume: exit codes {codes}; {(folder / 'log0.txt').read_text()[-1500:]}"
     for rank in range(processes):
@@ -242,6 +258,8 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--fixed", action="store_true", help="the named moments")
+    parser.add_argument("--points", nargs="*", default=[], help="some of the named moments")
+    parser.add_argument("--sharded", action="store_true", help="FSDP2, which saves a folder")
     parser.add_argument("--random", type=int, default=0, help="this many random steps")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -250,22 +268,22 @@ def main() -> int:
     torch.set_num_threads(1)
     begun = time.monotonic()
 
-    whole = args.folder / "uninterrupted"
-    whole.mkdir(parents=True)
-    codes = start(whole, None, args.processes, 0)
+    folder = args.folder / "uninterrupted"
+    folder.mkdir(parents=True)
+    codes = start(folder, None, args.processes, 0, args.sharded)
     if any(codes):
-        print((whole / "log0.txt").read_text()[-3000:])
+        print((folder / "log0.txt").read_text()[-3000:])
         return 1
-    reference = torch.load(whole / "end0.pt", weights_only=True)
+    reference = torch.load(folder / "end0.pt", weights_only=True)
     generator = random.Random(args.seed)
-    points = list(FIXED) if args.fixed else []
+    points = list(FIXED) if args.fixed else args.points
     points += [f"step:{generator.randrange(1, EPOCHS * STEPS + 1)}" for _ in range(args.random)]
     failures = 0
     for index, planned in enumerate(points):
         # Only rank 0 plans and writes; with two ranks each has few layers to factorize.
         victim = 0 if planned.split(":")[0] in ("plan", "saving") else index % args.processes
         point = "factorize:1" if planned.startswith("factorize") and args.processes > 1 else planned
-        problem = check(args.folder / "killed", point, args.processes, victim, reference)
+        problem = check(args.folder / "killed", point, args.processes, victim, args.sharded, reference)
         failures += problem is not None
         print(f"{point} (rank {victim}): {'ok' if problem is None else problem}", flush=True)
     seconds = round(time.monotonic() - begun)
