@@ -1,4 +1,4 @@
-"""A LightningModule in the middle of its training, in shards on several processes (FSDP2), as a place for the surgery."""
+"""A LightningModule in the middle of its training, in shards on several processes, as a place for the surgery."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace

@@ -26,6 +26,7 @@ from lightning_prehab.refinement.settings import Refinement, Scope
 from lightning_prehab.refinement.teacher import in_half
 from lightning_prehab.refinement.trained import is_short, parameters_to_train
 from lightning_prehab.report.refined import RefinementReport
+from lightning_prehab.targets.shards import check_not_in_shards
 
 _log = logging.getLogger("lightning_prehab.refinement")
 #: Share of the free memory that gradients and optimizer states may take.
@@ -86,6 +87,7 @@ def check_models(model: nn.Module, teacher: nn.Module) -> None:
     for name, found in (("model", model), ("teacher", teacher)):
         if not isinstance(found, nn.Module):
             raise ArgumentError(f"{name} must be an nn.Module, got {type(found).__name__}.")
+        check_not_in_shards(found, "refine_")
     if not any(isinstance(one, LowRankLayer) for one in model.modules()):
         raise ArgumentError(f"{type(model).__name__} has no low-rank layers; compress it first.")
     theirs = {id(one) for one in teacher.parameters()}

@@ -184,7 +184,9 @@ def parallel_plan(parameter: Tensor, managed: Managed | None) -> tuple[DeviceMes
 
 def why_not_now(managed: Managed) -> str | None:
     """Why a parameter cannot be replaced at this moment, or None if it can."""
-    if managed.parameter.unsharded_accumulated_grad is not None or managed.group._partial_reduce_output is not None:
+    whole = getattr(managed.parameter, "_unsharded_param", None)  # there after the first forward pass
+    pending = [None if whole is None else whole.grad, managed.parameter.unsharded_accumulated_grad]
+    if any(one is not None for one in (*pending, managed.group._partial_reduce_output)):
         return _PENDING
     if managed.parameter._module_info.shared_modules:
         return "its weight is tied to another layer"

@@ -71,7 +71,7 @@ def _of_one(view: MatrixView, found: Factors, agree: Agree) -> ShardedChange:
 
 @in_full_precision
 def _local_change(parameter: Any, whole: MatrixView, found: Factors) -> Tensor:
-    """This process's part of it; the stand-in holds the whole weight, or both factors of a layer that was cut before."""
+    """This process's part of it; the stand-in holds the whole weight, or both factors of a layer cut before."""
     before = whole.parameter.detach()
     goal = before.clone()
     whole.write_(found.to(goal.device).product(whole.group_count).to(goal), into=goal)

@@ -54,7 +54,7 @@ def whole_on(tensor: Tensor, owner: int, agree: Agree) -> Tensor | None:
     part: Tensor = agree(lambda: _even_part(tensor, most))
     room: Tensor | None = agree(lambda: part.new_empty(len(ranks) * most, *part.shape[1:]) if here else None)
     if owner in ranks:
-        distributed.gather(part, None if room is None else list(room.split(most)), dst=owner, group=group)
+        distributed.gather(part, None if room is None else list(torch.split(room, most)), dst=owner, group=group)
     return None if room is None else room[: tensor.shape[0]]
 
 

@@ -44,6 +44,7 @@ from lightning_prehab.surgery.untrained import held_by_none
 from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.forms import form_name
 from lightning_prehab.targets.locate import Target
+from lightning_prehab.targets.shards import check_not_in_shards
 
 T = TypeVar("T")
 _REMEDY = "Give more batches (--data on the command line), or raise the shrinkage of the factorization."
@@ -65,6 +66,7 @@ class ProcessSite(Site):
 
     Raises:
         ArgumentError: If ``layers_at_once`` is not at least 1, or ``evaluate`` cannot be used.
+        UnsupportedError: If parameters of the model lie in shards on several processes.
     """
 
     def __init__(
@@ -77,6 +79,8 @@ class ProcessSite(Site):
         layers_at_once: int | None = None,
         evaluate: float | Iterable[Any] | Evaluation | None = None,
     ) -> None:
+        if isinstance(model, nn.Module):
+            check_not_in_shards(model, "compress_")
         check_batches(batches, forward)
         check_whole("layers_at_once", layers_at_once, 1, optional=True)
         if isinstance(optimizers, torch.optim.Optimizer):

@@ -23,6 +23,7 @@ from lightning_prehab.surgery.swap import replace_modules_
 from lightning_prehab.targets.adapters import adapted_modules
 from lightning_prehab.targets.locate import low_rank_layers
 from lightning_prehab.targets.names import Patterns, clean_name, join, match_names
+from lightning_prehab.targets.shards import check_not_in_shards
 
 
 @names_holders
@@ -91,6 +92,7 @@ def _relay_(
     why_not: Callable[[LowRankLayer], str | None],
 ) -> list[str]:
     """Changes the layout of some layers."""
+    check_not_in_shards(model, "A change of the layout")
     layers = {clean_name(name): layer for name, layer in low_rank_layers(model) if name}
     if names is None:
         wanted = [name for name, layer in layers.items() if why_not(layer) is None]

@@ -16,6 +16,7 @@ from lightning_prehab.surgery.swap import replace_modules_
 from lightning_prehab.targets.adapters import adapted_modules
 from lightning_prehab.targets.locate import low_rank_layers
 from lightning_prehab.targets.names import Patterns, clean_name, join, match_names
+from lightning_prehab.targets.shards import check_not_in_shards
 
 
 @outside_inference_mode
@@ -37,6 +38,7 @@ def follow_state_dict_(model: nn.Module, state_dict: Mapping[str, Any], prefix: 
     Raises:
         CheckpointError: If the shapes do not fit (the layer is named); the model is then as it was.
     """
+    check_not_in_shards(model, "follow_state_dict_")
     stored = stored_factors(state_dict, prefix)
     modules = dict(model.named_modules())
     replacement: dict[int, nn.Module] = {}
@@ -77,6 +79,7 @@ def to_dense_(model: nn.Module, names: Patterns = None) -> list[str]:
     >>> to_dense_(model), type(model[0]).__name__
     (['0'], 'Linear')
     """
+    check_not_in_shards(model, "to_dense_")
     found = [clean_name(name) for name, _ in low_rank_layers(model) if name]
     wanted = found if names is None else match_names(names, found, "names")
     densify_(model, wanted)

@@ -16,20 +16,20 @@ SIZE = 12
 
 
 class Block(nn.Module):
-    def __init__(self, bias=True):
+    def __init__(self, hidden, bias=True):
         super().__init__()
         self.norm = nn.LayerNorm(SIZE)
-        self.up = nn.Linear(SIZE, 21, bias)
-        self.down = nn.Linear(21, SIZE, bias)
+        self.up = nn.Linear(SIZE, hidden, bias)
+        self.down = nn.Linear(hidden, SIZE, bias)
 
     def forward(self, x):
         return x + self.down(torch.tanh(self.up(self.norm(x))))
 
 
 class Net(nn.Module):
-    def __init__(self):
+    def __init__(self, hidden=21):
         super().__init__()
-        self.blocks = nn.ModuleList([Block(), Block(bias=False), Block()])
+        self.blocks = nn.ModuleList([Block(hidden), Block(hidden, bias=False), Block(hidden)])
         self.head = nn.Linear(SIZE, 9)
 
     def forward(self, x):
@@ -80,7 +80,7 @@ def steps(net, optimizer, number, first=0, accumulate=1):
             own = slice(rank * 8 // count, (rank + 1) * 8 // count)
             if hasattr(net, "set_requires_gradient_sync"):
                 net.set_requires_gradient_sync(part == accumulate - 1)
-            loss = nn.functional.mse_loss(net(x[own]).float(), y[own]) / accumulate
+            loss = nn.functional.mse_loss(net(x[own].to(next(net.parameters()).dtype)).float(), y[own]) / accumulate
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -111,3 +111,29 @@ def svd_factors(net, plan):
             u, s, v = torch.linalg.svd(view_of(target).weight.detach().double(), full_matrices=False)
             found[name] = Factors((s[:rank, None] * v[:rank]).float(), u[:, :rank].float().contiguous())
     return found
+
+
+class KindsNet(nn.Module):
+    """One layer of each kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+        self.qkv = nn.Linear(16, 48)
+        self.conv = nn.Conv2d(8, 12, 3, padding=1)
+        self.grouped = nn.Conv1d(8, 8, 3, padding=1, groups=2)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.other = nn.MultiheadAttention(16, 2, batch_first=True, kdim=12, vdim=12)
+        self.last = nn.Linear(16, 10, bias=False)
+
+    def forward(self, x):
+        x = x + torch.tanh(self.fc(x))
+        q, k, v = self.qkv(x).chunk(3, -1)
+        x = x + self.attention(q, k, v, need_weights=False)[0]
+        x = x + self.other(x, x[..., :12], x[..., 4:], need_weights=False)[0]
+        image = self.conv(x.unflatten(-1, (4, 4)))[:, :8]
+        return self.last(x + self.grouped(x) + image.flatten(2))
+
+
+def kinds_net():
+    return KindsNet()

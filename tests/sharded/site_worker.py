@@ -380,11 +380,22 @@ def check_a_failure_at_any_step(kind):
         assert all(not module._forward_hooks for module in trainer.lightning_module.net.first.modules())
 
 
+RUNS = [
+    ("default", "ddp"),
+    ("trials", "ddp"),
+    ("default", "fsdp"),
+    ("pivot", "fsdp"),
+    ("sparse", "fsdp"),
+    ("several", "fsdp"),
+    ("trials", "fsdp"),
+]
+
+
 def checks(folder):
-    found = {}
-    for name in SETTINGS:
-        found[f"{name}, ddp"] = lambda name=name: check_like_one_process(name, "ddp", folder)
-        found[f"{name}, fsdp"] = lambda name=name: check_like_one_process(name, "fsdp", folder)
+    found = {
+        f"{name}, {kind}": lambda name=name, kind=kind: check_like_one_process(name, kind, folder)
+        for name, kind in RUNS
+    }
     return found | {
         "all-gathers": check_all_gathers_stay,
         "mixed precision": check_mixed_precision,

@@ -19,7 +19,16 @@ pytestmark = [
         reason="FSDP2 on the CPU needs torch 2.10",
     ),
 ]
-NAMES = ["default", "pivot", "sparse", "several", "trials"]
+#: Runs, by what they are like and where; tests/integration/test_ddp.py has more of DDP.
+RUNS = [
+    ("default", "ddp"),
+    ("trials", "ddp"),
+    ("default", "fsdp"),
+    ("pivot", "fsdp"),
+    ("sparse", "fsdp"),
+    ("several", "fsdp"),
+    ("trials", "fsdp"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +66,7 @@ def test_two_processes(started):
         if isinstance(node, ast.Return) and isinstance(node.value, ast.BinOp) and isinstance(node.value.right, ast.Dict)
     )
     others = [ast.literal_eval(key) for key in table.keys]
-    assert passed == [f"{name}, {kind}" for name in NAMES for kind in ("ddp", "fsdp")] + others
+    assert passed == [f"{name}, {kind}" for name, kind in RUNS] + others
 
 
 def test_the_report_is_printed_once_and_the_memory_is_said_once(started):
@@ -80,18 +89,28 @@ def alone(worker):
 
 
 def test_the_runs_are_known(worker):
-    assert list(worker.SETTINGS) == NAMES
+    assert worker.RUNS == RUNS
+    assert {name for name, _ in RUNS} == set(worker.SETTINGS)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "kind"), RUNS)
 def test_the_end_is_that_of_one_process(name, kind, started, alone):
     """Weights as products, moments, ranks and the predicted increase, with AdamW, clipping and accumulation."""
     folder, _ = started
     found, expected = torch.load(folder / f"{name}_{kind}.pt"), alone(name)
     assert found["ranks"] == expected["ranks"]
     assert any(rank is not None for rank in found["ranks"].values())
-    assert found["loss_increase"] == pytest.approx(expected["loss_increase"], rel=1e-3)
+    if expected["loss_increase"] is None:
+        assert found["loss_increase"] is None
+    else:  # out of twice as many losses, each of half as many samples
+        assert found["loss_increase"] == pytest.approx(expected["loss_increase"], rel=0.1)
     assert found["state"].keys() == expected["state"].keys()
     for key, value in expected["state"].items():
         torch.testing.assert_close(found["state"][key], value, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("name", ["default", "trials"])
+def test_shards_predict_what_copies_predict(name, started):
+    folder, _ = started
+    ddp, fsdp = (torch.load(folder / f"{name}_{kind}.pt")["loss_increase"] for kind in ("ddp", "fsdp"))
+    assert fsdp == pytest.approx(ddp, rel=1e-4)
