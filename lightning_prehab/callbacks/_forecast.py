@@ -8,9 +8,12 @@ import lightning.pytorch as pl
 
 from lightning_prehab.callbacks._distributed import gather, together
 from lightning_prehab.callbacks._regularized import RegularizedLayer, matrices
-from lightning_prehab.callbacks._sharded_layers import tails_of
+from lightning_prehab.callbacks._sharded_layers import ShardedLayer, cuts_of_shards, tails_of
+from lightning_prehab.callbacks._sharded_trial import ShardedTrial
 from lightning_prehab.callbacks._trainer import log_number
 from lightning_prehab.callbacks._trial import Trial, where_possible
+from lightning_prehab.sharded.engine import reshard_
+from lightning_prehab.sharded.moved import ShardedChange
 from lightning_prehab.statistics.effect import Change, mean_and_error, odd_and_even
 from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.forms import in_all_forms
@@ -129,9 +132,7 @@ class Forecast:
         self._left -= 1
 
         def even_part() -> float:
-            trial = together(trainer, lambda: Trial(trainer, pl_module))
-            views = matrices(in_all_forms(same_targets(trial.module, targets)))
-            changes = [Change(views[layer.name], layer.cut()) for layer in layers if layer.rank is not None]
+            trial, changes = _prepared(trainer, pl_module, targets, [one for one in layers if one.rank is not None])
 
             def loss_at(step: float) -> float:
                 own = together(trainer, lambda: trial.loss(batch, batch_idx, changes, step))
@@ -163,3 +164,19 @@ class Forecast:
         for name in _STORED:
             setattr(self, f"_{name}", state[name])
         self._tried = [(odd, even) for odd, even in self._tried]  # another list, whatever the file has made of them
+
+
+def _prepared(
+    trainer: "pl.Trainer", pl_module: "pl.LightningModule", targets: Targets, layers: Sequence[RegularizedLayer]
+) -> tuple[Trial, Sequence[Any]]:
+    """A copy of the module, and what the cut of some layers would change in it."""
+    shards = [layer for layer in layers if isinstance(layer, ShardedLayer)]
+    if shards:
+        reshard_(pl_module)
+    trial = together(trainer, lambda: (ShardedTrial if shards else Trial)(trainer, pl_module))
+    if not shards:
+        views = matrices(in_all_forms(same_targets(trial.module, targets)))
+        return trial, [Change(views[layer.name], layer.cut()) for layer in layers]
+    reshard_(trial.module)
+    views = matrices(in_all_forms(same_targets(trial.module, targets)))
+    return trial, [ShardedChange(views[name].parameter, local) for name, local in cuts_of_shards(trainer, shards)]

@@ -10,8 +10,8 @@ from lightning_prehab.callbacks._checkpoint import dump_statistics, restore_stat
 from lightning_prehab.callbacks._distributed import decide_on_rank_zero, sum_statistics_
 from lightning_prehab.callbacks._plan_of_shards import plan_of_shards
 from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, is_reached, matrices, wanted_in
-from lightning_prehab.callbacks._sharded_layers import ShardedLayer, share_out_
 from lightning_prehab.callbacks._said import saying_what_to_do
+from lightning_prehab.callbacks._sharded_layers import ShardedLayer, share_out_
 from lightning_prehab.callbacks._showing import showing
 from lightning_prehab.callbacks._trainer import loss_scale, uses_loss_scaling
 from lightning_prehab.callbacks.compression import CompressionCallback

@@ -1,7 +1,7 @@
 """A target as the regularizer sees it: its matrix in some metric, its target rank, its memory."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch

@@ -194,6 +194,25 @@ def tails_of(trainer: "pl.Trainer", layers: Sequence[RegularizedLayer]) -> tuple
     return sum(shares) / len(shares), sum(absolute)
 
 
+@torch.no_grad()
+def cuts_of_shards(trainer: "pl.Trainer", layers: Sequence[ShardedLayer]) -> Iterator[tuple[str, Tensor]]:
+    """What :meth:`RegularizedLayer.cut` would change in what this process has of each parameter.
+
+    Yields:
+        The name of a layer that is held by the parameter, and the change; once for each parameter.
+    """
+
+    def change(wholes: list[RegularizedLayer], _: Mapping[int, nn.Parameter]) -> Tensor:
+        held = wholes[0].parameter.detach()
+        new = held.clone()
+        for one in wholes:
+            one.view.write_(one.here() + one.cut().to(held), into=new)
+        return new - held
+
+    for gathering, found in on_owners(trainer, layers, change):
+        yield gathering.layers[0].name, gathering.layers[0].spreads[0].scatter(found, gathering.owner)
+
+
 def pull_of_shards(
     trainer: "pl.Trainer", regularizer: Penalty, layers: Sequence[ShardedLayer]
 ) -> tuple[list[Tensor], list[tuple[nn.Parameter, Tensor]]]:
@@ -351,14 +370,18 @@ def _learns_of_owners(penalty: Penalty) -> bool:
     return type(penalty).needs_whole is not Penalty.needs_whole
 
 
-#: Of each tensor of a memory the shape, the dtype, and whether it lives on the CPU whatever the device.
-_Description = dict[str, tuple[torch.Size, torch.dtype, bool]]
+#: Of each tensor of a memory the shape, the strides of a copy (products are rounded as memory is laid out), the dtype,
+#: and whether it lives on the CPU whatever the device.
+_Description = dict[str, tuple[torch.Size, tuple[int, ...], torch.dtype, bool]]
 
 
 def _described(gatherings: Sequence[_Gathering]) -> dict[str, _Description]:
     """What this process remembers of its own layers."""
     return {
-        layer.name: {key: (tensor.shape, tensor.dtype, tensor.is_cpu) for key, tensor in layer.memory.items()}
+        layer.name: {
+            key: (tensor.shape, torch.empty_like(tensor, device="meta").stride(), tensor.dtype, tensor.is_cpu)
+            for key, tensor in layer.memory.items()
+        }
         for one in gatherings
         for layer in one.layers
         if one.is_here
@@ -372,8 +395,9 @@ def _memories_of_owners(
     for one in gatherings:
         for layer in one.layers:
             memory = {}
-            for key, (shape, dtype, on_cpu) in described[layer.name].items():
+            for key, (shape, strides, dtype, on_cpu) in described[layer.name].items():
                 tensor = layer.memory[key] if one.is_here else torch.empty(shape, dtype=dtype)
                 tensor = one.spreads[0].send(tensor.to(layer.device), one.owner)
-                memory[key] = tensor.cpu() if on_cpu else tensor
+                memory[key] = torch.empty_strided(shape, strides, dtype=dtype, device="cpu" if on_cpu else layer.device)
+                memory[key].copy_(tensor)
             yield layer, memory

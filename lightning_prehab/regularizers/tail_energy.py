@@ -60,7 +60,7 @@ class _TailShareOfRows(torch.autograd.Function):
         tail = weighed - kept
         energy, left_out = rows.add_up(torch.stack([(own * weighed).sum(), (own * tail).sum()]))
         inverse = torch.where(energy >= torch.finfo(energy.dtype).tiny, 1.0 / energy, torch.zeros_like(energy))
-        share = left_out.clamp_min(0.0) * inverse
+        share: Tensor = left_out.clamp_min(0.0) * inverse
         ctx.save_for_backward(weighed, tail, share, inverse)
         return share
 
@@ -69,7 +69,8 @@ class _TailShareOfRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         """The gradient in the own rows; 0 for a zero matrix."""
         weighed, tail, share, inverse = ctx.saved_tensors
-        return (2.0 * grad * inverse) * (tail - share * weighed), None, None, None
+        change: Tensor = (2.0 * grad * inverse) * (tail - share * weighed)
+        return change, None, None, None
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ class Watch(pl.Callback):
         if self.prehab is None or self.prehab.forecast is None or (batch_idx + 1) % 10:
             return
         layers = [layer for layer in self.prehab._layers if layer.rank is not None]
-        tails_of(layers)
+        tails_of(trainer, layers)
         before, kept = self.loss(pl_module), copy.deepcopy(pl_module.state_dict())
         with torch.no_grad():
             for layer in layers:

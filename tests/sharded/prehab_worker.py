@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_prehab as lp
 from lightning_prehab.callbacks._injection import add_to_gradients_, pull_of
 from lightning_prehab.callbacks._regularized import RegularizedLayer, matrices
-from lightning_prehab.callbacks._shared_work import shrink_together_
 from lightning_prehab.callbacks._sharded_layers import (
     ShardedLayer,
     figures,
@@ -29,6 +28,8 @@ from lightning_prehab.callbacks._sharded_layers import (
     share_out_,
     states_of_shards,
 )
+from lightning_prehab.callbacks._shared_work import shrink_together_
+from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.kinds import kind_again
 from lightning_prehab.linalg.sharding import local_part
 from lightning_prehab.regularizers import GradientRatio, Penalty, Shrinkage
@@ -260,9 +261,9 @@ class Lit(pl.LightningModule):
         if self.net is not None:
             return
         torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(6, 12), Block(), nn.LayerNorm(12), Block(), nn.Linear(12, 5))
+        self.net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), Block(), nn.Tanh(), Block(), nn.Linear(12, 5))
         if self.device_mesh is not None:
-            for module in (self.net[1], self.net[3], self.net):
+            for module in (self.net[2], self.net[4], self.net):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch, batch_idx):
@@ -326,9 +327,7 @@ PREHABS = {
     ),
     "NuclearNorm": lambda: lp.PrehabCallback(lp.NuclearNorm(refresh=2), strength_share=0.2),
     "a penalty of one's own": lambda: lp.PrehabCallback(OwnPenalty(), 0.1, **GRADIENT),
-    "TailShrinkage": lambda: lp.PrehabCallback(
-        lp.TailShrinkage(rank=3, start=0.1, refresh=3, every=2), stop_epoch=3
-    ),
+    "TailShrinkage": lambda: lp.PrehabCallback(lp.TailShrinkage(rank=3, start=0.1, refresh=3, every=2), stop_epoch=3),
     "SpectralWeightDecay": lambda: lp.PrehabCallback(lp.SpectralWeightDecay(decay=5.0, every=3)),
     "PaperPrehab": lambda: lp.PaperPrehab("nuclear_norm"),
 }
@@ -340,7 +339,8 @@ def check_training(name):
     assert isinstance(trainer.strategy, ModelParallelStrategy)
     found, expected = weights_of(ours), weights_of(theirs)
     for key, weight in expected.items():
-        assert_near(found[key], weight, f"{name}, {key}")
+        # The way back divides by a root of a Gram matrix of few samples, which multiplies what has been rounded.
+        assert_near(found[key], weight, f"{name}, {key}", 1e-3 if name == "PaperPrehab" else 1e-5)
     assert any(key.startswith("prehab/") for key in ours.logged[-1])
     for one, other in zip(ours.logged, theirs.logged, strict=True):
         assert one.keys() == other.keys(), (one, other)
@@ -349,8 +349,38 @@ def check_training(name):
 
 
 def check_refusals():
-    with pytest.raises(lp.UnsupportedError, match="injection='gradient'"):
+    with pytest.raises(UnsupportedError, match="injection='gradient'"):
         fit([lp.PrehabCallback(lp.StableRank(), injection="loss")])
+
+
+def check_the_whole_act():
+    """Toward the planned ranks, cut, and trained on: what one process makes of it."""
+    found = []
+    for sharded in (True, False):
+        prehab, cut = lp.PrehabCallback(forecast_every_n_steps=4), lp.CompressionCallback(epoch=2, keep=0.5)
+        lit, _ = fit([prehab, cut, lp.RehabSchedule()], sharded=sharded, epochs=4)
+        found.append((lit, cut.report.ranks, weights_of(lit)))
+    (ours, ranks, weights), (theirs, expected, wishes) = found
+    assert ranks == expected
+    for key, wish in wishes.items():
+        assert_near(weights[key], wish, key, 1e-3)
+    assert ours.logged[-1].keys() == theirs.logged[-1].keys()
+
+
+def check_forecast():
+    """What the cut would add to the loss is tried on a copy in shards."""
+    found = []
+    for sharded in (True, False):
+        prehab = lp.PrehabCallback(
+            lp.StableRank(), 0.1, space="loss", forecast_every_n_steps=2, start_epoch=0, **GRADIENT
+        )
+        lit, _ = fit([prehab, lp.CompressionCallback(epoch=3, keep=0.4)], sharded=sharded, epochs=4)
+        found.append(lit.logged)
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert ours[key] == pytest.approx(value, rel=1e-2), key
+    assert found[0][-1]["prehab/forecast"] > 0.0
 
 
 class Save(pl.Callback):
@@ -386,6 +416,8 @@ CHECKS = {
     "training, TailShrinkage": lambda: check_training("TailShrinkage"),
     "training, SpectralWeightDecay": lambda: check_training("SpectralWeightDecay"),
     "training, PaperPrehab": lambda: check_training("PaperPrehab"),
+    "the whole act": check_the_whole_act,
+    "forecast": check_forecast,
     "refusals": check_refusals,
     "resume, TailEnergy": lambda: check_resume("TailEnergy", whole_checkpoint=True),
     "resume, NuclearNorm": lambda: check_resume("NuclearNorm", whole_checkpoint=False),
@@ -395,7 +427,7 @@ CHECKS = {
 if __name__ == "__main__":
     distributed.init_process_group("gloo")
     for name, check in CHECKS.items():
-        if len(sys.argv) > 1 and sys.argv[1] not in name:
+        if not any(word in name for word in sys.argv[1:] or [""]):
             continue
         check()
         if RANK == 0:
