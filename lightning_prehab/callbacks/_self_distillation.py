@@ -29,6 +29,7 @@ class SelfDistillation(pl.Callback):
         self._distiller = Distiller("PrehabCallback(self_distillation=...)")
         self._done = self._looking = False
         self._restored: dict[str, Any] = {}
+        self._loaded_late: tuple[pl.Trainer, pl.LightningModule] | None = None
 
     def begin_fit(self, trainer: "pl.Trainer") -> None:
         """Stands for ``setup``, which is over when it comes into the Trainer."""
@@ -38,22 +39,24 @@ class SelfDistillation(pl.Callback):
         """Says what the teacher takes, or takes it from the checkpoint."""
         if not self._done:
             self._distiller.check_model(trainer, pl_module)
-        if not shards(trainer):
+        if self._restored:
             self._go_on(trainer, pl_module)
+        if not shards(trainer):
+            self._announce(trainer, pl_module)
 
     def _go_on(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Goes on where the checkpoint was written, now that it is loaded."""
         state, self._restored = self._restored, {}
-        if state:
-            self._done = state["done"]
-            self._distiller.load_state_dict(trainer, pl_module, state)
+        self._done = state["done"]
+        self._distiller.load_state_dict(trainer, pl_module, state)
+
+    def _announce(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if not self._done and self._distiller.teacher is None:
             self._distiller.announce(trainer, pl_module, "before prehab")
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Where the model is sharded, its checkpoint was loaded after fit has started."""
+        """The same for a sharded model, whose checkpoint is loaded only now."""
         if shards(trainer):
-            self._go_on(trainer, pl_module)
+            self._announce(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
@@ -123,10 +126,19 @@ class SelfDistillation(pl.Callback):
         """The teacher's weights; plain data and tensors only."""
         return {"version": STATE_VERSION, "done": self._done, **self._distiller.state_dict()}
 
+    def on_load_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        """A sharded model is loaded after fit has started, and may be cut right afterwards."""
+        self._loaded_late = (trainer, pl_module) if shards(trainer) else None
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the state for the start of fit."""
+        """Keeps the state for the start of fit, unless that is over."""
         check_version(state_dict, STATE_VERSION, type(self).__name__)
+        late, self._loaded_late = self._loaded_late, None
         self._restored = state_dict
+        if late is not None:
+            self._go_on(*late)
 
 
 def put_beside(trainer: "pl.Trainer", strength: float, in_season: Callable[["pl.Trainer"], bool]) -> None:

@@ -159,6 +159,7 @@ class RehabDistillation(OnlyOne):
         self._length: int | None = None
         self._restored: dict[str, Any] = {}
         self._fits = self._looking = False
+        self._loaded_late: tuple[pl.Trainer, pl.LightningModule] | None = None
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Refuses what cannot work, before anything has been trained."""
@@ -195,23 +196,25 @@ class RehabDistillation(OnlyOne):
                 in_parts = shards(trainer) and Path(self.teacher).is_dir()
                 weights = self.teacher if in_parts else weights_in_file(self.teacher)
                 self._distiller.rebuild(trainer, pl_module, weights, given=True)
-        if not shards(trainer):
+        if self._restored:
             self._go_on(trainer, pl_module)
+        if not shards(trainer):
+            self._announce(trainer, pl_module)
 
     def _go_on(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Goes on where the checkpoint was written, now that it is loaded."""
         state, self._restored = self._restored, {}
-        if state:
-            self._steps, self._length = state["steps"], state["length"]
-            self._distiller.load_state_dict(trainer, pl_module, state)
+        self._steps, self._length = state["steps"], state["length"]
+        self._distiller.load_state_dict(trainer, pl_module, state)
+
+    def _announce(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         compression = find_callback(trainer, CompressionCallback)
         if self._distiller.teacher is None and compression is not None and not compression.done:
             self._distiller.announce(trainer, pl_module, "right before the cut")
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Begins at once where no cut is to come."""
-        if shards(trainer):  # its checkpoint was loaded after fit has started
-            self._go_on(trainer, pl_module)
+        if shards(trainer):  # only now a checkpoint is loaded
+            self._announce(trainer, pl_module)
         if self.fade_epochs is not None and batches_per_epoch(trainer) is None:
             raise UnsupportedError("The length of an epoch is not known here; give RehabDistillation(fade_steps=...).")
         compression = find_callback(trainer, CompressionCallback)
@@ -298,11 +301,20 @@ class RehabDistillation(OnlyOne):
         own = {"version": STATE_VERSION, "steps": self._steps, "length": self._length}
         return {**own, **self._distiller.state_dict()}
 
+    def on_load_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        """A sharded model is loaded after fit has started, and may be cut right afterwards."""
+        self._loaded_late = (trainer, pl_module) if shards(trainer) else None
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the state for the start of fit; nothing else needs a teacher."""
+        """Keeps the state for the start of fit, unless that is over; nothing else needs a teacher."""
+        late, self._loaded_late = self._loaded_late, None
         if self._fits:
             check_version(state_dict, STATE_VERSION, type(self).__name__)
             self._restored = state_dict
+            if late is not None:
+                self._go_on(*late)
 
     @property
     def factor(self) -> float:

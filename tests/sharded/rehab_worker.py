@@ -376,8 +376,13 @@ def with_weights(weights):
 
 
 def expected_gradients(student, teacher, batches, strength, temperature=1.0, features=()):
+    """Of the dense model."""
+    return gradients_by_hand(with_weights(student), with_weights(teacher), batches, strength, temperature, features)
+
+
+def gradients_by_hand(student, teacher, batches, strength, temperature=1.0, features=()):
     """Of the whole batches, in one process."""
-    student, teacher = with_weights(student), with_weights(teacher).eval()
+    teacher.eval()
     total = 0.0
     for x, y in ([on_all_ranks(part) for part in batch] for batch in batches):
         loss = nn.functional.cross_entropy(student(x), y)
@@ -544,6 +549,61 @@ def check_self_distillation():
     assert_same(whole(lit.net), whole(again.net), atol=0, rtol=0)
 
 
+class Cut(pl.Callback):
+    """The weights right before the cut and right after it."""
+
+    def on_before_surgery(self, trainer, pl_module):
+        self.before = whole(pl_module.net)
+
+    def on_surgery(self, trainer, pl_module, report):
+        self.after = whole(pl_module.net)
+
+
+def check_cut():
+    """The first gradients after a real cut, of every layer, and what is trained of it."""
+    lit, cut = Lit(False, sgd), Cut()
+    surgery = lp.CompressionCallback(1, 0.5, factorization=lp.SVD())
+    trainer = fit(
+        lit, [surgery, cut, lp.RehabDistillation(0.8, temperature=2.0), lp.FactorTraining(train="factors")], 2
+    )
+    student = make_net(False)
+    student[3].p = 0.0
+    student.load_state_dict(cut.before)
+    for name, rank in surgery.report.ranks.items():
+        index = int(name.removeprefix("net."))
+        if rank is not None:
+            student[index] = lp.LowRankLinear.from_linear(student[index], rank)
+    student.load_state_dict(cut.after)
+    expected = gradients_by_hand(student, with_weights(cut.before), lit.batches[6:7], 0.8, 2.0)
+    trained = {name: one for name, one in expected.items() if ".A." in name or name.endswith("B.weight")}
+    assert len(trained) >= 4
+    assert_same(lit.seen[6], trained, atol=1e-6, rtol=1e-5)
+    now = whole(lit.net)
+    assert all(torch.equal(now[name], one) != (name in trained) for name, one in cut.after.items())
+    assert all(isinstance(one, DTensor) for one in trainer.optimizers[0].param_groups[0]["params"])
+
+
+def check_act(in_parts):
+    """The whole act with two cuts goes on bit by bit, from before them, between them and after them."""
+    folder = shared_folder()
+
+    def callbacks():
+        return [
+            lp.CompressionCallback([1, 2], [0.7, 0.4], factorization=lp.SVD()),
+            lp.RehabDistillation(0.8),
+            lp.RehabSchedule(4, end_factor=0.1),
+            lp.FactorTraining(product_decay=0.1, rebalance_every=4, rate_B=2.0),
+        ]
+
+    lit = saved_run(folder, in_parts, *callbacks())
+    for epoch in (0, 1, 2):
+        again, others = Lit(False, sgd), callbacks()
+        fit(again, others, 4, path=folder / f"epoch={epoch}.ckpt", in_parts=in_parts)
+        assert_same(whole(lit.net), whole(again.net), atol=0, rtol=0)
+        kept = others[1]._distiller.teacher.tensors()
+        assert kept["net.0.weight"].shape == (16, 12)  # of before the first
+
+
 COPIES = ("plain", "kept", "mixed", "layers", "ignored", "hybrid", "offloaded")
 CHECKS = {
     **{f"copy, {kind}": partial(check_copy, kind) for kind in COPIES},
@@ -555,6 +615,9 @@ CHECKS = {
         check_distillation, form="features", feature_modules=["net.2", "net.4"], features=(2, 4)
     ),
     "distillation, forward": partial(check_distillation, forward=lambda module, batch: module.net(batch[0])),
+    "cut": check_cut,
+    "act, folders": partial(check_act, True),
+    "act, files": partial(check_act, False),
     "resume, folders": partial(check_resume, True),
     "resume, files": partial(check_resume, False),
     **{f"given, {kind}": partial(check_given, kind) for kind in ("module", "sharded", "file", "folder")},
