@@ -20,7 +20,6 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
 from lightning_prehab.errors import CheckpointError, PrehabError
@@ -184,18 +183,7 @@ def check_resume(folder, kind):
     assert reference[1].callbacks[0].done
     for moment in ("0", "ride", str(SURGERY - 1), "cut", str(SURGERY), str(EPOCHS - 1)):
         callback = cut(**cuts)
-        resumed = fit(kind, [callback], f"{folder}/{kind}-{moment}.ckpt")
-        if os.environ.get("DBG"):
-            print(
-                moment,
-                len(resumed[0].losses),
-                [
-                    (i, float(a), float(b))
-                    for i, (a, b) in enumerate(zip(resumed[0].losses, reference[0].losses[-len(resumed[0].losses) :]))
-                    if a != b
-                ][:2],
-                flush=True,
-            )  # TEMP
+        resumed = fit(kind, [callback, Save(folder, f"again-{kind}")], f"{folder}/{kind}-{moment}.ckpt")
         assert_same_end(resumed, reference)
         assert callback.done, moment
         assert [one.ranks for one in callback.reports] == [one.ranks for one in reference[1].callbacks[0].reports]
@@ -220,13 +208,13 @@ def check_other_strategies(folder):
     """
     written = {kind: fit(kind, [cut(), Save(folder, f"flat-{kind}")], lit=Lit(flat=True)) for kind in ("ddp", *SHARDED)}
     for kind in written:
-        for other in written:
+        for other, whole_run in written.items():
             if kind == other or (kind, other) == ("ddp", "folder"):
                 continue
-            for moment in ("0", str(SURGERY)):
-                resumed = fit(kind, [cut()], f"{folder}/flat-{other}-{moment}.ckpt", lit=Lit(flat=True))
-                assert resumed[1].callbacks[0].done
-                assert_same_end(resumed, written[other], rtol=1e-4, atol=1e-5)
+            moment = "0" if other == "ddp" and kind == "file" else SURGERY
+            resumed = fit(kind, [cut()], f"{folder}/flat-{other}-{moment}.ckpt", lit=Lit(flat=True))
+            assert resumed[1].callbacks[0].done
+            assert_same_end(resumed, whole_run, rtol=1e-4, atol=1e-5)
 
 
 class EveryKind(nn.Module):
@@ -248,28 +236,25 @@ class EveryKind(nn.Module):
 
 
 CUTS = {
-    "factors": {},
-    "parts": {"split_fused": True},
-    "pivot": {"layout": "pivot"},
-    "a new bias": {"factorization": lp.WhitenedSVD(centered=True), "make": mlp},
-    "sparse": {"factorization": lp.LowRankPlusSparse(0.1, lp.WhitenedSVD(centered=True)), "make": mlp},
+    "factors": (EveryKind, {}),
+    "parts": (EveryKind, {"split_fused": True}),
+    "pivot": (EveryKind, {"layout": "pivot"}),
+    "a new bias": (mlp, {"factorization": lp.WhitenedSVD(centered=True)}),
+    "sparse": (mlp, {"factorization": lp.LowRankPlusSparse(0.1, lp.WhitenedSVD(centered=True))}),
 }
 
 
 def check_every_kind_of_layer(folder):
     """What another run has cut is put in place from its names and shapes alone, before anything is filled."""
-    for name, settings in CUTS.items():
-        make = settings.get("make", EveryKind)
-        settings = {key: value for key, value in settings.items() if key != "make"}
+    for name, (make, settings) in CUTS.items():
         file = f"{folder}/kinds-{name}.ckpt"
         lit, trainer = fit("ddp", [cut(1, **settings)], epochs=2, lit=Lit(make))
         trainer.save_checkpoint(file)
         [expected] = trainer.validate(lit, Loader(), verbose=False)
-        for kind in SHARDED:
-            followed = Lit(make)
-            [found] = trainer_of(kind, [cut(1)]).validate(followed, Loader(), file, verbose=False)
-            assert found["val"] == pytest.approx(expected["val"], rel=1e-5), name
-            assert count_parameters(followed) == count_parameters(lit), name
+        followed = Lit(make)
+        [found] = trainer_of("file", [cut(1)]).validate(followed, Loader(), file, verbose=False)
+        assert found["val"] == pytest.approx(expected["val"], rel=1e-5), name
+        assert count_parameters(followed) == count_parameters(lit), name
 
 
 def check_evaluation(folder):
@@ -307,10 +292,9 @@ def check_the_last_one(folder):
         shutil.rmtree(where, ignore_errors=True) if trainer.is_global_zero else None
         trainer.strategy.barrier()
         assert_same_end((lit, trainer), fit(kind, [cut()]))
-        [dense] = trainer.validate(
-            lit, Loader(), f"{folder}/{kind}-0.ckpt", verbose=False
-        )  # after fit, with optimizers
-        assert dense == trainer_of(kind, [cut()]).validate(Lit(), Loader(), f"{folder}/{kind}-0.ckpt", verbose=False)[0]
+        dense = trainer.validate(lit, Loader(), f"{folder}/{kind}-0.ckpt", verbose=False)  # after fit, with optimizers
+        fresh = trainer_of(kind, [cut()], limit_val_batches=2)
+        assert dense == fresh.validate(Lit(), Loader(), f"{folder}/{kind}-0.ckpt", verbose=False)
 
 
 def damages(folder):
@@ -347,7 +331,12 @@ def check_damage(folder):
         assert not any(isinstance(part, lp.LowRankLinear) for part in lit.modules())
     small = Lit(lambda: nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 6)))
     with pytest.raises(CheckpointError, match="Layer 'net.0': the checkpoint holds factors"):
-        fit("folder", [cut()], f"{folder}/folder-{SURGERY}.ckpt", lit=small)
+        fit("folder", [cut()], f"{folder}/folder-{EPOCHS - 1}.ckpt", lit=small)
+    small = Lit(lambda: nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 6)))
+    with pytest.raises(CheckpointError, match="could not be loaded: ValueError: Size mismatch .*net.0.weight"):
+        fit("folder", [cut()], f"{folder}/folder-0.ckpt", lit=small)
+    with pytest.raises(CheckpointError, match="could not be loaded: .*optimizer_0"):  # Lightning wants their states
+        fit("folder", [cut()], f"{folder}/folder-0-weights.ckpt")
 
 
 CHECKS = {
@@ -362,10 +351,34 @@ CHECKS = {
 }
 
 
+class Start(pl.Callback):
+    """What a run begins with; it is saved at once."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if not Path(self.file).exists():
+            state = end_of(pl_module, trainer)
+            trainer.save_checkpoint(self.file)
+            if trainer.is_global_zero:
+                torch.save(state, f"{self.file}.start")
+        trainer.should_stop = True
+
+
+def check_spread(folder):
+    """Another number of processes begins with the same numbers."""
+    processes = int(os.environ["WORLD_SIZE"])
+    came = f"{folder}/flat-folder-{SURGERY}.ckpt" if processes == 4 else f"{folder}/on-4.ckpt"
+    fit("folder", [cut(), Start(f"{folder}/on-{processes}.ckpt")], came, lit=Lit(flat=True))
+
+
+#: Started by themselves, on other numbers of processes.
+SPREAD = {"spread": check_spread}
+
+
 if __name__ == "__main__":
-    for name, check in CHECKS.items():
-        if sys.argv[2:] and name not in sys.argv[2:]:
-            continue  # TEMP
-        check(Path(sys.argv[1]))
+    for name in sys.argv[2:] or CHECKS:
+        {**CHECKS, **SPREAD}[name](Path(sys.argv[1]))
         if int(os.environ["RANK"]) == 0:
             print(f"passed: {name}", flush=True)
