@@ -5,9 +5,9 @@
 
 Statistics, decompositions and swap of layers in the shape of Llama-3.2-1B, in bfloat16 on the CPU: two blocks of its
 sixteen, without the projection back from the inner size. A real Trainer, gloo, one thread for each process. Bytes are
-those of the tensors that a process gives to collectives, counted where torch hands them to the backend; the peak is
-the largest memory of a process during the surgery beside what it held before. On a machine with fewer cores than
-processes the times say nothing of scaling: the work of the busiest process does.
+those of the tensors that a process hands to collectives, to send or to receive into, counted where torch hands them to
+the backend; the peak is the largest memory of a process during the surgery beside what it held before. On a machine
+with fewer cores than processes the times say nothing of scaling: the work of the busiest process does.
 """
 
 import argparse
@@ -202,18 +202,26 @@ def table(result: dict[str, Any]) -> str:
         (row["way"], row["processes"]): max(sum(p["seconds"] for p in r["phases"].values()) for r in row["ranks"])
         for row in rows
     }
+    processor = {
+        (row["way"], row["processes"]): max(
+            sum(p["processor_seconds"] for p in r["phases"].values()) for r in row["ranks"]
+        )
+        for row in rows
+    }
     lines = [
-        "| | busiest process, of all work | layers, each | time, of one process | peak of a process | the log said |",
-        "|---|---|---|---|---|---|",
+        "| | work of the busiest process | its processor time | time | layers of each | peak, MB | said, MB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         ranks = row["ranks"]
         share = max(rank["cost"] for rank in ranks) / ranks[0]["all_cost"]
         said = re.search(r"at most ([\d.,]+) MB", next(filter(None, (rank["said"] for rank in ranks)), ""))
         lines.append(
-            f"| {row['way']}, {row['processes']} | {share:.2f} | {', '.join(str(rank['layers']) for rank in ranks)} "
+            f"| {row['way']}, {row['processes']} | {share:.2f} "
+            f"| {processor[row['way'], row['processes']] / processor['ddp', 1]:.2f} "
             f"| {seconds[row['way'], row['processes']] / seconds['ddp', 1]:.2f} "
-            f"| {max(rank['peak'] for rank in ranks) / 1e6:.1f} MB | {f'{said[1]} MB' if said else ''} |"
+            f"| {', '.join(str(rank['layers']) for rank in ranks)} "
+            f"| {max(rank['peak'] for rank in ranks) / 1e6:.1f} | {said[1] if said else ''} |"
         )
     lines += ["", "| MB sent by a process | statistics | decompositions | factors | swap |", "|---|---|---|---|---|"]
     for row in rows:
