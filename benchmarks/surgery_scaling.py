@@ -202,7 +202,7 @@ def table(result: dict[str, Any]) -> str:
         (row["way"], row["processes"]): max(sum(p["seconds"] for p in r["phases"].values()) for r in row["ranks"])
         for row in rows
     }
-    processor = {
+    processor = {  # of the process that takes most
         (row["way"], row["processes"]): max(
             sum(p["processor_seconds"] for p in r["phases"].values()) for r in row["ranks"]
         )
