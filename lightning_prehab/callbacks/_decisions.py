@@ -8,6 +8,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_prehab.callbacks._regularized import Space, space_of
+from lightning_prehab.callbacks._targets import targets_of
 from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.errors import ArgumentError, TargetError, UnsupportedError
 from lightning_prehab.kinds import view_of
@@ -111,13 +112,18 @@ def choose_targets(
         split = compression is None or compression.recipe.split_fused
         targets = find_targets(pl_module, target_modules, exclude_modules, split_fused=split)
     else:
-        targets = compression.recipe.find_targets(pl_module, cut_again=True)
+        targets = targets_of(compression.recipe, pl_module)
     for name in [name for name, layer in targets.items() if not view_of(layer).parameter.requires_grad]:
         targets.skipped[name] = "its weight is frozen"
         del targets[name]
     if not targets:
         raise TargetError("PrehabCallback has nothing to train: the weights of all targets are frozen.")
     return targets
+
+
+def planned_by(source: CompressionCallback | None, pl_module: "pl.LightningModule") -> Targets | None:
+    """What ranks are planned for: all targets of the surgery."""
+    return None if source is None else targets_of(source.recipe, pl_module)
 
 
 def choose_rank_source(

@@ -129,7 +129,8 @@ def _norm(parts: Pull, layers: Sequence[RegularizedLayer]) -> Tensor:
     spreads = {id(one.parameter): one for layer in layers if isinstance(layer, ShardedLayer) for one in layer.spreads}
     if spreads:
         return norm_of_shards([(spreads[id(one)], local_part(part)) for one, part in parts])
-    return torch.stack([part.float().norm() for _, part in parts]).norm()
+    norm: Tensor = torch.stack([part.float().norm() for _, part in parts]).norm()
+    return norm
 
 
 @torch.no_grad()
@@ -139,6 +140,6 @@ def _add_(weight: nn.Parameter, addend: Tensor) -> None:
     if not is_distributed(weight):
         weight.grad = addend if weight.grad is None else weight.grad.add_(addend)
     elif weight.grad is None:
-        weight.grad = dtensor_like(addend, weight)
+        weight.grad = dtensor_like(addend, weight)  # type: ignore[arg-type]
     else:
         local_part(weight.grad).add_(addend)

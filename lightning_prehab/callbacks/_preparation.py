@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prehab.callbacks._checkpoint import dump_statistics, restore_statistics_
-from lightning_prehab.callbacks._distributed import decide_on_rank_zero, sum_statistics_
+from lightning_prehab.callbacks._distributed import data_group, data_ranks, decide_on_rank_zero, sum_statistics_
 from lightning_prehab.callbacks._plan_of_shards import plan_of_shards
 from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, is_reached, matrices, wanted_in
 from lightning_prehab.callbacks._said import saying_what_to_do
@@ -52,6 +52,7 @@ class Preparation:
         self._only_cut = only_cut
         self.batches = batches
         self.seen = 0
+        self._group, self._rank = data_group(trainer), data_ranks(trainer)[0]
         self.wanted = wanted_in(space) if source is None else wanted_in(space).union(source.recipe.wanted)
         self._collector: Collector | None = None
         if any(self.wanted):
@@ -145,10 +146,11 @@ class Preparation:
     def state_dict(self, world_size: int) -> dict[str, Any]:
         """The sums so far, over all processes."""
         statistics = None if self._collector is None else self._collector.statistics
-        return {"seen": self.seen, "wanted": list(self.wanted), "statistics": dump_statistics(statistics, world_size)}
+        dumped = dump_statistics(statistics, world_size, self._group)
+        return {"seen": self.seen, "wanted": list(self.wanted), "statistics": dumped}
 
-    def load_state_dict(self, state: Mapping[str, Any], global_rank: int) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where :meth:`state_dict` was called, if it belongs to the same settings."""
         if self._collector is not None and Wanted(*state["wanted"]) == self.wanted:
             self.seen = state["seen"]
-            restore_statistics_(self._collector.statistics, state["statistics"], global_rank)
+            restore_statistics_(self._collector.statistics, state["statistics"], self._rank)

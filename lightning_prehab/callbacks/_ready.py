@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 from lightning_prehab.callbacks._cuts import Cut
 from lightning_prehab.callbacks._neighbours import refuse_pruning
 from lightning_prehab.callbacks._own_pass import check_runs_apart
+from lightning_prehab.callbacks._targets import targets_of
 from lightning_prehab.callbacks._trainer import shards
 from lightning_prehab.callbacks._untrained import warn_of_unheld
 from lightning_prehab.errors import UnsupportedError
@@ -56,7 +57,7 @@ def check_ready(trainer: "pl.Trainer", pl_module: "pl.LightningModule", cuts: Se
     """
     check_engine(pl_module)
     reshard_(pl_module)
-    found = [(cut.recipe, cut.recipe.find_targets(pl_module, cut_again=True)) for cut in cuts]
+    found = [(cut.recipe, targets_of(cut.recipe, pl_module)) for cut in cuts]
     weights = {id(p): p for _, targets in found for target in targets.values() for p in view_of(target).parameters}
     refuse_pruning(trainer, pl_module, weights.values())
     for recipe, targets in found:

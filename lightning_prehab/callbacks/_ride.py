@@ -9,6 +9,7 @@ from torch import distributed
 
 from lightning_prehab.callbacks._checkpoint import dump_statistics, restore_statistics_
 from lightning_prehab.callbacks._distributed import data_group, data_ranks
+from lightning_prehab.callbacks._targets import targets_of
 from lightning_prehab.callbacks._trainer import batches_per_epoch, loss_scale, uses_loss_scaling
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.sharded.engine import reshard_
@@ -111,7 +112,7 @@ class Ride:
     ) -> Collector:
         self._group = data_group(trainer)
         reshard_(pl_module)
-        targets = recipe.find_targets(pl_module, cut_again=True)
+        targets = targets_of(recipe, pl_module)
         collector = Collector(
             targets,
             recipe.wanted,

@@ -251,8 +251,8 @@ def pull_of_shards(
             gradients[id(spread.parameter)][1].add_(part)
         if _learns_of_owners(regularizer):
             hand_out_(trainer, [gathering])
-    pull = [(one.parameter, found) for one, found in gradients.values() if one.parameter.requires_grad]
-    return [values[layer.name] for layer in layers], pull
+    pulled = [(one.parameter, part) for one, part in gradients.values() if one.parameter.requires_grad]
+    return [values[layer.name] for layer in layers], pulled
 
 
 def shrink_sharded_(

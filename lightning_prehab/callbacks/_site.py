@@ -17,6 +17,7 @@ from lightning_prehab.callbacks._distributed import (
 from lightning_prehab.callbacks._listeners import tell_listeners
 from lightning_prehab.callbacks._own_pass import collect_in_own_pass, probe_in_own_pass
 from lightning_prehab.callbacks._owners import owners_of, say_memory
+from lightning_prehab.callbacks._targets import targets_of
 from lightning_prehab.callbacks._trial import NOT_KNOWN, CutsInTraining, Trial, where_possible
 from lightning_prehab.factorizations import Decomposition
 from lightning_prehab.kinds import view_of
@@ -78,7 +79,7 @@ class TrainerSite(Site):
 
     def find(self, recipe: Recipe) -> Targets:
         """What the recipe finds in the module."""
-        return together(self._trainer, lambda: recipe.find_targets(self._pl_module, cut_again=True))
+        return together(self._trainer, lambda: targets_of(recipe, self._pl_module))
 
     def hold_back(self) -> bool:
         """There are training batches beside those of the statistics, in most cases."""

@@ -27,6 +27,7 @@ from lightning_prehab.callbacks._decisions import (
     default_regularizer,
     injects_into_loss,
     penalty_without_an_end,
+    planned_by,
     settled,
 )
 from lightning_prehab.callbacks._forecast import Forecast
@@ -240,8 +241,7 @@ class PrehabCallback(ActsInSeason):
     def _look(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         compression = find_callback(trainer, CompressionCallback)
         self._targets = choose_targets(pl_module, compression, self.target_modules, self.exclude_modules)
-        source = self._rank_source(trainer)
-        self._planned = None if source is None else source.recipe.find_targets(pl_module, cut_again=True)
+        self._planned = planned_by(self._rank_source(trainer), pl_module)
         self._into_loss = injects_into_loss(trainer, pl_module, self.regularizer, self.injection, self.strength_share)
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -258,7 +258,7 @@ class PrehabCallback(ActsInSeason):
         under_way, self._restored = self._restored.get("preparation"), {}
         if under_way is not None and self._targets is not None:
             self._preparation = self._new_preparation(trainer)
-            self._preparation.load_state_dict(under_way, trainer.global_rank)
+            self._preparation.load_state_dict(under_way)
 
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int

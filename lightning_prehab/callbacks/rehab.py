@@ -10,10 +10,11 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prehab.callbacks._checkpoint import check_version, follow_on_load
+from lightning_prehab.callbacks._checkpoint import check_version
 from lightning_prehab.callbacks._only_one import OnlyOne
 from lightning_prehab.callbacks._scaled_rates import RestoreRates, ScaledRates, check_groups
 from lightning_prehab.callbacks._schedules import Shape, between
+from lightning_prehab.callbacks._sharded_checkpoint import ShardedFollowing, followed_load
 from lightning_prehab.callbacks._steps import are_of_now, check_seen
 from lightning_prehab.callbacks._timeline import rest_of_run, steps_of_epochs
 from lightning_prehab.callbacks._trainer import (
@@ -22,6 +23,7 @@ from lightning_prehab.callbacks._trainer import (
     find_callback,
     move_to_front,
     set_callbacks,
+    shards,
 )
 from lightning_prehab.callbacks._warmup_and_decay import UNITS, Progress, WarmupAndDecay
 from lightning_prehab.callbacks.compression import CompressionCallback
@@ -118,7 +120,7 @@ class RehabSchedule(OnlyOne):
         self._course: WarmupAndDecay | None = None  # once the surgery is done
         self._module: pl.LightningModule | None = None
         self._rates: list[ScaledRates] = []
-        self._following: RemovableHandle | None = None
+        self._following: RemovableHandle | ShardedFollowing | None = None
         self._run_steps = 0  # that the Trainer has counted at the end of the last batch
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -133,13 +135,17 @@ class RehabSchedule(OnlyOne):
             self._course.forget_end()
         self._run_steps = 0
         if find_callback(trainer, CompressionCallback) is None:
-            self._following = follow_on_load(pl_module)
+            self._following = followed_load(trainer, pl_module)
         move_to_front(trainer, self)
         others = [callback for callback in callbacks_of(trainer) if not isinstance(callback, RestoreRates)]
         set_callbacks(trainer, [*others, RestoreRates(self._restore)])
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Refuses a run without a surgery before it or in it."""
+        if not shards(trainer):  # else a checkpoint is yet to be loaded
+            self._check_cut(trainer, pl_module)
+
+    def _check_cut(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._stop_following()
         if find_callback(trainer, CompressionCallback) is None and not low_rank_layers(pl_module):
             raise UnsupportedError(
@@ -149,6 +155,8 @@ class RehabSchedule(OnlyOne):
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Puts the step hooks on the optimizers; they are idle until the surgery."""
+        if shards(trainer):
+            self._check_cut(trainer, pl_module)
         self._check_lengths(trainer, pl_module)
         check_groups(trainer.optimizers, self.group_factors)
         self._follow(trainer)

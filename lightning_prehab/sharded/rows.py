@@ -5,7 +5,7 @@ Slices along the first dimension, as FSDP2 gives them out, are multiplied where 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -34,7 +34,7 @@ class Spread:
     """
 
     def __init__(self, parameter: nn.Parameter) -> None:
-        self.parameter: Any = parameter
+        self.parameter = cast(Any, parameter)
         self.device, self.parts, self.place = parameter.device, 1, 0
         self._groups: list[Any] = []  # among which shards differ
         self._copies: list[Any] = []

@@ -165,7 +165,7 @@ def train(folder: Path, point: str | None, processes: int, rank: int, sharded: b
         enable_model_summary=False,
         default_root_dir=folder,
         callbacks=[
-            *([] if sharded else [lp.PrehabCallback(lp.TailEnergy(refresh=4), 0.1, space="loss")]),
+            lp.PrehabCallback(lp.TailEnergy(refresh=4), 0.1, space="loss"),
             lp.CompressionCallback(SURGERY, 0.5, calibration_batches=4, factorization=FragileKronecker()),
             lp.RehabSchedule(warmup_epochs=1.5),
             KillCallback(killer),
