@@ -188,6 +188,14 @@ def check_resume(folder, kind):
         assert callback.done, moment
         assert [one.ranks for one in callback.reports] == [one.ranks for one in reference[1].callbacks[0].reports]
         assert "load_checkpoint" not in vars(resumed[1].strategy)
+    # A schedule without the callback that has cut: trained on from the first cut, it begins with the same weights.
+    rest = (EPOCHS - SURGERY - 1) * STEPS
+    schedule = lp.RehabSchedule(warmup_steps=2)
+    lit, trainer = fit(kind, [schedule], f"{folder}/{kind}-{SURGERY}.ckpt")
+    assert len(lit.losses) == rest
+    torch.testing.assert_close(lit.losses[0], reference[0].losses[-rest], rtol=0, atol=0)
+    assert schedule.factor() == 1.0
+    assert "load_checkpoint" not in vars(trainer.strategy)
 
 
 def check_weights_alone(folder):
