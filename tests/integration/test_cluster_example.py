@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "cluster"
-LIMIT = 600
+LIMIT = 1800
 STEPS = 25  # of an epoch
 pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 WAYS = [

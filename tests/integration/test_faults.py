@@ -19,7 +19,7 @@ def test_killed_and_resumed_runs_end_as_if_nothing_had_happened(processes, tmp_p
         [sys.executable, str(HARNESS), "--processes", str(processes), "--fixed", "--random", "2", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
         check=False,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )
@@ -41,7 +41,7 @@ def test_killed_and_resumed_runs_of_shards_too(tmp_path):
         ],
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
         check=False,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )

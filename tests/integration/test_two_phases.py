@@ -70,7 +70,7 @@ def test_what_was_cut_before_trains_sharded_as_on_one_process(tmp_path, monkeypa
             [sys.executable, "second.py", str(processes), f"{processes}.pt"],
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=1800,
             check=False,
         )
         assert run.returncode == 0, run.stderr[-4000:]

@@ -21,7 +21,7 @@ def test_two_processes():
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(WORKER)],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         check=False,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )

@@ -38,7 +38,7 @@ def started(tmp_path_factory):
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(WORKER), str(folder)],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         check=False,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )

@@ -20,7 +20,7 @@ def run(processes, table):
         [sys.executable, *command],
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
         check=False,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )
