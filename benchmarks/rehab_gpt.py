@@ -26,9 +26,9 @@ from torch import Tensor, nn
 class Recovering(Shakespeare, RehabTask):
     parts: ClassVar = {"recovery": (0.3, 0.15), "recipe": (0.1, 0.05), "spike": (0.3, 0.15)}
     pretraining, batch = 3000, 32
-    steps, recovery, recipe = 25, 400, 600
+    steps, recovery, equal, recipe = 25, 400, 200, 600
     calibration_batches = 25
-    rates = (5e-4, 1.5e-3, 4.5e-3)
+    rates = (1.5e-3, 4.5e-3, 1.35e-2)
     results = Path(__file__).with_suffix(".jsonl")
     metrics: ClassVar = {"loss": "Cross-entropy per character"}
 
@@ -49,11 +49,9 @@ class Recovering(Shakespeare, RehabTask):
 
 
 class Short(Recovering):
-    parts: ClassVar = {"recipe": (0.1, 0.05)}
     pretraining, batch = 1000, 12
-    steps, recipe = 15, 180
+    steps, recovery, equal, recipe = 15, 300, 150, 180
     calibration_batches = 15
-    rates = (1e-3, 2e-3, 4e-3)
     results = Path(__file__).with_name("rehab_gpt_short.jsonl")
 
 
