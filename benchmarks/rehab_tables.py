@@ -37,18 +37,22 @@ def form(metric: str) -> tuple[float, int]:
 
 
 def share_of(ours: BySeed, theirs: BySeed, most: int) -> str:
-    """Our steps to the goal as a share of theirs, with its 95 % interval; a bound where one of the two is not back."""
+    """Our steps to the goal as a share of theirs; a bound where one of the two is not back.
+
+    From three seeds on with its 95 % interval. Seeds whose cut leaves them at the goal say nothing.
+    """
     both = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
-    pairs = [pair for pair in both if min(pair) < math.inf]
+    pairs = [pair for pair in both if 0 < min(pair) < math.inf]
     late, early = any(a == math.inf for a, _ in pairs), any(b == math.inf for _, b in pairs)
     if not pairs or (late and early):
         return ""
     logs = [math.log(min(a, most) / min(b, most)) for a, b in pairs]
     mean, bound = statistics.mean(logs), "≥ " * late + "≤ " * early
-    if len(logs) == 1:
+    if len(logs) < 3:
         return f"{bound}{math.exp(mean):.2f}"
     half = T[len(logs) - 1] * statistics.stdev(logs) / math.sqrt(len(logs))
-    return f"{bound}{math.exp(mean):.2f} [{math.exp(mean - half):.2f}, {math.exp(mean + half):.2f}]"
+    low, high = math.exp(mean - half), math.exp(mean + half)
+    return f"{bound}{math.exp(mean):.2f} [{low:.2f}, {high:.2f}]" if high < 100 else f"{bound}{math.exp(mean):.2f}"
 
 
 def machines(runs: Sequence[Record]) -> str:
@@ -87,6 +91,14 @@ class Stored:
         """Steps until recovered; infinite if that never was."""
         return {seed: self.first(record) for seed, record in runs.items()}
 
+    def level_with(self, runs: dict[int, Record], control: dict[int, Record]) -> BySeed:
+        """Steps until the loss that the control has in the end."""
+        goals = {seed: r["end"]["loss"] for seed, r in control.items()}
+        return {
+            seed: next((step for step, now in runs[seed]["course"] if now["loss"] <= goals[seed]), math.inf)
+            for seed in sorted(runs.keys() & goals.keys())
+        }
+
     def first(self, record: Record) -> float:
         dense = record["before"][0]
         return next((step for step, now in record["course"] if self.task.reached(now, dense)), math.inf)
@@ -104,7 +116,8 @@ def shown_steps(steps: BySeed, most: int) -> str:
 
 
 def recovery(stored: Stored, share: float, keep: float) -> Iterator[str]:
-    """Steps to the goal, and what there is after as many as all runs have made."""
+    """Steps to the goal, or, where plain training does not get there, to what that has in the end; and what there is
+    after as many steps as all runs have made."""
     task, control = stored.task, stored.of("recovery", CONTROLS["recovery"], keep, share)
     equal = task.equal if share == 1 else task.recovery
     heads = [
@@ -114,9 +127,9 @@ def recovery(stored: Stored, share: float, keep: float) -> Iterator[str]:
     ]
     yield (
         "| row | rate | steps to the goal: median (each seed) | share of plain training's steps | "
-        f"{' | '.join(heads)} | seconds |"
+        f"steps to plain training's last loss | {' | '.join(heads)} | seconds |"
     )
-    yield "|" + "---|" * (5 + 3 * len(task.metrics))
+    yield "|" + "---|" * (6 + 3 * len(task.metrics))
     theirs = stored.steps(control)
     for row in ROWS["recovery"]:
         runs = stored.of("recovery", row, keep, share)
@@ -124,7 +137,10 @@ def recovery(stored: Stored, share: float, keep: float) -> Iterator[str]:
             continue
         steps = stored.steps(runs)
         compared = share_of(steps, theirs, task.recovery) if row != CONTROLS["recovery"] else ""
+        late = row != CONTROLS["recovery"] and min(theirs.values(), default=0) == math.inf
+        level = stored.level_with(runs, control) if late else {}
         cells = [rates(runs), shown_steps(steps, task.recovery), compared]
+        cells += [shown_steps(level, task.recovery) if level else ""]
         for step in (0, equal):
             cells += [cell(list(stored.at(runs, m, step).values()), form(m)[1]) for m in task.metrics]
         cells += [

@@ -15,6 +15,8 @@ The learning rate of each row is one of three, that which is best on the *valida
 recovery at keep 0.15 with all training data, by the mean loss over the course; in the recipe at keep 0.1, by the loss
 in the end. The ``spike`` has the middle one.
 
+Measured on the test split; the ``spike``, where that is done at every step, on the validation split.
+
 Results are lines of JSON. A run that was stopped goes on where it was, and the same command in several processes at
 once shares the work: each takes what no other has in hand.
 """
@@ -102,9 +104,11 @@ class Recorder(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Module, *_: Any) -> None:
         steps = trainer.global_step - self.cut_at + self.skipped
-        if self.found["after"] and steps in self.points:
+        early = self.trial.job.kind == "run" and self.least < math.inf
+        done = early and self.found["after"] and self.is_back()  # what is between is not looked at any more
+        if self.found["after"] and steps in self.points and (not done or steps >= self.least):
             self.found["course"].append([steps, self.measure(pl_module)])
-            trainer.should_stop = self.trial.job.kind == "run" and steps >= self.least and self.is_back()
+            trainer.should_stop = early and steps >= self.least and self.is_back()
 
     def is_back(self) -> bool:
         """Whether it has been at the goal at any of the points."""
@@ -133,7 +137,8 @@ class Recorder(L.Callback):
             self.found["end"] = now
 
     def measure(self, pl_module: Module) -> Record:
-        split = "validation" if self.trial.job.kind == "tuning" else "test"
+        small = self.trial.job.kind == "tuning" or self.trial.job.part == "spike"  # at every step
+        split = "validation" if small else "test"
         found = self.trial.task.measure(pl_module.model, split)
         return {name: round(value, 5) for name, value in found.items()}
 
