@@ -92,8 +92,8 @@ class Stored:
         return {seed: self.first(record) for seed, record in runs.items()}
 
     def level_with(self, runs: dict[int, Record], control: dict[int, Record]) -> BySeed:
-        """Steps until the loss that the control has in the end."""
-        goals = {seed: r["end"]["loss"] for seed, r in control.items()}
+        """Steps until the lowest loss that the control ever has."""
+        goals = {seed: min(now["loss"] for _, now in r["course"]) for seed, r in control.items()}
         return {
             seed: next((step for step, now in runs[seed]["course"] if now["loss"] <= goals[seed]), math.inf)
             for seed in sorted(runs.keys() & goals.keys())
@@ -116,8 +116,7 @@ def shown_steps(steps: BySeed, most: int) -> str:
 
 
 def recovery(stored: Stored, share: float, keep: float) -> Iterator[str]:
-    """Steps to the goal, or, where plain training does not get there, to what that has in the end; and what there is
-    after as many steps as all runs have made."""
+    """Steps to the goal, or, where plain training is never there, to its lowest loss; and how rows compare at equal steps."""
     task, control = stored.task, stored.of("recovery", CONTROLS["recovery"], keep, share)
     equal = task.equal if share == 1 else task.recovery
     heads = [
@@ -127,7 +126,7 @@ def recovery(stored: Stored, share: float, keep: float) -> Iterator[str]:
     ]
     yield (
         "| row | rate | steps to the goal: median (each seed) | share of plain training's steps | "
-        f"steps to plain training's last loss | {' | '.join(heads)} | seconds |"
+        f"steps to plain training's lowest loss | {' | '.join(heads)} | seconds |"
     )
     yield "|" + "---|" * (6 + 3 * len(task.metrics))
     theirs = stored.steps(control)
@@ -137,7 +136,7 @@ def recovery(stored: Stored, share: float, keep: float) -> Iterator[str]:
             continue
         steps = stored.steps(runs)
         compared = share_of(steps, theirs, task.recovery) if row != CONTROLS["recovery"] else ""
-        late = row != CONTROLS["recovery"] and min(theirs.values(), default=0) == math.inf
+        late = min(theirs.values(), default=0) == math.inf
         level = stored.level_with(runs, control) if late else {}
         cells = [rates(runs), shown_steps(steps, task.recovery), compared]
         cells += [shown_steps(level, task.recovery) if level else ""]
