@@ -116,7 +116,7 @@ def shown_steps(steps: BySeed, most: int) -> str:
 
 
 def recovery(stored: Stored, share: float, keep: float) -> Iterator[str]:
-    """Steps to the goal, or, where plain training is never there, to its lowest loss; and how rows compare at equal steps."""
+    """Steps to the goal, or, where plain training is never there, to its lowest loss; and differences."""
     task, control = stored.task, stored.of("recovery", CONTROLS["recovery"], keep, share)
     equal = task.equal if share == 1 else task.recovery
     heads = [
