@@ -3,11 +3,12 @@
     python benchmarks/rehab_gpt.py input.txt                      # runs what is missing in rehab_gpt.jsonl
     python benchmarks/rehab_gpt.py input.txt --device cuda        # the same command several times shares the work
     python benchmarks/rehab_gpt.py --table                        # prints the tables of the stored results only
-    python benchmarks/rehab_gpt.py input.txt --short              # recipes that a processor has the time for
+    python benchmarks/rehab_gpt.py input.txt --short              # what a processor has the time for
 
 The GPT of ``prehab_gpt.py``, trained for 3,000 steps of 32 x 64 characters of tiny Shakespeare; all linear layers but
 the head are targets. Reported on 40,000 characters of the last 10 % of the text, tuned on as many of the 10 % before.
-``--short`` is the setting of ``prehab_gpt.py``: a model trained for 1,000 steps of 12 x 64 characters, and 180 steps.
+``--short`` is the setting of ``prehab_gpt.py``: a model trained for 1,000 steps of 12 x 64 characters, 300 steps of
+recovery and 180 of a recipe.
 ``rehab_trial.py`` says what is run, ``rehab_rows.py`` what the rows are, ``prehab_gpt.py`` where to get the text.
 """
 
@@ -26,9 +27,9 @@ from torch import Tensor, nn
 class Recovering(Shakespeare, RehabTask):
     parts: ClassVar = {"recovery": (0.3, 0.15), "recipe": (0.1, 0.05), "spike": (0.3, 0.15)}
     pretraining, batch = 3000, 32
-    steps, recovery, recipe = 25, 400, 600
+    steps, recovery, equal, recipe = 25, 400, 200, 600
     calibration_batches = 25
-    rates = (5e-4, 1.5e-3, 4.5e-3)
+    rates = (1.5e-3, 4.5e-3, 1.35e-2)
     results = Path(__file__).with_suffix(".jsonl")
     metrics: ClassVar = {"loss": "Cross-entropy per character"}
 
@@ -49,18 +50,17 @@ class Recovering(Shakespeare, RehabTask):
 
 
 class Short(Recovering):
-    parts: ClassVar = {"recipe": (0.1, 0.05)}
     pretraining, batch = 1000, 12
-    steps, recipe = 15, 180
+    steps, recovery, equal, recipe = 15, 300, 160, 180
     calibration_batches = 15
-    rates = (1e-3, 2e-3, 4e-3)
+    rates = (5e-4, 1.5e-3, 4.5e-3, 1.35e-2)
     results = Path(__file__).with_name("rehab_gpt_short.jsonl")
 
 
 if __name__ == "__main__":
     options = parser(__doc__.splitlines()[0], "input.txt of tiny Shakespeare")
     options.add_argument("--cache", default=DEFAULT_CACHE, help="folder for the pretrained models")
-    options.add_argument("--short", action="store_true", help="the recipes alone, in the setting of prehab_gpt.py")
+    options.add_argument("--short", action="store_true", help="less training, as in prehab_gpt.py")
     arguments = options.parse_args()
     if arguments.data is None and not arguments.table:
         options.error("the file input.txt is missing")

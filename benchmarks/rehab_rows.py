@@ -32,8 +32,10 @@ class RehabTask(Task):
 
     parts: ClassVar[dict[str, Sequence[float]]]  # the keeps of each
     recovery: ClassVar[int]  # steps after the cut
+    equal: ClassVar[int]  # steps that all runs of a recovery make, also those that are back before
     recipe: ClassVar[int]  # steps in all
     rates: ClassVar[Sequence[float]]
+    sparse: ClassVar[int] = 1  # with little data only every so many of the points of a recovery is measured
     device: torch.device
     cache: Path
 

@@ -47,6 +47,7 @@ class Recovering(MiniLM, RehabTask):
     steps, recovery, recipe = 25, 200, 300
     batch, calibration_batches = 32, 25
     rates = (3e-5, 1e-4, 3e-4)
+    equal, sparse = 100, 3
     results = Path(__file__).with_suffix(".jsonl")
     metrics: ClassVar = {"accuracy": "Accuracy in %", "loss": "Cross-entropy"}
 
@@ -57,7 +58,8 @@ class Recovering(MiniLM, RehabTask):
             data = load_data(folder, source)
             self.data = SST2(*(Resident(part, self.device) for part in (data.train, data.validation, data.test)))
             splits = {"validation": self.data.validation, "test": self.data.test}
-            self.measured = {name: part.sorted_batches(256) for name, part in splits.items()}
+            size = 256 if self.device.type == "cuda" else 16  # what is quick there
+            self.measured = {name: part.sorted_batches(size) for name, part in splits.items()}
 
     def model(self, seed: int) -> torch.nn.Module:
         if seed not in self.dense:

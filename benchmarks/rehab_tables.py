@@ -1,6 +1,7 @@
 """The tables of ``rehab_sst2.py`` and ``rehab_gpt.py``, from stored results: everything is paired over seeds.
 
-An interval is the mean difference over seeds and the half width of its 95 % interval (Student's t).
+An interval is the mean difference over seeds and the half width of its 95 % interval (Student's t). Shares of steps are
+geometric means, and their intervals are those of the logarithms. A seed is run on one machine, all rows of it.
 """
 
 import math
@@ -35,12 +36,41 @@ def form(metric: str) -> tuple[float, int]:
     return (100.0, 2) if metric == "accuracy" else (1.0, 3)
 
 
+def share_of(ours: BySeed, theirs: BySeed, most: int) -> str:
+    """Our steps to the goal as a share of theirs; a bound where one of the two is not back.
+
+    From three seeds on with its 95 % interval. Seeds whose cut leaves them at the goal say nothing.
+    """
+    both = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    pairs = [pair for pair in both if 0 < min(pair) < math.inf]
+    late, early = any(a == math.inf for a, _ in pairs), any(b == math.inf for _, b in pairs)
+    if not pairs or (late and early):
+        return ""
+    logs = [math.log(min(a, most) / min(b, most)) for a, b in pairs]
+    mean, bound = statistics.mean(logs), "≥ " * late + "≤ " * early
+    if len(logs) < 3:
+        return f"{bound}{math.exp(mean):.2f}"
+    half = T[len(logs) - 1] * statistics.stdev(logs) / math.sqrt(len(logs))
+    low, high = math.exp(mean - half), math.exp(mean + half)
+    return f"{bound}{math.exp(mean):.2f} [{low:.2f}, {high:.2f}]" if high < 100 else f"{bound}{math.exp(mean):.2f}"
+
+
+def machines(runs: Sequence[Record]) -> str:
+    """Which seeds were run where."""
+    seeds: dict[str, set[int]] = {}
+    for record in runs:
+        seeds.setdefault(record["device"], set()).add(record["job"]["seed"])
+    return "; ".join(f"{device}: seed {', '.join(map(str, sorted(found)))}" for device, found in sorted(seeds.items()))
+
+
 class Stored:
     """The results of a task."""
 
     def __init__(self, task: RehabTask) -> None:
         self.task, self.records = task, load(task)
         self.dense = {r["job"]["seed"]: r["end"] for r in self.records if r["job"]["kind"] == "dense"}
+        cut = [r for r in self.records if (r["job"]["kind"], r["job"]["part"]) == ("run", "recovery")]
+        self.dense |= {r["job"]["seed"]: r["before"][0] for r in cut}  # on the machine of the runs
 
     def of(self, part: str, row: str, keep: float, share: float = 1.0) -> dict[int, Record]:
         """Runs that are reported, by seed."""
@@ -52,9 +82,22 @@ class Stored:
         at = {seed: r[moment] if moment == "end" else r[moment][-1] for seed, r in runs.items() if r.get(moment)}
         return {seed: scale * found[metric] for seed, found in at.items()}
 
+    def at(self, runs: dict[int, Record], metric: str, step: int) -> BySeed:
+        """A metric so many steps after the cut."""
+        found = {seed: dict(r["course"]).get(step) for seed, r in runs.items()}
+        return {seed: form(metric)[0] * now[metric] for seed, now in found.items() if now}
+
     def steps(self, runs: dict[int, Record]) -> BySeed:
         """Steps until recovered; infinite if that never was."""
         return {seed: self.first(record) for seed, record in runs.items()}
+
+    def level_with(self, runs: dict[int, Record], control: dict[int, Record]) -> BySeed:
+        """Steps until the lowest loss that the control ever has."""
+        goals = {seed: min(now["loss"] for _, now in r["course"]) for seed, r in control.items()}
+        return {
+            seed: next((step for step, now in runs[seed]["course"] if now["loss"] <= goals[seed]), math.inf)
+            for seed in sorted(runs.keys() & goals.keys())
+        }
 
     def first(self, record: Record) -> float:
         dense = record["before"][0]
@@ -73,30 +116,38 @@ def shown_steps(steps: BySeed, most: int) -> str:
 
 
 def recovery(stored: Stored, share: float, keep: float) -> Iterator[str]:
-    """Steps to the goal, and what there is after all of them."""
+    """Steps to the goal, or, where plain training is never there, to its lowest loss; and differences."""
     task, control = stored.task, stored.of("recovery", CONTROLS["recovery"], keep, share)
-    heads = [f"{title}, {when}" for when in ("in the end", "less plain training's") for title in task.metrics.values()]
+    equal = task.equal if share == 1 else task.recovery
+    heads = [
+        f"{title}, {when}"
+        for when in ("right after", f"after {equal} steps", "less plain training's")
+        for title in task.metrics.values()
+    ]
     yield (
         "| row | rate | steps to the goal: median (each seed) | share of plain training's steps | "
-        + " | ".join([*(f"{title}, right after" for title in task.metrics.values()), *heads, "seconds"])
-        + " |"
+        f"steps to plain training's lowest loss | {' | '.join(heads)} | seconds |"
     )
-    yield "|" + "---|" * (5 + 3 * len(task.metrics))
+    yield "|" + "---|" * (6 + 3 * len(task.metrics))
     theirs = stored.steps(control)
     for row in ROWS["recovery"]:
         runs = stored.of("recovery", row, keep, share)
         if not runs:
             continue
         steps = stored.steps(runs)
-        both = [seed for seed in steps if theirs.get(seed, math.inf) < math.inf]
-        capped = [min(steps[seed], task.recovery) for seed in both]
-        whole = sum(theirs[seed] for seed in both)
-        beyond = "≥ " if any(steps[seed] == math.inf for seed in both) else ""
-        part = f"{beyond}{sum(capped) / whole:.2f}" if whole else ""
-        cells = [rates(runs), shown_steps(steps, task.recovery), part]
-        for moment in ("after", "end"):
-            cells += [cell(list(stored.metric(runs, m, moment).values()), form(m)[1]) for m in task.metrics]
-        cells += [paired(stored.metric(runs, m), stored.metric(control, m), form(m)[1]) for m in task.metrics]
+        compared = share_of(steps, theirs, task.recovery) if row != CONTROLS["recovery"] else ""
+        late = min(theirs.values(), default=0) == math.inf
+        level = stored.level_with(runs, control) if late else {}
+        cells = [rates(runs), shown_steps(steps, task.recovery), compared]
+        cells += [shown_steps(level, task.recovery) if level else ""]
+        for step in (0, equal):
+            cells += [cell(list(stored.at(runs, m, step).values()), form(m)[1]) for m in task.metrics]
+        cells += [
+            paired(stored.at(runs, m, equal), stored.at(control, m, equal), form(m)[1])
+            if row != CONTROLS["recovery"]
+            else ""
+            for m in task.metrics
+        ]
         seconds = statistics.median(r["seconds"] for r in runs.values())
         yield f"| {row} | {' | '.join(cells)} | {seconds:.0f} |"
 
@@ -173,12 +224,16 @@ def print_tables(task: RehabTask) -> None:
         for share in SHARES:
             lines = list(recovery(stored, share, keep))
             if len(lines) > 2:
-                print(f"Recovery at keep {keep} with {share:.0%} of the training data\n")
+                where = machines(
+                    [r for row in ROWS["recovery"] for r in stored.of("recovery", row, keep, share).values()]
+                )
+                print(f"Recovery at keep {keep} with {share:.0%} of the training data ({where})\n")
                 print("\n".join(lines) + "\n")
     for keep in task.parts["recipe"]:
         lines = list(recipe(stored, keep))
         if len(lines) > 2:
-            print(f"Recipes of {task.recipe} steps at keep {keep}; the control is {CONTROLS['recipe']}\n")
+            where = machines([r for row in ROWS["recipe"] for r in stored.of("recipe", row, keep).values()])
+            print(f"Recipes of {task.recipe} steps at keep {keep}; the control is {CONTROLS['recipe']} ({where})\n")
             print("\n".join(lines) + "\n")
     lines = list(spike(stored)) if "spike" in task.parts else []
     if len(lines) > 2:

@@ -15,6 +15,8 @@ The learning rate of each row is one of three, that which is best on the *valida
 recovery at keep 0.15 with all training data, by the mean loss over the course; in the recipe at keep 0.1, by the loss
 in the end. The ``spike`` has the middle one.
 
+Measured on the test split; the ``spike``, where that is done at every step, on the validation split.
+
 Results are lines of JSON. A run that was stopped goes on where it was, and the same command in several processes at
 once shares the work: each takes what no other has in hand.
 """
@@ -90,17 +92,28 @@ class Module(L.LightningModule):
 
 
 class Recorder(L.Callback):
-    """Measures right before and after each cut, and at given numbers of steps since the first one."""
+    """Measures right before and after each cut, and at given numbers of steps since the first one.
 
-    def __init__(self, trial: Trial, points: Sequence[int], skipped: int) -> None:
-        self.trial, self.points, self.skipped = trial, set(points), skipped
+    With ``least`` a recovery ends once it is back, but not before so many steps; it has no "end" then.
+    """
+
+    def __init__(self, trial: Trial, points: Sequence[int], skipped: int, least: float = math.inf) -> None:
+        self.trial, self.points, self.skipped, self.least = trial, set(points), skipped, least
         self.cut_at = 0
         self.found: Record = {"keeps": [], "before": [], "after": [], "course": []}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Module, *_: Any) -> None:
         steps = trainer.global_step - self.cut_at + self.skipped
-        if self.found["after"] and steps in self.points:
+        early = self.trial.job.kind == "run" and self.least < math.inf
+        done = early and self.found["after"] and self.is_back()  # what is between is not looked at any more
+        if self.found["after"] and steps in self.points and (not done or steps >= self.least):
             self.found["course"].append([steps, self.measure(pl_module)])
+            trainer.should_stop = early and steps >= self.least and self.is_back()
+
+    def is_back(self) -> bool:
+        """Whether it has been at the goal at any of the points."""
+        dense = self.found["before"][0]
+        return any(self.trial.task.reached(now, dense) for _, now in self.found["course"])
 
     def on_before_surgery(self, trainer: L.Trainer, pl_module: Module) -> None:
         self.found["before"].append(self.measure(pl_module))
@@ -117,23 +130,29 @@ class Recorder(L.Callback):
             self.found["course"].append([self.skipped, self.measure(pl_module)])
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Module) -> None:
-        self.found["end"] = self.measure(pl_module)
+        last, now = self.found["course"][-1]
+        if self.trial.job.part != "recovery":
+            self.found["end"] = self.measure(pl_module)
+        elif last == self.trial.total:
+            self.found["end"] = now
 
     def measure(self, pl_module: Module) -> Record:
-        split = "validation" if self.trial.job.kind == "tuning" else "test"
+        small = self.trial.job.kind == "tuning" or self.trial.job.part == "spike"  # at every step
+        split = "validation" if small else "test"
         found = self.trial.task.measure(pl_module.model, split)
         return {name: round(value, 5) for name, value in found.items()}
 
 
-def points_of(part: str, total: int) -> list[int]:
+def points_of(task: RehabTask, job: Job, total: int) -> list[int]:
     """When to measure: often at first."""
-    if part == "recovery":
+    if job.part == "recovery":
         growing = [*range(5, 40, 5), *range(40, 100, 10), *range(100, 200, 20), *range(200, total, 50), total]
-        return [steps for steps in growing if steps <= total]
-    return list(range(1, FIRST_STEPS + 1)) if part == "spike" else []
+        points = [steps for steps in growing if steps <= total]
+        return points if job.share == 1 else points[:: -task.sparse]
+    return list(range(1, FIRST_STEPS + 1)) if job.part == "spike" else []
 
 
-def run(task: RehabTask, job: Job) -> Record:
+def run(task: RehabTask, job: Job, least: float = math.inf) -> Record:
     """One run."""
     with claimed(task.cache / "locks", f"dense {job.seed}", wait=True):
         dense = task.model(job.seed).eval()
@@ -144,7 +163,7 @@ def run(task: RehabTask, job: Job) -> Record:
     callbacks = ROWS[job.part][job.row](trial)
     skipped = sum(one.steps for one in callbacks if isinstance(one, RefinedFirst))
     steps = WARM_EPOCHS * task.steps + FIRST_STEPS if job.part == "spike" else total - skipped
-    recorder = Recorder(trial, points_of(job.part, total), skipped)
+    recorder = Recorder(trial, points_of(task, job, total), skipped, least)
     trainer = L.Trainer(
         accelerator="gpu" if task.device.type == "cuda" else "cpu",
         devices=1,
@@ -231,14 +250,14 @@ def add(task: RehabTask, job: Job, found: Record) -> None:
     print(f"{job.kind} {job.part} {job.row!r}, keep {job.keep}, {job.share:.0%}, seed {job.seed}{took}", flush=True)
 
 
-def attempt(task: RehabTask, job: Job) -> bool:
+def attempt(task: RehabTask, job: Job, least: float) -> bool:
     """Runs a job; what fails is told, and the others go on."""
     try:
         if job.kind == "dense":
             with claimed(task.cache / "locks", f"dense {job.seed}", wait=True):
                 found = {"end": {k: round(v, 5) for k, v in task.measure(task.model(job.seed), "test").items()}}
         else:
-            found = run(task, job)
+            found = run(task, job, least)
     except Exception:
         print(f"{job} failed:\n{traceback.format_exc()}", flush=True)
         return False
@@ -252,7 +271,7 @@ def needs(task: RehabTask, job: Job) -> list[Job]:
     return dense + (tuning_jobs(task, job) if job.kind == "run" and job.part in TUNED_AT else [])
 
 
-def work(task: RehabTask, jobs: Sequence[Job], seconds: float) -> None:
+def work(task: RehabTask, jobs: Sequence[Job], seconds: float, least: float) -> None:
     """Does what is missing and what nobody else does, until nothing is left or no time; what has failed is left out."""
     began, longest = time.perf_counter(), 0.0
     failed: set[tuple[Any, ...]] = set()
@@ -272,7 +291,8 @@ def work(task: RehabTask, jobs: Sequence[Job], seconds: float) -> None:
             with claimed(task.cache / "locks", f"{task.results} {job.key}") as mine:
                 if mine and job.key not in results(task):
                     idle = False
-                    if not attempt(task, replace(job, rate=rate_of(task, job, done)) if job.kind == "run" else job):
+                    rated = replace(job, rate=rate_of(task, job, done)) if job.kind == "run" else job
+                    if not attempt(task, rated, least):
                         failed.add(job.key)
                     longest = max(longest, time.perf_counter() - start)
         if not waiting:
@@ -292,6 +312,7 @@ def parser(description: str, data: str) -> argparse.ArgumentParser:
     made.add_argument("--device", default="cpu", help="cpu or cuda")
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--minutes", type=float, default=math.inf, help="begin nothing that would end later")
+    made.add_argument("--least", type=float, default=math.inf, metavar="STEPS", help="end what is back, after so many")
     made.add_argument("--results", type=Path, help="a file of results other than the stored one")
     return made
 
@@ -302,4 +323,4 @@ def main(task: RehabTask, arguments: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    work(task, jobs_of(task, arguments), 60 * arguments.minutes)
+    work(task, jobs_of(task, arguments), 60 * arguments.minutes, arguments.least)
