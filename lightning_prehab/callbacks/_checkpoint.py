@@ -23,7 +23,7 @@ from lightning_prehab.surgery.stored import factors_of_layer, follower, shapes_o
 from lightning_prehab.surgery.structure import densify_, follow_state_dict_
 from lightning_prehab.targets.find import count_parameters
 from lightning_prehab.targets.locate import Layer, locate, low_rank_layers
-from lightning_prehab.targets.names import clean_name, join
+from lightning_prehab.targets.names import clean_name, join, stored_name
 
 
 def follow_on_load(pl_module: "pl.LightningModule") -> RemovableHandle:
@@ -84,7 +84,8 @@ def _shell_hook(shell: DenseShell, own: frozenset[str]) -> Callable[..., None]:
         seen: set[int] = set()  # a shared module has its factors under each of its names
         for name, dense in modules.items():
             layer = Layer.at(name, dense, modules)
-            found = factors_of_layer(name, layer, stored) if name and kind_of(dense) is not None else None
+            key = stored_name(name)
+            found = factors_of_layer(key, layer, stored) if name and kind_of(dense) is not None else None
             if found is None:
                 continue
             views, factors = found
@@ -93,7 +94,7 @@ def _shell_hook(shell: DenseShell, own: frozenset[str]) -> Callable[..., None]:
                 kept = part_factors._replace(bias_shift=None) if has_bias else part_factors
                 shell.factors[join(name, part)] = kept
             seen.add(id(dense))
-            _put_dense_(state_dict, f"{prefix}{name}.", layer, views, factors)
+            _put_dense_(state_dict, f"{prefix}{key}.", layer, views, factors)
 
     return take_factors
 

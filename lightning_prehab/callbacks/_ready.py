@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from lightning_prehab.callbacks._cuts import Cut
 from lightning_prehab.callbacks._neighbours import refuse_pruning
 from lightning_prehab.callbacks._own_pass import check_runs_apart
-from lightning_prehab.callbacks._targets import targets_of
+from lightning_prehab.callbacks._targets import check_parallel, targets_of
 from lightning_prehab.callbacks._trainer import shards
 from lightning_prehab.callbacks._untrained import warn_of_unheld
 from lightning_prehab.errors import UnsupportedError
@@ -61,6 +61,7 @@ def check_ready(trainer: "pl.Trainer", pl_module: "pl.LightningModule", cuts: Se
     weights = {id(p): p for _, targets in found for target in targets.values() for p in view_of(target).parameters}
     refuse_pruning(trainer, pl_module, weights.values())
     for recipe, targets in found:
+        check_parallel(pl_module, targets, recipe, len(cuts))
         check_recipe(recipe, targets)
         check_pretrained(pl_module, (view_of(target).module for target in targets.values()))
         if len(cuts) > 1 and any(recipe.factorization_or_default.nonzeros(*view_of(t).shape) for t in targets.values()):

@@ -241,7 +241,6 @@ class CompressionCallback(OnlyOne):
         self.refuse_others(trainer, CompressionCallback, _ONE_CUT)
         check_strategy(trainer, self, sharded=True)
         check_launcher(trainer, self)
-        check_settings(trainer, pl_module, self._cuts)
         refuse_averaging(trainer)
         refuse_communication_state(trainer)
         cuts = [name for report in self.reports for name, rank in report.ranks.items() if rank is not None]
@@ -250,6 +249,7 @@ class CompressionCallback(OnlyOne):
             self.reports, self._made, cuts = [], 0, []  # another module, or one that follows a dense checkpoint since
         if self._auto:
             self.epoch = last_possible_epoch(trainer, self)
+        check_settings(trainer, pl_module, self._cuts)
         check_reachable(trainer, self.last_epoch)
         self._ride.forget()
         self._restored, self._world_size, self._frozen = {}, trainer.world_size, None

@@ -25,6 +25,18 @@ def leave_unserved(model: nn.Module, targets: Targets) -> Targets:
     return Targets(served, targets.skipped | skipped, targets.model_parameters)
 
 
+def tensor_parallel(model: nn.Module, targets: Targets) -> list[str]:
+    """Names of the targets whose weights a plan of tensor parallelism divides.
+
+    Args:
+        model: With all parameters in shards.
+        targets: Found in it.
+    """
+    index = managed_by(model)
+    parameters = {name: view_of(target).parameter for name, target in targets.items()}
+    return [name for name, one in parameters.items() if parallel_plan(one, index.get(id(one))) is not None]
+
+
 def why_not_served(views: Iterable[MatrixView], index: Mapping[int, Managed], two_factors: bool = True) -> str | None:
     """Why a layer of a sharded model cannot be cut, or None if it can.
 

@@ -13,7 +13,7 @@ from lightning_prehab.layers.pivot import bias_holder
 from lightning_prehab.linalg.pivot import as_factor, is_order
 from lightning_prehab.linalg.sparse import Sparse
 from lightning_prehab.targets.locate import Layer
-from lightning_prehab.targets.names import join
+from lightning_prehab.targets.names import join, stored_name
 
 
 def stored_factors(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Factors]:
@@ -52,16 +52,16 @@ def follower(
     prefix: str,
 ) -> nn.Module | None:
     """What a layer has to be replaced by to fit a state dict, or None if it fits already."""
-    module = modules[name]
+    module, key = modules[name], stored_name(name)
     dense = module.to_dense() if isinstance(module, LowRankLayer) else module
-    found = factors_of_layer(name, Layer.at(name, dense, modules), stored)
+    found = factors_of_layer(key, Layer.at(name, dense, modules), stored)
     if found is not None:
         new = _low_rank_like(dense, *found)
         return None if isinstance(module, LowRankLayer) and _alike(module, new) else new
-    if dense is module or not any(f"{prefix}{name}.{key}" in state_dict for key, _ in dense.named_parameters()):
+    if dense is module or not any(f"{prefix}{key}.{own}" in state_dict for own, _ in dense.named_parameters()):
         return None
     if isinstance(dense, nn.Linear | nn.Conv1d | nn.Conv2d):
-        _fit_bias(dense, f"{prefix}{name}.bias" in state_dict, dense.weight)
+        _fit_bias(dense, f"{prefix}{key}.bias" in state_dict, dense.weight)
     return dense
 
 

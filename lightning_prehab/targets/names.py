@@ -62,12 +62,21 @@ def join(layer: str, part: str) -> str:
 
 
 def clean_name(name: str) -> str:
-    """The name without the part that ``torch.compile`` puts around an inner module.
+    """The name without what ``torch.compile`` and torch's ``checkpoint_wrapper`` put around an inner module.
 
-    >>> clean_name("net._orig_mod.0")
-    'net.0'
+    >>> clean_name("net._orig_mod.0"), clean_name("net.0._checkpoint_wrapped_module.fc")
+    ('net.0', 'net.0.fc')
     """
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return ".".join(part for part in stored_name(name).split(".") if part != "_orig_mod")
+
+
+def stored_name(name: str) -> str:
+    """The name of a module as it stands in state dicts, where ``checkpoint_wrapper`` leaves itself out.
+
+    >>> stored_name("net._orig_mod.0"), stored_name("net.0._checkpoint_wrapped_module.fc")
+    ('net._orig_mod.0', 'net.0.fc')
+    """
+    return ".".join(part for part in name.split(".") if part != "_checkpoint_wrapped_module")
 
 
 def as_list(patterns: Patterns) -> list[str]:

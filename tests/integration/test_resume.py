@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
@@ -450,12 +451,16 @@ def test_a_prehab_layer_that_is_gone_is_named(tmp_path):
         fit(tmp_path, acts(exclude_modules="net.0"), tmp_path / "epoch-1.ckpt")
 
 
-@pytest.mark.parametrize("kind", ["compiled", "shared"])
-def test_resume_of_compiled_and_shared_modules(kind, tmp_path):
+@pytest.mark.parametrize("kind", ["compiled", "shared", "checkpointed"])
+def test_resume_of_compiled_shared_and_wrapped_modules(kind, tmp_path):
     def make():
         lit = Lit()
         if kind == "compiled":
             lit.net = torch.compile(lit.net, backend="eager")
+        elif kind == "checkpointed":  # names of modules have the wrapper in them, names in state dicts have not
+            lit.net = nn.Sequential(
+                checkpoint_wrapper(lit.net[:2]), checkpoint_wrapper(lit.net[2]), nn.Sequential(lit.net[3])
+            )
         else:
             shared = nn.Linear(16, 16)
             lit.net = nn.Sequential(lit.net[0], shared, nn.Tanh(), shared, nn.Linear(16, 6))
@@ -467,6 +472,13 @@ def test_resume_of_compiled_and_shared_modules(kind, tmp_path):
     reference = fit(tmp_path, [*acts(), SaveEverywhere(tmp_path)], lit=copy.deepcopy(start))
     resumed = fit(tmp_path, acts(), tmp_path / "epoch-3.ckpt", lit=copy.deepcopy(start))
     assert_same_end(resumed, reference, steps=STEPS)
+    evaluated = make()
+    trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=[lp.CompressionCallback(SURGERY)])
+    trainer.validate(evaluated, loader(), ckpt_path=tmp_path / "epoch-3.ckpt", verbose=False)
+    stored = torch.load(tmp_path / "epoch-3.ckpt", weights_only=True)["state_dict"]
+    torch.testing.assert_close(dict(evaluated.state_dict()), dict(stored), rtol=0, atol=0)
+    assert any(isinstance(module, lp.LowRankLinear) for module in evaluated.modules())
+    assert not any("_checkpoint" in name or "_orig_mod" in name for name in lp.find_targets(start))
 
 
 @pytest.mark.parametrize("change", ["epoch", "factorization"])
