@@ -271,7 +271,7 @@ def needs(task: RehabTask, job: Job) -> list[Job]:
     return dense + (tuning_jobs(task, job) if job.kind == "run" and job.part in TUNED_AT else [])
 
 
-def work(task: RehabTask, jobs: Sequence[Job], seconds: float, least: float) -> None:
+def work(task: RehabTask, jobs: Sequence[Job], seconds: float, least: float = math.inf) -> None:
     """Does what is missing and what nobody else does, until nothing is left or no time; what has failed is left out."""
     began, longest = time.perf_counter(), 0.0
     failed: set[tuple[Any, ...]] = set()

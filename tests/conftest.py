@@ -13,6 +13,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+#: Started by torchrun, and no modules of tests.
+collect_ignore_glob = ["sharded/*_worker.py"]
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 # One thread, here and in the processes that tests start: with small matrices threads only wait for each other, for
 # minutes where the cores are busy.

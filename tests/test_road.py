@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import lightning_prehab as lp
+from lightning_prehab.callbacks import _sharded_site
 from lightning_prehab.callbacks import _site as trainer_sites
-from lightning_prehab.callbacks import compression
 from lightning_prehab.cli import commands
 from lightning_prehab.errors import ArgumentError, PlanError, PrehabError, StatisticsError, TargetError
 from lightning_prehab.progress import listening
@@ -139,7 +139,7 @@ def test_the_callback_walks_it(model, method, tmp_path, monkeypatch):
             super().on_surgery(trainer, pl_module, report)
             states.append(state_of(pl_module.net))
 
-    monkeypatch.setattr(compression, "TrainerSite", Watched)
+    monkeypatch.setattr(_sharded_site, "TrainerSite", Watched)  # where the site is chosen
     chosen = METHODS[method]
     callback = lp.CompressionCallback(0, lp.Recipe(chosen.keep, **chosen.arguments()))
     with undisturbed():

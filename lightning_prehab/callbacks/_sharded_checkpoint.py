@@ -86,7 +86,7 @@ class ShardedFollowing:
         trainer, module = self._trainer, self._pl_module
         path = trainer.strategy.broadcast(str(checkpoint_path))
         decide_on_rank_zero(trainer, lambda: check_complete(path))
-        tensors = together(trainer, lambda: stored_tensors(path, options.get("weights_only")))
+        tensors = together(trainer, lambda: stored_tensors(path))
         self.loaded, self.parameters = True, count_parameters(module)
         with holders_named_later() as self.name_holders:
             together(trainer, lambda: self._follow(tensors))

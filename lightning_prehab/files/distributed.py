@@ -35,12 +35,11 @@ def is_distributed(path: str | os.PathLike[str]) -> bool:
     )
 
 
-def stored_tensors(path: str | os.PathLike[str], weights_only: bool | None = None) -> dict[str, Tensor]:
+def stored_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Stand-ins for the weights that a checkpoint holds: their names, shapes and dtypes, and one zero for all numbers.
 
     Args:
-        path: A folder of pieces, or a file.
-        weights_only: For a file, as for ``torch.load``.
+        path: A folder of pieces, or a file, of which nothing but plain data is read.
 
     Raises:
         CheckpointError: If it cannot be read (it is named).
@@ -52,7 +51,7 @@ def stored_tensors(path: str | os.PathLike[str], weights_only: bool | None = Non
             if key.startswith(_WEIGHTS) and hasattr(one, "size")
         }
     else:
-        described = {key: (one.shape, one.dtype) for key, one in _weights_of_file(path, weights_only).items()}
+        described = {key: (one.shape, one.dtype) for key, one in _weights_of_file(path).items()}
     return {key: _stand_in(key, *one) for key, one in described.items()}
 
 
@@ -89,10 +88,9 @@ def _index(folder: str | os.PathLike[str]) -> Any:
         raise CheckpointError(f"{str(folder)!r} is no complete checkpoint: {_INDEX} {state}. {_ADVICE}") from error
 
 
-def _weights_of_file(path: str | os.PathLike[str], weights_only: bool | None) -> dict[str, Tensor]:
-    options = {} if weights_only is None else {"weights_only": weights_only}
+def _weights_of_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
-        checkpoint = torch.load(path, map_location="meta", mmap=True, **options)
+        checkpoint = torch.load(path, map_location="meta", mmap=True, weights_only=True)
     except Exception as error:  # likewise
         reason = f"{type(error).__name__}: {str(error).partition('. ')[0]}"
         raise CheckpointError(f"{str(path)!r} cannot be read as a checkpoint ({reason}).") from error
