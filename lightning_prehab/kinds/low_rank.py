@@ -5,6 +5,7 @@ layers of one matrix. Layers of several matrices (fused projections, attention) 
 see :mod:`lightning_prehab.kinds.inside`.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -196,9 +197,9 @@ class CutKind(Kind):
         assert isinstance(module, LowRankLayer)
         return {"": LowRankView(module, self.dense(module))}
 
+    @abstractmethod
     def dense(self, module: Any) -> MatrixView:
         """How a dense layer of the same sizes shows its matrix; its weight has no values."""
-        raise NotImplementedError
 
     def can_pivot(self, view: MatrixView) -> bool:
         """Where the dense layer could be."""
