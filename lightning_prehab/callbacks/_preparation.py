@@ -13,7 +13,6 @@ from lightning_prehab.callbacks._regularized import RegularizedLayer, Space, is_
 from lightning_prehab.callbacks._said import saying_what_to_do
 from lightning_prehab.callbacks._sharded_layers import ShardedLayer, share_out_
 from lightning_prehab.callbacks._showing import showing
-from lightning_prehab.callbacks._targets import check_watched
 from lightning_prehab.callbacks._trainer import loss_scale, uses_loss_scaling
 from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.plan.compression_plan import CompressionPlan
@@ -57,8 +56,6 @@ class Preparation:
         self.wanted = wanted_in(space) if source is None else wanted_in(space).union(source.recipe.wanted)
         self._collector: Collector | None = None
         if any(self.wanted):
-            so = f"PrehabCallback cannot learn the metric of space={space!r}; space='weight' needs no data"
-            check_watched(trainer.lightning_module, targets, so)
             layers = {**planned, **targets}
             scaling = uses_loss_scaling(trainer)
             self._collector = Collector(layers, self.wanted, drop_overflow=scaling, batches=batches)

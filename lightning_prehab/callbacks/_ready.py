@@ -61,7 +61,7 @@ def check_ready(trainer: "pl.Trainer", pl_module: "pl.LightningModule", cuts: Se
     weights = {id(p): p for _, targets in found for target in targets.values() for p in view_of(target).parameters}
     refuse_pruning(trainer, pl_module, weights.values())
     for recipe, targets in found:
-        check_parallel(pl_module, targets, recipe, len(cuts))
+        check_parallel(pl_module, targets, recipe)
         check_recipe(recipe, targets)
         check_pretrained(pl_module, (view_of(target).module for target in targets.values()))
         if len(cuts) > 1 and any(recipe.factorization_or_default.nonzeros(*view_of(t).shape) for t in targets.values()):

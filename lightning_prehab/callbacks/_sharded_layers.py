@@ -17,7 +17,7 @@ from lightning_prehab.linalg.sharding import is_distributed, local_part
 from lightning_prehab.regularizers import Penalty, Shrinkage
 from lightning_prehab.regularizers.metric import Metric
 from lightning_prehab.sharded.gathered import copies_of, pinned, rebound
-from lightning_prehab.sharded.rows import ShardedRows, Spread, rows_of
+from lightning_prehab.sharded.rows import ShardedRows, rows_of, spreads_of
 from lightning_prehab.targets.locate import Target
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class ShardedLayer(RegularizedLayer):
 
     def __init__(self, name: str, view: MatrixView, rank: int | None, metric: Metric) -> None:
         super().__init__(name, pinned(view), rank, metric)
-        self.spreads = [Spread(parameter) for parameter in self.parameters]
+        self.spreads = spreads_of(self.parameters)
 
     @property
     def device(self) -> torch.device:
@@ -76,7 +76,7 @@ def check_rows(targets: Mapping[str, Target]) -> None:
     """Raises :class:`UnsupportedError` for a layer in shards whose rows cannot be changed where they are."""
     for name, target in targets.items():
         view = view_of(target)
-        if is_distributed(view.parameter) and rows_of(view, [Spread(one) for one in view.parameters]) is None:
+        if is_distributed(view.parameter) and rows_of(view, spreads_of(view.parameters)) is None:
             raise UnsupportedError(
                 f"Layer {name!r} ({type(view.module).__name__}) is not sharded row by row, so its matrix cannot be "
                 "exchanged for another one in each step. Use PrehabCallback, or leave it out with exclude_modules."

@@ -20,45 +20,21 @@ def targets_of(recipe: Recipe, pl_module: "pl.LightningModule") -> Targets:
     return leave_unserved(pl_module, found) if is_sharded(pl_module) else found
 
 
-def check_parallel(pl_module: "pl.LightningModule", targets: Targets, recipe: Recipe, cuts: int) -> None:
+def check_parallel(pl_module: "pl.LightningModule", targets: Targets, recipe: Recipe) -> None:
     """Raises :class:`UnsupportedError` for what tensor-parallel layers do not allow.
 
     Args:
         pl_module: The module, with all parameters in shards.
         targets: What is cut.
         recipe: How.
-        cuts: How many times.
     """
     names = tensor_parallel(pl_module, targets) if is_sharded(pl_module) else []
     if not names:
         return
     method = recipe.factorization_or_default
-    if any(recipe.wanted):
-        check_watched(pl_module, targets, f"{method} cannot be calibrated; factorization=SVD() needs no data")
     if recipe.layout != "factors" or any(method.nonzeros(*view_of(targets[name]).shape) for name in names):
         raise UnsupportedError(
             f"Layer {names[0]!r} and {len(names) - 1} more are tensor parallel, and become two factors there and "
             "nothing else: use layout='factors' and a factorization without a sparse part, or leave them out "
             "(exclude_modules)."
-        )
-    if cuts > 1:
-        raise UnsupportedError(
-            f"Layer {names[0]!r} and {len(names) - 1} more are tensor parallel, and are cut once only: give one epoch "
-            "and one keep, or leave them out (exclude_modules)."
-        )
-
-
-def check_watched(pl_module: "pl.LightningModule", targets: Targets, so: str) -> None:
-    """Raises :class:`UnsupportedError` where what passes through the targets cannot be counted.
-
-    Args:
-        pl_module: The module.
-        targets: Those layers.
-        so: What does not work then, and what does.
-    """
-    names = tensor_parallel(pl_module, targets) if is_sharded(pl_module) else []
-    if names:
-        raise UnsupportedError(
-            f"Layer {names[0]!r} and {len(names) - 1} more are tensor parallel: each process sees parts of what passes "
-            f"through them, so {so}. Or shard them with fully_shard instead, or leave them out (exclude_modules)."
         )

@@ -244,7 +244,9 @@ class Kind(ABC):
         def hook(_: nn.Module, args: tuple[Any, ...], settings: dict[str, Any], output: Tensor) -> None:
             see(views, first_argument(args, settings), output)
 
-        return [module.register_forward_hook(hook, with_kwargs=True)]
+        # A plan of tensor parallelism has a hook that leaves only the part of this process of an output.
+        first = any(is_distributed(parameter) for parameter in module.parameters())
+        return [module.register_forward_hook(hook, with_kwargs=True, prepend=first)]
 
 
 def plain_type(module: nn.Module) -> type[nn.Module]:

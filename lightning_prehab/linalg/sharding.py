@@ -21,6 +21,15 @@ def local_part(tensor: Any) -> Tensor:
     return local
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that passes between layers: of a ``DTensor`` put together, detached; any other is itself.
+
+    Collective for a ``DTensor``: all processes that have a part have to call it.
+    """
+    found: Tensor = tensor.detach().full_tensor() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+    return found
+
+
 def why_not_shards(tensor: Any, what: str) -> str | None:
     """Why a ``DTensor`` is no weight that can be put together and taken apart again, or None if it is one.
 

@@ -24,6 +24,7 @@ class Spread:
 
     Args:
         parameter: The sharded one, or a plain one that every process has.
+        slices: Make use of slices, if that is what each process has.
 
     Attributes:
         parameter: The same.
@@ -33,7 +34,7 @@ class Spread:
         place: The number of this one.
     """
 
-    def __init__(self, parameter: nn.Parameter) -> None:
+    def __init__(self, parameter: nn.Parameter, slices: bool = True) -> None:
         self.parameter = cast(Any, parameter)
         self.device, self.parts, self.place = parameter.device, 1, 0
         self._groups: list[Any] = []  # among which shards differ
@@ -47,7 +48,7 @@ class Spread:
         sharded = [number for number, one in enumerate(placements) if not isinstance(one, Replicate)]
         self._groups = [mesh.get_group(number) for number in sharded]
         self._copies = [mesh.get_group(number) for number in range(mesh.ndim) if number not in sharded]
-        if len(sharded) == 1 and type(placements[sharded[0]]) is Shard and placements[sharded[0]].dim == 0:
+        if slices and len(sharded) == 1 and type(placements[sharded[0]]) is Shard and placements[sharded[0]].dim == 0:
             self.by_slices, self.parts, self.place = True, mesh.size(sharded[0]), mesh.get_local_rank(sharded[0])
 
     @property
@@ -132,6 +133,12 @@ class Spread:
         """Makes the same of a tensor in all copies: whatever the hardware rounds to, they stay equal."""
         for group in self._copies:
             distributed.broadcast(tensor, src=distributed.get_global_rank(group, 0), group=group)
+
+
+def spreads_of(parameters: Sequence[nn.Parameter]) -> list[Spread]:
+    """How parameters lie that are worked on together: by slices if all of them do, so that they have one owner."""
+    found = [Spread(one) for one in parameters]
+    return found if all(one.by_slices for one in found) else [Spread(one, slices=False) for one in parameters]
 
 
 class ShardedRows(Rows):

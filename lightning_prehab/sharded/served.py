@@ -3,10 +3,13 @@
 from collections.abc import Iterable, Mapping
 
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from lightning_prehab.kinds import MatrixView, view_of
+from lightning_prehab.kinds.base import plain_type
 from lightning_prehab.kinds.linear import LinearView
+from lightning_prehab.layers.linear import LowRankLinear
 from lightning_prehab.sharded.engine import Managed, managed_by, parallel_plan, why_not_now
 from lightning_prehab.targets.find import Targets
 
@@ -49,19 +52,21 @@ def why_not_served(views: Iterable[MatrixView], index: Mapping[int, Managed], tw
         for parameter in view.parameters:
             managed = index.get(id(parameter))
             reason = None if managed is None else why_not_now(managed)
-            if reason is None and parallel_plan(parameter, managed) is not None:
-                reason = _why_not_parallel(view, managed, two_factors)
+            plan = parallel_plan(parameter, managed)
+            if reason is None and plan is not None:
+                reason = _why_not_parallel(view, plan, two_factors)
             if reason is not None:
                 return reason
     return None
 
 
-def _why_not_parallel(view: MatrixView, managed: Managed | None, two_factors: bool) -> str | None:
-    """The same where a plan of tensor parallelism divides the weight."""
-    plan = parallel_plan(view.parameter, managed)
-    if type(view) is not LinearView or plan is None:
-        return "it is tensor parallel, and only whole nn.Linear layers are cut there; take it out of the plan to cut it"
+def _why_not_parallel(
+    view: MatrixView, plan: tuple[DeviceMesh, tuple[Placement, ...]], two_factors: bool
+) -> str | None:
+    """The same where a plan of tensor parallelism divides the weight, or a factor of a layer that it divides."""
     mesh, placements = plan
+    if type(view) is not LinearView and plain_type(view.module) is not LowRankLinear:
+        return "it is tensor parallel, and only whole nn.Linear layers are cut there; take it out of the plan to cut it"
     known = all(type(one) is Replicate or one in (Shard(0), Shard(1)) for one in placements)
     if mesh.ndim != 1 or not known:
         return f"its plan of tensor parallelism divides it as {placements}, which is neither by rows nor by columns"

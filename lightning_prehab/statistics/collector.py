@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.errors import ArgumentError, StatisticsError
 from lightning_prehab.kinds import MatrixView, kind_again, view_of
+from lightning_prehab.linalg.sharding import local_part, whole
 from lightning_prehab.statistics.batches import batch_size, padding_mask, position_ids
 from lightning_prehab.statistics.hygiene import clipped, inner
 from lightning_prehab.statistics.sums import (
@@ -239,21 +240,21 @@ class Collector:
                 fed[0].copy = x.clone() if fed[0].copy is None else fed[0].copy
                 x = fed[0].copy
 
-            shape, version = output.shape, x._version
+            shape, version = output.shape, local_part(x)._version
 
             def add(gradient: Tensor) -> None:
-                if x._version != version:  # autograd would say so if it needed the input for the gradient of the weight
+                if local_part(x)._version != version:  # autograd would say so if it needed the input for the gradient of the weight
                     raise StatisticsError(
                         f"The input of a {type(views[0].module).__name__} was changed in place after the layer had "
                         "been called; no statistics of it can be collected. Make that operation not in place."
                     )
                 for view, source in zip(views, fed, strict=True):
-                    self._add(view, source, x, gradient.reshape(shape), batches)
+                    self._add(view, source, whole(x), whole(gradient).reshape(shape), batches)
 
             _before_changes(output).register_hook(add)  # type: ignore[no-untyped-call]
         elif not self.wanted.backward or torch.is_grad_enabled():  # frozen: there will be no gradient
             for view, source in zip(views, fed, strict=True):
-                self._add(view, source, x, None, batches)
+                self._add(view, source, whole(x), None, batches)
 
     def _fed_by(self, x: Tensor, reads: Hashable) -> _Fed:
         """The tensor that the matrix before was fed with, if it is this very one, else a new one."""

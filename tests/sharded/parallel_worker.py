@@ -1,0 +1,214 @@
+"""Started by torchrun in two or four processes, for runs under tensor parallelism; rank 0 prints what has passed.
+
+    torchrun --nproc_per_node=2 tests/sharded/parallel_worker.py FOLDER
+
+Two processes share each layer out; four do that in pairs, with FSDP2 around (2x2). All in float64, where no rounding
+hides a fault.
+"""
+
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import distributed, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+
+import lightning_prehab as lp
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore")
+torch.set_num_threads(1)
+EPOCHS, CUT, STEPS = 4, 2, 6
+#: Samples of a batch of all processes together.
+GLOBAL_BATCH, POSITIONS = 8, 4
+
+
+class Block(nn.Module):
+    def __init__(self, width, hidden, bias):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.gate, self.up = nn.Linear(width, hidden), nn.Linear(width, hidden, bias)
+        self.down = nn.Linear(hidden, width, bias)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return x + self.down(torch.tanh(self.up(h)) * self.gate(h))
+
+
+class Net(nn.Module):
+    """Two blocks between layers that no plan divides."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(12, 10)
+        self.blocks = nn.ModuleList([Block(10, 14, True), Block(10, 16, False)])
+        self.last = nn.Linear(10, 6)
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+PLAN = {"gate": ColwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
+
+
+class Loader:
+    """The batches of one process, or the part of each that this process sees: those of a pair see the same."""
+
+    def __init__(self, parts, part):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(STEPS, GLOBAL_BATCH, POSITIONS, 12, generator=generator, dtype=torch.float64)
+        x = x @ torch.diag(torch.linspace(2, 0.1, 12, dtype=torch.float64))
+        y = torch.tanh(x @ torch.randn(12, 6, generator=generator, dtype=torch.float64))
+        self.batches = [[one.chunk(parts)[part] for one in both] for both in zip(x, y, strict=True)]
+
+    def __len__(self):
+        return STEPS
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+class Lit(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net, self.losses = None, []
+
+    def configure_model(self):
+        if self.net is not None:
+            return
+        torch.manual_seed(0)
+        self.net = Net().double()
+        mesh = self.device_mesh
+        if mesh is None:
+            return
+        for block in self.net.blocks:
+            parallelize_module(block, mesh["tensor_parallel"], PLAN)
+        if mesh["data_parallel"].size() > 1:
+            for unit in (*self.net.blocks, self.net):
+                fully_shard(unit, mesh=mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", nn.functional.mse_loss(self.net(batch[0]), batch[1]), sync_dist=True)
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, foreach=False)
+        schedule = {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+def fit(callbacks, *, path=None, lit=None, epochs=EPOCHS, distributed_checkpoint=True, fn="fit"):
+    """A run on all processes there are, or on this one alone where there is one."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    parts = max(world // 2, 1)
+    strategy = "auto"
+    if world > 1:
+        strategy = ModelParallelStrategy(
+            parts, 2, save_distributed_checkpoint=distributed_checkpoint, process_group_backend="gloo"
+        )
+    lit = Lit() if lit is None else lit
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=world, strategy=strategy, max_epochs=epochs, callbacks=callbacks, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in callbacks), limit_val_batches=0,
+        use_distributed_sampler=False, default_root_dir=tempfile.gettempdir(),
+    )  # fmt: skip
+    loader = Loader(parts, int(os.environ.get("RANK", "0")) // 2 if world > 1 else 0)
+    getattr(trainer, fn)(lit, loader, ckpt_path=path)
+    return trainer, lit
+
+
+def whole(tensor):
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def end_state(trainer, lit):
+    """Weights as products, and moments, of all parameters as a whole."""
+    for one in lit.modules():
+        if isinstance(one, FSDPModule):
+            one.reshard()
+    found = {}
+    for name, module in lit.named_modules():
+        if isinstance(module, lp.LowRankLinear):
+            found[f"{name}.product"] = whole(module.B.weight) @ whole(module.A.weight)
+    state = trainer.optimizers[0].state
+    for name, parameter in lit.named_parameters():
+        if not name.endswith(("A.weight", "B.weight")):
+            found[name] = whole(parameter)
+        for key, value in state[parameter].items():
+            known = whole(value)
+            found[f"{name}:{key}"] = known.abs() if known.dim() else known  # factors are known up to signs
+    return found
+
+
+def cut(epoch=CUT, keep=0.5, **settings):
+    return lp.CompressionCallback(epoch, keep=keep, calibration_batches=4, **settings)
+
+
+#: Runs, by name: the callbacks of each.
+RUNS = {
+    "default": lambda: [lp.PrehabCallback(), cut(), lp.RehabSchedule(warmup_steps=3)],
+    "whitened": lambda: [cut(factorization=lp.WhitenedSVD())],
+    "penalty": lambda: [lp.PrehabCallback(lp.StableRank(), 0.1, space="loss"), cut(factorization=lp.SVD())],
+    "tail": lambda: [lp.PrehabCallback(lp.TailEnergy(), 0.1, space="activation"), cut()],
+    "several": lambda: [lp.PrehabCallback(), cut([1, 3], [0.7, 0.4])],
+}
+
+
+def results_of(name):
+    callbacks = RUNS[name]()
+    trainer, lit = fit(callbacks)
+    compression = next(one for one in callbacks if isinstance(one, lp.CompressionCallback))
+    return {"state": end_state(trainer, lit), "ranks": compression.report.ranks, "loss": lit.losses}
+
+
+def on_all_ranks(value):
+    gathered = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+def check_like_one_process(name, folder):
+    """The parent process compares with a run of its own; here all ranks must be the same."""
+    found = results_of(name)
+    first, *others = on_all_ranks(found["state"])
+    for other in others:
+        assert first.keys() == other.keys()
+        for key in first:
+            assert torch.equal(first[key], other[key]), key
+    if distributed.get_rank() == 0:
+        torch.save(found, Path(folder, f"{name}_{distributed.get_world_size()}.pt"))
+
+
+def checks(folder):
+    return {name: lambda name=name: check_like_one_process(name, folder) for name in RUNS}
+
+
+if __name__ == "__main__":
+    for title, check in checks(sys.argv[1]).items():
+        if len(sys.argv) < 3 or any(word in title for word in sys.argv[2:]):
+            check()
+            if int(os.environ["RANK"]) == 0:
+                print(f"passed: {title}", flush=True)
+    distributed.destroy_process_group()
+    sys.exit(0)
