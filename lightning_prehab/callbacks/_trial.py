@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_prehab.callbacks._distributed import gather, together
+from lightning_prehab.callbacks._distributed import data_ranks, gather, together
 from lightning_prehab.callbacks._own_pass import first_batches, loss_of, quiet_copy, run_training_step
 from lightning_prehab.errors import StatisticsError, UnsupportedError
 from lightning_prehab.kinds import view_of
@@ -177,6 +177,7 @@ class CutsInTraining:
     def _losses_at(self, plan: CompressionPlan, factors: Mapping[str, Factors], *, finite: bool = True) -> LossesAt:
         """Each loss is computed once, those of the dense model for all plans."""
         trainer, trial = self._trainer, self._trial
+        alike = trainer.world_size // data_ranks(trainer)[1]  # processes, side by side, that see the same data
 
         changes = trial.changes(plan, factors)
 
@@ -191,7 +192,7 @@ class CutsInTraining:
         def losses_at(number: int, step: float) -> list[float]:
             seen = self._seen.setdefault(plan.cuts if step else (), {})
             if (number, step) not in seen:
-                seen[number, step] = gather(trainer, together(trainer, lambda: own_loss(number, step)))
+                seen[number, step] = gather(trainer, together(trainer, lambda: own_loss(number, step)))[::alike]
             if finite and math.inf in seen[number, step]:
                 raise StatisticsError(_NOT_FINITE)
             return seen[number, step]

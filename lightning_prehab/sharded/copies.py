@@ -12,13 +12,13 @@ import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.kinds.base import plain_type
 from lightning_prehab.linalg.sharding import local_part
-from lightning_prehab.sharded.engine import is_tensor_parallel, managed_by, reshard_, unit_layouts
-from lightning_prehab.sharded.gathered import dtensor_like
+from lightning_prehab.sharded.engine import managed_by, parallel_plan, reshard_, unit_layouts
+from lightning_prehab.sharded.gathered import divided, dtensor_like
 from lightning_prehab.surgery.hooks import without_hooks
 from lightning_prehab.targets.names import join
 
@@ -83,9 +83,9 @@ def skeleton_of(model: nn.Module) -> nn.Module:
         parameter = place.parameter
         if not isinstance(parameter, DTensor):
             continue
-        if id(parameter) not in managed or is_tensor_parallel(parameter, managed[id(parameter)]):
-            raise UnsupportedError(f"{place.name!r} is tensor parallel, and such a model is not copied.")
         blank = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        plan = parallel_plan(parameter, managed.get(id(parameter)))
+        blank = blank if plan is None else divided(blank, *plan)
         memo[id(parameter)] = nn.Parameter(blank, requires_grad=parameter.requires_grad)
     for module in model.modules():
         memo |= {id(one): one for one in vars(module).values() if isinstance(one, _OF_PROCESSES)}
@@ -137,20 +137,23 @@ def _places(model: nn.Module) -> Iterator[Place]:
 
 def _shard_alike_(made: nn.Module, model: nn.Module) -> None:
     """Calls ``fully_shard`` on the modules of a copy as it was called on those of the model."""
-    twins = dict(zip(model.modules(), made.modules(), strict=True))
-    divided, ignored = {}, set()
+    twins, managed = dict(zip(model.modules(), made.modules(), strict=True)), managed_by(model)
+    dimensions, ignored = {}, set()
     for place in places_of(model):
         twin = twins[place.module]._parameters[place.key]
-        if isinstance(place.parameter, DTensor):
-            divided[id(twin)] = place.parameter.placements[-1]
+        if id(place.parameter) in managed:
+            placements: Any = place.parameter.placements  # type: ignore[attr-defined]
+            plan = parallel_plan(place.parameter, managed[id(place.parameter)])
+            own = len(placements) - (0 if plan is None else plan[0].ndim)
+            dimensions[id(twin)] = Shard(placements[own - 1].dim)
         elif twin is not None:
             ignored.add(twin)
     extra: dict[str, Any] = {"ignored_params": ignored} if ignored else {}
     for modules, settings in unit_layouts(model):
-        own = [twins[module] for module in modules]
+        unit = [twins[module] for module in modules]
         fully_shard(
-            own if len(own) > 1 else own[0],  # type: ignore[arg-type]
-            shard_placement_fn=lambda parameter: divided[id(parameter)],  # type: ignore[arg-type, return-value]
+            unit if len(unit) > 1 else unit[0],  # type: ignore[arg-type]
+            shard_placement_fn=lambda parameter: dimensions[id(parameter)],  # type: ignore[arg-type, return-value]
             **settings,
             **extra,
         )

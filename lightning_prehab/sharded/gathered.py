@@ -7,12 +7,13 @@ whole, plain one at another, between its forward and its backward pass and after
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
 
 from lightning_prehab.kinds import MatrixView
 from lightning_prehab.kinds.base import plain_type
@@ -47,18 +48,30 @@ def share_of(whole: Tensor, like: DTensor) -> Tensor:
 
     Nothing is sent.
     """
-    mesh, part = like.device_mesh, whole.detach()
-    coordinate = mesh.get_coordinate()
+    part = _part_of(whole, like.device_mesh, like.placements)
+    return part.to(like.to_local().device, copy=True, memory_format=torch.contiguous_format)
+
+
+def divided(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+    """A ``DTensor`` of which every process takes its own part out of a whole tensor that all have; nothing is sent."""
+    local = _part_of(whole, mesh, placements).clone(memory_format=torch.contiguous_format)
+    shape, stride = whole.shape, whole.stride()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def _part_of(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
+    """What this process has of it: a view."""
+    part, coordinate = whole.detach(), mesh.get_coordinate()
     assert coordinate is not None
-    places = enumerate(like.placements)
+    places = enumerate(placements)
     strided = {index for index, placement in places if type(placement).__name__ == "_StridedShard"}
     for index in sorted(range(mesh.ndim), key=lambda one: one in strided):  # these divide what the others have divided
-        placement: Any = like.placements[index]
+        placement: Any = placements[index]
         if not placement.is_replicate():
             size, length = -(-part.shape[placement.dim] // mesh.size(index)), part.shape[placement.dim]
             start = min(coordinate[index] * size, length)
             part = part.narrow(placement.dim, start, min(size, length - start))
-    return part.to(like.to_local().device, copy=True, memory_format=torch.contiguous_format)
+    return part
 
 
 def stand_in(view: MatrixView, weight: nn.Parameter | Tensor) -> MatrixView:

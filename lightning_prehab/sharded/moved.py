@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.kinds import MatrixView
@@ -14,7 +14,7 @@ from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.linalg.sharding import local_part
 from lightning_prehab.sharded.engine import reshard_
-from lightning_prehab.sharded.gathered import gathered
+from lightning_prehab.sharded.gathered import gathered, share_of
 from lightning_prehab.sharded.owned import Agree
 
 
@@ -41,7 +41,7 @@ def changes_by_cut(
         agree: Asked before anything is sent.
 
     Raises:
-        UnsupportedError: Where the cut shifts a bias, and for tensor parallelism together with FSDP2.
+        UnsupportedError: Where the cut shifts a bias.
     """
     return [_of_one(views[name], factors[name], agree) for name in factors]
 
@@ -55,12 +55,6 @@ def _of_one(view: MatrixView, found: Factors, agree: Agree) -> ShardedChange:
             raise UnsupportedError(
                 "What a cut does to the loss is not measured on sharded weights where it shifts biases. So it is not "
                 "known beforehand."
-            )
-        placements = parameter.placements if isinstance(parameter, DTensor) else ()
-        if any(type(placement) not in (Shard, Replicate) for placement in placements):
-            raise UnsupportedError(
-                "What a cut does to the loss is not measured under tensor parallelism together with FSDP2. So it is "
-                "not known beforehand."
             )
 
     agree(check)
@@ -76,12 +70,7 @@ def _local_change(parameter: Any, whole: MatrixView, found: Factors) -> Tensor:
     goal = before.clone()
     whole.write_(found.to(goal.device).product(whole.group_count).to(goal), into=goal)
     change = goal.sub_(before)
-    if not isinstance(parameter, DTensor):
-        return change
-    mesh = parameter.device_mesh
-    everywhere = DTensor.from_local(change, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    local: Tensor = everywhere.redistribute(mesh, parameter.placements).to_local().clone()
-    return local.to(local_part(parameter).device)
+    return share_of(change, parameter) if isinstance(parameter, DTensor) else change
 
 
 @contextmanager

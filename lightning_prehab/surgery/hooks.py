@@ -53,15 +53,15 @@ def hand_over_(old: nn.Module, new: nn.Module, itself: bool = True) -> None:
 def without_hooks(model: nn.Module) -> dict[int, Any]:
     """A memo for ``copy.deepcopy``: the copy has none of the hooks that somebody has put on the modules.
 
-    What torch computes a weight with in a hook (``weight_norm``, ``spectral_norm``, pruning) is part of the module, and
-    stays on it.
+    What torch computes a weight with in a hook (``weight_norm``, ``spectral_norm``, pruning), and by which it divides
+    the work of a layer (tensor parallelism), is part of the module, and stays on it.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for found in hooks_of(module).values():
-            memo[id(found)] = OrderedDict(
-                (key, copy.deepcopy(hook)) for key, hook in found.items() if makes_weight(hook)
-            )
+        hooks = hooks_of(module)
+        kept = {key for found in hooks.values() for key, hook in found.items() if makes_weight(hook) or _divides(hook)}
+        for found in hooks.values():
+            memo[id(found)] = OrderedDict((key, copy.deepcopy(hook)) for key, hook in found.items() if key in kept)
     return memo
 
 
@@ -82,6 +82,11 @@ def hooks_of(module: nn.Module) -> dict[str, Any]:
 def makes_weight(hook: Any) -> bool:
     """Whether it is one of torch's, that computes a weight of parameters before each call."""
     return any(kind.__module__.startswith("torch.nn.utils.") for kind in type(hook).__mro__)
+
+
+def _divides(hook: Any) -> bool:
+    """Whether it is a function of torch's that tells the layer which part of a tensor is whose."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.tensor.")
 
 
 def own_content(module: nn.Module) -> dict[str, Any]:

@@ -21,7 +21,14 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 import lightning_prehab as lp
 
@@ -62,6 +69,15 @@ class Net(nn.Module):
 
 
 PLAN = {"gate": ColwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
+#: The same, with positions shared out between the layers.
+SEQUENCE = {
+    "": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1), use_local_output=True),
+    "norm": SequenceParallel(use_local_output=True),
+    "gate": ColwiseParallel(input_layouts=Shard(1)),
+    "up": ColwiseParallel(input_layouts=Shard(1)),
+    "down": RowwiseParallel(output_layouts=Shard(1)),
+}
+BACK = PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Replicate())
 
 
 class Loader:
@@ -82,9 +98,9 @@ class Loader:
 
 
 class Lit(pl.LightningModule):
-    def __init__(self):
+    def __init__(self, sequence=False):
         super().__init__()
-        self.net, self.losses = None, []
+        self.net, self.losses, self.sequence = None, [], sequence
 
     def configure_model(self):
         if self.net is not None:
@@ -95,7 +111,9 @@ class Lit(pl.LightningModule):
         if mesh is None:
             return
         for block in self.net.blocks:
-            parallelize_module(block, mesh["tensor_parallel"], PLAN)
+            parallelize_module(block, mesh["tensor_parallel"], SEQUENCE if self.sequence else PLAN)
+            if self.sequence:
+                parallelize_module(block, mesh["tensor_parallel"], BACK)
         if mesh["data_parallel"].size() > 1:
             for unit in (*self.net.blocks, self.net):
                 fully_shard(unit, mesh=mesh["data_parallel"])
@@ -129,7 +147,7 @@ def fit(callbacks, *, path=None, lit=None, epochs=EPOCHS, distributed_checkpoint
     trainer = pl.Trainer(
         accelerator="cpu", devices=world, strategy=strategy, max_epochs=epochs, callbacks=callbacks, logger=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in callbacks), limit_val_batches=0,
+        enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in callbacks),
         use_distributed_sampler=False, default_root_dir=tempfile.gettempdir(),
     )  # fmt: skip
     loader = Loader(parts, int(os.environ.get("RANK", "0")) // 2 if world > 1 else 0)
@@ -172,14 +190,17 @@ RUNS = {
     "penalty": lambda: [lp.PrehabCallback(lp.StableRank(), 0.1, space="loss"), cut(factorization=lp.SVD())],
     "tail": lambda: [lp.PrehabCallback(lp.TailEnergy(), 0.1, space="activation"), cut()],
     "several": lambda: [lp.PrehabCallback(), cut([1, 3], [0.7, 0.4])],
+    "sequence": lambda: [cut()],
+    "trials": lambda: [cut(policy=lp.CalibratedBudget(0.5, trials=2))],
+    "distilled": lambda: [cut(), lp.RehabDistillation()],
 }
 
 
 def results_of(name):
     callbacks = RUNS[name]()
-    trainer, lit = fit(callbacks)
+    trainer, lit = fit(callbacks, lit=Lit(sequence=name == "sequence"))
     compression = next(one for one in callbacks if isinstance(one, lp.CompressionCallback))
-    return {"state": end_state(trainer, lit), "ranks": compression.report.ranks, "loss": lit.losses}
+    return {"state": end_state(trainer, lit), "ranks": compression.report.ranks, "loss": lit.losses, "increase": compression.report.plan.loss_increase}
 
 
 def on_all_ranks(value):
@@ -200,8 +221,44 @@ def check_like_one_process(name, folder):
         torch.save(found, Path(folder, f"{name}_{distributed.get_world_size()}.pt"))
 
 
+def parts_of(trainer, lit):
+    """All that this process holds, bit by bit."""
+    end_state(trainer, lit)  # reshards
+    state = trainer.optimizers[0].state
+    tensors = {name: one.detach() for name, one in lit.named_parameters()}
+    tensors |= {f"{name}:{key}": value for name, one in lit.named_parameters() for key, value in state[one].items()}
+    return {name: (one.to_local() if isinstance(one, DTensor) else one).clone() for name, one in tensors.items()}
+
+
+def check_checkpoints(folder, sorts=("folder", "file"), epochs=range(EPOCHS - 1)):
+    """A run that goes on from a checkpoint of before, at or after the cut ends as the one that was never stopped."""
+    for sort in sorts:
+        where = Path(folder, f"{sort}-{os.environ['WORLD_SIZE']}")
+
+        def run(path=None, saves=None, sort=sort):
+            callbacks = [*RUNS["default"](), *([] if saves is None else [saves])]
+            return fit(callbacks, path=path, distributed_checkpoint=sort == "folder")
+
+        saves = ModelCheckpoint(where, "{epoch}", save_top_k=-1)
+        trainer, lit = run(saves=saves)
+        expected = parts_of(trainer, lit)
+        for epoch in epochs:
+            found = parts_of(*run(where / f"epoch={epoch}.ckpt"))
+            assert found.keys() == expected.keys(), (sort, epoch)
+            for key, value in expected.items():
+                assert torch.equal(found[key], value), (sort, epoch, key)
+        last = where / f"epoch={EPOCHS - 1}.ckpt"
+        assert last.is_dir() == (sort == "folder")
+        lit, results = trainer.lightning_module, []
+        for fn, path, module in (("validate", None, lit), ("validate", last, Lit()), ("test", last, Lit())):
+            trainer, _ = fit([cut()], lit=module, path=path, fn=fn, distributed_checkpoint=sort == "folder")
+            results.append(float(trainer.callback_metrics["val"]))
+        assert results[1:] == results[:1] * 2, results
+
+
 def checks(folder):
-    return {name: lambda name=name: check_like_one_process(name, folder) for name in RUNS}
+    found = {name: lambda name=name: check_like_one_process(name, folder) for name in RUNS}
+    return found | {"checkpoints": lambda: check_checkpoints(folder)}
 
 
 if __name__ == "__main__":
