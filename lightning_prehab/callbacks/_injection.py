@@ -1,6 +1,7 @@
 """The penalty of some layers, its gradient, and how strong it has to be."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -114,6 +115,8 @@ def add_to_gradients_(
         found = pull(mine)
     if found is None:
         return None
+    for weight, _ in found:
+        _settle_(weight)
     if isinstance(strength, GradientRatio):
         task = [(weight, weight.grad) for weight, _ in found if weight.grad is not None]
         norms = [_norm(parts, mine) for parts in (task, found)]
@@ -131,6 +134,14 @@ def _norm(parts: Pull, layers: Sequence[RegularizedLayer]) -> Tensor:
         return norm_of_shards([(spreads[id(one)], local_part(part)) for one, part in parts])
     norm: Tensor = torch.stack([part.float().norm() for _, part in parts]).norm()
     return norm
+
+
+@torch.no_grad()
+def _settle_(weight: nn.Parameter) -> None:
+    """Makes a gradient lie as its weight does; that of a factor which all have may be a sum still to be made."""
+    grad: Any = weight.grad
+    if grad is not None and is_distributed(weight) and grad.placements != weight.placements:  # type: ignore[attr-defined]
+        weight.grad = grad.redistribute(placements=weight.placements)  # type: ignore[attr-defined]
 
 
 @torch.no_grad()

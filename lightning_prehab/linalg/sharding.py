@@ -17,8 +17,8 @@ def is_distributed(tensor: Tensor) -> bool:
 
 def local_part(tensor: Any) -> Tensor:
     """What this process holds of a tensor, detached and without a copy: of a ``DTensor`` its part, else all of it."""
-    local: Tensor = tensor.detach().to_local() if is_distributed(tensor) else tensor.detach()
-    return local
+    local: Tensor = tensor.to_local() if is_distributed(tensor) else tensor
+    return local.detach()  # afterwards: what is detached as a DTensor does not tell when its part is changed
 
 
 def whole(tensor: Tensor) -> Tensor:

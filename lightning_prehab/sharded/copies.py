@@ -152,8 +152,8 @@ def _shard_alike_(made: nn.Module, model: nn.Module) -> None:
     for modules, settings in unit_layouts(model):
         unit = [twins[module] for module in modules]
         fully_shard(
-            unit if len(unit) > 1 else unit[0],  # type: ignore[arg-type]
-            shard_placement_fn=lambda parameter: dimensions[id(parameter)],  # type: ignore[arg-type, return-value]
+            unit if len(unit) > 1 else unit[0],
+            shard_placement_fn=lambda parameter: dimensions[id(parameter)],
             **settings,
             **extra,
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
@@ -118,12 +119,12 @@ class ShardedExchange:
             shell: What the new layer was made from.
             index: What FSDP2 manages, by the id of the parameter.
         """
+        plan = self._plan(index)
         for original in self.old.parameters():
             names = self.heirs.get(id(original))
             managed = index.get(id(original))
             if names is None or not isinstance(original, DTensor):
                 continue
-            plan = parallel_plan(original, managed)
             if plan is not None:
                 self._divide_by_plan_(names, *plan)
             if managed is not None:
@@ -158,21 +159,30 @@ class ShardedExchange:
             one._post_load_hook_handle.remove()  # it may hang in a dictionary that is going to be exchanged
         return made
 
+    def _plan(self, index: Mapping[int, Managed]) -> tuple[DeviceMesh, tuple[Placement, ...]] | None:
+        """How tensor parallelism divides the layer: its weight, or its factors, of which it divides one."""
+        matrices = [one for one in self.old.parameters() if one.dim() > 1]
+        plans = [plan for one in matrices if (plan := parallel_plan(one, index.get(id(one)))) is not None]
+        if not plans:
+            return None
+        sides = zip(*(placements for _, placements in plans), strict=True)
+        return plans[0][0], tuple(next((one for one in side if isinstance(one, Shard)), Replicate()) for side in sides)
+
     def _divide_by_plan_(self, names: Sequence[str], mesh: Any, placements: Sequence[Placement]) -> None:
         """Rows of ``B`` where rows of the weight are on several processes, columns of ``A`` where columns are."""
         for name in names:
             module = self.new.get_submodule(name.rpartition(".")[0])
             one = self.new.get_parameter(name)
-            side = [_side(placement, second=not name.startswith("A.")) for placement in placements]
+            side = [_side(placement, name) for placement in placements]
             made = divided(one, mesh, side)
             module._parameters["weight" if one.dim() > 1 else "bias"] = nn.Parameter(made, one.requires_grad)
 
 
-def _side(placement: Placement, second: bool) -> Placement:
-    """How a factor lies where the weight lies as it does."""
-    if not isinstance(placement, Shard):
-        return Replicate()
-    return placement if (placement.dim == 0) == second else Replicate()
+def _side(placement: Placement, name: str) -> Placement:
+    """How a parameter of a layer lies, by its name: rows of the weight are those of ``B`` and of biases."""
+    if not isinstance(placement, Shard) or name == "weight":
+        return placement
+    return placement if (placement.dim == 1) == name.startswith("A.") else Replicate()
 
 
 def _blank(parameter: DTensor) -> Tensor:

@@ -226,7 +226,7 @@ class Collector:
     def _see(self, views: Sequence[MatrixView], given: Tensor, output: Tensor) -> None:
         if not self._counting or _unseen.get():
             return
-        x = given.detach()
+        x, held = given.detach(), local_part(given)
         batches = 1  # that this one stands for
         if self._every > 1 and self._turn < self._whole and x.numel() > MIN_TOKENS * views[0].in_features:
             if self._turn // 2 % self._every != 0:
@@ -238,12 +238,12 @@ class Collector:
             if torch.is_autocast_enabled(x.device.type) or (frozen and not self._own_pass):
                 # autograd does not guard this tensor itself: it may be changed in place later
                 fed[0].copy = x.clone() if fed[0].copy is None else fed[0].copy
-                x = fed[0].copy
+                x = held = fed[0].copy
 
-            shape, version = output.shape, local_part(x)._version
+            shape, version = output.shape, held._version
 
             def add(gradient: Tensor) -> None:
-                if local_part(x)._version != version:  # autograd would say so if it needed the input for the gradient of the weight
+                if held._version != version:  # autograd says so where it needs the input for the gradient of the weight
                     raise StatisticsError(
                         f"The input of a {type(views[0].module).__name__} was changed in place after the layer had "
                         "been called; no statistics of it can be collected. Make that operation not in place."

@@ -31,6 +31,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import lightning_prehab as lp
+from lightning_prehab.errors import StatisticsError, UnsupportedError
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore")
@@ -160,11 +161,15 @@ def whole(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
-def end_state(trainer, lit):
-    """Weights as products, and moments, of all parameters as a whole."""
-    for one in lit.modules():
+def reshard(module):
+    for one in module.modules():
         if isinstance(one, FSDPModule):
             one.reshard()
+
+
+def end_state(trainer, lit):
+    """Weights as products, and moments, of all parameters as a whole."""
+    reshard(lit)
     found = {}
     for name, module in lit.named_modules():
         if isinstance(module, lp.LowRankLinear):
@@ -185,22 +190,31 @@ def cut(epoch=CUT, keep=0.5, **settings):
 
 #: Runs, by name: the callbacks of each.
 RUNS = {
-    "default": lambda: [lp.PrehabCallback(), cut(), lp.RehabSchedule(warmup_steps=3)],
-    "whitened": lambda: [cut(factorization=lp.WhitenedSVD())],
-    "penalty": lambda: [lp.PrehabCallback(lp.StableRank(), 0.1, space="loss"), cut(factorization=lp.SVD())],
-    "tail": lambda: [lp.PrehabCallback(lp.TailEnergy(), 0.1, space="activation"), cut()],
+    "default": lambda: [lp.PrehabCallback(), cut(), lp.RehabSchedule(warmup_steps=3), lp.RehabDistillation()],
     "several": lambda: [lp.PrehabCallback(), cut([1, 3], [0.7, 0.4])],
-    "sequence": lambda: [cut()],
-    "trials": lambda: [cut(policy=lp.CalibratedBudget(0.5, trials=2))],
-    "distilled": lambda: [cut(), lp.RehabDistillation()],
+    "several, penalty": lambda: [
+        lp.PrehabCallback(lp.StableRank(), strength_share=0.3, space="loss"),
+        cut([1, 3], [0.7, 0.4]),
+    ],
+    "activation": lambda: [
+        lp.PrehabCallback(lp.TailEnergy(), 0.1, space="activation"),
+        cut(factorization=lp.WhitenedSVD(centered=True)),
+    ],
+    "sequence": lambda: [cut(policy=lp.CalibratedBudget(0.5, trials=2))],
 }
+RUNS_OF_FOUR = ["default", "several, penalty"]
 
 
 def results_of(name):
     callbacks = RUNS[name]()
     trainer, lit = fit(callbacks, lit=Lit(sequence=name == "sequence"))
     compression = next(one for one in callbacks if isinstance(one, lp.CompressionCallback))
-    return {"state": end_state(trainer, lit), "ranks": compression.report.ranks, "loss": lit.losses, "increase": compression.report.plan.loss_increase}
+    return {
+        "state": end_state(trainer, lit),
+        "ranks": compression.report.ranks,
+        "loss": lit.losses,
+        "increase": compression.report.plan.loss_increase,
+    }
 
 
 def on_all_ranks(value):
@@ -218,7 +232,7 @@ def check_like_one_process(name, folder):
         for key in first:
             assert torch.equal(first[key], other[key]), key
     if distributed.get_rank() == 0:
-        torch.save(found, Path(folder, f"{name}_{distributed.get_world_size()}.pt"))
+        torch.save(found, Path(folder, f"{name}.pt"))
 
 
 def parts_of(trainer, lit):
@@ -230,42 +244,82 @@ def parts_of(trainer, lit):
     return {name: (one.to_local() if isinstance(one, DTensor) else one).clone() for name, one in tensors.items()}
 
 
-def check_checkpoints(folder, sorts=("folder", "file"), epochs=range(EPOCHS - 1)):
-    """A run that goes on from a checkpoint of before, at or after the cut ends as the one that was never stopped."""
-    for sort in sorts:
-        where = Path(folder, f"{sort}-{os.environ['WORLD_SIZE']}")
+def check_checkpoints(folder, resumed):
+    """A run that goes on from a checkpoint of before, at or after the cut ends as the one that was never stopped.
 
-        def run(path=None, saves=None, sort=sort):
-            callbacks = [*RUNS["default"](), *([] if saves is None else [saves])]
-            return fit(callbacks, path=path, distributed_checkpoint=sort == "folder")
+    What is loaded without a fit has the structure of the checkpoint, and lies as what was built by the plan does.
 
+    Args:
+        folder: For the checkpoints.
+        resumed: After which epochs, by the sort of checkpoint: a folder with a file of each process, or one file.
+    """
+    for sort, epochs in resumed.items():
+        where, settings = Path(folder, sort), {"distributed_checkpoint": sort == "folder"}
         saves = ModelCheckpoint(where, "{epoch}", save_top_k=-1)
-        trainer, lit = run(saves=saves)
+        trainer, lit = fit([*RUNS["default"](), saves], **settings)
         expected = parts_of(trainer, lit)
         for epoch in epochs:
-            found = parts_of(*run(where / f"epoch={epoch}.ckpt"))
+            found = parts_of(*fit(RUNS["default"](), path=where / f"epoch={epoch}.ckpt", **settings))
             assert found.keys() == expected.keys(), (sort, epoch)
             for key, value in expected.items():
                 assert torch.equal(found[key], value), (sort, epoch, key)
-        last = where / f"epoch={EPOCHS - 1}.ckpt"
+        dense, last = (where / f"epoch={epoch}.ckpt" for epoch in (0, EPOCHS - 1))
         assert last.is_dir() == (sort == "folder")
-        lit, results = trainer.lightning_module, []
+        results = []
         for fn, path, module in (("validate", None, lit), ("validate", last, Lit()), ("test", last, Lit())):
-            trainer, _ = fit([cut()], lit=module, path=path, fn=fn, distributed_checkpoint=sort == "folder")
-            results.append(float(trainer.callback_metrics["val"]))
+            loaded, _ = fit([cut()], lit=module, path=path, fn=fn, **settings)
+            results.append(float(loaded.callback_metrics["val"]))
         assert results[1:] == results[:1] * 2, results
+        fresh = Lit()
+        for module in (lit, fresh):
+            fit([cut()], lit=module, path=dense, fn="validate", **settings)
+            reshard(module)
+        assert not any(isinstance(module, lp.LowRankLinear) for module in lit.modules())
+        for (name, one), (_, other) in zip(*(module.named_parameters() for module in (lit, fresh)), strict=True):
+            assert getattr(one, "placements", None) == getattr(other, "placements", None), name
+            assert torch.equal(whole(one), whole(other)), name
 
 
-def checks(folder):
+def check_refusals():
+    """What takes the place of a layer are two factors; anything else is told before the first step."""
+    for callback in (cut(layout="pivot"), cut(factorization=lp.LowRankPlusSparse(0.1, lp.WhitenedSVD()))):
+        lit = Lit()
+        with pytest.raises(UnsupportedError, match="two factors there and nothing else"):
+            fit([callback], lit=lit)
+        assert lit.losses == []
+
+
+def check_a_change_in_place_is_seen():
+    """Of the tensor that the plan has made the input of a layer of; torch itself does not see it."""
+
+    class Changes(Lit):
+        def training_step(self, batch, batch_idx):
+            x = self.net.first(batch[0])
+            y = self.net.blocks[0].gate(x)
+            x.mul_(2)
+            return y.square().mean()
+
+    with pytest.raises(StatisticsError, match="changed in place"):
+        fit([cut()], lit=Changes())
+
+
+def checks(folder, processes):
+    if processes == 4:
+        found = {name: lambda name=name: check_like_one_process(name, folder) for name in RUNS_OF_FOUR}
+        return found | {"checkpoints": lambda: check_checkpoints(folder, {"folder": [1]})}
     found = {name: lambda name=name: check_like_one_process(name, folder) for name in RUNS}
-    return found | {"checkpoints": lambda: check_checkpoints(folder)}
+    return found | {
+        "checkpoints": lambda: check_checkpoints(folder, {"folder": [0, 1, 2], "file": [1, 2]}),
+        "refusals": check_refusals,
+        "changes in place": check_a_change_in_place_is_seen,
+    }
 
 
 if __name__ == "__main__":
-    for title, check in checks(sys.argv[1]).items():
+    for title, check in checks(sys.argv[1], int(os.environ["WORLD_SIZE"])).items():
         if len(sys.argv) < 3 or any(word in title for word in sys.argv[2:]):
             check()
-            if int(os.environ["RANK"]) == 0:
+            if os.environ["RANK"] == "0":
                 print(f"passed: {title}", flush=True)
     distributed.destroy_process_group()
     sys.exit(0)

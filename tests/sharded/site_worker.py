@@ -15,7 +15,6 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import lightning_prehab as lp
@@ -105,13 +104,11 @@ class Lit(pl.LightningModule):
 def strategy_of(kind):
     if kind == "ddp":
         return DDPStrategy(process_group_backend="gloo")
-    if kind == "tensor parallel":
-        return ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2, process_group_backend="gloo")
     return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
 
 
-def fit(lit, callbacks, kind="fsdp", epochs=EPOCHS, same=False, **settings):
-    """A run; ``kind`` is "ddp", "fsdp", "tensor parallel" or "one"; processes see parts of a batch, or the same."""
+def fit(lit, callbacks, kind="fsdp", epochs=EPOCHS, **settings):
+    """A run; ``kind`` is "ddp", "fsdp" or "one"."""
     data = TensorDataset(*make_data())
     devices = 1 if kind == "one" else 2
     trainer = pl.Trainer(
@@ -131,7 +128,7 @@ def fit(lit, callbacks, kind="fsdp", epochs=EPOCHS, same=False, **settings):
     )
     # Lightning would shuffle; so the processes together have the batches of one process
     sampler = DistributedSampler(data, devices, int(os.environ.get("RANK", "0")), shuffle=False)
-    loader = DataLoader(data, GLOBAL_BATCH) if same else DataLoader(data, GLOBAL_BATCH // devices, sampler=sampler)
+    loader = DataLoader(data, GLOBAL_BATCH // devices, sampler=sampler)
     trainer.fit(lit, loader, loader)
     return trainer
 
@@ -286,42 +283,6 @@ def check_refusals():
     assert when_free.done
 
 
-class Parallel(Lit):
-    def configure_model(self):
-        if self.net is None:
-            torch.manual_seed(0)
-            self.net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 6))
-            if isinstance(self.trainer.strategy, ModelParallelStrategy):
-                plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
-                parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
-
-
-def check_tensor_parallel():
-    """Is cut by a method without data as one process is; what it does not allow is told before the first step."""
-    svd = {"epoch": 1, "factorization": lp.SVD()}
-    for callbacks, message in (
-        ([lp.CompressionCallback(1)], "KroneckerSVD.* cannot be calibrated"),
-        ([lp.CompressionCallback(**svd, layout="pivot")], "two factors there and nothing else"),
-        ([lp.CompressionCallback([1, 2], [0.7, 0.4], factorization=lp.SVD())], "cut once only"),
-        ([lp.PrehabCallback(space="loss"), lp.CompressionCallback(**svd)], "space='weight' needs no data"),
-    ):
-        lit = Parallel()
-        with pytest.raises(UnsupportedError, match=message):
-            fit(lit, callbacks, "tensor parallel", gradient_clip_val=None)
-        assert lit.losses == []
-    ends = []
-    for kind in ("tensor parallel", "ddp"):
-        lit, rehab = Parallel(), lp.RehabSchedule(warmup_steps=3)
-        cut = [lp.PrehabCallback(space="weight", injection="gradient"), lp.CompressionCallback(**svd), rehab]
-        trainer = fit(lit, cut, kind, same=True, gradient_clip_val=None)
-        assert cut[1].report.keep <= 0.5
-        ends.append(end_state(trainer, lit))
-    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
-
-
 def check_listeners_and_report():
     told = []
 
@@ -443,7 +404,6 @@ def checks(folder):
         "mixed precision": check_mixed_precision,
         "the effect": check_the_effect_leaves_no_trace,
         "refusals": check_refusals,
-        "tensor parallel": check_tensor_parallel,
         "listeners": check_listeners_and_report,
         "failures, ddp": lambda: check_a_failure_at_any_step("ddp"),
         "failures, fsdp": lambda: check_a_failure_at_any_step("fsdp"),
