@@ -31,6 +31,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import lightning_prehab as lp
+from lightning_prehab.callbacks import _distributed, _site
 from lightning_prehab.errors import StatisticsError, UnsupportedError
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -280,6 +281,21 @@ def check_checkpoints(folder, resumed):
             assert torch.equal(whole(one), whole(other)), name
 
 
+def check_tokens_count_once():
+    """Though several processes see each of them."""
+    seen = []
+
+    def noted(trainer, statistics):
+        _distributed.sum_statistics_(trainer, statistics)
+        seen.extend((int(one.samples), int(one.tokens)) for one in statistics.values())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_site, "sum_statistics_", noted)
+        fit([cut()], epochs=CUT + 1)
+    assert len(seen) == 8
+    assert set(seen) == {(4 * GLOBAL_BATCH, 4 * GLOBAL_BATCH * POSITIONS)}
+
+
 def check_refusals():
     """What takes the place of a layer are two factors; anything else is told before the first step."""
     for callback in (cut(layout="pivot"), cut(factorization=lp.LowRankPlusSparse(0.1, lp.WhitenedSVD()))):
@@ -306,9 +322,13 @@ def check_a_change_in_place_is_seen():
 def checks(folder, processes):
     if processes == 4:
         found = {name: lambda name=name: check_like_one_process(name, folder) for name in RUNS_OF_FOUR}
-        return found | {"checkpoints": lambda: check_checkpoints(folder, {"folder": [1]})}
+        return found | {
+            "tokens": check_tokens_count_once,
+            "checkpoints": lambda: check_checkpoints(folder, {"folder": [1]}),
+        }
     found = {name: lambda name=name: check_like_one_process(name, folder) for name in RUNS}
     return found | {
+        "tokens": check_tokens_count_once,
         "checkpoints": lambda: check_checkpoints(folder, {"folder": [0, 1, 2], "file": [1, 2]}),
         "refusals": check_refusals,
         "changes in place": check_a_change_in_place_is_seen,

@@ -25,7 +25,7 @@ RUNS = {
     2: ["default", "several", "several, penalty", "activation", "sequence"],
     4: ["default", "several, penalty"],
 }
-OTHERS = {2: ["checkpoints", "refusals", "changes in place"], 4: ["checkpoints"]}
+OTHERS = {2: ["tokens", "checkpoints", "refusals", "changes in place"], 4: ["tokens", "checkpoints"]}
 #: How far runs may be apart. Sums of statistics are in float32, where the order counts. With TailShrinkage one process
 #: is as far from itself, if the samples of each batch come in another order (5e-6): Adam steps by the sign of what is
 #: left of directions that have been shrunk to nothing.
