@@ -31,8 +31,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 import lightning_prehab as lp
-from lightning_prehab.callbacks import _distributed, _site
+from lightning_prehab.callbacks import _distributed, _site, _trial
 from lightning_prehab.errors import StatisticsError, UnsupportedError
+from lightning_prehab.statistics.effect import measure_increase
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore")
@@ -282,17 +283,23 @@ def check_checkpoints(folder, resumed):
 
 
 def check_tokens_count_once():
-    """Though several processes see each of them."""
-    seen = []
+    """Though several processes see each of them; so do the losses by which a cut is tried."""
+    seen, losses = [], []
 
     def noted(trainer, statistics):
         _distributed.sum_statistics_(trainer, statistics)
         seen.extend((int(one.samples), int(one.tokens)) for one in statistics.values())
 
+    def measured(losses_at, batches):
+        losses.append(len(losses_at(0, 0.0)))
+        return measure_increase(losses_at, batches)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_site, "sum_statistics_", noted)
+        patch.setattr(_trial, "measure_increase", measured)
         fit([cut()], epochs=CUT + 1)
     assert len(seen) == 8
+    assert losses == [distributed.get_world_size() // 2]
     assert set(seen) == {(4 * GLOBAL_BATCH, 4 * GLOBAL_BATCH * POSITIONS)}
 
 
