@@ -6,12 +6,14 @@ training makes of them stays far below the tolerance: what is larger is a mistak
 
 import logging
 import os
+import re
 import sys
 import tempfile
 import types
 import warnings
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import distributed, nn
@@ -21,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
+from lightning_prehab.errors import ArgumentError
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 #: Relative to the largest entry of a tensor. Seen on two and on four processes: at most 3e-10.
@@ -70,30 +73,35 @@ class Lit(pl.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)]
 
 
+#: One process; "turned": with the rows of each batch the other way round, which sums are rounded otherwise by.
+ALONE = ("one", "turned")
+
+
 def loader(way):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(STEPS, ROWS, 10, generator=generator, dtype=torch.float64)
     x = x * torch.linspace(2, 0.3, 10, dtype=torch.float64)
     y = (x @ torch.randn(10, 6, generator=generator, dtype=torch.float64)).argmax(-1)
     share = ROWS // WORLD
-    own = slice(None) if way == "one" else slice(RANK * share, (RANK + 1) * share)
+    own = list(range(ROWS)) if way in ALONE else list(range(RANK * share, (RANK + 1) * share))
+    own = own[::-1] if way == "turned" else own
     x, y = x[:, own], y[:, own]
     return DataLoader(TensorDataset(x.flatten(0, 1), y.flatten(0, 1)), x.shape[1])
 
 
 def strategy_of(way):
-    if way == "one":
+    if way in ALONE:
         return {"devices": 1, "strategy": SingleDeviceStrategy("cpu"), "precision": "64-true"}
     if way == "ddp":
         return {"devices": WORLD, "strategy": DDPStrategy(), "precision": "64-true"}
     return {"devices": WORLD, "strategy": ModelParallelStrategy(data_parallel_size=WORLD, tensor_parallel_size=1)}
 
 
-def fit(callbacks, way):
+def fit(callbacks, way, epochs=4):
     lit = Lit(way)
     trainer = pl.Trainer(
         accelerator="cpu",
-        max_epochs=4,
+        max_epochs=epochs,
         callbacks=callbacks,
         use_distributed_sampler=False,
         accumulate_grad_batches=2,
@@ -117,7 +125,7 @@ ACTS = {
         lp.CompressionCallback([1, 2, 3], [0.8, 0.65, 0.5]),
         lp.RehabSchedule(warmup_steps=2, end_factor=0.1),
         lp.RehabDistillation(0.5),
-        lp.FactorTraining(product_decay=0.1),
+        lp.FactorTraining(product_decay=0.1, rate_B=2.0),
     ],
     "factors": lambda: [
         lp.PrehabCallback(lp.StableRank(), strength_share=0.2, space="loss"),
@@ -150,23 +158,32 @@ def end_of(callbacks, lit, trainer):
     cut = next(one for one in callbacks if isinstance(one, lp.CompressionCallback))
     assert cut.done
     assert len(products) >= 3, products.keys()
-    return types.SimpleNamespace(
-        ranks=[report.ranks for report in cut.reports], tensors=weights | products | moments, dtypes=weights
-    )
+    return types.SimpleNamespace(ranks=[report.ranks for report in cut.reports], tensors=weights | products | moments)
 
 
-def run(name, way):
-    callbacks = ACTS[name]()
+def run(callbacks, way):
     lit, trainer = fit(callbacks, way)
     return lit, end_of(callbacks, lit, trainer)
 
 
 def references():
     """The ends of one process; each is computed on one of the processes."""
-    own = {name: run(name, "one")[1] for number, name in enumerate(ACTS) if number % WORLD == RANK}
+    own = {name: run(ACTS[name](), "one")[1] for number, name in enumerate(ACTS) if number % WORLD == RANK}
     found = [None] * WORLD
     distributed.all_gather_object(found, own)
     return {name: end for part in found for name, end in part.items()}
+
+
+def assert_same_end(found, expected, tolerance=TOLERANCE):
+    """To a share of the largest entry of each tensor; the largest difference of all."""
+    assert found.ranks == expected.ranks, (found.ranks, expected.ranks)
+    assert found.tensors.keys() == expected.tensors.keys()
+    differences = {
+        key: float((found.tensors[key] - wish).abs().max() / wish.abs().max().clamp_min(1e-300))
+        for key, wish in expected.tensors.items()
+    }
+    assert max(differences.values()) <= tolerance, differences
+    return max(differences.values())
 
 
 def assert_same_on_all_ranks(lit, end):
@@ -184,19 +201,60 @@ def assert_same_on_all_ranks(lit, end):
 
 
 def check(name, way, expected):
-    lit, found = run(name, way)
+    lit, found = run(ACTS[name](), way)
     assert all(parameter.dtype == torch.float64 for parameter in lit.parameters())
-    assert found.ranks == expected.ranks, (found.ranks, expected.ranks)
-    assert found.tensors.keys() == expected.tensors.keys()
-    differences = {
-        key: float((found.tensors[key] - wish).abs().max() / wish.abs().max().clamp_min(1e-300))
-        for key, wish in expected.tensors.items()
-    }
-    worst = max(differences, key=differences.get)
+    worst = assert_same_end(found, expected)
     if RANK == 0:
-        print(f"difference: {differences[worst]:.1e} ({worst}; {name}, {way})", flush=True)
-    assert os.environ.get("LOOK") or differences[worst] <= TOLERANCE, differences
+        print(f"difference: {worst:.1e} ({name}, {way})", flush=True)
     assert_same_on_all_ranks(lit, found)
+
+
+class Cut(lp.CompressionCallback):
+    """One of a user's own, with something that may differ."""
+
+    def __init__(self, epoch, keep=0.5, folder=None, **settings):
+        super().__init__(epoch, keep, **settings)
+        self.folder = folder
+
+
+#: What is given to all processes but the last one, to the last one, and what is said of it.
+DIFFERENT = (
+    (
+        lambda: [lp.CompressionCallback(2, 0.5)],
+        lambda: [lp.CompressionCallback(2, 0.4)],
+        f"keep is 0.5 on rank 0 and 0.4 on rank {WORLD - 1}",
+    ),
+    (
+        lambda: [lp.CompressionCallback(2)],
+        lambda: [lp.CompressionCallback([2, 3], [0.6, 0.5])],
+        "CompressionCallback: ",
+    ),
+    (lambda: [Cut(2, factorization=lp.SVD())], lambda: [Cut(2, folder="b")], "Cut: factorization is SVD() on rank 0"),
+    (
+        lambda: [lp.PrehabCallback(lp.StableRank(), 0.1), lp.CompressionCallback(2)],
+        lambda: [lp.PrehabCallback(lp.StableRank(), 0.2), lp.CompressionCallback(2)],
+        "PrehabCallback: strength is 0.1 on rank 0 and 0.2",
+    ),
+    (
+        lambda: [lp.CompressionCallback(2), lp.FactorTraining(rate_B=2.0)],
+        lambda: [lp.CompressionCallback(2), lp.FactorTraining(rate_B=3.0)],
+        "FactorTraining: rate_B is 2.0 on rank 0 and 3.0",
+    ),
+    (
+        lambda: [lp.CompressionCallback(2), lp.RehabSchedule(3)],
+        lambda: [lp.CompressionCallback(2)],
+        "Rank 0 was given CompressionCallback, RehabSchedule, in this order, and rank",
+    ),
+)
+
+
+def check_settings_that_differ():
+    """All processes say which, and none of them has begun; what is a process's own may differ."""
+    for first, last, said in DIFFERENT:
+        for way in ("ddp", "fsdp2"):
+            with pytest.raises(ArgumentError, match=re.escape(said)):
+                fit(last() if RANK == WORLD - 1 else first(), way)
+    fit([Cut(2, folder=f"of rank {RANK}"), lp.RehabSchedule(warmup_steps=3)], "ddp")
 
 
 WAYS = ("ddp", "fsdp2", "hsdp")
@@ -218,5 +276,8 @@ if __name__ == "__main__":
         check(name, way, ends[name])
         if RANK == 0:
             print(f"passed: {name}, {way}", flush=True)
+    check_settings_that_differ()
+    if RANK == 0:
+        print("passed: settings that differ", flush=True)
     distributed.destroy_process_group()
     sys.exit(0)
