@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
-from lightning_prehab.errors import ArgumentError
+from lightning_prehab.errors import ArgumentError, UnsupportedError
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 #: Relative to the largest entry of a tensor. Seen on two and on four processes: at most 3e-10.
@@ -277,6 +277,9 @@ if __name__ == "__main__":
         if RANK == 0:
             print(f"passed: {name}, {way}", flush=True)
     check_settings_that_differ()
+    if VERSION < (2, 10):
+        with pytest.raises(UnsupportedError, match="on the CPU needs torch 2.10 or newer"):
+            fit(ACTS["defaults"](), "fsdp2")
     if RANK == 0:
         print("passed: settings that differ", flush=True)
     distributed.destroy_process_group()
