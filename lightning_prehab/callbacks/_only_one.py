@@ -34,7 +34,7 @@ class OnlyOne(pl.Callback):
         """Takes the key that checkpoints have. The first of these callbacks compares the settings of all of them."""
         self._number = None
         all_of_them = [one for one in callbacks_of(trainer) if isinstance(one, OnlyOne)]
-        if stage == "fit" and all_of_them[0] is self:
+        if stage == "fit" and self is next(iter(all_of_them), None):
             check_same_settings(trainer, [(type(one).__name__, one._settings()) for one in all_of_them])
 
     def _settings(self) -> dict[str, Any]:
