@@ -70,6 +70,13 @@ def planned_cuts(epoch: Any, keep: Any, policy: RankPolicy | None, **flat: Any) 
     return [Cut(*both) for both in zip(epochs, recipes, strict=True)]
 
 
+def settings_of_cuts(cuts: Sequence[Cut]) -> dict[str, Any]:
+    """By the names of the arguments of a CompressionCallback what each cut has; once, if it is the only one."""
+    found = {"epoch": [cut.epoch for cut in cuts]}
+    found |= {one.name: [getattr(cut.recipe, one.name) for cut in cuts] for one in fields(Recipe)}
+    return found if len(cuts) > 1 else {name: values[0] for name, values in found.items()}
+
+
 def share_of(recipe: Recipe) -> float | None:
     """The share that a recipe asks to keep; None where its policy is not given one."""
     share = recipe.keep if recipe.policy is None else getattr(recipe.policy, "keep", None)

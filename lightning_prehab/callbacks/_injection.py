@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_prehab.callbacks._regularized import RegularizedLayer
 from lightning_prehab.callbacks._sharded_layers import ShardedLayer, pull_of_shards
 from lightning_prehab.errors import UnsupportedError
+from lightning_prehab.linalg.matrices import widened
 from lightning_prehab.linalg.sharding import is_distributed, local_part
 from lightning_prehab.regularizers import GradientRatio, Penalty
 from lightning_prehab.sharded.gathered import dtensor_like
@@ -132,7 +133,7 @@ def _norm(parts: Pull, layers: Sequence[RegularizedLayer]) -> Tensor:
     spreads = {id(one.parameter): one for layer in layers if isinstance(layer, ShardedLayer) for one in layer.spreads}
     if spreads:
         return norm_of_shards([(spreads[id(one)], local_part(part)) for one, part in parts])
-    norm: Tensor = torch.stack([part.float().norm() for _, part in parts]).norm()
+    norm: Tensor = torch.stack([widened(part).norm() for _, part in parts]).norm()
     return norm
 
 

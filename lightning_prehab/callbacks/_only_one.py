@@ -1,9 +1,12 @@
-"""Callbacks of which a Trainer takes one: a second one is refused when fit starts, with the way out."""
+"""Callbacks of which a Trainer takes one, with the same settings on all processes: else fit does not start."""
 
+import inspect
 import itertools
+from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_prehab.callbacks._same_settings import check_same_settings
 from lightning_prehab.callbacks._trainer import callbacks_of
 from lightning_prehab.errors import UnsupportedError
 
@@ -28,8 +31,18 @@ class OnlyOne(pl.Callback):
         return key if self._number is None else f"{key} {self._number}"
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        """Takes the key that checkpoints have."""
+        """Takes the key that checkpoints have. The first of these callbacks compares the settings of all of them."""
         self._number = None
+        all_of_them = [one for one in callbacks_of(trainer) if isinstance(one, OnlyOne)]
+        if stage == "fit" and self is next(iter(all_of_them), None):
+            check_same_settings(trainer, [(type(one).__name__, one._settings()) for one in all_of_them])
+
+    def _settings(self) -> dict[str, Any]:
+        """What has to be the same on all processes, by the name of the argument; not what a subclass has added."""
+        package = __name__.partition(".")[0]
+        kinds = [kind for kind in type(self).__mro__ if kind.__module__.partition(".")[0] == package]
+        names = {name for kind in kinds for name in inspect.signature(kind).parameters}
+        return {name: getattr(self, name) for name in sorted(names) if hasattr(self, name)}
 
     @staticmethod
     def refuse_others(trainer: "pl.Trainer", kind: type[pl.Callback], way_out: str) -> None:

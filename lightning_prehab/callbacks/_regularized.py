@@ -11,7 +11,15 @@ from lightning_prehab.callbacks._said import named
 from lightning_prehab.errors import CheckpointError, PrehabError
 from lightning_prehab.kinds import MatrixView, view_of
 from lightning_prehab.kinds.inside import write_first_
-from lightning_prehab.linalg.matrices import gram_root, leading_subspace, singular_values, spectral_ranks, to_float64
+from lightning_prehab.linalg.matrices import (
+    gram_root,
+    leading_subspace,
+    singular_values,
+    spectral_ranks,
+    to_float64,
+    widened,
+    working_dtype,
+)
 from lightning_prehab.regularizers import Memory, Metric, Penalty, Shrinkage
 from lightning_prehab.regularizers.metric import IDENTITY, Side, project
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
@@ -86,11 +94,12 @@ class RegularizedLayer:
     ) -> "RegularizedLayer":
         """The layer in the metric of a space, from its statistics."""
         left = right = None
+        dtype = working_dtype(view.parameter.dtype)
         try:
             if space != "weight" and statistics is not None:
-                right = gram_root(statistics[name].input_second_moment())[0].float()
+                right = gram_root(statistics[name].input_second_moment())[0].to(dtype)
             if space == "loss" and statistics is not None:
-                left = gram_root(statistics[name].gradient_second_moment())[0].float()
+                left = gram_root(statistics[name].gradient_second_moment())[0].to(dtype)
         except PrehabError as error:
             raise named(error, name) from error
         return cls(name, view, rank, Metric(left, right))
@@ -104,8 +113,8 @@ class RegularizedLayer:
     def from_state_dict(cls, name: str, view: MatrixView, state: Mapping[str, Any]) -> "RegularizedLayer":
         """The layer that :meth:`state_dict` describes."""
         layer = cls(name, view, state["rank"], IDENTITY)
-        device = layer.device
-        layer.metric = Metric(*(None if state[side] is None else state[side].to(device) for side in ("left", "right")))
+        here = {"device": layer.device, "dtype": working_dtype(view.parameter.dtype)}
+        layer.metric = Metric(*(None if state[side] is None else state[side].to(**here) for side in ("left", "right")))
         layer.load_memory(state["memory"])
         return layer
 
@@ -162,12 +171,12 @@ class RegularizedLayer:
         side: Side = "left" if weight.shape[0] <= weight.shape[1] else "right"
         change = project(weight, side, *metric.projector(side, self.memory["forecast"])) - weight
         product = self.view.product()
-        return change if product is None else product.b.detach().float() @ change
+        return change if product is None else widened(product.b.detach()) @ change
 
     def penalty(self, regularizer: Penalty) -> Tensor:
-        """R(L^T W S) in float32."""
+        """R(L^T W S)."""
         try:
-            return regularizer.in_metric(self.view.weight.float(), self.metric, self.rank, self.memory)
+            return regularizer.in_metric(widened(self.view.weight), self.metric, self.rank, self.memory)
         except PrehabError as error:
             raise named(error, self.name) from error
 
@@ -199,19 +208,19 @@ class RegularizedLayer:
             raise named(error, self.name) from error
 
     def _seen(self, anew: bool) -> tuple[Tensor, Metric]:
-        """What is shrunk, in float32, and its metric: the matrix, or its first factor.
+        """What is shrunk, in float32 at least, and its metric: the matrix, or its first factor.
 
         Args:
             anew: The metric of a factor changes with the other one; else that of last time will do.
         """
         product = self.view.product()
         if product is None:
-            return self.view.weight.detach().float(), self.metric
+            return widened(self.view.weight.detach()), self.metric
         if anew or "core" not in self.memory:
             b = to_float64(product.b)
             wide = b if self.metric.left is None else to_float64(self.metric.left).to(b.device) @ b
-            self.memory["core"] = gram_root(wide.mT @ wide)[0].to(self.parameter.device, torch.float32)
-        return product.a.detach().float(), Metric(self.memory["core"], self.metric.right)
+            self.memory["core"] = gram_root(wide.mT @ wide)[0].to(self.parameter.device, working_dtype(product.a.dtype))
+        return widened(product.a.detach()), Metric(self.memory["core"], self.metric.right)
 
     def _write_(self, shrunk: Tensor) -> None:
         if self.view.product() is None:

@@ -11,7 +11,7 @@ from lightning_prehab.callbacks._announcement import announce
 from lightning_prehab.callbacks._auto_epoch import check_reachable, counts_as_free, is_due, last_possible_epoch
 from lightning_prehab.callbacks._checkpoint import DenseShell, check_version, plan_of_factors
 from lightning_prehab.callbacks._course import CourseNotes
-from lightning_prehab.callbacks._cuts import Cut, Epochs, Keeps, cuts_made, number_of, planned_cuts
+from lightning_prehab.callbacks._cuts import Cut, Epochs, Keeps, cuts_made, number_of, planned_cuts, settings_of_cuts
 from lightning_prehab.callbacks._finetuning import FROZEN, StoredGroups, note_frozen, rename_groups_, unfreeze_
 from lightning_prehab.callbacks._neighbours import (
     refuse_averaging,
@@ -231,6 +231,9 @@ class CompressionCallback(OnlyOne):
         A policy that probes or tries does so at the surgery only; until then one budget for all layers stands in.
         """
         return make_plan(targets, self.recipe.without_probes(), statistics=statistics)
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), **settings_of_cuts(self._cuts), **({"epoch": "auto"} if self._auto else {})}
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Refuses what cannot work, before anything has been trained, and prepares for what may be loaded."""

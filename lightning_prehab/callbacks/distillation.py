@@ -161,6 +161,10 @@ class RehabDistillation(OnlyOne):
         self._fits = self._looking = False
         self._loaded_late: tuple[pl.Trainer, pl.LightningModule] | None = None
 
+    def _settings(self) -> dict[str, Any]:
+        own = {"device": None, "teacher": None if self.teacher is None else "given"}  # paths and devices are its own
+        return {**super()._settings(), **own}
+
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Refuses what cannot work, before anything has been trained."""
         super().setup(trainer, pl_module, stage)

@@ -1,5 +1,6 @@
 """Training of the factors as what they are: two parts of one matrix."""
 
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
@@ -103,6 +104,9 @@ class FactorTraining(OnlyOne):
         self._freezing = Freezing(train)
         self._optimizers: list[FactorSteps] = []
         self._steps: list[int] = []  # of each optimizer since the surgery, while nobody counts
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), **asdict(self.settings)}
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Refuses what cannot work."""

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from lightning_prehab.documents.checks import check_real
 from lightning_prehab.errors import StatisticsError
 from lightning_prehab.linalg.decomposition import BATCH_ENTRIES, WeightedSVD, decompose_many
 from lightning_prehab.linalg.factors import Factors
-from lightning_prehab.linalg.matrices import singular_values
+from lightning_prehab.linalg.matrices import singular_values, working_dtype
 from lightning_prehab.linalg.products import Product, ProductSVD, decompose_product
 from lightning_prehab.progress import counted, tell
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
@@ -143,7 +142,7 @@ class MetricFactorization(Factorization):
             return super().decompose_product(product, statistics)
         known = self.checked(product, statistics)
         svd = decompose_product(product, *self.metric(known))
-        compact = partial(svd.compact_, dtype=torch.promote_types(product.dtype, torch.float32))
+        compact = partial(svd.compact_, dtype=working_dtype(product.dtype))
         return Decomposition(svd.singular_values, self.at_rank(svd, product, known), compact)
 
     def _goes_its_own_way(self) -> bool:
@@ -171,7 +170,7 @@ class MetricFactorization(Factorization):
                 Decomposition(
                     svd.singular_values,
                     self.at_rank(svd, weight, statistics),
-                    partial(svd.compact_, dtype=torch.promote_types(weight.dtype, torch.float32)),
+                    partial(svd.compact_, dtype=working_dtype(weight.dtype)),
                 )
                 for svd, (weight, statistics) in zip(solved, part, strict=True)
             ]

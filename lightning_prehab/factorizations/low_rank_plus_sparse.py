@@ -13,7 +13,7 @@ from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations.base import Decomposition, Factorization, MetricFactorization
 from lightning_prehab.factorizations.kronecker import KroneckerSVD
 from lightning_prehab.linalg.factors import Factors
-from lightning_prehab.linalg.matrices import break_even_rank
+from lightning_prehab.linalg.matrices import break_even_rank, widened
 from lightning_prehab.linalg.sparse import Sparse, largest_entries
 from lightning_prehab.progress import counted, quiet
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
@@ -141,7 +141,7 @@ class LowRankPlusSparse(Factorization):
         for _ in range(self.steps):
             sparse = self._largest(weight, refit(), metric.scales)
         factors = refit()
-        rounding = torch.finfo(sparse.values.dtype).eps * metric.cost(_wide(weight))
+        rounding = torch.finfo(sparse.values.dtype).eps * metric.cost(widened(weight))
         if metric.cost(_error(weight, factors, sparse)) > metric.cost(_error(weight, alone)) + rounding:
             factors, sparse = alone, sparse._replace(values=torch.zeros_like(sparse.values))
         for _ in range(REFITS):
@@ -162,7 +162,7 @@ class LowRankPlusSparse(Factorization):
     ) -> list[Decomposition]:
         """What the base makes of the weights without their sparse parts."""
         rest = [
-            (_wide(weight) - part.matrix(*weight.shape), statistics)
+            (widened(weight) - part.matrix(*weight.shape), statistics)
             for (weight, statistics), part in zip(items, sparse, strict=True)
         ]
         return self.base.decompose(rest)
@@ -175,7 +175,7 @@ class _Metric:
         grams: tuple[Tensor | None, Tensor | None] = (None, None)
         if isinstance(base, MetricFactorization):
             grams = base.metric(base.checked(weight, statistics))
-        like = _wide(weight)
+        like = widened(weight)
         self._left, self._right = (_scaled(gram, size, like) for gram, size in zip(grams, weight.shape, strict=True))
 
     @property
@@ -217,14 +217,9 @@ def _diagonal(gram: Tensor) -> Tensor:
 
 
 def _error(weight: Tensor, factors: Factors, sparse: Sparse | None = None) -> Tensor:
-    wide = _wide(weight)
+    wide = widened(weight)
     error = wide - factors.B.to(wide) @ factors.A.to(wide)
     return error if sparse is None else error - sparse.matrix(*weight.shape)
-
-
-def _wide(weight: Tensor) -> Tensor:
-    """In float32 at least."""
-    return weight if weight.dtype == torch.float64 else weight.float()
 
 
 def _start_rank(out_features: int, in_features: int) -> int:

@@ -10,6 +10,7 @@ from lightning_prehab.layers.conv import LowRankConv, kernel_to_matrix, matrix_t
 from lightning_prehab.layers.linear import LowRankLinear, LowRankPlusSparseLinear
 from lightning_prehab.layers.pivot import PivotLayer
 from lightning_prehab.linalg.balance import even_scales
+from lightning_prehab.linalg.matrices import widened
 from lightning_prehab.linalg.sharding import is_distributed, local_part
 from lightning_prehab.linalg.sizes import pivot_gradients, product_gradients
 
@@ -47,7 +48,7 @@ class FactorPair:
         Of a :class:`LowRankPlusSparseLinear` the product alone counts, without the sparse part.
         """
         if isinstance(self.layer, PivotLayer):
-            for_a, for_b = pivot_gradients(*(_wide(part).flatten(1) for part in self.both))
+            for_a, for_b = pivot_gradients(*(widened(part.detach()).flatten(1) for part in self.both))
             return for_a.reshape(self.A.shape), for_b.reshape(self.B.shape)
         a, b = product_gradients(*self._matrices())
         shape, scheme = list(self.B.shape), getattr(self.layer, "scheme", "channel")
@@ -70,8 +71,8 @@ class FactorPair:
     def _matrices(self) -> tuple[Tensor, Tensor]:
         """``A`` and ``B`` as matrices, one of each for every group of a convolution."""
         groups = getattr(self.layer, "groups", 1)
-        a = kernel_to_matrix(_wide(self.A))
-        b = kernel_to_matrix(_wide(self.B), getattr(self.layer, "scheme", "channel"))
+        a = kernel_to_matrix(widened(self.A.detach()))
+        b = kernel_to_matrix(widened(self.B.detach()), getattr(self.layer, "scheme", "channel"))
         return a.reshape(groups, -1, a.shape[1]), b.reshape(groups, -1, b.shape[1])
 
 
@@ -113,8 +114,3 @@ def _pair(name: str, layer: nn.Module) -> FactorPair | None:
 def _is_ordinary(weight: nn.Parameter) -> bool:
     """Whether it holds its numbers itself, all of them or the part of this process."""
     return type(weight) is nn.Parameter or (is_distributed(weight) and type(local_part(weight)) is Tensor)
-
-
-def _wide(factor: Tensor) -> Tensor:
-    """In at least float32."""
-    return factor.detach().to(torch.promote_types(factor.dtype, torch.float32))

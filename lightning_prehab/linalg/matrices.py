@@ -72,6 +72,20 @@ def to_float64(tensor: Tensor) -> Tensor:
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums and products of tensors of a dtype are computed in: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in its :func:`working_dtype`; differentiable.
+
+    >>> widened(torch.zeros(1, dtype=torch.bfloat16)).dtype, widened(torch.zeros(1, dtype=torch.float64)).dtype
+    (torch.float32, torch.float64)
+    """
+    return tensor.to(working_dtype(tensor.dtype))
+
+
 def is_quantized(weight: Tensor) -> bool:
     """Whether a quantizer (torchao, for one) has put a tensor of its own class there, which can dequantize itself.
 

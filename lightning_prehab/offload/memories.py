@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_prehab.factorizations import Decomposition, Factors
+from lightning_prehab.linalg.matrices import working_dtype
 from lightning_prehab.offload.tensors import Written, entries_in, write_tensors
 from lightning_prehab.offload.work import Work
 from lightning_prehab.plan.spectra import Solution, Spectrum
@@ -134,7 +135,7 @@ class Decompositions:
         factors = solution.decomposition.factors(highest)
         kept = _are_nested(factors, solution.decomposition.factors(max(highest // 2, 1)))
         if kept:
-            wide = torch.promote_types(dtype, torch.float32)
+            wide = working_dtype(dtype)
             parts = {"A": Written.of(factors.A.detach().to(wide)), "B": Written.of(factors.B.detach().to(wide))}
             with self._work.writing(self._file(form)) as path:
                 write_tensors(path, parts)

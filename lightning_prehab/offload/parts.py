@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from lightning_prehab.kinds import view_of
-from lightning_prehab.linalg.matrices import break_even_rank
+from lightning_prehab.linalg.matrices import break_even_rank, working_dtype
 from lightning_prehab.offload.chain import Chain
 from lightning_prehab.statistics.sums import Wanted, statistics_bytes
 from lightning_prehab.targets.find import Targets
@@ -65,7 +65,8 @@ def parts_of(targets: Targets, chain: Chain, wanted: Wanted, at_most: int | None
 
 def sums_of(targets: Mapping[str, Target], wanted: Wanted) -> int:
     """Bytes of the statistics of some targets, in all forms."""
-    return statistics_bytes((view_of(view).shape for view in in_all_forms(targets).values()), wanted)
+    views = [view_of(target) for target in in_all_forms(targets).values()]
+    return sum(statistics_bytes([view.shape], wanted, working_dtype(view.parameter.dtype)) for view in views)
 
 
 def highest_rank(target: Target, layout: str) -> int:

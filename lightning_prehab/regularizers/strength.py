@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_prehab.documents.checks import check_real
 from lightning_prehab.errors import CheckpointError
+from lightning_prehab.linalg.matrices import widened
 
 
 def strength_for_share(share: float, task_norm: Tensor, penalty_norm: Tensor) -> Tensor:
@@ -64,12 +65,12 @@ class GradientRatio:
             penalty_norm: Scalar norm of the gradient of the penalty at strength 1.
 
         Returns:
-            Scalar, float32; 0 until the first usable step.
+            Scalar, in float32 at least; 0 until the first usable step.
         """
-        ratio = (task_norm.detach().float() / penalty_norm.detach().float()).log()
+        ratio = (widened(task_norm.detach()) / widened(penalty_norm.detach())).log()
         usable = torch.isfinite(ratio)
-        past = torch.where(usable, self.smoothing, 1.0)
-        fresh = torch.where(usable, 1.0 - self.smoothing, 0.0)
+        past = torch.where(usable, torch.full_like(ratio, self.smoothing), torch.ones_like(ratio))
+        fresh = torch.where(usable, torch.full_like(ratio, 1.0 - self.smoothing), torch.zeros_like(ratio))
         self._total = self._total.to(ratio.device) * past + torch.where(usable, ratio, torch.zeros_like(ratio)) * fresh
         self._count = self._count.to(ratio.device) * past + fresh
         return self.strength

@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lightning_prehab.kinds import MatrixView
+from lightning_prehab.linalg.matrices import widened
 from lightning_prehab.linalg.rows import Rows
 from lightning_prehab.linalg.sharding import is_distributed, local_part
 from lightning_prehab.sharded.gathered import full
@@ -142,7 +143,7 @@ def spreads_of(parameters: Sequence[nn.Parameter]) -> list[Spread]:
 
 
 class ShardedRows(Rows):
-    """The rows that this process has of a matrix of a sharded layer, in float32.
+    """The rows that this process has of a matrix of a sharded layer, in float32 at least.
 
     Args:
         view: The matrix; it shows the sharded parameter.
@@ -154,8 +155,8 @@ class ShardedRows(Rows):
         assert rows is not None
         start, stop = max(rows.start, here.start), min(rows.stop, here.stop)
         self._spread, self._first, self._length = spread, start - here.start, max(stop - start, 0)
-        own = self.within(spread.local).flatten(1).to(spread.device).float()
-        super().__init__(own, min(max(start - rows.start, 0), view.out_features), view.out_features)
+        own = self.within(spread.local).flatten(1).to(spread.device)
+        super().__init__(widened(own), min(max(start - rows.start, 0), view.out_features), view.out_features)
 
     def add_up(self, part: Tensor) -> Tensor:
         """Over the processes with other rows."""
@@ -175,7 +176,7 @@ def norm_of_shards(parts: Sequence[tuple[Spread, Tensor]]) -> Tensor:
     """The norm of some tensors taken together, of which each process has what it has of a parameter."""
     squares: dict[tuple[int, ...], tuple[Spread, list[Tensor]]] = {}
     for spread, part in parts:
-        square = part.to(spread.device).float().square().sum()
+        square = widened(part.to(spread.device)).square().sum()
         squares.setdefault(spread.among, (spread, []))[1].append(square)
     sums = [spread.add_up(torch.stack(found).sum()) for spread, found in squares.values()]
     return torch.stack(sums).sum().sqrt()

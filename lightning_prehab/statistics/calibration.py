@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_prehab.errors import StatisticsError
 from lightning_prehab.kinds import view_of
-from lightning_prehab.linalg.matrices import require_finite
+from lightning_prehab.linalg.matrices import require_finite, widened
 from lightning_prehab.linalg.modes import in_full_precision, outside_inference_mode
 from lightning_prehab.progress import counted
 from lightning_prehab.statistics.backward import cheaply_if_possible, gradients_for
@@ -128,7 +128,7 @@ def loss_of(output: Any, size: int, generator: torch.Generator) -> Tensor:
             f"The output ({type(output).__name__}{shape}) has no loss and no logits of two or more classes in its last "
             "dimension; pass loss=, a function (model, batch) -> scalar."
         )
-    flat = logits.float().reshape(-1, logits.shape[-1])
+    flat = widened(logits).reshape(-1, logits.shape[-1])
     require_finite(flat.detach(), "The model's logits on the calibration data: the tensor")
     labels = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(flat.device)
     return nn.functional.cross_entropy(flat, labels, reduction="sum") / size

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.errors import ArgumentError, StatisticsError
 from lightning_prehab.kinds import MatrixView, kind_again, view_of
+from lightning_prehab.linalg.matrices import widened, working_dtype
 from lightning_prehab.linalg.sharding import local_part, whole
 from lightning_prehab.statistics.batches import batch_size, padding_mask, position_ids
 from lightning_prehab.statistics.hygiene import clipped, inner
@@ -148,6 +149,7 @@ class Collector:
                 halves=wanted.halves,
                 magnitudes=wanted.magnitudes,
                 device=view.parameter.device,
+                dtype=working_dtype(view.parameter.dtype),
             )
             for name, view in self._views.items()
         }
@@ -158,7 +160,9 @@ class Collector:
 
     def memory(self) -> int:
         """Bytes that the sums take at most."""
-        return statistics_bytes(((s.out_features, s.in_features) for s in self.statistics.values()), self.wanted)
+        layers = self.statistics.values()
+        shapes = [((s.out_features, s.in_features), s.input_gram.dtype) for s in layers]
+        return sum(statistics_bytes([shape], self.wanted, dtype) for shape, dtype in shapes)
 
     def attach(self) -> None:
         """Puts the hooks on the layers; they are idle between batches."""
@@ -324,7 +328,7 @@ class Collector:
         batches: int,
     ) -> None:
         if self.wanted.weight_gradients and x is not None:
-            product = (g.float().mT @ x.float()) / self.loss_scale
+            product = (widened(g).mT @ widened(x)) / self.loss_scale
             watched.weight_gradient = (
                 product if watched.weight_gradient is None else watched.weight_gradient.add_(product)
             )

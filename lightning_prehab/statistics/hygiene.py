@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lightning_prehab.linalg.matrices import working_dtype
+
 
 def inner(present: Tensor, trim: float, positions: Tensor | None = None) -> Tensor:
     """The tokens of a batch that are left when a share of each sequence is cut off at both ends.
@@ -42,7 +44,7 @@ def clipped(g: Tensor, times: float) -> Tensor:
         g: Shape ``(tokens, m)``, any floating dtype.
         times: The median is that of the rows that are not zero.
     """
-    norms = torch.linalg.vector_norm(g, dim=1, dtype=torch.promote_types(g.dtype, torch.float32))
+    norms = torch.linalg.vector_norm(g, dim=1, dtype=working_dtype(g.dtype))
     some = norms[norms > 0]
     if not len(some):
         return g

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_prehab.linalg.cumulated import running_sum
+from lightning_prehab.linalg.matrices import widened, working_dtype
 
 #: Columns of a Gram matrix that are computed at a time, where there are at least twice as many: what lies on the other
 #: side of the diagonal is copied.
@@ -59,18 +60,17 @@ def sample_by_energy(rows: Tensor, at_most: int | None) -> Tensor:
         at_most: Number of rows to return; None or a number of at least ``tokens`` returns the rows as they are.
 
     Returns:
-        Float32.
+        Float32, or float64 if the rows are.
     """
     if at_most is None or rows.shape[0] <= at_most:
-        return rows.float()
+        return widened(rows)
     order = _shuffled(rows.shape[0], rows.device)
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    energy = torch.linalg.vector_norm(rows, dim=1, dtype=wide).float().square()[order]
+    energy = torch.linalg.vector_norm(rows, dim=1, dtype=working_dtype(rows.dtype)).square()[order]
     total = energy.sum()
     marks = (torch.arange(at_most, dtype=energy.dtype, device=rows.device) + 0.5) * (total / at_most)
     taken = torch.searchsorted(running_sum(energy), marks).clamp_max_(len(energy) - 1)
     scale = (total / (at_most * energy[taken].clamp_min(torch.finfo(energy.dtype).tiny))).sqrt()
-    return rows.index_select(0, order[taken]).float().mul_(scale[:, None])
+    return widened(rows.index_select(0, order[taken])).mul_(scale[:, None])
 
 
 @lru_cache(maxsize=64)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_prehab.errors import StatisticsError
+from lightning_prehab.linalg.matrices import working_dtype
 from lightning_prehab.statistics.sampling import gram, sample, sample_by_energy
 
 #: Sums over inputs, which layers that are fed by the same tensor may share.
@@ -92,7 +93,8 @@ class LayerStatistics:
         weight_gradients: Whether weight gradients and their squares are summed too.
         halves: Whether the sums of every other batch are kept apart too, in ``half``.
         magnitudes: Whether absolute values of the inputs are summed too.
-        device: Where the sums live (float32; the counts int64).
+        device: Where the sums live.
+        dtype: Of the sums; the counts are int64.
 
     Attributes:
         tokens: Number of tokens, scalar.
@@ -121,22 +123,23 @@ class LayerStatistics:
         halves: bool = False,
         magnitudes: bool = True,
         device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         m, n = out_features, in_features
         self.in_features = in_features
         self.out_features = out_features
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.samples = torch.zeros((), dtype=torch.int64, device=device)
-        self.input_sum = torch.zeros(n, dtype=torch.float32, device=device)
-        self.input_absolute_sum = torch.zeros(n, dtype=torch.float32, device=device) if magnitudes else None
-        self.input_gram = torch.zeros(n, n, dtype=torch.float32, device=device)
-        self.gradient_gram = torch.zeros(m, m, dtype=torch.float32, device=device) if gradients else None
-        self.weight_gradient = torch.zeros(m, n, dtype=torch.float32, device=device) if weight_gradients else None
-        self.fisher_rows = torch.zeros(m, dtype=torch.float32, device=device) if weight_gradients else None
-        self.fisher_columns = torch.zeros(n, dtype=torch.float32, device=device) if weight_gradients else None
+        self.input_sum = torch.zeros(n, dtype=dtype, device=device)
+        self.input_absolute_sum = torch.zeros(n, dtype=dtype, device=device) if magnitudes else None
+        self.input_gram = torch.zeros(n, n, dtype=dtype, device=device)
+        self.gradient_gram = torch.zeros(m, m, dtype=dtype, device=device) if gradients else None
+        self.weight_gradient = torch.zeros(m, n, dtype=dtype, device=device) if weight_gradients else None
+        self.fisher_rows = torch.zeros(m, dtype=dtype, device=device) if weight_gradients else None
+        self.fisher_columns = torch.zeros(n, dtype=dtype, device=device) if weight_gradients else None
         self.half = None
         if halves:
-            self.half = LayerStatistics(n, m, gradients=gradients, magnitudes=magnitudes, device=device)
+            self.half = LayerStatistics(n, m, gradients=gradients, magnitudes=magnitudes, device=device, dtype=dtype)
 
     def __repr__(self) -> str:
         gradients = self.gradient_gram is not None
@@ -366,12 +369,13 @@ class LayerStatistics:
 _NO_WEIGHT_GRADIENTS = "Weight gradients were not collected; collect statistics with gradients=True."
 
 
-def statistics_bytes(shapes: Iterable[tuple[int, int]], wanted: Wanted) -> int:
+def statistics_bytes(shapes: Iterable[tuple[int, int]], wanted: Wanted, dtype: torch.dtype = torch.float32) -> int:
     """Bytes that the sums of some layers take at most; layers fed by the same tensor share some of them.
 
     Args:
         shapes: ``(out_features, in_features)`` of each layer.
         wanted: What is collected.
+        dtype: Of the sums.
 
     >>> statistics_bytes([(10, 10)], Wanted(inputs=True)) // 4  # 10 x 10 and a sum of 10
     110
@@ -380,12 +384,12 @@ def statistics_bytes(shapes: Iterable[tuple[int, int]], wanted: Wanted) -> int:
     for m, n in shapes:
         moments = n * n + (2 * n if wanted.magnitudes else n) + (m * m if wanted.gradients else 0)
         entries += moments * (2 if wanted.halves else 1) + (m * n + m + n if wanted.weight_gradients else 0)
-    return 4 * entries
+    return dtype.itemsize * entries
 
 
 @torch.no_grad()
 def input_sums(x: Tensor, at_most: int | None = None, *, magnitudes: bool = True, turn: int = 0) -> InputSums:
-    """Sums over tokens, in float32.
+    """Sums over tokens, in float32; in float64 if the tokens are.
 
     Args:
         x: Shape ``(tokens, n)``, any floating dtype.
@@ -396,15 +400,15 @@ def input_sums(x: Tensor, at_most: int | None = None, *, magnitudes: bool = True
     """
     tokens = x.shape[0]
     x, factor = sample(x, at_most, turn)
-    total = x.sum(0, dtype=torch.float32)
-    absolute = x.abs().sum(0, dtype=torch.float32) if magnitudes else 0
+    total = x.sum(0, dtype=working_dtype(x.dtype))
+    absolute = x.abs().sum(0, dtype=working_dtype(x.dtype)) if magnitudes else 0
     found = InputSums(tokens, total, absolute, gram(sample_by_energy(x, at_most)))
     return found if factor == 1.0 else found.times(factor)
 
 
 @torch.no_grad()
 def gradient_gram(g: Tensor, at_most: int | None = None, turn: int = 0) -> Tensor:
-    """``sum g g^T`` in float32, shape ``(m, m)``; arguments as for :func:`input_sums`."""
+    """``sum g g^T``, shape ``(m, m)``; dtype and arguments as for :func:`input_sums`."""
     g, factor = sample(g, at_most, turn)
     found = gram(sample_by_energy(g, at_most))
     return found if factor == 1.0 else found.mul_(factor)

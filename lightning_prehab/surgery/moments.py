@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_prehab.layers.pivot import PivotLayer
+from lightning_prehab.linalg.matrices import working_dtype
 from lightning_prehab.linalg.pivot import from_factor
 from lightning_prehab.surgery.meanings import ITERATES, LARGEST, MEANINGS, SECOND_MOMENTS, STEP_SIZES
 
@@ -269,9 +270,10 @@ def _correlation(moment: Tensor, factor: Tensor, inner: AddUp = _itself, outer: 
     Returns:
         By row of the product: shape ``(rank,)``; 1 where there is no gradient.
     """
-    together = outer(inner(_wide(factor.mT, moment)).float().square().sum(1))
-    squares = outer(moment.float().square().sum(1, keepdim=True))
-    alone = inner(_wide(factor.square().mT, squares)).float().squeeze(1)
+    dtype = working_dtype(moment.dtype)
+    together = outer(inner(_wide(factor.mT, moment)).to(dtype).square().sum(1))
+    squares = outer(moment.to(dtype).square().sum(1, keepdim=True))
+    alone = inner(_wide(factor.square().mT, squares)).to(dtype).squeeze(1)
     return torch.where(together > 0, together / alone.clamp_min(torch.finfo(alone.dtype).tiny), 1.0).to(moment.dtype)
 
 

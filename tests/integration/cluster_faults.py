@@ -28,6 +28,16 @@ class Once(pl.Callback):
             os.kill(os.getpid(), self.signal)
 
 
+class Float64(pl.Callback):
+    """The model and its data in float64, which Lightning's precision is not for a sharded model."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        torch.set_default_dtype(torch.float64)  # the module is not built yet
+        for data in (trainer.datamodule.train, trainer.datamodule.val):
+            images, labels = data.tensors
+            data.tensors = images.double(), labels
+
+
 class SameOnAllRanks(pl.Callback):
     """The weights of the end are the same on all processes, bit by bit, where each holds all of them."""
 

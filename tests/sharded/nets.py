@@ -1,10 +1,12 @@
 """A tiny model of blocks, sharded in many ways, and cuts of it by hand: for processes that are started by torchrun."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_prehab as lp
 from lightning_prehab.kinds import view_of
@@ -36,6 +38,23 @@ class Net(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what processes send; torch has a CommDebugMode, which leaves hooks in modules (2.10).
+
+    Attributes:
+        counts: By the name of the operator.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "c10d" in func.namespace:
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
 
 
 RANKS = {"blocks.0.up": 5, "blocks.0.down": 1, "blocks.1.up": 3, "blocks.2.down": 4, "head": 2}

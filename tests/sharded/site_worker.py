@@ -88,12 +88,12 @@ class Lit(pl.LightningModule):
         fully_shard(self.net, **settings)
 
     def training_step(self, batch, batch_idx):
-        loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        loss = nn.functional.mse_loss(self.net(batch[0]).float(), batch[1])
         self.losses.append(float(loss.detach()))
         return loss
 
     def validation_step(self, batch, batch_idx):
-        self.log("val", nn.functional.mse_loss(self.net(batch[0]), batch[1]), sync_dist=True)
+        self.log("val", nn.functional.mse_loss(self.net(batch[0]).float(), batch[1]), sync_dist=True)
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)

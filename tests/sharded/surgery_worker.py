@@ -8,12 +8,11 @@ from functools import partial
 
 import pytest
 import torch
-from nets import RANKS, SIZE, Net, kinds_net, make, mesh_of, planned, shard_blocks, steps, svd_factors
+from nets import RANKS, SIZE, Collectives, Net, kinds_net, make, mesh_of, planned, shard_blocks, steps, svd_factors
 from torch import distributed
 from torch.distributed._composable import checkpoint
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import lightning_prehab as lp
@@ -173,9 +172,9 @@ def check_layout(shard, exact, kind=AdamW, change=lambda net: net, accumulate=1,
         if name in RANKS:
             weights.append(weakref.ref(module.weight))
     prepared = prepare_sharded_swap(net, plan, factors, [own], together)
-    with CommDebugMode() as sent:
+    with Collectives() as sent:
         found = prepared.commit()
-    assert sent.get_total_counts() == 0
+    assert not sent.counts
     del prepared, module
     gc.collect()
     assert len(weights) == len(RANKS)
@@ -185,12 +184,13 @@ def check_layout(shard, exact, kind=AdamW, change=lambda net: net, accumulate=1,
         assert_same(net, ref, own, theirs)
         torch.testing.assert_close(found.weight_errors, report.weight_errors, rtol=1e-4, atol=1e-6)
     twin, other = twin_of(net, own, shard, kind, lambda: change(make(dtype=dtype)))
-    with CommDebugMode() as after:
+    with Collectives() as after:
         losses = steps(net, own, 2, first=2, accumulate=accumulate)
-    with CommDebugMode() as fresh:
+    with Collectives() as fresh:
         assert steps(twin, other, 2, first=2, accumulate=accumulate) == losses
     if all(one.placements == two.placements for one, two in zip(net.parameters(), twin.parameters(), strict=True)):
-        assert after.get_comm_counts() == fresh.get_comm_counts()
+        assert after.counts == fresh.counts
+        assert after.counts
     for (name, one), two in zip(whole(net).items(), whole(twin).values(), strict=True):
         assert torch.equal(one, two), name
     if exact:
@@ -345,17 +345,17 @@ def check_structures_come_and_go():
     prepare_swap(ref, plan, factors).commit()
     own = AdamW(net.parameters())
     meta = {name: one._replace(A=one.A.to("meta"), B=one.B.to("meta")) for name, one in factors.items()}
-    with CommDebugMode() as sent:
+    with Collectives() as sent:
         put_structure_(net, meta, [own])
-    assert sent.get_total_counts() == 0
+    assert not sent.counts
     load(net, ref.state_dict())
     assert_same(net, ref)
     theirs = AdamW(ref.parameters())
     steps(net, own, 2), steps(ref, theirs, 2)
     assert_same(net, ref, own, theirs)
-    with CommDebugMode() as sent:
+    with Collectives() as sent:
         drop_structure_(net, list(RANKS), [own])
-    assert sent.get_total_counts() == 0
+    assert not sent.counts
     dense = make()
     load(net, dense.state_dict())
     assert_same(net, dense)
