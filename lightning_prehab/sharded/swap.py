@@ -138,12 +138,13 @@ def change_of(
     model: nn.Module, exchanges: list[ShardedExchange], optimizers: Sequence[torch.optim.Optimizer]
 ) -> ChangeOfShards:
     """What replaces layers in a model and in its optimizers."""
-    by_weight = {id(weight): one for one in exchanges for weight in one.replaced()}
 
-    def states(optimizer: torch.optim.Optimizer, _: Any, weight: Tensor, __: Any) -> dict[Tensor, dict[str, Any]]:
-        return by_weight[id(weight)].known_states(optimizer, weight)
+    def moved(
+        optimizer: torch.optim.Optimizer, _: Any, weight: Tensor, exchange: ShardedExchange
+    ) -> dict[Tensor, dict[str, Any]]:
+        return exchange.moved.get((id(optimizer), id(weight)), {})
 
-    edits = [edit for optimizer in optimizers for edit in plan_edits(optimizer, exchanges, states)]
+    edits = [edit for optimizer in optimizers for edit in plan_edits(optimizer, exchanges, moved)]
     return ChangeOfShards(model, exchanges, edits)
 
 

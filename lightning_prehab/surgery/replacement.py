@@ -22,7 +22,7 @@ StateOf = Callable[[Tensor], Mapping[str, Any] | None]
 
 
 class Exchange(Protocol):
-    """A layer and what takes its place, as an optimizer has to know of it."""
+    """A layer and what takes its place, as the groups of an optimizer have to know of it."""
 
     @property
     def old(self) -> nn.Module:
@@ -38,11 +38,15 @@ class Exchange(Protocol):
     def parameters(self, weight: Tensor) -> dict[str, Tensor]:
         """What takes the place of one of them, by name in the new layer."""
 
-    def states(self, weight: Tensor, state: Mapping[str, Any], of: StateOf) -> dict[Tensor, dict[str, Any]]:
-        """What is known of those; see :meth:`Replacement.states`."""
-
     def shifts(self, parameter: Tensor) -> list[tuple[slice, Tensor]]:
         """What is added to a parameter that both hold."""
+
+
+class Inheriting(Exchange, Protocol):
+    """One that can tell, too, what becomes of what an optimizer knows."""
+
+    def states(self, weight: Tensor, state: Mapping[str, Any], of: StateOf) -> dict[Tensor, dict[str, Any]]:
+        """What is known of those parameters; see :meth:`Replacement.states`."""
 
 
 def renamed(exchange: Exchange) -> list[tuple[Tensor, tuple[str, str]]]:
