@@ -21,6 +21,7 @@ from lightning_prehab.sharded.engine import (
     sharded_by,
 )
 from lightning_prehab.sharded.gathered import copies_of, rebound
+from lightning_prehab.sharded.shares import share_in
 from lightning_prehab.surgery.swap import become_
 from lightning_prehab.targets.locate import Layer
 
@@ -155,11 +156,7 @@ class ShardedExchange:
             module = self.new.get_submodule(name.rpartition(".")[0])
             one = self.new.get_parameter(name)
             side = [_side(placement, second=not name.startswith("A.")) for placement in placements]
-            part, coordinate = one.detach(), mesh.get_coordinate()
-            for place, count, placement in zip(coordinate, mesh.shape, side, strict=True):
-                if isinstance(placement, Shard):
-                    part = _chunk(part, count, place, placement.dim)
-            local = part.clone(memory_format=torch.contiguous_format)
+            local = share_in(one, mesh, side).clone(memory_format=torch.contiguous_format)
             shape, stride = one.shape, one.stride()
             made = DTensor.from_local(local, mesh, side, run_check=False, shape=shape, stride=stride)
             module._parameters["weight" if one.dim() > 1 else "bias"] = nn.Parameter(made, one.requires_grad)
@@ -170,13 +167,6 @@ def _side(placement: Placement, second: bool) -> Placement:
     if not isinstance(placement, Shard):
         return Replicate()
     return placement if (placement.dim == 0) == second else Replicate()
-
-
-def _chunk(tensor: Tensor, count: int, place: int, dim: int) -> Tensor:
-    length = tensor.shape[dim]
-    size = -(-length // count)
-    start = min(place * size, length)
-    return tensor.narrow(dim, start, min(size, length - start))
 
 
 def _blank(parameter: DTensor) -> Tensor:

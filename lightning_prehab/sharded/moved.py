@@ -13,9 +13,10 @@ from lightning_prehab.kinds import MatrixView
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.linalg.sharding import local_part
+from lightning_prehab.sharded.agreement import Agree
 from lightning_prehab.sharded.engine import reshard_
 from lightning_prehab.sharded.gathered import gathered
-from lightning_prehab.sharded.owned import Agree
+from lightning_prehab.sharded.shares import share_of
 
 
 class ShardedChange(NamedTuple):
@@ -76,12 +77,7 @@ def _local_change(parameter: Any, whole: MatrixView, found: Factors) -> Tensor:
     goal = before.clone()
     whole.write_(found.to(goal.device).product(whole.group_count).to(goal), into=goal)
     change = goal.sub_(before)
-    if not isinstance(parameter, DTensor):
-        return change
-    mesh = parameter.device_mesh
-    everywhere = DTensor.from_local(change, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    local: Tensor = everywhere.redistribute(mesh, parameter.placements).to_local().clone()
-    return local.to(local_part(parameter).device)
+    return share_of(change, parameter) if isinstance(parameter, DTensor) else change
 
 
 @contextmanager

@@ -7,18 +7,19 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate
 
+from lightning_prehab.linalg.blocks import squares_of_error
+from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.sharding import local_part
-from lightning_prehab.sharded.gathered import dtensor_like, full, share_of
+from lightning_prehab.sharded.agreement import Agree
+from lightning_prehab.sharded.shares import dtensor_like, full, share_of
 from lightning_prehab.surgery.moments import AddUp, bias_state, factor_states
 from lightning_prehab.surgery.optimizers import moved_states
 from lightning_prehab.surgery.replacement import Replacement, StateOf
 from lightning_prehab.surgery.wrapped import family
 
 T = TypeVar("T")
-#: Does some work on each process; an error on one is raised on all.
-Agree = Callable[[Callable[[], Any]], Any]
 #: What an optimizer knows of new parameters, by its id and that of the one whose place they take.
 Moved = dict[tuple[int, int], dict[Tensor, dict[str, Any]]]
 
@@ -116,16 +117,6 @@ class Sums:
         return self._noted.pop(0)
 
 
-def row_dimension(weight: Tensor) -> int | None:
-    """The dimension of the mesh over which the rows of a weight are divided, and nothing else is; None otherwise."""
-    if not isinstance(weight, DTensor):
-        return None
-    divided = [index for index, placement in enumerate(weight.placements) if type(placement) is not Replicate]
-    if len(divided) != 1 or weight.placements[divided[0]] != Shard(0):
-        return None
-    return divided[0]
-
-
 def in_rows(weight: DTensor, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
     """Whether all that optimizers know of a weight lies as it does, or is no matrix."""
     for optimizer, _ in holders_of(weight, optimizers):
@@ -157,15 +148,13 @@ class Rows:
         self.device = self.child.A.weight.device
         self._local = nn.Parameter(local_part(self.weight).to(self.device), requires_grad=False)
         self.old, self.new = self.replacement.old, self.replacement.new
-        self.b = share_of(self.child.B.weight, self.weight).to(self.device)
+        self.b = share_of(self.child.B.weight, self.weight, self.device)
         bias = None if self.replacement.views[""].bias is not None else self.child.bias
-        self.bias = None if bias is None else share_of(bias, self.weight).to(self.device)
+        self.bias = None if bias is None else share_of(bias, self.weight, self.device)
 
     def squares(self, add_up: AddUp) -> Tensor:
         """``|W - B A|_F^2`` and ``|W|_F^2``."""
-        weight = self._local.detach().float()
-        error = weight - self.b.float() @ self.child.A.weight.detach().float()
-        return add_up(torch.stack([error.double().square().sum(), weight.double().square().sum()]))
+        return add_up(squares_of_error(self._local, Factors(self.child.A.weight, self.b)))
 
     def moved(self, optimizers: Sequence[torch.optim.Optimizer], add_up: AddUp) -> Moved:
         """What optimizers know of the plain new parameters: of ``A`` whole, of ``B`` the rows that are here."""

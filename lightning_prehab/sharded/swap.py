@@ -5,7 +5,7 @@ Of a linear layer whose rows are divided, and which becomes two factors, nothing
 of its factors are sums over rows. Of any other layer the weight is gathered, then one state after the other.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,19 +21,18 @@ from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.report.origin import Origin
+from lightning_prehab.sharded.agreement import Agree, alone
 from lightning_prehab.sharded.engine import Managed, managed_by, reshard_, settle_
 from lightning_prehab.sharded.exchange import ShardedExchange, Shell
-from lightning_prehab.sharded.gathered import full, share_of
 from lightning_prehab.sharded.served import why_not_served
+from lightning_prehab.sharded.shares import full, row_dimension, share_of
 from lightning_prehab.sharded.states import (
-    Agree,
     Moved,
     Rows,
     Sums,
     holders_of,
     in_rows,
     placed,
-    row_dimension,
     states_of_whole,
     whole_states,
 )
@@ -90,11 +89,6 @@ class PreparedShardedSwap:
         self.change.commit()
         origin = Origin.of(model)
         return CompressionReport(self.plan, self.errors, before, count_parameters(model), origin=origin)
-
-
-def alone(work: Callable[[], Any]) -> Any:
-    """For one process: there is nobody to agree with."""
-    return work()
 
 
 @in_full_precision

@@ -21,8 +21,8 @@ from lightning_prehab.errors import PrehabError, UnsupportedError
 from lightning_prehab.linalg.sharding import is_distributed
 from lightning_prehab.road import operate
 from lightning_prehab.sharded.engine import check_engine, managed_by, reshard_
-from lightning_prehab.sharded.gathered import full
 from lightning_prehab.sharded.served import leave_unserved
+from lightning_prehab.sharded.shares import full
 from lightning_prehab.sharded.structure import drop_structure_, put_structure_
 from lightning_prehab.sharded.swap import prepare_sharded_swap
 from lightning_prehab.sites import ProcessSite
