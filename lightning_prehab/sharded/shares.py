@@ -25,11 +25,8 @@ def row_dimension(tensor: Tensor) -> int | None:
     """
     if not isinstance(tensor, DTensor) or tensor.dim() == 0:
         return None
-    divided = [index for index, placement in enumerate(tensor.placements) if type(placement) is not Replicate]
-    if len(divided) != 1:
-        return None
-    placement = tensor.placements[divided[0]]
-    return divided[0] if type(placement) is Shard and placement.dim == 0 else None
+    dimension = _one_dimension(tensor)
+    return None if dimension is None or cast(Shard, tensor.placements[dimension]).dim != 0 else dimension
 
 
 def share_in(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
@@ -68,71 +65,93 @@ def full(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return tensor
-    local, mesh = tensor.to_local(), tensor.device_mesh
-    if local.device.type != mesh.device_type:
-        tensor = dtensor_like(local.to(mesh.device_type), tensor)
-    divided = [index for index, placement in enumerate(tensor.placements) if type(placement) is not Replicate]
-    if len(divided) == 1 and type(tensor.placements[divided[0]]) is Shard:
-        return _assembled(tensor, divided[0])
-    whole: Tensor = tensor.full_tensor()
-    return whole
-
-
-@torch.no_grad()
-def _assembled(tensor: DTensor, dimension: int) -> Tensor:
-    """The whole, of parts that are sent one after the other: nothing but one part is there twice meanwhile."""
-    group, dim = tensor.device_mesh.get_group(dimension), cast(Shard, tensor.placements[dimension]).dim
-    ranks, own = distributed.get_process_group_ranks(group), tensor.to_local()
-    whole = own.new_empty(tensor.shape)
-    size, length = -(-tensor.shape[dim] // len(ranks)), tensor.shape[dim]
-    for place, rank in enumerate(ranks):
-        start = min(place * size, length)
-        part = whole.narrow(dim, start, min(size, length - start))
-        if part.numel() > 0:
-            _send_part_(part, own, rank, group)
-    return whole
-
-
-def _send_part_(part: Tensor, own: Tensor, source: int, group: distributed.ProcessGroup) -> None:
-    """Fills a part of a whole on all processes with what one of them holds."""
-    sent = part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format)
-    if source == distributed.get_rank():
-        sent.copy_(own)
-    distributed.broadcast(sent, src=source, group=group)
-    if sent is not part:
-        part.copy_(sent)
+    sent = _where_it_is_sent(tensor)
+    dimension = _one_dimension(sent)
+    if dimension is None:
+        whole: Tensor = sent.full_tensor()
+        return whole
+    room: Tensor = sent.to_local().new_empty(sent.shape)
+    _assemble_(room, sent, dimension)
+    return room
 
 
 @torch.no_grad()
 def whole_on(tensor: Tensor, owner: int, agree: Agree = alone) -> Tensor | None:
     """The whole of a tensor on one process, detached; None on the others. Collective.
 
-    Where each process has slices along the first dimension, the others send theirs and need no room; in other
-    placements they have the whole tensor for a moment.
+    The others need room for a part at most, but where a tensor is divided over several dimensions of a mesh: there they
+    have the whole of it for a moment.
 
     Args:
         tensor: A ``DTensor``; of another one nothing is sent.
-        owner: Global rank. Processes that hold no slices of the same copy as the owner take no part.
+        owner: Global rank. Where it is among other copies of all parts, this process has nothing to do.
         agree: Asked before anything is sent.
     """
     here = distributed.get_rank() == owner
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return tensor if here else None
-    dimension = row_dimension(tensor)
+    dimension = _one_dimension(tensor)
     if dimension is None:
         agree(lambda: None)
         whole = full(tensor)
         return whole if here else None
     group = tensor.device_mesh.get_group(dimension)
     ranks = distributed.get_process_group_ranks(group)
+    if row_dimension(tensor) is None:
+        sent: DTensor = agree(lambda: _where_it_is_sent(tensor))
+        room: Tensor | None = agree(lambda: sent.to_local().new_empty(sent.shape) if here else None)
+        if owner in ranks:
+            _assemble_(room, sent, dimension)
+        return room
     most = -(-tensor.shape[0] // len(ranks))  # slices of a process; the last ones may have fewer
-
     part: Tensor = agree(lambda: _even_part(tensor, most))
-    room: Tensor | None = agree(lambda: part.new_empty(len(ranks) * most, *part.shape[1:]) if here else None)
+    room = agree(lambda: part.new_empty(len(ranks) * most, *part.shape[1:]) if here else None)
     if owner in ranks:
         distributed.gather(part, None if room is None else list(torch.split(room, most)), dst=owner, group=group)
     return None if room is None else room[: tensor.shape[0]]
+
+
+def _where_it_is_sent(tensor: DTensor) -> DTensor:
+    """With its parts on the device of the mesh."""
+    local, mesh = tensor.to_local(), tensor.device_mesh
+    if local.device.type == mesh.device_type:
+        return tensor
+    return dtensor_like(local.to(mesh.device_type), tensor)
+
+
+def _one_dimension(tensor: DTensor) -> int | None:
+    """The dimension of the mesh over which a tensor is divided, if that is one and it is divided in shards."""
+    divided = [index for index, placement in enumerate(tensor.placements) if type(placement) is not Replicate]
+    if len(divided) != 1 or type(tensor.placements[divided[0]]) is not Shard:
+        return None
+    return divided[0]
+
+
+@torch.no_grad()
+def _assemble_(whole: Tensor | None, tensor: DTensor, dimension: int) -> None:
+    """Fills the whole, where there is room for it, part by part: no more than one part is there twice meanwhile."""
+    group, dim = tensor.device_mesh.get_group(dimension), cast(Shard, tensor.placements[dimension]).dim
+    ranks, own, length = distributed.get_process_group_ranks(group), tensor.to_local(), tensor.shape[dim]
+    size = -(-length // len(ranks))
+    for place, rank in enumerate(ranks):
+        start, stop = min(place * size, length), min((place + 1) * size, length)
+        if start < stop:
+            room = None if whole is None else whole.narrow(dim, start, stop - start)
+            shape = (*tensor.shape[:dim], stop - start, *tensor.shape[dim + 1 :])
+            _send_part_(room, shape, own, rank, group)
+
+
+def _send_part_(
+    room: Tensor | None, shape: Sequence[int], own: Tensor, source: int, group: distributed.ProcessGroup
+) -> None:
+    """Sends what one process holds to all, who keep it where there is room."""
+    sent = own.new_empty(shape) if room is None or not room.is_contiguous() else room
+    if source == distributed.get_rank():
+        sent.copy_(own)
+    distributed.broadcast(sent, src=source, group=group)
+    if room is not None and sent is not room:
+        room.copy_(sent)
 
 
 def _even_part(tensor: DTensor, slices: int) -> Tensor:
