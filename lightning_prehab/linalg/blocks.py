@@ -25,13 +25,16 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def wide_product(left: Tensor, right: Tensor, of: Callable[[Tensor], Tensor] = _itself) -> Tensor:
+def wide_product(
+    left: Tensor, right: Tensor, of: Callable[[Tensor], Tensor] = _itself, dtype: torch.dtype | None = None
+) -> Tensor:
     """A product of a thin matrix and a large one in float64 (float32 where the device has no float64).
 
     Args:
         left: Shape ``(m, k)``.
         right: Shape ``(k, n)``.
         of: Applied to the entries of the larger one before.
+        dtype: Of the answer; None means that in which it is computed.
 
     Returns:
         Shape ``(m, n)``.
@@ -41,17 +44,21 @@ def wide_product(left: Tensor, right: Tensor, of: Callable[[Tensor], Tensor] = _
     """
     wide = torch.float32 if left.device.type == "mps" else torch.float64
     left, right = left.detach(), right.detach()
-    if left.numel() <= right.numel():
-        thin, parts = left.to(wide), blocks(right.shape[1], len(right))
-        return _joined([thin @ of(right[:, part]).to(wide) for part in parts], 1)
-    thin, parts = right.to(wide), blocks(*left.shape)
-    return _joined([of(left[part]).to(wide) @ thin for part in parts], 0)
+    answer = left.new_empty(len(left), right.shape[1], dtype=wide if dtype is None else dtype)
+    of_left, of_right = (_itself, of) if left.numel() <= right.numel() else (of, _itself)
+    for rows in blocks(*left.shape):
+        own = of_left(left[rows]).to(wide)
+        for columns in blocks(right.shape[1], len(right)):
+            answer[rows, columns] = own @ of_right(right[:, columns]).to(wide)
+    return answer
 
 
 def row_squares(matrix: Tensor) -> Tensor:
     """The square of each row in float32: shape ``(m, 1)``."""
-    parts = blocks(*matrix.shape)
-    return _joined([matrix[part].float().square().sum(1, keepdim=True) for part in parts], 0)
+    answer = matrix.new_empty(len(matrix), 1, dtype=torch.float32)
+    for part in blocks(*matrix.shape):
+        answer[part] = matrix[part].float().square().sum(1, keepdim=True)
+    return answer
 
 
 @torch.no_grad()
@@ -77,7 +84,3 @@ def squares_of_error(weight: Tensor, factors: Factors, groups: int = 1) -> Tenso
                 error -= factors.sparse.rows(here, width).float()
             total += torch.stack([error.norm(), block.norm()]).to(total).square()
     return total
-
-
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -27,16 +27,17 @@ from lightning_prehab.sharded.exchange import ShardedExchange, Shell
 from lightning_prehab.sharded.served import why_not_served
 from lightning_prehab.sharded.shares import full, row_dimension, share_of
 from lightning_prehab.sharded.states import (
+    LayerInRows,
     Moved,
-    Rows,
-    Sums,
     holders_of,
     in_rows,
     placed,
     states_of_whole,
     whole_states,
+    with_sums,
 )
 from lightning_prehab.surgery.factors import planned_targets, stays_as_it_is
+from lightning_prehab.surgery.moments import AddUp
 from lightning_prehab.surgery.optimizers import GroupEdit, check_optimizer, plan_edits
 from lightning_prehab.surgery.pretrained import check_pretrained, note_structure_
 from lightning_prehab.surgery.replacement import Replacement
@@ -247,15 +248,15 @@ class _OneLayer:
         dimension = row_dimension(weight)
         assert dimension is not None
         mesh = weight.device_mesh
-        here: Rows = self._agree(lambda: Rows(made, weight))
-        sums = Sums(mesh.get_group(dimension), mesh.device_type)
-        squares, moved = sums.of(
-            lambda add_up: (here.squares(add_up), here.moved(self._optimizers, add_up)), self._agree
-        )
+        here: LayerInRows = self._agree(lambda: LayerInRows(made, weight))
+
+        def work(add_up: AddUp) -> tuple[Tensor, Moved]:
+            return here.squares(add_up), here.moved(self._optimizers, add_up)
+
+        squares, moved = with_sums(work, mesh.get_group(dimension), mesh.device_type, self._agree)
         error, whole = squares.sqrt().tolist()
         self.errors = {name: error / max(whole, torch.finfo(torch.float32).tiny) for name in self._cuts}
-        known: Moved = moved
-        return known
+        return moved
 
     def _divided(self, shell: Shell, made: Replacement, moved: Moved) -> ShardedExchange:
         names = {id(one): name for name, one in made.new.named_parameters()}

@@ -257,11 +257,11 @@ def _factored(key: str, value: Tensor, a: Tensor, b: Tensor, add_up: AddUp) -> t
         return mean.repeat(len(a), 1), value.mean(1, keepdim=True).repeat(1, len(a))
     if key in LARGEST:
         for_a = add_up(wide_product(b.square().mT, value, of=torch.square))
-        for_b = wide_product(value, a.square().mT, of=torch.square)
-        return for_a.to(value.dtype).sqrt(), for_b.to(value.dtype).sqrt()
+        for_b = wide_product(value, a.square().mT, of=torch.square, dtype=value.dtype)
+        return for_a.to(value.dtype).sqrt(), for_b.sqrt()
     if key in SECOND_MOMENTS:
         a, b = a.square(), b.square()
-    return add_up(wide_product(b.mT, value)).to(value.dtype), wide_product(value, a.mT).to(value.dtype)
+    return add_up(wide_product(b.mT, value)).to(value.dtype), wide_product(value, a.mT, dtype=value.dtype)
 
 
 def _correlation(moment: Tensor, factor: Tensor, inner: AddUp = _itself, outer: AddUp = _itself) -> Tensor:
@@ -276,7 +276,8 @@ def _correlation(moment: Tensor, factor: Tensor, inner: AddUp = _itself, outer: 
     Returns:
         By row of the product: shape ``(rank,)``; 1 where there is no gradient.
     """
-    together = outer(inner(wide_product(factor.mT, moment)).float().square().sum(1))
+    narrow = torch.float32 if inner is _itself else None  # nothing is to be added to it
+    together = outer(row_squares(inner(wide_product(factor.mT, moment, dtype=narrow))).squeeze(1))
     squares = outer(row_squares(moment))
     alone = inner(wide_product(factor.square().mT, squares)).float().squeeze(1)
     return torch.where(together > 0, together / alone.clamp_min(torch.finfo(alone.dtype).tiny), 1.0).to(moment.dtype)
