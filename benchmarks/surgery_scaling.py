@@ -4,7 +4,7 @@
     python benchmarks/surgery_scaling.py --table
     python benchmarks/surgery_scaling.py --rows fsdp2-2 fsdp2-4
 
-Statistics, decompositions and swap of layers in the shape of Llama-3.2-1B, in bfloat16 on the CPU: two blocks of its
+Statistics, decompositions and swap of layers in the shape of Llama-3.2-1B, in bfloat16 on the CPU: one block of its
 sixteen, without the projection back from the inner size. A real Trainer, gloo, one thread for each process. Bytes are
 those of the tensors that a process hands to collectives, to send or to receive into, counted where torch hands them to
 the backend; the peak is the largest memory of a process during the surgery beside what it held before. What of that
@@ -42,7 +42,7 @@ from lightning_prehab.callbacks._owners import cost_of
 from lightning_prehab.callbacks._site import TrainerSite
 
 RESULTS = Path(__file__).with_name("surgery_scaling.json")
-SIZES = {"hidden": 2048, "keys": 512, "inner": 8192, "blocks": 2}
+SIZES = {"hidden": 2048, "keys": 512, "inner": 8192, "blocks": 1}
 ROWS = (("ddp", 1), ("ddp", 2), ("ddp", 4), ("fsdp2", 2), ("fsdp2", 4))
 TOKENS, STEPS, KEEP = 256, 2, 0.5
 PHASES = ("observe", "decompose", "factors", "swap")
@@ -248,6 +248,12 @@ def run(way: str, processes: int, sizes: dict[str, int], tokens: int) -> dict[st
     return {"way": way, "processes": processes, "ranks": ranks}
 
 
+def of_one_process(numbers: dict[tuple[str, int], float], row: dict[str, Any]) -> str:
+    """A number of a row, as a share of what one process has, once that is known."""
+    one = numbers.get(("ddp", 1))
+    return "" if one is None else f"{numbers[row['way'], row['processes']] / one:.2f}"
+
+
 def largest_layer(sizes: dict[str, int]) -> int:
     """Bytes of the largest weight, in bfloat16."""
     return 2 * sizes["hidden"] * max(sizes["inner"], sizes["hidden"])
@@ -281,8 +287,7 @@ def table(result: dict[str, Any]) -> str:
         said = re.search(r"at most ([\d.,]+) MB", next(filter(None, (rank["said"] for rank in ranks)), ""))
         lines.append(
             f"| {row['way']}, {row['processes']} | {share:.2f} "
-            f"| {processor[row['way'], row['processes']] / processor['ddp', 1]:.2f} "
-            f"| {seconds[row['way'], row['processes']] / seconds['ddp', 1]:.2f} "
+            f"| {of_one_process(processor, row)} | {of_one_process(seconds, row)} "
             f"| {', '.join(str(rank['layers']) for rank in ranks)} "
             f"| {max(rank['peak'] for rank in ranks) / 1e6:.1f} | {said[1] if said else ''} |"
         )

@@ -53,17 +53,17 @@ def wide_product(
     return answer
 
 
-def row_squares(matrix: Tensor) -> Tensor:
-    """The square of each row in float32: shape ``(m, 1)``."""
-    answer = matrix.new_empty(len(matrix), 1, dtype=torch.float32)
+def row_squares(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """The square of each row, computed in a dtype: shape ``(m, 1)``."""
+    answer = matrix.new_empty(len(matrix), 1, dtype=dtype)
     for part in blocks(*matrix.shape):
-        answer[part] = matrix[part].float().square().sum(1, keepdim=True)
+        answer[part] = matrix[part].to(dtype).square().sum(1, keepdim=True)
     return answer
 
 
 @torch.no_grad()
 def squares_of_error(weight: Tensor, factors: Factors, groups: int = 1) -> Tensor:
-    """``|W - B A - S|_F^2`` and ``|W|_F^2``, of differences in float32: shape ``(2,)``.
+    """``|W - B A - S|_F^2`` and ``|W|_F^2``, of differences in float32 or the dtype of a wider weight: shape ``(2,)``.
 
     Args:
         weight: Shape ``(m, n)``.
@@ -73,14 +73,14 @@ def squares_of_error(weight: Tensor, factors: Factors, groups: int = 1) -> Tenso
     >>> squares_of_error(torch.ones(2, 2), Factors(torch.zeros(1, 2), torch.zeros(2, 1)))
     tensor([4., 4.], dtype=torch.float64)
     """
-    rows, width = len(weight) // groups, weight.shape[1]
+    rows, width, dtype = len(weight) // groups, weight.shape[1], torch.promote_types(weight.dtype, torch.float32)
     total = weight.new_zeros(2, dtype=torch.float32 if weight.device.type == "mps" else torch.float64)
     for number, (a, b) in enumerate(zip(factors.A.chunk(groups), factors.B.chunk(groups), strict=True)):
         for part in blocks(rows, width):
             here = slice(number * rows + part.start, number * rows + part.stop)
-            block = weight[here].float()
-            error = block - b[part].float() @ a.float()
+            block = weight[here].to(dtype)
+            error = block - b[part].to(dtype) @ a.to(dtype)
             if factors.sparse is not None:
-                error -= factors.sparse.rows(here, width).float()
+                error -= factors.sparse.rows(here, width).to(dtype)
             total += torch.stack([error.norm(), block.norm()]).to(total).square()
     return total

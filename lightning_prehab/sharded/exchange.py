@@ -21,7 +21,7 @@ from lightning_prehab.sharded.engine import (
     sharded_by,
 )
 from lightning_prehab.sharded.gathered import copies_of, rebound
-from lightning_prehab.sharded.shares import share_in
+from lightning_prehab.sharded.shares import divided
 from lightning_prehab.surgery.swap import become_
 from lightning_prehab.targets.locate import Layer
 
@@ -156,9 +156,7 @@ class ShardedExchange:
             module = self.new.get_submodule(name.rpartition(".")[0])
             one = self.new.get_parameter(name)
             side = [_side(placement, second=not name.startswith("A.")) for placement in placements]
-            local = share_in(one, mesh, side).clone(memory_format=torch.contiguous_format)
-            shape, stride = one.shape, one.stride()
-            made = DTensor.from_local(local, mesh, side, run_check=False, shape=shape, stride=stride)
+            made = divided(one, mesh, side)
             module._parameters["weight" if one.dim() > 1 else "bias"] = nn.Parameter(made, one.requires_grad)
 
 

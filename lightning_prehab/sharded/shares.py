@@ -56,6 +56,12 @@ def share_of(whole: Tensor, like: DTensor, device: torch.device | None = None) -
     return part.to(device, copy=True, memory_format=torch.contiguous_format)
 
 
+def divided(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+    """A ``DTensor`` of which every process takes its own part out of a whole tensor that all have; nothing is sent."""
+    local = share_in(whole, mesh, placements).clone(memory_format=torch.contiguous_format)
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
+
+
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor, plain and detached; it may share memory with it.
 

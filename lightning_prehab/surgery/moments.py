@@ -276,10 +276,11 @@ def _correlation(moment: Tensor, factor: Tensor, inner: AddUp = _itself, outer: 
     Returns:
         By row of the product: shape ``(rank,)``; 1 where there is no gradient.
     """
-    narrow = torch.float32 if inner is _itself else None  # nothing is to be added to it
-    together = outer(row_squares(inner(wide_product(factor.mT, moment, dtype=narrow))).squeeze(1))
-    squares = outer(row_squares(moment))
-    alone = inner(wide_product(factor.square().mT, squares)).float().squeeze(1)
+    dtype = torch.promote_types(moment.dtype, torch.float32)
+    narrow = dtype if inner is _itself else None  # where nothing is to be added to it
+    together = outer(row_squares(inner(wide_product(factor.mT, moment, dtype=narrow)), dtype).squeeze(1))
+    squares = outer(row_squares(moment, dtype))
+    alone = inner(wide_product(factor.square().mT, squares)).to(dtype).squeeze(1)
     return torch.where(together > 0, together / alone.clamp_min(torch.finfo(alone.dtype).tiny), 1.0).to(moment.dtype)
 
 
