@@ -231,6 +231,17 @@ def test_every_private_function_is_mentioned_somewhere():
     assert private - mentioned == called_by_transformers
 
 
+def test_nothing_is_left_to_be_implemented():
+    """What a class cannot do is no part of it, or is refused by an error of ours that says what to do."""
+    raising = [
+        name_of(path)
+        for path, tree in FILES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Raise) and node.exc is not None and "NotImplemented" in ast.unparse(node.exc)
+    ]
+    assert raising == []
+
+
 def test_no_names_in_a_room_differ_by_an_ending_only():
     for room in {path.parent for path in FILES}:
         names = sorted(path.stem.lstrip("_") for path in room.glob("*.py") if path.stem != "__init__")

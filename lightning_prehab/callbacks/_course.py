@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_prehab.callbacks._figures import figures
 from lightning_prehab.callbacks._regularized import RegularizedLayer
-from lightning_prehab.callbacks._sharded_layers import figures
 from lightning_prehab.callbacks._trainer import callbacks_of
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.report.course import Moment, PrehabCourse

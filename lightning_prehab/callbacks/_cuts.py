@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 from lightning_prehab.documents.settings import show
-from lightning_prehab.errors import ArgumentError
+from lightning_prehab.errors import ArgumentError, PlanError
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.rank_policies import RankPolicy
 from lightning_prehab.report.compression_report import CompressionReport
@@ -29,7 +29,76 @@ class Cut(NamedTuple):
     recipe: Recipe
 
 
-def planned_cuts(epoch: Any, keep: Any, policy: RankPolicy | None, **flat: Any) -> list[Cut]:
+class Cuts(Sequence[Cut]):
+    """The surgeries of a run, and how many of them are behind.
+
+    Args:
+        cuts: At least one, in order.
+
+    Attributes:
+        made: How many are behind.
+    """
+
+    def __init__(self, cuts: Iterable[Cut]) -> None:
+        self._cuts = list(cuts)
+        self.made = 0
+
+    @overload
+    def __getitem__(self, place: int) -> Cut: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Cut]: ...
+
+    def __getitem__(self, place: int | slice) -> Cut | list[Cut]:
+        return self._cuts[place]
+
+    def __len__(self) -> int:
+        return len(self._cuts)
+
+    @property
+    def done(self) -> bool:
+        """Whether all are behind."""
+        return self.made == len(self)
+
+    @property
+    def to_come(self) -> list[Cut]:
+        """Those that are not."""
+        return self._cuts[self.made :]
+
+    @property
+    def next(self) -> Cut:
+        """The next one, or the last one where none is to come."""
+        return self._cuts[min(self.made, len(self) - 1)]
+
+    @next.setter
+    def next(self, cut: Cut) -> None:
+        self._cuts[min(self.made, len(self) - 1)] = cut
+
+    @property
+    def name_of_next(self) -> str:
+        """See :func:`number_of`."""
+        return number_of(self.made + 1, len(self))
+
+    @property
+    def began(self) -> int:
+        """The epoch that the time before the next one has begun with: 0, or that of the surgery before."""
+        return self._cuts[self.made - 1].epoch if self.made else 0
+
+    def due(self, epoch: int) -> list[Cut]:
+        """Those to come whose epoch has come; the last of them is made, and what is left out is wished for no more."""
+        return [cut for cut in self.to_come if epoch >= cut.epoch]
+
+    def change_recipes(self, **changes: object) -> None:
+        """Gives all recipes other values in some fields."""
+        self._cuts = [Cut(epoch, replace(recipe, **changes)) for epoch, recipe in self._cuts]  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a resumed run compares with, as plain data."""
+        cuts = [{"epoch": cut.epoch, "recipe": plain_recipe(cut.recipe)} for cut in self]
+        return {"made": self.made, "epoch": self.next.epoch, "recipe": plain_recipe(self.next.recipe), "cuts": cuts}
+
+
+def planned_cuts(epoch: Any, keep: Any, policy: RankPolicy | None, **flat: Any) -> Cuts:
     """The cuts that the arguments of a CompressionCallback stand for, checked against each other.
 
     Args:
@@ -51,7 +120,7 @@ def planned_cuts(epoch: Any, keep: Any, policy: RankPolicy | None, **flat: Any) 
             alternative = "" if several else ", or 'auto'"
             raise ArgumentError(f"{what} is a whole number that counts from 0{alternative}, got {epoch!r}.")
     if not several and not _is_list(keep):
-        return [Cut(0 if epochs == ["auto"] else epochs[0], Recipe.of(keep, policy=policy, **flat))]
+        return Cuts([Cut(0 if epochs == ["auto"] else epochs[0], Recipe.of(keep, policy=policy, **flat))])
     if not several or not _is_list(keep) or len(keep) != len(epochs) or not epochs:
         raise ArgumentError(
             "Several cuts need as many epochs as keeps: CompressionCallback(epoch=[3, 6], keep=[0.6, 0.4]); got "
@@ -67,7 +136,7 @@ def planned_cuts(epoch: Any, keep: Any, policy: RankPolicy | None, **flat: Any) 
                 "The keeps of several cuts must descend, since each counts against the dense weights and a cut takes "
                 f"nothing back; got {', '.join('?' if one is None else f'{one:g}' for one in known)}."
             )
-    return [Cut(*both) for both in zip(epochs, recipes, strict=True)]
+    return Cuts(Cut(*both) for both in zip(epochs, recipes, strict=True))
 
 
 def settings_of_cuts(cuts: Sequence[Cut]) -> dict[str, Any]:
@@ -99,6 +168,14 @@ def number_of(made: int, of: int) -> str:
     ('cut 2 of 3', '')
     """
     return f"cut {made} of {of}" if of > 1 else ""
+
+
+def plain_recipe(recipe: Recipe) -> dict[str, Any] | None:
+    """A recipe for a checkpoint; None if a class of the user's own in it cannot be written down."""
+    try:
+        return recipe.to_dict()
+    except PlanError:
+        return None
 
 
 def _recipe(keep: Any, policy: RankPolicy | None, flat: Mapping[str, Any]) -> Recipe:

@@ -13,10 +13,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from lightning_prehab.callbacks._injection import add_to_loss_
 from lightning_prehab.callbacks._keeper import Keeper, Precision, refuse_shared
+from lightning_prehab.callbacks._lessons import Lessons, each_time
 from lightning_prehab.callbacks._sharded_keeper import ShardedKeeper
 from lightning_prehab.callbacks._trainer import loss_scale, shards
 from lightning_prehab.distillation.calls import Call, Calls, autocast_of, named
@@ -25,7 +24,6 @@ from lightning_prehab.distillation.replay import WAY_OUT, Pair, check_calls, fea
 from lightning_prehab.distillation.teacher import Teacher
 from lightning_prehab.documents.settings import show
 from lightning_prehab.errors import ArgumentError, NumericalError, StatisticsError, UnsupportedError
-from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.refinement.blocks import find_blocks
 from lightning_prehab.refinement.distance import answer_in
 from lightning_prehab.statistics.batches import to_device
@@ -75,16 +73,16 @@ class Distiller:
         self.teacher: Teacher | None = None
         self._stored = True  # in checkpoints
         self._calls: Calls | None = None
-        self._waiting = False  # for the gradient to come by an answer
         self.forget()
 
     def forget(self) -> None:
         """Lets go of the teacher and of what was found out with it."""
+        self._comparison = Comparison(self._temperature, relative=self._form == "features")
+        self._lessons = Lessons(self._comparison)
         self.close()
         self.teacher = None
-        self._comparison = Comparison(self._temperature, relative=self._form == "features")
         self._features: list[str] = []
-        self._checked = self._reached = self._looked = False
+        self._checked = self._looked = False
         self._batch: Any = None
 
     def check_names(self, pl_module: "pl.LightningModule") -> None:
@@ -208,13 +206,13 @@ class Distiller:
         scale = strength * loss_scale(trainer)
         pairs = self._asked(trainer, pl_module)
         if pl_module.automatic_optimization:
-            found = self._add_to_loss(loss, pairs, scale, task)
+            found = self._lessons.add_to_loss_(loss, pairs, self._batch, scale, task)
         else:  # of several losses, each backpropagated by itself
             if task != 1.0:
-                _each_time(loss, lambda gradient: gradient * task)
+                each_time(loss, lambda gradient: gradient * task)
             if not pairs:
                 return None  # another one of them has taken the calls
-            found = self._add_to_gradients(pairs, scale)
+            found = self._lessons.add_to_gradients(pairs, self._batch, scale)
         self._check(found, sorted({pair.name for pair in pairs}))
         return found
 
@@ -251,13 +249,7 @@ class Distiller:
         if self.teacher is None:
             check_calls(calls, self._features if self._form == "features" else None)
             return
-        pairs = self._pairs(pl_module, calls)  # a teacher that was given answers at once
-        trial = Comparison(self._temperature, relative=self._form == "features")
-        with torch.no_grad():
-            for pair in pairs:
-                asked = [*pair.asked, self._batch]
-                trial.decide(pair.module, pair.output, asked)
-                in_full_precision(trial.value)(pair.answer, pair.right, asked)
+        self._lessons.try_out(self._pairs(pl_module, calls), self._batch)  # a teacher that was given answers at once
 
     def after_backward(self) -> None:
         """With manual optimization the step goes on."""
@@ -279,15 +271,15 @@ class Distiller:
         Raises:
             UnsupportedError: If no loss has come by the answers that were compared, in an epoch.
         """
-        if self._waiting and not self._reached:
+        if self._lessons.in_vain:
             raise UnsupportedError(
                 f"{self._who}: no loss of training_step depends on the outputs that were compared. {WAY_OUT}"
             )
-        self._waiting = self._reached = False
+        self._lessons.forget()
 
     def close(self) -> None:
         """Takes all hooks off."""
-        self._waiting = False
+        self._lessons.forget()
         self._batch = None
         if self._calls is not None:
             self._calls.detach()
@@ -343,33 +335,6 @@ class Distiller:
             output = forward(self.teacher.module, to_device(self._batch, self.teacher.device))
         return Pair("forward", [], answer, answer_in(output).to(answer.device), output, self.teacher.module)
 
-    def _add_to_loss(self, loss: Tensor, pairs: list[Pair], scale: float | Tensor, task: float) -> Tensor:
-        """The mean distance goes into the loss itself."""
-        values = [in_full_precision(self._comparison.value)(*self._decided(pair)) for pair in pairs]
-        value = torch.stack(values).mean()
-        if task != 1.0:
-            loss.mul_(task)
-        add_to_loss_(loss, value, scale)
-        return value.detach()
-
-    def _add_to_gradients(self, pairs: list[Pair], scale: float | Tensor) -> Tensor:
-        """Hooks on the answers add the gradient of the mean distance to what comes by."""
-        values = []
-        for pair in pairs:
-            value, addend = self._comparison.gradient(*self._decided(pair), scale / len(pairs))
-            values.append(value)
-            _add_once(pair.answer, addend, self._note_reached)
-        self._waiting = True
-        return torch.stack(values).mean()
-
-    def _decided(self, pair: Pair) -> tuple[Tensor, Tensor, list[Any]]:
-        asked = [*pair.asked, self._batch]
-        self._comparison.decide(pair.module, pair.output, asked)
-        return pair.answer, pair.right, asked
-
-    def _note_reached(self) -> None:
-        self._reached = True
-
     def _check(self, value: Tensor, names: list[str]) -> None:
         """Once: says what is compared, and that it is a number."""
         if self._checked:
@@ -408,23 +373,6 @@ def _device(wish: str | torch.device) -> torch.device:
         return torch.device(wish)
     except RuntimeError as error:
         raise ArgumentError(f"device must be one that torch knows ('cpu', 'cuda:0', ...), got {show(wish)}.") from error
-
-
-def _add_once(answer: Tensor, addend: Tensor, reached: Callable[[], None]) -> None:
-    """Adds to the gradient of an answer, the first time that it comes by."""
-
-    def add(gradient: Tensor) -> Tensor:
-        handle.remove()
-        reached()
-        return gradient + addend.to(gradient.dtype)
-
-    handle = _each_time(answer, add)
-
-
-def _each_time(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    """Changes the gradient of a tensor whenever it comes by."""
-    handle: RemovableHandle = tensor.register_hook(change)  # type: ignore[no-untyped-call]
-    return handle
 
 
 def _is_compiled(pl_module: "pl.LightningModule") -> bool:

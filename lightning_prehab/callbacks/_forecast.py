@@ -7,8 +7,10 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_prehab.callbacks._distributed import gather, together
+from lightning_prehab.callbacks._figures import tails_of
 from lightning_prehab.callbacks._regularized import RegularizedLayer, matrices
-from lightning_prehab.callbacks._sharded_layers import ShardedLayer, cuts_of_shards, tails_of
+from lightning_prehab.callbacks._sharded_acts import cuts_of_shards
+from lightning_prehab.callbacks._sharded_layers import ShardedLayer
 from lightning_prehab.callbacks._sharded_trial import ShardedTrial
 from lightning_prehab.callbacks._trainer import log_number
 from lightning_prehab.callbacks._trial import Trial, where_possible
@@ -179,4 +181,5 @@ def _prepared(
         return trial, [Change(views[layer.name], layer.cut()) for layer in layers]
     reshard_(trial.module)
     views = matrices(in_all_forms(same_targets(trial.module, targets)))
-    return trial, [ShardedChange(views[name].parameter, local) for name, local in cuts_of_shards(trainer, shards)]
+    changes = cuts_of_shards(trainer, shards)
+    return trial, [ShardedChange(views[name].parameter, local) for name, local in changes.items()]

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.callbacks._regularized import RegularizedLayer
-from lightning_prehab.callbacks._sharded_layers import ShardedLayer, pull_of_shards
+from lightning_prehab.callbacks._sharded_acts import pull_of_shards
+from lightning_prehab.callbacks._sharded_layers import ShardedLayer
 from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.linalg.matrices import widened
 from lightning_prehab.linalg.sharding import is_distributed, local_part
 from lightning_prehab.regularizers import GradientRatio, Penalty
-from lightning_prehab.sharded.gathered import dtensor_like
 from lightning_prehab.sharded.rows import norm_of_shards
+from lightning_prehab.sharded.shares import dtensor_like
 
 #: Some parameters, each with the gradient of a penalty; of a sharded one in what this process has of it.
 Pull = Sequence[tuple[nn.Parameter, Tensor]]

@@ -8,11 +8,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_prehab.callbacks._cuts import Cut
+from lightning_prehab.callbacks._cuts import Cut, plain_recipe
 from lightning_prehab.callbacks._trainer import epochs_begun
 from lightning_prehab.documents.settings import show
-from lightning_prehab.errors import NumericalError, PlanError, PrehabError
-from lightning_prehab.plan.recipe import Recipe
+from lightning_prehab.errors import NumericalError, PrehabError
 from lightning_prehab.targets.find import count_parameters
 from lightning_prehab.targets.locate import low_rank_layers
 
@@ -30,14 +29,6 @@ def say_followed(module: nn.Module, before: int, keep: float | None = None) -> N
         share = "" if keep is None or not cut else f", keep {keep:.3f}"
         layers = f"{cut} low-rank layers" if cut else "no low-rank layers"
         rank_zero_info(f"The model follows the checkpoint: {layers}{share} ({before:,} -> {after:,} parameters).")
-
-
-def plain_recipe(recipe: Recipe) -> dict[str, Any] | None:
-    """A recipe for a checkpoint; None if a class of the user's own in it cannot be written down."""
-    try:
-        return recipe.to_dict()
-    except PlanError:
-        return None
 
 
 def say_other_cuts(state: Mapping[str, Any], cuts: Sequence[Cut], with_epochs: bool) -> None:

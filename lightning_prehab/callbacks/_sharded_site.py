@@ -1,19 +1,18 @@
 """A LightningModule in the middle of its training, in shards on several processes, as a place for the surgery."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 
-from lightning_prehab.callbacks._distributed import FactorsOfOwners, merge, together
+from lightning_prehab.callbacks._distributed import FactorsOfOwners, together
 from lightning_prehab.callbacks._listeners import tell_listeners
-from lightning_prehab.callbacks._owners import in_rounds, owners_of, say_memory
+from lightning_prehab.callbacks._owners import owners_of, say_memory
+from lightning_prehab.callbacks._rounds import decompose_in_rounds
 from lightning_prehab.callbacks._sharded_trial import ShardedTrial
 from lightning_prehab.callbacks._site import TrainerSite
 from lightning_prehab.callbacks._trial import Trial
 from lightning_prehab.errors import UnsupportedError
-from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.sharding import is_distributed
 from lightning_prehab.linalg.storage import Layout
@@ -23,15 +22,12 @@ from lightning_prehab.plan.spectra import Solver, Spectrum
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.sharded.engine import is_sharded, reshard_
-from lightning_prehab.sharded.owned import gathered_on
 from lightning_prehab.sharded.swap import prepare_sharded_swap
 from lightning_prehab.sites import Site
 from lightning_prehab.surgery.factors import compute_factors
 from lightning_prehab.targets.find import Targets
 
 T = TypeVar("T")
-#: A spectrum, for other processes.
-_Plain = tuple[list[float], list[float] | None, float]
 
 
 def site_of(trainer: "pl.Trainer", pl_module: "pl.LightningModule", batches: int, *known: Any, **settings: Any) -> Site:
@@ -57,19 +53,7 @@ class ShardedSite(TrainerSite):
         """In rounds, in each of which each process works on one layer."""
         owners = owners_of(solver.targets, self._trainer.world_size)
         say_memory(self._pl_module, solver, owners, self._trainer.world_size)
-        plain: dict[str, _Plain] = {}
-        for names in in_rounds(solver.targets, owners):
-            plain |= self._one_round(solver, {name: owners[name] for name in names})
-        return {name: Spectrum.of_lists(*plain[name]) for name in solver.targets}
-
-    def _one_round(self, solver: Solver, owners: Mapping[str, int]) -> dict[str, _Plain]:
-        held = {}
-        for name, owner in owners.items():
-            whole = gathered_on(view_of(solver.targets[name]), owner, self._agree)
-            if whole is not None:
-                held[name] = whole
-        solved = self._agree(lambda: self._solve(replace(solver, targets=held), list(held)))
-        return merge(self._trainer, {name: spectrum.to_lists() for name, (_, spectrum) in solved.items()})
+        return decompose_in_rounds(self._trainer, solver, owners, self._solve)
 
     def probe(self, targets: Targets, probe_keep: float, layout: Layout = "factors") -> dict[str, Probe] | None:
         """Not here: each process would have to run the whole model for layers of its own."""

@@ -10,7 +10,9 @@ from torch import Tensor, distributed
 from lightning_prehab.callbacks._distributed import together
 from lightning_prehab.callbacks._owners import owners_of
 from lightning_prehab.callbacks._regularized import RegularizedLayer, matrices, restore_layers
-from lightning_prehab.callbacks._sharded_layers import ShardedLayer, restore_shards, shrink_sharded_, states_of_shards
+from lightning_prehab.callbacks._sharded_acts import shrink_sharded_
+from lightning_prehab.callbacks._sharded_layers import ShardedLayer
+from lightning_prehab.callbacks._sharded_memories import restore_shards, states_of_shards
 from lightning_prehab.regularizers import Memory, Penalty, Shrinkage
 from lightning_prehab.sharded.engine import check_engine, is_sharded, reshard_
 from lightning_prehab.targets.find import Targets

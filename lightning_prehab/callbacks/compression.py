@@ -1,7 +1,6 @@
 """The surgery, at an epoch boundary of an ordinary training run."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,21 +8,20 @@ import torch
 
 from lightning_prehab.callbacks._announcement import announce
 from lightning_prehab.callbacks._auto_epoch import check_reachable, counts_as_free, is_due, last_possible_epoch
-from lightning_prehab.callbacks._checkpoint import DenseShell, check_version, plan_of_factors
+from lightning_prehab.callbacks._checkpoint import DenseShell, check_version
 from lightning_prehab.callbacks._course import CourseNotes
-from lightning_prehab.callbacks._cuts import Cut, Epochs, Keeps, cuts_made, number_of, planned_cuts, settings_of_cuts
-from lightning_prehab.callbacks._finetuning import FROZEN, StoredGroups, note_frozen, rename_groups_, unfreeze_
+from lightning_prehab.callbacks._cuts import Cut, Epochs, Keeps, cuts_made, planned_cuts, settings_of_cuts
+from lightning_prehab.callbacks._finetuning import FROZEN, note_frozen, rename_groups_, unfreeze_
 from lightning_prehab.callbacks._neighbours import (
     refuse_averaging,
     refuse_communication_state,
-    refuse_finders,
 )
 from lightning_prehab.callbacks._of_recipe import OfRecipe
 from lightning_prehab.callbacks._only_one import OnlyOne
 from lightning_prehab.callbacks._ready import check_ready, check_settings
+from lightning_prehab.callbacks._replay import replay_
 from lightning_prehab.callbacks._ride import Ride
 from lightning_prehab.callbacks._said import (
-    plain_recipe,
     say_followed,
     say_it_never_came,
     say_other_cuts,
@@ -44,7 +42,6 @@ from lightning_prehab.compress import make_plan
 from lightning_prehab.documents.checks import check_real, check_whole
 from lightning_prehab.factorizations import Factorization
 from lightning_prehab.layers.linear import LowRankLayer
-from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.storage import Layout
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.recipe import RankOverride, Recipe
@@ -52,7 +49,7 @@ from lightning_prehab.rank_policies import RankPolicy
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.road import operate
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
-from lightning_prehab.surgery.holders import holders_named_later, names_holders
+from lightning_prehab.surgery.holders import names_holders
 from lightning_prehab.targets.find import Targets
 from lightning_prehab.targets.names import Patterns, clean_name
 
@@ -169,7 +166,6 @@ class CompressionCallback(OnlyOne):
         self.calibration_batches = calibration_batches
         self.reset_scores = reset_scores
         self.reports: list[CompressionReport] = []
-        self._made = 0  # cuts that are behind
         self._ride = Ride(calibration_batches)
         self._course = CourseNotes()
         self._restored: dict[str, Any] = {}
@@ -182,7 +178,7 @@ class CompressionCallback(OnlyOne):
     @property
     def done(self) -> bool:
         """Whether the surgery has happened; of several the last one."""
-        return self._made == len(self._cuts)
+        return self._cuts.done
 
     @property
     def report(self) -> CompressionReport | None:
@@ -192,16 +188,16 @@ class CompressionCallback(OnlyOne):
     @property
     def epoch(self) -> int:
         """Of the next surgery, or of the last one."""
-        return self._next.epoch
+        return self._cuts.next.epoch
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
-        self._cuts[min(self._made, len(self._cuts) - 1)] = Cut(epoch, self.recipe)
+        self._cuts.next = Cut(epoch, self.recipe)
 
     @property
     def began(self) -> int:
         """The epoch that the time before the next surgery has begun with: 0, or that of the surgery before."""
-        return self._cuts[self._made - 1].epoch if self._made else 0
+        return self._cuts.began
 
     @property
     def last_epoch(self) -> int:
@@ -211,19 +207,15 @@ class CompressionCallback(OnlyOne):
     @property
     def recipe(self) -> Recipe:
         """Of the next surgery, or of the last one."""
-        return self._next.recipe
+        return self._cuts.next.recipe
 
     @recipe.setter
     def recipe(self, recipe: Recipe) -> None:
-        self._cuts[min(self._made, len(self._cuts) - 1)] = Cut(self.epoch, recipe)
+        self._cuts.next = Cut(self.epoch, recipe)
 
     def change_recipes(self, **changes: object) -> None:
         """Gives the recipes of all surgeries other values in some fields."""
-        self._cuts = [Cut(epoch, replace(recipe, **changes)) for epoch, recipe in self._cuts]  # type: ignore[arg-type]
-
-    @property
-    def _next(self) -> Cut:
-        return self._cuts[min(self._made, len(self._cuts) - 1)]
+        self._cuts.change_recipes(**changes)
 
     def make_plan(self, targets: Targets, statistics: Mapping[str, LayerStatistics] | None) -> CompressionPlan:
         """What the surgery would do, given these statistics.
@@ -249,7 +241,8 @@ class CompressionCallback(OnlyOne):
         cuts = [name for report in self.reports for name, rank in report.ranks.items() if rank is not None]
         modules = {clean_name(name): module for name, module in pl_module.named_modules()}
         if not all(isinstance(modules.get(name), LowRankLayer) for name in cuts):
-            self.reports, self._made, cuts = [], 0, []  # another module, or one that follows a dense checkpoint since
+            cuts = []  # another module, or one that follows a dense checkpoint since
+            self.reports, self._cuts.made = [], 0
         if self._auto:
             self.epoch = last_possible_epoch(trainer, self)
         check_settings(trainer, pl_module, self._cuts)
@@ -264,13 +257,13 @@ class CompressionCallback(OnlyOne):
         """Repeats the surgery that a loaded checkpoint has had; else checks targets and optimizers."""
         if not shards(trainer):
             self._follow(trainer, pl_module)
-        check_ready(trainer, pl_module, self._cuts[self._made :])
+        check_ready(trainer, pl_module, self._cuts.to_come)
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Operates at epoch 0, and on a resume that enters an epoch without its start hook."""
         if self._shell is not None:  # a sharded run has been loaded only now
             self._follow(trainer, pl_module)
-            check_ready(trainer, pl_module, self._cuts[self._made :])
+            check_ready(trainer, pl_module, self._cuts.to_come)
         if not self.done and self._fits(self._restored):
             self._ride.load_state_dict(trainer, pl_module, self.recipe, self._restored)
         self._restored = {}
@@ -313,7 +306,7 @@ class CompressionCallback(OnlyOne):
         self._ride.stop()
         self._end_course(trainer)
         if not self.done:
-            say_it_never_came(trainer, self.epoch, number_of(self._made + 1, len(self._cuts)) if self._made else "")
+            say_it_never_came(trainer, self.epoch, self._cuts.name_of_next if self._cuts.made else "")
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Takes the hooks off; what was collected stays for a checkpoint that is written now."""
@@ -332,10 +325,7 @@ class CompressionCallback(OnlyOne):
             "version": STATE_VERSION,
             "report": None if self.report is None else self.report.to_dict(),
             "reports": [report.to_dict() for report in self.reports],
-            "made": self._made,
-            "epoch": self.epoch,
-            "recipe": plain_recipe(self.recipe),
-            "cuts": [{"epoch": cut.epoch, "recipe": plain_recipe(cut.recipe)} for cut in self._cuts],
+            **self._cuts.to_dict(),
             "wanted": list(self.recipe.wanted),
             **self._ride.state_dict(self._world_size),
             "course": self._course.state_dict(),
@@ -376,11 +366,11 @@ class CompressionCallback(OnlyOne):
         shell, self._shell = self._shell, None
         factors = shell.close()
         if shell.loaded:
-            self.reports, self._made, report, self._name_holders = [], 0, shell.report, shell.name_holders
+            self.reports, self._cuts.made = [], 0
+            report, self._name_holders = shell.report, shell.name_holders
             if factors:
-                refuse_finders(trainer)
-                with holders_named_later() as self._name_holders:
-                    report = self._replay(trainer, pl_module, factors)
+                method = self.recipe.factorization_or_default
+                report, self._name_holders = replay_(trainer, pl_module, factors, method)
             self._remember(report)
             keep = self.report.keep if self.report and self._restored.get("report") else None
             say_followed(pl_module, shell.parameters, keep)
@@ -389,26 +379,15 @@ class CompressionCallback(OnlyOne):
         unfreeze_(trainer, pl_module, self._frozen)
         self._frozen = None
 
-    def _replay(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", factors: Mapping[str, Factors]
-    ) -> CompressionReport:
-        """The same edits of modules and optimizers, with stored factors; nobody is told, since it is no new surgery."""
-        method = self.recipe.factorization_or_default
-        site = site_of(trainer, pl_module, self.calibration_batches)
-        groups = StoredGroups(trainer, pl_module)
-        report = site.swap(plan_of_factors(pl_module, factors, method), factors)
-        groups.complete_()
-        return report
-
     def _remember(self, replayed: CompressionReport | None) -> None:
         """Takes over what the checkpoint says of the surgeries that are done; of weights alone, what they show."""
         stored, method = self._restored.get("report"), self.recipe.factorization_or_default
         known = self._restored.get("reports") or ([] if stored is None else [stored])  # older files hold the last alone
         self.reports = [CompressionReport.from_dict(one, method) for one in known]
         if replayed is not None and not known:
-            self.reports, self._made = [replayed], cuts_made(self._cuts, replayed)
+            self.reports, self._cuts.made = [replayed], cuts_made(self._cuts, replayed)
         else:
-            self._made = min(self._restored.get("made", len(known)), len(self._cuts))
+            self._cuts.made = min(self._restored.get("made", len(known)), len(self._cuts))
 
     def _close(self) -> None:
         self._ride.let_go()
@@ -419,10 +398,10 @@ class CompressionCallback(OnlyOne):
         self._shell = self._following = None
 
     def _operate_if_due(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        due = sum(trainer.current_epoch >= cut.epoch for cut in self._cuts[self._made :])
-        if due > 1:
-            say_passed_over([cut.epoch for cut in self._cuts[self._made : self._made + due]])
-        self._made += max(due - 1, 0)
+        due = self._cuts.due(trainer.current_epoch)
+        if len(due) > 1:
+            say_passed_over([cut.epoch for cut in due])
+            self._cuts.made += len(due) - 1
         if due:
             self._operate(trainer, pl_module)
 
@@ -432,13 +411,13 @@ class CompressionCallback(OnlyOne):
         with showing(trainer), saying_what_to_do():
             report = operate(self.recipe, site)
         self._end_course(trainer)
-        report = self._course.at_the_cut(trainer, report.with_note(number_of(self._made + 1, len(self._cuts))))
+        report = self._course.at_the_cut(trainer, report.with_note(self._cuts.name_of_next))
         self.reports.append(report)
-        self._made += 1
+        self._cuts.made += 1
         rename_groups_(trainer, pl_module)
         if self.reset_scores:
             reset_scores_(trainer)
-        announce(trainer, pl_module, report, self._made)
+        announce(trainer, pl_module, report, self._cuts.made)
 
     def _end_course(self, trainer: "pl.Trainer") -> None:
         """Completes the last report: the time after its surgery is over."""

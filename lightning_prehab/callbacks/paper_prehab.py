@@ -96,10 +96,10 @@ class PaperPrehab(PrehabCallback):
     ) -> None:
         """Maps back where loss scaling has skipped a step; lets the optimizer start anew at both ends."""
         self._map_back()
-        was_ready = self._ready
+        was_ready = self._way.ready
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         ends = self._in_season(trainer) and self._remaining(trainer, batch_idx) == 0
-        if self._weight_steps is not None and self._ready and (ends or not was_ready):
+        if self._weight_steps is not None and self._way.ready and (ends or not was_ready):
             for layer in self._layers:
                 for optimizer in self._weight_steps.optimizers():
                     optimizer.state.pop(layer.parameter, None)
@@ -114,7 +114,7 @@ class PaperPrehab(PrehabCallback):
     ) -> None:
         """Puts ``M`` and its gradient in the place of the weight and its gradient."""
         super()._before_step(trainer, pl_module, optimizer)
-        if not self._ready or not self._in_season(trainer):
+        if not self._way.ready or not self._in_season(trainer):
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         with torch.no_grad():
@@ -133,7 +133,7 @@ class PaperPrehab(PrehabCallback):
     def _ramp(self) -> float:
         if self.objective == "nuclear_norm":
             return 1.0
-        return exponential_ramp(self._steps, RAMP_STEPS, RAMP_START / self.strength)
+        return exponential_ramp(self._way.steps, RAMP_STEPS, RAMP_START / self.strength)
 
     @torch.no_grad()
     def _map_back(self) -> None:

@@ -48,6 +48,7 @@ from lightning_prehab.callbacks._trainer import (
     log_number,
     loss_scale,
 )
+from lightning_prehab.callbacks._way import Way
 from lightning_prehab.callbacks.compression import CompressionCallback
 from lightning_prehab.documents.checks import check_real
 from lightning_prehab.regularizers import GradientRatio, Penalty, Shrinkage
@@ -56,8 +57,6 @@ from lightning_prehab.targets.names import Patterns
 
 #: Of the state in checkpoints.
 STATE_VERSION = 1
-#: Share of the time before the surgery in which metric and ranks are not changed any more.
-LAST_UPDATE = 0.3
 
 
 class PrehabCallback(ActsInSeason):
@@ -176,16 +175,14 @@ class PrehabCallback(ActsInSeason):
 
     def _start_anew(self) -> None:
         """Forgets what an earlier fit has left, that of another module perhaps."""
-        self._release()
         self._begin_count()
+        self._release()
         self._into_loss, self._world_size, self._global_rank = True, 1, 0
 
     def _begin_count(self) -> None:
         self.forecast: float | None = None
         self._ratio = None if self.strength_share is None else GradientRatio(self.strength_share)
-        self._steps = 0  # batches with an optimizer step, since the regularizer is ready
-        self._planned_at = 0  # the value of _steps when the ranks were planned
-        self._span: int | None = None  # batches from there to the end, when the regularizer became ready
+        self._way = Way()
         self._restored: dict[str, Any] = {}
 
     def _release(self) -> None:
@@ -198,7 +195,7 @@ class PrehabCallback(ActsInSeason):
         self._planned: Targets | None = None  # what the ranks are planned for: all targets of the surgery
         self._layers: list[RegularizedLayer] = []
         self._outlook = Forecast()
-        self._ready = False
+        self._way.ready = False
 
     def forecasts(self, compression: CompressionCallback) -> bool:
         """Whether the loss increase of a cut is predicted during training."""
@@ -209,7 +206,7 @@ class PrehabCallback(ActsInSeason):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Tries the cut on a batch, with the weights of now: for whoever decides by ``forecast``."""
-        if self._targets is not None and self._ready:
+        if self._targets is not None and self._way.ready:
             arguments = trainer, pl_module, self._targets, self._layers, batch, batch_idx
             self.forecast = self._outlook.try_now(*arguments)
 
@@ -265,11 +262,11 @@ class PrehabCallback(ActsInSeason):
     ) -> None:
         """Prepares, or starts counting what this step sends through the targets."""
         if self._targets is not None and self._in_season(trainer):
-            due = self._steps % max(self.forecast_every_n_steps, 1) == self.forecast_every_n_steps - 1
+            due = self._way.steps % max(self.forecast_every_n_steps, 1) == self.forecast_every_n_steps - 1
             self._outlook.follow(trainer, pl_module, self._targets, self._layers, batch, batch_idx, look=due)
-            if self._preparation is None and (not self._ready or self._update_is_due(trainer, batch_idx)):
+            if self._preparation is None and (not self._way.ready or self._update_is_due(trainer, batch_idx)):
                 self._preparation = self._new_preparation(trainer)
-                if not self._ready and self._preparation.is_complete:
+                if not self._way.ready and self._preparation.is_complete:
                     self._take_over(trainer, batch_idx - 1)
             if self._preparation is not None:
                 self._preparation.begin_batch(batch)
@@ -298,13 +295,13 @@ class PrehabCallback(ActsInSeason):
     ) -> None:
         """Shrinks, counts steps, and takes over metrics and ranks when enough statistics are there."""
         stepped = self._weight_steps is not None and self._weight_steps.end_batch(self._weights())
-        if self._ready and self._in_season(trainer):
+        if self._way.ready and self._in_season(trainer):
             last = self._remaining(trainer, batch_idx) == 0  # all has to be done, whoever steps in this batch
             if stepped or last:
                 self._shrink(trainer, pl_module, batch_idx)
-            self._steps += stepped
+            self._way.steps += stepped
             every = self.forecast_every_n_steps
-            if (stepped or last) and every > 0 and (last or self._steps % every == 0):
+            if (stepped or last) and every > 0 and (last or self._way.is_due(every)):
                 self.forecast = self._outlook.log(pl_module, self._layers, self.forecast)
         if self._preparation is not None:
             self._preparation.end_batch()
@@ -315,14 +312,14 @@ class PrehabCallback(ActsInSeason):
         """Logs how far the spectra have come; no step of an optimizer may have gone unseen."""
         if self._weight_steps is not None:
             self._weight_steps.check_seen(self)
-        if not self._ready or not self._in_season(trainer):
+        if not self._way.ready or not self._in_season(trainer):
             return
         pl_module.log_dict(note_spectra(trainer, self._layers), batch_size=1, **EQUAL)
 
     def on_surgery(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", report: Any) -> None:
         """The work is done, until the next surgery; lets go of the layers, and takes the forecast out of the bar."""
         trainer.progress_bar_metrics.pop("prehab/forecast", None)
-        if self._preparation is not None and not self._ready:
+        if self._preparation is not None and not self._way.ready:
             self._preparation.warn_of_lost_time()
         self._release()
         self._go_on(trainer, pl_module, report)
@@ -343,10 +340,7 @@ class PrehabCallback(ActsInSeason):
         owned = self._into_loss and isinstance(self.regularizer, Penalty)
         return {
             "version": STATE_VERSION,
-            "steps": self._steps,
-            "planned_at": self._planned_at,
-            "span": self._span,
-            "ready": self._ready,
+            **self._way.state_dict(),
             "forecast": self.forecast,
             "outlook": self._outlook.state_dict(),
             "ratio": None if self._ratio is None else self._ratio.state_dict(),
@@ -362,8 +356,7 @@ class PrehabCallback(ActsInSeason):
     def _restore(self, pl_module: "pl.LightningModule", targets: Targets) -> None:
         """All but a preparation under way, which waits for the start of training."""
         state = self._restored
-        self._steps, self._planned_at, self._span = state["steps"], state["planned_at"], state["span"]
-        self._ready, self.forecast = state["ready"], state["forecast"]
+        self._way, self.forecast = Way.from_state_dict(state), state["forecast"]
         self._outlook.load_state_dict(state.get("outlook", self._outlook.state_dict()))
         if self._ratio is not None and state["ratio"] is not None:
             self._ratio.load_state_dict(state["ratio"])
@@ -371,11 +364,11 @@ class PrehabCallback(ActsInSeason):
 
     def _acts(self, trainer: "pl.Trainer") -> bool:
         """Whether a penalty is due at this step."""
-        acts = self._ready and self._in_season(trainer) and isinstance(self.regularizer, Penalty)
-        return acts and self._steps % self.every_n_steps == 0
+        acts = self._way.ready and self._in_season(trainer) and isinstance(self.regularizer, Penalty)
+        return acts and self._way.is_due(self.every_n_steps)
 
     def _ramp(self) -> float:
-        return ramp(self._steps, self.ramp_steps)
+        return ramp(self._way.steps, self.ramp_steps)
 
     def _weights(self) -> list[Tensor]:
         return [layer.parameter for layer in self._layers]
@@ -408,8 +401,7 @@ class PrehabCallback(ActsInSeason):
         """Applies a shrinkage to the trainable weights that an optimizer has stepped."""
         if not isinstance(self.regularizer, Shrinkage) or self._weight_steps is None:
             return
-        remaining = self._remaining(trainer, batch_idx) or 0  # None was checked when the regularizer became ready
-        progress = 1.0 - remaining / max(self._span or 0, 1)  # exactly 1 at the last batch
+        progress = self._way.share_done(self._remaining(trainer, batch_idx))
         log_number(pl_module, "prehab/progress", progress)
         shrink_together_(trainer, self._layers, self.regularizer, progress, self._weight_steps.rates)
 
@@ -418,18 +410,17 @@ class PrehabCallback(ActsInSeason):
         return choose_rank_source(compression, self.regularizer, self.space, self.forecast_every_n_steps > 0)
 
     def _update_is_due(self, trainer: "pl.Trainer", batch_idx: int) -> bool:
-        """Whether metric and ranks are old, and there is time enough to do something with new ones."""
-        if self.update_steps == 0 or self._steps - self._planned_at < self.update_steps:
+        """Whether metric and ranks, if there are any to find, are to be found anew."""
+        if not self._way.is_old(self.update_steps):
             return False
         if self.space == "weight" and self._rank_source(trainer) is None:
             return False
-        remaining = self._remaining(trainer, batch_idx)
-        return remaining is None or (self._span is not None and remaining > LAST_UPDATE * self._span)
+        return self._way.leaves_time(self._remaining(trainer, batch_idx))
 
     def _new_preparation(self, trainer: "pl.Trainer") -> Preparation:
         assert self._targets is not None
         planned, source = self._planned or Targets({}, {}, None), self._rank_source(trainer)
-        again = self.update_steps // 4 if self._ready else None
+        again = self.update_steps // 4 if self._way.ready else None
         batches = batches_to_watch(trainer, self.start_epoch, self.stop_epoch, again)
         only_cut = source is not None and self.regularizer.needs_rank
         return Preparation(trainer, self._targets, self.space, source, planned, batches, only_cut)
@@ -442,9 +433,9 @@ class PrehabCallback(ActsInSeason):
             rank_zero_warn("PrehabCallback has nothing to do: no target was reached in training, or all stay dense.")
             self._release()
             return
-        if not self._ready:
-            self._span = self._remaining(trainer, batch_idx)
+        if not self._way.ready:
+            self._way.begin(self._remaining(trainer, batch_idx))
             note_start(trainer, layers)
-        self._layers, self._ready, self._planned_at = layers, True, self._steps
+        self._layers, self._way.planned_at = layers, self._way.steps
         if self.space == "loss" and self.forecast_every_n_steps > 0:
             self._outlook.begin()

@@ -55,11 +55,11 @@ class WhitenedSVD(MetricFactorization):
         """Factors with a bias shift if ``centered``."""
         if not self.centered:
             return super().at_rank(svd, weight, statistics)
-        mean = statistics.input_mean()
+        like, mean = svd.low_rank(1)[0], statistics.input_mean()
+        through = weight.detach().to(like) @ mean.to(like)  # the weight may be a whole one that is there for a moment
 
         def factors(rank: int) -> Factors:
             a, b = svd.low_rank(rank)
-            mu = mean.to(a)
-            return Factors(a, b, weight.detach().to(a) @ mu - b @ (a @ mu))
+            return Factors(a, b, through.to(a) - b @ (a @ mean.to(a)))
 
         return factors

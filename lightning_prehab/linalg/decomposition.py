@@ -48,10 +48,11 @@ class WeightedSVD:
     _kept: tuple[Tensor, Tensor] | None = None
 
     def compact_(self, rank: int, dtype: torch.dtype) -> None:
-        """Keeps the factors up to a rank alone: at most as many entries as the weight, instead of basis and root."""
+        """Keeps the factors up to a rank alone: at most as many entries as the weight, instead of all else."""
         a, b = self.low_rank(rank)
         self._kept = a.to(dtype), b.to(dtype)
         self._basis, self._root = self._basis.new_empty(0, 0), None
+        self._rows = torch.empty_like(self._rows, device="meta")  # the shape; the weight may be a whole one of shards
 
     def low_rank(self, rank: int) -> tuple[Tensor, Tensor]:
         """The best factors of a rank, ordered by importance in the metric.

@@ -26,6 +26,17 @@ class Sparse(NamedTuple):
         """
         return sparse_matrix(self.indices, self.values, rows, columns)
 
+    def rows(self, part: slice, columns: int) -> Tensor:
+        """Some rows of the matrix.
+
+        >>> import torch
+        >>> Sparse(torch.tensor([1, 5]), torch.tensor([2.0, 3.0])).rows(slice(1, 2), 3)
+        tensor([[0., 0., 3.]])
+        """
+        first, last = part.start * columns, part.stop * columns
+        inside = (self.indices >= first) & (self.indices < last)
+        return sparse_matrix(self.indices[inside] - first, self.values[inside], part.stop - part.start, columns)
+
     def fits(self, rows: int, columns: int) -> bool:
         """Whether these are entries of a matrix of this size, each place once."""
         indices, values = self

@@ -18,7 +18,7 @@ from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.kinds.base import plain_type
 from lightning_prehab.linalg.sharding import local_part
 from lightning_prehab.sharded.engine import managed_by, parallel_plan, reshard_, unit_layouts
-from lightning_prehab.sharded.gathered import divided, dtensor_like
+from lightning_prehab.sharded.shares import divided, dtensor_like
 from lightning_prehab.surgery.hooks import without_hooks
 from lightning_prehab.targets.names import join
 

@@ -21,8 +21,8 @@ from lightning_prehab.sharded.engine import (
     replace_in_group_,
     sharded_by,
 )
-from lightning_prehab.sharded.gathered import copies_of, divided, rebound
-from lightning_prehab.surgery.replacement import StateOf
+from lightning_prehab.sharded.gathered import copies_of, rebound
+from lightning_prehab.sharded.shares import divided
 from lightning_prehab.surgery.swap import become_
 from lightning_prehab.targets.locate import Layer
 
@@ -96,14 +96,6 @@ class ShardedExchange:
     def parameters(self, weight: Tensor) -> dict[str, Tensor]:
         """What takes the place of one of them, by name in the new layer."""
         return {name: self.new.get_parameter(name) for name in self.heirs.get(id(weight), ())}
-
-    def states(self, weight: Tensor, state: Mapping[str, Any], of: StateOf) -> dict[Tensor, dict[str, Any]]:
-        """Known already; see :meth:`known_states`."""
-        raise NotImplementedError
-
-    def known_states(self, optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[Tensor, dict[str, Any]]:
-        """What an optimizer knows of those, as far as it is known."""
-        return self.moved.get((id(optimizer), id(weight)), {})
 
     def shifts(self, parameter: Tensor) -> list[tuple[slice, Tensor]]:
         """What is added to what this process has of a bias that both hold."""

@@ -7,71 +7,16 @@ whole, plain one at another, between its forward and its backward pass and after
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement
+from torch import Tensor, distributed, nn
 
 from lightning_prehab.kinds import MatrixView
 from lightning_prehab.kinds.base import plain_type
+from lightning_prehab.sharded.agreement import Agree
+from lightning_prehab.sharded.shares import full, whole_on
 from lightning_prehab.surgery.hooks import HOOKS
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, plain and detached; it may share memory with it.
-
-    Collective for a ``DTensor``: all processes that hold a part have to call it. Parts that are kept on the CPU come
-    onto the device of the mesh first.
-    """
-    tensor = tensor.detach()
-    if not isinstance(tensor, DTensor):
-        return tensor
-    local, mesh = tensor.to_local(), tensor.device_mesh
-    if local.device.type != mesh.device_type:
-        tensor = dtensor_like(local.to(mesh.device_type), tensor)
-    whole: Tensor = tensor.full_tensor()
-    return whole
-
-
-def dtensor_like(local: Tensor, like: DTensor) -> DTensor:
-    """A ``DTensor`` of the shape, mesh and placements of another one, around what this process holds of it."""
-    return DTensor.from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
-
-
-def share_of(whole: Tensor, like: DTensor) -> Tensor:
-    """What this process holds of a whole tensor that is divided like another one: a copy, where that one has its own.
-
-    Nothing is sent.
-    """
-    part = _part_of(whole, like.device_mesh, like.placements)
-    return part.to(like.to_local().device, copy=True, memory_format=torch.contiguous_format)
-
-
-def divided(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
-    """A ``DTensor`` of which every process takes its own part out of a whole tensor that all have; nothing is sent."""
-    local = _part_of(whole, mesh, placements).clone(memory_format=torch.contiguous_format)
-    shape, stride = whole.shape, whole.stride()
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
-
-
-def _part_of(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
-    """What this process has of it: a view."""
-    part, coordinate = whole.detach(), mesh.get_coordinate()
-    assert coordinate is not None
-    places = enumerate(placements)
-    strided = {index for index, placement in places if type(placement).__name__ == "_StridedShard"}
-    for index in sorted(range(mesh.ndim), key=lambda one: one in strided):  # these divide what the others have divided
-        placement: Any = placements[index]
-        if not placement.is_replicate():
-            size, length = -(-part.shape[placement.dim] // mesh.size(index)), part.shape[placement.dim]
-            start = min(coordinate[index] * size, length)
-            part = part.narrow(placement.dim, start, min(size, length - start))
-    return part
 
 
 def stand_in(view: MatrixView, weight: nn.Parameter | Tensor) -> MatrixView:
@@ -86,6 +31,26 @@ def gathered(view: MatrixView) -> MatrixView:
     """A stand-in that holds the whole weight; collective. Keep one of them at a time."""
     whole = {id(one): _as_parameter(full(one), one) for one in view.parameters}
     return rebound(view, copies_of(view.module, whole))
+
+
+def gathered_on(view: MatrixView, owner: int, agree: Agree) -> MatrixView | None:
+    """The same on the one process that is going to work on it, so that others can work on others; None on these.
+
+    Collective; see :func:`~lightning_prehab.sharded.shares.whole_on`.
+
+    Args:
+        view: Of a sharded layer; the model has to be resharded.
+        owner: Global rank.
+        agree: Asked before anything is sent.
+    """
+    here = distributed.get_rank() == owner
+    instead: dict[int, nn.Parameter] = {}
+    for parameter in view.parameters:
+        whole = whole_on(parameter, owner, agree)
+        if here and whole is not None:
+            instead[id(parameter)] = _as_parameter(whole, parameter)
+        del whole
+    return rebound(view, copies_of(view.module, instead)) if here else None
 
 
 def pinned(view: MatrixView) -> MatrixView:

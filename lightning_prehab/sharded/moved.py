@@ -13,9 +13,10 @@ from lightning_prehab.kinds import MatrixView
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.linalg.sharding import local_part
+from lightning_prehab.sharded.agreement import Agree
 from lightning_prehab.sharded.engine import reshard_
-from lightning_prehab.sharded.gathered import gathered, share_of
-from lightning_prehab.sharded.owned import Agree
+from lightning_prehab.sharded.gathered import gathered
+from lightning_prehab.sharded.shares import share_of
 
 
 class ShardedChange(NamedTuple):

@@ -2,14 +2,12 @@
 
 from dataclasses import fields
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from lightning_prehab.layers.pairs import FactorPair, factor_pairs
-from lightning_prehab.linalg.sharding import local_part
 from lightning_prehab.sharded.engine import reshard_
-from lightning_prehab.sharded.gathered import full
+from lightning_prehab.sharded.shares import full, share_of
 
 
 class ShardedPair(FactorPair):
@@ -46,19 +44,4 @@ def pairs_of_now(model: nn.Module) -> list[FactorPair]:
 
 
 def _own(whole: Tensor, factor: Tensor) -> Tensor:
-    return part_of(whole, factor).to(local_part(factor).device)  # which may be kept on the CPU
-
-
-@torch.no_grad()
-def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """What this process would hold of a tensor that all have, if it were divided like another one; nothing is sent.
-
-    Args:
-        whole: On the device of the mesh.
-        like: The other one, of the same shape; where it is no ``DTensor``, that is all of it.
-    """
-    if not isinstance(like, DTensor):
-        return whole
-    mesh = like.device_mesh
-    everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return local_part(everywhere.redistribute(placements=like.placements))
+    return share_of(whole, factor) if isinstance(factor, DTensor) else whole

@@ -9,13 +9,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate
 
 from lightning_prehab.kinds import MatrixView
 from lightning_prehab.linalg.matrices import widened
 from lightning_prehab.linalg.rows import Rows
 from lightning_prehab.linalg.sharding import is_distributed, local_part
-from lightning_prehab.sharded.gathered import full
+from lightning_prehab.sharded.shares import full, row_dimension, share_of, whole_on
 
 
 class Spread:
@@ -49,8 +49,9 @@ class Spread:
         sharded = [number for number, one in enumerate(placements) if not isinstance(one, Replicate)]
         self._groups = [mesh.get_group(number) for number in sharded]
         self._copies = [mesh.get_group(number) for number in range(mesh.ndim) if number not in sharded]
-        if slices and len(sharded) == 1 and type(placements[sharded[0]]) is Shard and placements[sharded[0]].dim == 0:
-            self.by_slices, self.parts, self.place = True, mesh.size(sharded[0]), mesh.get_local_rank(sharded[0])
+        dimension = row_dimension(parameter) if slices else None
+        if dimension is not None:
+            self.by_slices, self.parts, self.place = True, mesh.size(dimension), mesh.get_local_rank(dimension)
 
     @property
     def among(self) -> tuple[int, ...]:
@@ -90,12 +91,7 @@ class Spread:
         """The whole, plain parameter on the process of that number, else None; on all if it does not lie in slices."""
         if not self.by_slices:
             return full(self.parameter)
-        own = self.local.to(self.device)
-        padded = own.new_zeros(self._most, *own.shape[1:])
-        padded[: len(own)] = own
-        parts = [torch.empty_like(padded) for _ in range(self.parts)] if self.place == owner else None
-        distributed.gather(padded, parts, dst=self._rank_of(owner), group=self._groups[0])
-        return None if parts is None else torch.cat(parts)[: self.parameter.shape[0]]
+        return whole_on(self.parameter, self._rank_of(owner))
 
     def scatter(self, whole: Tensor | None, owner: int) -> Tensor:
         """The way back from :meth:`gather`: what belongs to this process of a tensor of the parameter's shape.
@@ -106,20 +102,20 @@ class Spread:
         """
         if not self.by_slices:
             assert whole is not None
-            if not is_distributed(self.parameter):
-                return whole
-            mesh = self.parameter.device_mesh
-            copies = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-            return copies.redistribute(placements=self.parameter.placements).to_local().to(self.parameter.device)
-        most, shape = self._most, self.parameter.shape[1:]
-        parts = None
-        if whole is not None:
-            padded = whole.new_zeros(most * self.parts, *shape)
-            padded[: len(whole)] = whole
-            parts = list(padded.chunk(self.parts))
-        own = torch.empty(most, *shape, dtype=self.parameter.dtype, device=self.device)
+            return share_of(whole, self.parameter) if isinstance(self.parameter, DTensor) else whole
+        own = torch.empty(self._most, *self.parameter.shape[1:], dtype=self.parameter.dtype, device=self.device)
+        parts = None if whole is None else self._even_parts(whole.contiguous())
         distributed.scatter(own, parts, src=self._rank_of(owner), group=self._groups[0])
         return own[: len(self.slices)].to(self.parameter.device)
+
+    def _even_parts(self, whole: Tensor) -> list[Tensor]:
+        """What each process gets, with as many slices for all: views, but for those that have fewer."""
+        parts = []
+        for place in range(self.parts):
+            part = whole[place * self._most : (place + 1) * self._most]
+            missing = self._most - len(part)
+            parts.append(torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part)
+        return parts
 
     @property
     def _most(self) -> int:

@@ -7,18 +7,19 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate
 
+from lightning_prehab.linalg.blocks import squares_of_error
+from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.sharding import local_part
-from lightning_prehab.sharded.gathered import dtensor_like, full, share_of
+from lightning_prehab.sharded.agreement import Agree
+from lightning_prehab.sharded.shares import dtensor_like, full, share_in, share_of
 from lightning_prehab.surgery.moments import AddUp, bias_state, factor_states
 from lightning_prehab.surgery.optimizers import moved_states
 from lightning_prehab.surgery.replacement import Replacement, StateOf
 from lightning_prehab.surgery.wrapped import family
 
 T = TypeVar("T")
-#: Does some work on each process; an error on one is raised on all.
-Agree = Callable[[Callable[[], Any]], Any]
 #: What an optimizer knows of new parameters, by its id and that of the one whose place they take.
 Moved = dict[tuple[int, int], dict[Tensor, dict[str, Any]]]
 
@@ -78,52 +79,28 @@ def states_of_whole(
     return moved
 
 
-class Sums:
-    """Sums over processes, all sent at once: work is done once to note what they are of, and again with the answers.
+def with_sums(work: Callable[[AddUp], T], group: distributed.ProcessGroup, device: str, agree: Agree) -> T:
+    """What ``work(add_up)`` returns, where ``add_up`` gives the sum of what all processes have.
+
+    The work is done twice: once without sending anything, so that one that fails does so before the others wait for it.
 
     Args:
+        work: It asks for the same sums in the same order on all processes, and takes as much memory both times.
         group: The processes.
-        device: On which they are sent.
+        device: On which sums are sent.
+        agree: Asked before anything is sent.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they would come twice
+        agree(lambda: work(lambda tensor: tensor) and None)
+    wide = torch.float32 if device == "mps" else torch.float64
 
-    def __init__(self, group: distributed.ProcessGroup, device: str) -> None:
-        self._group, self._device = group, device
-        self._noted: list[Tensor] = []
+    def add_up(tensor: Tensor) -> Tensor:
+        sent = tensor.detach().to(device, wide).contiguous()
+        distributed.all_reduce(sent, group=group)
+        return sent.to(tensor)
 
-    def of(self, work: Callable[[AddUp], T], agree: Agree) -> T:
-        """What ``work(add_up)`` returns with the sums of all processes; what it sums may not depend on them."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they would come twice
-            agree(lambda: work(self._note))
-        self._send_()
-        answer: T = agree(lambda: work(self._take))
-        return answer
-
-    def _note(self, tensor: Tensor) -> Tensor:
-        self._noted.append(tensor)
-        return tensor
-
-    def _send_(self) -> None:
-        if not self._noted:
-            return
-        wide = torch.float32 if self._device == "mps" else torch.float64
-        flat = torch.cat([one.detach().flatten().to(self._device, wide) for one in self._noted])
-        distributed.all_reduce(flat, group=self._group)
-        parts = torch.split(flat, [one.numel() for one in self._noted])
-        self._noted = [part.view(one.shape).to(one) for part, one in zip(parts, self._noted, strict=True)]
-
-    def _take(self, tensor: Tensor) -> Tensor:
-        return self._noted.pop(0)
-
-
-def row_dimension(weight: Tensor) -> int | None:
-    """The dimension of the mesh over which the rows of a weight are divided, and nothing else is; None otherwise."""
-    if not isinstance(weight, DTensor):
-        return None
-    divided = [index for index, placement in enumerate(weight.placements) if type(placement) is not Replicate]
-    if len(divided) != 1 or weight.placements[divided[0]] != Shard(0):
-        return None
-    return divided[0]
+    return work(add_up)
 
 
 def in_rows(weight: DTensor, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
@@ -139,7 +116,7 @@ def in_rows(weight: DTensor, optimizers: Sequence[torch.optim.Optimizer]) -> boo
 
 
 @dataclass
-class Rows:
+class LayerInRows:
     """The part of a linear layer and of its two factors that lies on this process; nothing is gathered.
 
     Args:
@@ -157,15 +134,14 @@ class Rows:
         self.device = self.child.A.weight.device
         self._local = nn.Parameter(local_part(self.weight).to(self.device), requires_grad=False)
         self.old, self.new = self.replacement.old, self.replacement.new
-        self.b = share_of(self.child.B.weight, self.weight).to(self.device)
+        where = self.weight.device_mesh, self.weight.placements
+        self.b = share_in(self.child.B.weight, *where)
         bias = None if self.replacement.views[""].bias is not None else self.child.bias
-        self.bias = None if bias is None else share_of(bias, self.weight).to(self.device)
+        self.bias = None if bias is None else share_in(bias, *where)
 
     def squares(self, add_up: AddUp) -> Tensor:
         """``|W - B A|_F^2`` and ``|W|_F^2``."""
-        weight = self._local.detach().float()
-        error = weight - self.b.float() @ self.child.A.weight.detach().float()
-        return add_up(torch.stack([error.double().square().sum(), weight.double().square().sum()]))
+        return add_up(squares_of_error(self._local, Factors(self.child.A.weight, self.b)))
 
     def moved(self, optimizers: Sequence[torch.optim.Optimizer], add_up: AddUp) -> Moved:
         """What optimizers know of the plain new parameters: of ``A`` whole, of ``B`` the rows that are here."""

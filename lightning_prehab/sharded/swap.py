@@ -5,7 +5,7 @@ Of a linear layer whose rows are divided, and which becomes two factors, nothing
 of its factors are sums over rows. Of any other layer the weight is gathered, then one state after the other.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,23 +21,23 @@ from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.plan.compression_plan import CompressionPlan, LayerPlan
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.report.origin import Origin
+from lightning_prehab.sharded.agreement import Agree, alone
 from lightning_prehab.sharded.engine import Managed, managed_by, reshard_, settle_
 from lightning_prehab.sharded.exchange import ShardedExchange, Shell
-from lightning_prehab.sharded.gathered import full, share_of
 from lightning_prehab.sharded.served import why_not_served
+from lightning_prehab.sharded.shares import full, row_dimension, share_of
 from lightning_prehab.sharded.states import (
-    Agree,
+    LayerInRows,
     Moved,
-    Rows,
-    Sums,
     holders_of,
     in_rows,
     placed,
-    row_dimension,
     states_of_whole,
     whole_states,
+    with_sums,
 )
 from lightning_prehab.surgery.factors import planned_targets, stays_as_it_is
+from lightning_prehab.surgery.moments import AddUp
 from lightning_prehab.surgery.optimizers import GroupEdit, check_optimizer, plan_edits
 from lightning_prehab.surgery.pretrained import check_pretrained, note_structure_
 from lightning_prehab.surgery.replacement import Replacement
@@ -92,11 +92,6 @@ class PreparedShardedSwap:
         return CompressionReport(self.plan, self.errors, before, count_parameters(model), origin=origin)
 
 
-def alone(work: Callable[[], Any]) -> Any:
-    """For one process: there is nobody to agree with."""
-    return work()
-
-
 @in_full_precision
 def prepare_sharded_swap(
     model: nn.Module,
@@ -138,12 +133,13 @@ def change_of(
     model: nn.Module, exchanges: list[ShardedExchange], optimizers: Sequence[torch.optim.Optimizer]
 ) -> ChangeOfShards:
     """What replaces layers in a model and in its optimizers."""
-    by_weight = {id(weight): one for one in exchanges for weight in one.replaced()}
 
-    def states(optimizer: torch.optim.Optimizer, _: Any, weight: Tensor, __: Any) -> dict[Tensor, dict[str, Any]]:
-        return by_weight[id(weight)].known_states(optimizer, weight)
+    def moved(
+        optimizer: torch.optim.Optimizer, _: Any, weight: Tensor, exchange: ShardedExchange
+    ) -> dict[Tensor, dict[str, Any]]:
+        return exchange.moved.get((id(optimizer), id(weight)), {})
 
-    edits = [edit for optimizer in optimizers for edit in plan_edits(optimizer, exchanges, states)]
+    edits = [edit for optimizer in optimizers for edit in plan_edits(optimizer, exchanges, moved)]
     return ChangeOfShards(model, exchanges, edits)
 
 
@@ -252,15 +248,15 @@ class _OneLayer:
         dimension = row_dimension(weight)
         assert dimension is not None
         mesh = weight.device_mesh
-        here: Rows = self._agree(lambda: Rows(made, weight))
-        sums = Sums(mesh.get_group(dimension), mesh.device_type)
-        squares, moved = sums.of(
-            lambda add_up: (here.squares(add_up), here.moved(self._optimizers, add_up)), self._agree
-        )
+        here: LayerInRows = self._agree(lambda: LayerInRows(made, weight))
+
+        def work(add_up: AddUp) -> tuple[Tensor, Moved]:
+            return here.squares(add_up), here.moved(self._optimizers, add_up)
+
+        squares, moved = with_sums(work, mesh.get_group(dimension), mesh.device_type, self._agree)
         error, whole = squares.sqrt().tolist()
         self.errors = {name: error / max(whole, torch.finfo(torch.float32).tiny) for name in self._cuts}
-        known: Moved = moved
-        return known
+        return moved
 
     def _divided(self, shell: Shell, made: Replacement, moved: Moved) -> ShardedExchange:
         names = {id(one): name for name, one in made.new.named_parameters()}

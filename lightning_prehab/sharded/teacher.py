@@ -19,8 +19,7 @@ from lightning_prehab.errors import CheckpointError
 from lightning_prehab.linalg.sharding import local_part
 from lightning_prehab.sharded.copies import fill_, places_of
 from lightning_prehab.sharded.engine import managed_by, reshard_
-from lightning_prehab.sharded.gathered import dtensor_like, full
-from lightning_prehab.sharded.pairs import part_of
+from lightning_prehab.sharded.shares import dtensor_like, full, share_of
 from lightning_prehab.targets.names import clean_name
 
 
@@ -146,7 +145,7 @@ def fill_from_whole_(
         if isinstance(like, DTensor):
             whole = whole.to(like.device_mesh.device_type)
             dtype = dtypes.get(id(like), whole.dtype)
-            parts[place.name] = dtensor_like(part_of(whole, like).to(device, dtype, copy=True), like)
+            parts[place.name] = dtensor_like(share_of(whole, like, device).to(dtype), like)
         else:
             like.copy_(whole)
     for name, buffer in blank.named_buffers(remove_duplicate=False):

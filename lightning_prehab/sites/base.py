@@ -113,7 +113,7 @@ class Site(ABC):
         that here. It may be asked for several plans; :meth:`effect` then need not measure them once more. Equal on
         every process, and infinite for a cut that leaves no finite outputs.
         """
-        raise NotImplementedError(f"{type(self).__name__} has nothing to try cuts on.")
+        raise UnsupportedError(f"A {type(self).__name__} has nothing to try cuts on.")
 
     def release(self) -> None:  # noqa: B027  # a site that keeps nothing has nothing to let go of
         """Lets go of the decompositions, which can be large: no more factors are wanted."""
@@ -135,9 +135,7 @@ class Site(ABC):
         Raises:
             PrehabError: If it cannot.
         """
-        raise UnsupportedError(
-            f"A model cannot be refined in a {type(self).__name__}; refine it afterwards with refine_, or train it."
-        )
+        raise self._cannot_refine()
 
     def teacher(self, refinement: Refinement) -> Any:
         """Asked right before the swap: what :meth:`refine` needs of the dense model."""
@@ -152,4 +150,9 @@ class Site(ABC):
             refinement: The settings.
             teacher: What :meth:`teacher` has kept.
         """
-        raise NotImplementedError
+        raise self._cannot_refine()
+
+    def _cannot_refine(self) -> UnsupportedError:
+        return UnsupportedError(
+            f"A model cannot be refined in a {type(self).__name__}; refine it afterwards with refine_, or train it."
+        )

@@ -16,7 +16,7 @@ from lightning_prehab.linalg.modes import in_full_precision, outside_inference_m
 from lightning_prehab.surgery.holders import names_holders
 from lightning_prehab.surgery.hooks import lost_hooks
 from lightning_prehab.surgery.moments import mixed_state
-from lightning_prehab.surgery.optimizers import plan_edits
+from lightning_prehab.surgery.optimizers import inherited_states, plan_edits
 from lightning_prehab.surgery.pretrained import note_structure_
 from lightning_prehab.surgery.replacement import StateOf
 from lightning_prehab.surgery.swap import replace_modules_
@@ -119,8 +119,9 @@ def _relay_(
                 "remove them first, and put such on the parts that are there then."
             )
         exchanges[name] = Relaid(layer, new)
-    edits = [edit for optimizer in optimizers for edit in plan_edits(optimizer, list(exchanges.values()))]
-    replace_modules_(model, {id(one.old): one.new for one in exchanges.values()})
+    relaid = list(exchanges.values())
+    edits = [edit for optimizer in optimizers for edit in plan_edits(optimizer, relaid, inherited_states)]
+    replace_modules_(model, {id(one.old): one.new for one in relaid})
     for edit in edits:
         edit.commit()
     note_structure_(model)

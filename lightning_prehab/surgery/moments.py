@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_prehab.layers.pivot import PivotLayer
+from lightning_prehab.linalg.blocks import row_squares, wide_product
 from lightning_prehab.linalg.matrices import working_dtype
 from lightning_prehab.linalg.pivot import from_factor
 from lightning_prehab.surgery.meanings import ITERATES, LARGEST, MEANINGS, SECOND_MOMENTS, STEP_SIZES
@@ -162,15 +163,21 @@ def block_state(state: Mapping[str, Any], shape: Sequence[int], part: Callable[[
     >>> block_state({"exp_avg": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}, (2, 2), lambda moment: moment[1:])
     {'exp_avg': tensor([[3., 4.]])}
     """
-    moved: dict[str, Any] = {}
+    seen = seen_state(state, shape, part)
+    return {
+        key: value.clone(memory_format=torch.contiguous_format) if _is_matrix(value) else _copy(value)
+        for key, value in seen.items()
+    }
+
+
+def seen_state(state: Mapping[str, Any], shape: Sequence[int], part: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The same to be looked at alone: the moments themselves, without a copy."""
+    seen: dict[str, Any] = {}
     for key, value in state.items():
-        if not _is_matrix(value):
-            moved[key] = _copy(value)
-        elif value.shape == tuple(shape):
-            moved[key] = part(value).clone(memory_format=torch.contiguous_format)
-        else:
+        if _is_matrix(value) and value.shape != tuple(shape):
             return {}
-    return moved
+        seen[key] = part(value) if _is_matrix(value) else value
+    return seen
 
 
 def entry_state(state: Mapping[str, Any], indices: Tensor, shape: tuple[int, ...], values: Tensor) -> dict[str, Any]:
@@ -250,12 +257,12 @@ def _factored(key: str, value: Tensor, a: Tensor, b: Tensor, add_up: AddUp) -> t
         mean = add_up(value.sum(0, keepdim=True)) / add_up(value.new_tensor([float(len(value))]))
         return mean.repeat(len(a), 1), value.mean(1, keepdim=True).repeat(1, len(a))
     if key in LARGEST:
-        squared = value.square()
-        for_a, for_b = add_up(_wide(b.square().mT, squared)), _wide(squared, a.square().mT)
-        return for_a.to(value.dtype).sqrt(), for_b.to(value.dtype).sqrt()
+        for_a = add_up(wide_product(b.square().mT, value, of=torch.square))
+        for_b = wide_product(value, a.square().mT, of=torch.square, dtype=value.dtype)
+        return for_a.to(value.dtype).sqrt(), for_b.sqrt()
     if key in SECOND_MOMENTS:
         a, b = a.square(), b.square()
-    return add_up(_wide(b.mT, value)).to(value.dtype), _wide(value, a.mT).to(value.dtype)
+    return add_up(wide_product(b.mT, value)).to(value.dtype), wide_product(value, a.mT, dtype=value.dtype)
 
 
 def _correlation(moment: Tensor, factor: Tensor, inner: AddUp = _itself, outer: AddUp = _itself) -> Tensor:
@@ -271,9 +278,10 @@ def _correlation(moment: Tensor, factor: Tensor, inner: AddUp = _itself, outer: 
         By row of the product: shape ``(rank,)``; 1 where there is no gradient.
     """
     dtype = working_dtype(moment.dtype)
-    together = outer(inner(_wide(factor.mT, moment)).to(dtype).square().sum(1))
-    squares = outer(moment.to(dtype).square().sum(1, keepdim=True))
-    alone = inner(_wide(factor.square().mT, squares)).to(dtype).squeeze(1)
+    narrow = dtype if inner is _itself else None  # where nothing is to be added to it
+    together = outer(row_squares(inner(wide_product(factor.mT, moment, dtype=narrow)), dtype).squeeze(1))
+    squares = outer(row_squares(moment, dtype))
+    alone = inner(wide_product(factor.square().mT, squares)).to(dtype).squeeze(1)
     return torch.where(together > 0, together / alone.clamp_min(torch.finfo(alone.dtype).tiny), 1.0).to(moment.dtype)
 
 
@@ -303,9 +311,3 @@ def _centered(state: Mapping[str, Any]) -> Mapping[str, Any]:
     if "grad_avg" not in state:
         return state
     return {**state, "square_avg": (state["square_avg"] - state["grad_avg"].square()).clamp_min(0.0)}
-
-
-def _wide(left: Tensor, right: Tensor) -> Tensor:
-    """A product in float64 (float32 where the device has no float64)."""
-    wide = torch.float32 if left.device.type == "mps" else torch.float64
-    return left.detach().to(wide) @ right.detach().to(wide)

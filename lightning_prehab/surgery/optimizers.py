@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.linalg.sharding import is_distributed, local_part
 from lightning_prehab.surgery.meanings import ITERATES, counts_in_group, flags, readable_state
 from lightning_prehab.surgery.rehearsal import fresh_states
-from lightning_prehab.surgery.replacement import Exchange, renamed
+from lightning_prehab.surgery.replacement import Exchange, Inheriting, renamed
 from lightning_prehab.surgery.rows_and_columns import parted
 from lightning_prehab.surgery.wrapped import caches, family, second_holder
+
+X = TypeVar("X", bound=Exchange)
 
 
 def check_optimizer(
@@ -112,18 +114,16 @@ class GroupEdit:
 
 
 #: What an optimizer shall know of what takes the place of a weight: its group, the weight, the exchange.
-StatesOf = Callable[[torch.optim.Optimizer, Mapping[str, Any], Tensor, Exchange], dict[Tensor, dict[str, Any]]]
+StatesOf = Callable[[torch.optim.Optimizer, Mapping[str, Any], Tensor, X], dict[Tensor, dict[str, Any]]]
 
 
-def plan_edits(
-    optimizer: torch.optim.Optimizer, replacements: Sequence[Exchange], states: StatesOf | None = None
-) -> list[GroupEdit]:
+def plan_edits(optimizer: torch.optim.Optimizer, replacements: Sequence[X], states: StatesOf[X]) -> list[GroupEdit]:
     """What has to change in an optimizer when layers are replaced; nothing is changed yet.
 
     Args:
         optimizer: The optimizer; those that it wraps are edited, too.
         replacements: The layers.
-        states: What it shall know of the new parameters, where that is known; None: what follows from its own state.
+        states: What it shall know of the new parameters; :func:`inherited_states`, or what is known already.
 
     Raises:
         UnsupportedError: As :func:`check_optimizer`.
@@ -140,7 +140,7 @@ def plan_edits(
     edits = []
     for one in family(optimizer):
         for group in one.param_groups:
-            edit = _plan_group(one, group, replacements, by_weight, names, states or _own_states)
+            edit = _plan_group(one, group, replacements, by_weight, names, states)
             for replacement in replacements:
                 edit.order(list(replacement.new.parameters()))
             edits.append(edit)
@@ -150,10 +150,10 @@ def plan_edits(
 def _plan_group(
     optimizer: torch.optim.Optimizer,
     group: dict[str, Any],
-    replacements: Sequence[Exchange],
-    by_weight: Mapping[int, Exchange],
+    replacements: Sequence[X],
+    by_weight: Mapping[int, X],
     both_names: Mapping[int, tuple[str, str]],
-    states: StatesOf,
+    states: StatesOf[X],
 ) -> GroupEdit:
     """The edit of one group, with the parameters in the order in which they replace each other."""
     removed = [parameter for parameter in group["params"] if id(parameter) in by_weight]
@@ -176,9 +176,10 @@ def _plan_group(
     return edit
 
 
-def _own_states(
-    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], weight: Tensor, found: Exchange
+def inherited_states(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], weight: Tensor, found: Inheriting
 ) -> dict[Tensor, dict[str, Any]]:
+    """What follows from what the optimizer itself knows of the layer."""
     return moved_states(optimizer, group, weight, found, lambda other: optimizer.state.get(other, {}))
 
 
@@ -186,7 +187,7 @@ def moved_states(
     optimizer: torch.optim.Optimizer,
     group: Mapping[str, Any],
     weight: Tensor,
-    found: Exchange,
+    found: Inheriting,
     state_of: Callable[[Tensor], Mapping[str, Any]],
 ) -> dict[Tensor, dict[str, Any]]:
     """What takes the place of the state of a weight; parameters that start with nothing are left out.

@@ -11,9 +11,16 @@ from torch import Tensor, nn
 from lightning_prehab.kinds import MatrixView
 from lightning_prehab.layers.linear import LowRankLayer, LowRankPlusSparseLinear
 from lightning_prehab.layers.pivot import PivotLayer, bias_holder
+from lightning_prehab.linalg.blocks import squares_of_error
 from lightning_prehab.linalg.factors import Factors
-from lightning_prehab.linalg.sparse import Sparse
-from lightning_prehab.surgery.moments import bias_state, block_state, entry_state, factor_states, pivot_states
+from lightning_prehab.surgery.moments import (
+    bias_state,
+    block_state,
+    entry_state,
+    factor_states,
+    pivot_states,
+    seen_state,
+)
 from lightning_prehab.targets.locate import Layer
 from lightning_prehab.targets.names import join
 
@@ -22,7 +29,7 @@ StateOf = Callable[[Tensor], Mapping[str, Any] | None]
 
 
 class Exchange(Protocol):
-    """A layer and what takes its place, as an optimizer has to know of it."""
+    """A layer and what takes its place, as the groups of an optimizer have to know of it."""
 
     @property
     def old(self) -> nn.Module:
@@ -38,11 +45,15 @@ class Exchange(Protocol):
     def parameters(self, weight: Tensor) -> dict[str, Tensor]:
         """What takes the place of one of them, by name in the new layer."""
 
-    def states(self, weight: Tensor, state: Mapping[str, Any], of: StateOf) -> dict[Tensor, dict[str, Any]]:
-        """What is known of those; see :meth:`Replacement.states`."""
-
     def shifts(self, parameter: Tensor) -> list[tuple[slice, Tensor]]:
         """What is added to a parameter that both hold."""
+
+
+class Inheriting(Exchange, Protocol):
+    """One that can tell, too, what becomes of what an optimizer knows."""
+
+    def states(self, weight: Tensor, state: Mapping[str, Any], of: StateOf) -> dict[Tensor, dict[str, Any]]:
+        """What is known of those parameters; see :meth:`Replacement.states`."""
 
 
 def renamed(exchange: Exchange) -> list[tuple[Tensor, tuple[str, str]]]:
@@ -122,7 +133,7 @@ class Replacement:
             if part not in self.factors:
                 found[child.weight] = block_state(state, weight.shape, view.matrix)
                 continue
-            seen = block_state(state, weight.shape, view.matrix)
+            seen = seen_state(state, weight.shape, view.matrix)
             found |= _factor_states(view, child, seen)
             if isinstance(child, LowRankPlusSparseLinear):
                 found[child.values] = entry_state(seen, child.indices, view.shape, child.values)
@@ -148,13 +159,8 @@ class Replacement:
         errors = {}
         for part, found in self.factors.items():
             view = self.views[part]
-            weight, groups = view.weight.float(), view.group_count
-            parts = zip(found.A.float().chunk(groups), found.B.float().chunk(groups), strict=True)
-            error = weight - torch.cat([b @ a for a, b in parts])
-            if found.sparse is not None:
-                error -= Sparse(found.sparse.indices, found.sparse.values.float()).matrix(*error.shape)
-            norm = weight.norm().clamp_min(torch.finfo(torch.float32).tiny)
-            errors[join(self.layer.name, part)] = float(error.norm() / norm)
+            error, norm = squares_of_error(view.weight.detach(), found, view.group_count).sqrt().float()
+            errors[join(self.layer.name, part)] = float(error / norm.clamp_min(torch.finfo(torch.float32).tiny))
         return errors
 
 
@@ -170,7 +176,7 @@ def _factor_states(view: MatrixView, child: Any, state: Mapping[str, Any]) -> di
         for index, (a_part, b_part) in enumerate(
             zip(a.chunk(view.group_count), b.chunk(view.group_count), strict=True)
         ):
-            own = block_state(state, view.shape, partial(_chunk, count=view.group_count, index=index))
+            own = seen_state(state, view.shape, partial(_chunk, count=view.group_count, index=index))
             parts.append(factor_states(own, a_part, b_part))
         for_a, for_b = (_joined_states([part[side] for part in parts]) for side in (0, 1))
     folded = {key: view.fold(for_a[key], for_b[key]) for key in for_a if _is_matrix(for_a[key])}

@@ -20,7 +20,7 @@ from lightning_prehab.report.origin import Origin
 from lightning_prehab.surgery.factors import planned_targets, stays_as_it_is
 from lightning_prehab.surgery.holders import note_gone, note_replaced
 from lightning_prehab.surgery.hooks import hand_over_, lost_hooks, own_content
-from lightning_prehab.surgery.optimizers import GroupEdit, plan_edits
+from lightning_prehab.surgery.optimizers import GroupEdit, inherited_states, plan_edits
 from lightning_prehab.surgery.pretrained import check_pretrained, note_structure_
 from lightning_prehab.surgery.recut import Recut
 from lightning_prehab.surgery.replacement import Replacement
@@ -98,7 +98,7 @@ def prepare_swap(
     check_pretrained(model, (layer.module for layer, _ in located))
     replacements = [kind_of_exchange(views).prepare(layer, views, changed) for layer, views in located]
     check_hooks(replacements)
-    edits = [edit for optimizer in optimizers for edit in plan_edits(optimizer, replacements)]
+    edits = [edit for optimizer in optimizers for edit in plan_edits(optimizer, replacements, inherited_states)]
     slots = slots_of(model, {id(one.old): one.new for one in replacements})
     errors = {name: error for one in replacements for name, error in one.errors().items()}
     return PreparedSwap(model, plan, replacements, slots, edits, {name: errors.get(name, 0.0) for name in cut})

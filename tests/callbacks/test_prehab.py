@@ -421,7 +421,7 @@ class Strengths(pl.Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.seen.append(
-            self.prehab.strength * ramp(self.prehab._steps, self.prehab.ramp_steps)
+            self.prehab.strength * ramp(self.prehab._way.steps, self.prehab.ramp_steps)
             if self.prehab._acts(trainer)
             else None
         )

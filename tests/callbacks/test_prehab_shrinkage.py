@@ -141,7 +141,7 @@ def test_the_default_takes_a_penalty_where_the_end_cannot_be_foreseen(lit, data,
     compression = lp.CompressionCallback(1, 0.5, calibration_batches=4)
     with pytest.warns(UserWarning, match="takes StableRank.. instead of TailShrinkage"):
         make_trainer(max_epochs=2, callbacks=[prehab, compression]).fit(lit, DataLoader(Stream(), 16))
-    assert (prehab.regularizer, prehab.space, prehab._steps) == (lp.StableRank(), "weight", 6)
+    assert (prehab.regularizer, prehab.space, prehab._way.steps) == (lp.StableRank(), "weight", 6)
     assert compression.done
 
 
@@ -225,7 +225,7 @@ def test_the_forecast_is_what_a_cut_would_do_now(lit, data, make_trainer):
 
     class Check(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if prehab._ready and prehab._steps > 0:
+            if prehab._way.ready and prehab._way.steps > 0:
                 before, kept = loss(), copy.deepcopy(pl_module.state_dict())
                 for layer in prehab._layers:
                     metric, weight = layer.metric, layer.view.weight.detach().double()

@@ -146,7 +146,7 @@ def test_the_cut_is_free_and_the_warmup_counts_however_steps_are_made(way, mlp, 
     trainer = make_trainer(max_epochs=SURGERY + 1, callbacks=[prehab, compression, rehab, watch])
     trainer.fit(ByHand(mlp, way), loader)
     steps = 1 if way == "every fourth" else BATCHES  # of an epoch
-    assert prehab._steps == SURGERY * steps
+    assert prehab._way.steps == SURGERY * steps
     assert [one.done["steps"] for one in rehab._course.optimizers] == [steps]
     assert max(watch.errors.values()) < 1e-5
     moved = [step for step in watch.moved if step > 0]
@@ -193,7 +193,7 @@ def test_the_published_recipe_maps_back_at_steps_that_nobody_announces(loader, m
         paper = lp.PaperPrehab("nuclear_norm")
         paper.strength = 0.01
         make_trainer(max_epochs=3, callbacks=[paper]).fit(ByHand(net, way), loader)
-        assert paper._steps > BATCHES
+        assert paper._way.steps > BATCHES
         assert paper._inside == []
         ends.append(net.state_dict())
     torch.testing.assert_close(*map(dict, ends), rtol=1e-4, atol=1e-6)
@@ -206,7 +206,7 @@ def test_versions_tell_where_no_hook_does(mlp, loader, make_trainer):
     make_trainer(max_epochs=SURGERY + 1, callbacks=[prehab, compression, watch]).fit(
         ByHand(mlp, "without hooks"), loader
     )
-    assert prehab._steps == SURGERY * BATCHES
+    assert prehab._way.steps == SURGERY * BATCHES
     assert max(watch.errors.values()) < 1e-5
 
 
@@ -245,7 +245,7 @@ def test_steps_of_another_optimizer_do_not_count(mlp, loader, make_trainer):
     compression = lp.CompressionCallback(SURGERY, 0.5, factorization=lp.SVD(), target_modules="net.*")
     trainer = make_trainer(max_epochs=SURGERY + 1, callbacks=[prehab, compression, rehab, watch])
     trainer.fit(TwoNets(mlp), loader)
-    assert prehab._steps == SURGERY * BATCHES // 3
+    assert prehab._way.steps == SURGERY * BATCHES // 3
     assert max(watch.errors.values()) < 1e-5
     assert rehab.factor(0) == rehab.factor(1) == 1.0  # an epoch by hand is counted in batches
 
@@ -280,7 +280,7 @@ def test_a_step_that_loss_scaling_skips_is_none(lit, loader, make_trainer, scale
 
     plugin.scaler.step = skipping  # what it does by itself on a GPU
     make_trainer(max_epochs=2, callbacks=[prehab, Overflow()], plugins=[plugin]).fit(lit, loader)
-    assert prehab._steps == BATCHES
+    assert prehab._way.steps == BATCHES
     assert int(torch.linalg.matrix_rank(lit.net[2].weight, rtol=1e-5)) == 4  # the last batch makes it whole
 
 
@@ -370,7 +370,7 @@ def test_optimizers_that_are_made_anew_are_watched(epoch, lit, loader, make_trai
                 trainer.strategy.setup_optimizers(trainer)
 
         def on_surgery(self, trainer, pl_module, report):
-            errors.append((prehab._steps, max(report.weight_errors.values())))
+            errors.append((prehab._way.steps, max(report.weight_errors.values())))
 
     callbacks = [prehab, lp.CompressionCallback(SURGERY, 0.4, calibration_batches=4), Anew()]
     make_trainer(max_epochs=SURGERY + 1, callbacks=callbacks).fit(lit, loader)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
-from lightning_prehab.callbacks._sharded_layers import tails_of
+from lightning_prehab.callbacks._figures import tails_of
 
 SYMBOLS, WIDTH = 12, 32
 #: A cut that costs less or more is not a small one; in the unit of a mean over predictions.

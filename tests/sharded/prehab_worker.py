@@ -19,22 +19,18 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
+from lightning_prehab.callbacks._figures import figures
 from lightning_prehab.callbacks._injection import add_to_gradients_, pull_of
 from lightning_prehab.callbacks._regularized import RegularizedLayer, matrices
-from lightning_prehab.callbacks._sharded_layers import (
-    ShardedLayer,
-    figures,
-    restore_shards,
-    share_out_,
-    states_of_shards,
-)
+from lightning_prehab.callbacks._sharded_layers import ShardedLayer, share_out_
+from lightning_prehab.callbacks._sharded_memories import restore_shards, states_of_shards
 from lightning_prehab.callbacks._shared_work import shrink_together_
 from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.kinds import kind_again
 from lightning_prehab.linalg.sharding import local_part
 from lightning_prehab.regularizers import GradientRatio, Penalty, Shrinkage
 from lightning_prehab.regularizers.metric import Metric
-from lightning_prehab.sharded.gathered import dtensor_like
+from lightning_prehab.sharded.shares import dtensor_like
 from lightning_prehab.targets.forms import in_all_forms
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

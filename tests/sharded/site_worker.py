@@ -22,7 +22,7 @@ from lightning_prehab.callbacks import _distributed, _sharded_site, _site
 from lightning_prehab.errors import PrehabError, UnsupportedError
 from lightning_prehab.plan.spectra import Solver
 from lightning_prehab.road import Survey
-from lightning_prehab.sharded import owned
+from lightning_prehab.sharded import shares
 from lightning_prehab.surgery.replacement import Replacement
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -351,7 +351,7 @@ STEPS = {
     },
     "fsdp": {
         "sum": (_distributed, "_rooms_for", 1),
-        "gather": (owned, "_even_part", 1),
+        "gather": (shares, "_even_part", 1),
         "decompose": (Solver, "__call__", 1),
         "decide": (Survey, "plan", 0),
         "factorize": (_sharded_site, "compute_factors", 1),

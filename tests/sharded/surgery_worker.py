@@ -2,12 +2,14 @@
 
 import gc
 import sys
+import types
 import warnings
 import weakref
 from functools import partial
 
 import pytest
 import torch
+from alive import Alive
 from nets import RANKS, SIZE, Collectives, Net, kinds_net, make, mesh_of, planned, shard_blocks, steps, svd_factors
 from torch import distributed
 from torch.distributed._composable import checkpoint
@@ -16,12 +18,17 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import lightning_prehab as lp
+from lightning_prehab.callbacks._owners import owners_of
+from lightning_prehab.callbacks._rounds import whole_in_rounds
 from lightning_prehab.errors import PrehabError, UnsupportedError
+from lightning_prehab.kinds import view_of
+from lightning_prehab.linalg import blocks as large
 from lightning_prehab.linalg.sharding import is_distributed
 from lightning_prehab.road import operate
 from lightning_prehab.sharded.engine import check_engine, managed_by, reshard_
-from lightning_prehab.sharded.gathered import full
+from lightning_prehab.sharded.gathered import gathered_on
 from lightning_prehab.sharded.served import leave_unserved
+from lightning_prehab.sharded.shares import full
 from lightning_prehab.sharded.structure import drop_structure_, put_structure_
 from lightning_prehab.sharded.swap import prepare_sharded_swap
 from lightning_prehab.sites import ProcessSite
@@ -34,6 +41,8 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 AdamW = partial(torch.optim.AdamW, lr=0.01)
 Even = partial(Net, 22)
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+SQUARE = 64
+COLUMNS = {"shard_placement_fn": lambda parameter: Shard(1)}
 
 
 def together(work):
@@ -338,6 +347,78 @@ def _broken(work):
     raise PrehabError("on purpose")
 
 
+class Squares(torch.nn.Module):
+    """Layers of one size."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(SQUARE, SQUARE, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.blocks:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def squares(optimizer, dtype, **settings):
+    """A sharded net, its optimizer after a step, a plan to cut all of it and the factors."""
+    plain, net = make(Squares, dtype=dtype), blocks(make(Squares, dtype=dtype), **settings)
+    plan = planned(plain, {f"blocks.{index}": 2 for index in range(3)})
+    own = optimizer(net.parameters())
+    net(torch.randn(4, SQUARE).to(dtype)).square().mean().backward()
+    own.step()
+    own.zero_grad()
+    reshard_(net)
+    return net, own, plan, svd_factors(plain, plan)
+
+
+def check_one_whole_layer_lives_at_a_time():
+    """On paper: where rows suffice none; else the one that is put together, with what the optimizer knows of it."""
+    plain_steps = partial(torch.optim.SGD, lr=0.05)
+    cases = [(SGD, {}, 0), (AdamW, {}, 0), (plain_steps, COLUMNS, 1), (SGD, COLUMNS, 2), (AdamW, COLUMNS, 3)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(large, "ENTRIES", 256)
+        for dtype in (torch.float32, torch.bfloat16):
+            size = SQUARE * SQUARE * dtype.itemsize
+            for optimizer, settings, expected in cases:
+                net, own, plan, factors = squares(optimizer, dtype, **settings)
+                gc.collect()
+                with Alive(size) as alive:
+                    prepare_sharded_swap(net, plan, factors, [own], together).commit()
+                assert (alive.most, alive.now) == (expected * size, 0), (dtype, optimizer, settings)
+                steps_of_squares(net, own, dtype)
+
+
+def steps_of_squares(net, optimizer, dtype):
+    net(torch.randn(4, SQUARE).to(dtype)).square().mean().backward()
+    optimizer.step()
+
+
+def check_one_whole_layer_is_worked_on_at_a_time():
+    world, rank = distributed.get_world_size(), distributed.get_rank()
+    trainer = types.SimpleNamespace(world_size=world, global_rank=rank)
+    for settings in ({}, COLUMNS):
+        net, *_ = squares(SGD, torch.float32, **settings)
+        views = {name: view_of(module) for name, module in net.named_modules() if name.startswith("blocks.")}
+        owners = owners_of(views, world)
+        size, seen = SQUARE * SQUARE * 4, []
+
+        def work(wholes, seen=seen):
+            seen += wholes
+            return [one.weight.detach().sum() for one in wholes.values()]
+
+        with Alive(size) as alive:
+            gather = partial(gather_on, views, owners)
+            for _, found in whole_in_rounds(trainer, views, owners, gather, work):
+                assert len(found) <= 1
+        assert seen == [name for name in views if owners[name] == rank]
+        assert (alive.most, alive.now) == (size * (rank in owners.values()), 0)
+
+
+def gather_on(views, owners, name):
+    return gathered_on(views[name], owners[name], together)
+
+
 def check_structures_come_and_go():
     ref, net = make(), blocks(make())
     plan = planned(ref)
@@ -444,6 +525,8 @@ CHECKS = {
     "flags, names, second surgery": check_flags_names_and_a_second_surgery,
     "kinds": check_every_kind_of_layer,
     "failures": check_failures_leave_all_as_they_were,
+    "memory of the swap": check_one_whole_layer_lives_at_a_time,
+    "memory of the rounds": check_one_whole_layer_is_worked_on_at_a_time,
     "structures": check_structures_come_and_go,
     "refusals": check_refusals,
     "tensor parallel": check_tensor_parallel,

@@ -9,7 +9,8 @@ from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.kinds import view_of
 from lightning_prehab.kinds.base import plain_type
 from lightning_prehab.sharded import engine
-from lightning_prehab.sharded.gathered import dtensor_like, full, gathered, pinned, stand_in
+from lightning_prehab.sharded.gathered import gathered, pinned, stand_in
+from lightning_prehab.sharded.shares import dtensor_like, full
 from lightning_prehab.surgery.hooks import hooks_of
 
 pytestmark = pytest.mark.skipif(engine.version() < engine.OLDEST, reason="FSDP2 on the CPU needs torch 2.10")
