@@ -291,7 +291,7 @@ def test_compact_keeps_the_leading_factors_alone():
     for rank in (1, 7, 20):
         torch.testing.assert_close(svd.low_rank(rank), (a[:rank], b[:, :rank]))
     assert svd._basis.numel() == 0
-    alive = weakref.ref(weight)
+    alive = weakref.ref(weight.untyped_storage())
     del weight
     assert alive() is None
     with pytest.raises(ArgumentError, match="Only ranks up to 20 were kept, not 21"):
