@@ -162,4 +162,6 @@ if __name__ == "__main__":
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=start)
     if cli.trainer.is_global_zero:
         kept = sum(parameter.numel() for parameter in cli.model.parameters())
-        print(f"{kept:,} parameters, validation accuracy {cli.trainer.callback_metrics['val_accuracy']:.1%}.")
+        accuracy = cli.trainer.callback_metrics.get("val_accuracy")
+        found = f"nothing left to train after {start}" if accuracy is None else f"validation accuracy {accuracy:.1%}"
+        print(f"{kept:,} parameters, {found}.")

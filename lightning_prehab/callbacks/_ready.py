@@ -40,7 +40,7 @@ def check_settings(trainer: "pl.Trainer", pl_module: "pl.LightningModule", cuts:
             raise UnsupportedError(
                 f"A surgery at epoch 0 would calibrate {cut.recipe.factorization_or_default} in a pass of its own, "
                 "which sharded weights do not allow. Use CompressionCallback(epoch=1, ...) or later, or "
-                "factorization=SVD(), which needs no data."
+                "factorization=SVD(), which needs no data, and no PrehabCallback, which would have no time."
             )
 
 

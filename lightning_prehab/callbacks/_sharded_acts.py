@@ -14,6 +14,7 @@ from lightning_prehab.callbacks._said import named
 from lightning_prehab.callbacks._sharded_layers import Gathering, ShardedLayer, on_owners
 from lightning_prehab.callbacks._sharded_memories import hand_out_, learns_of_owners
 from lightning_prehab.errors import PrehabError
+from lightning_prehab.linalg.matrices import working_dtype
 from lightning_prehab.regularizers import Penalty, Shrinkage
 from lightning_prehab.sharded.rows import ShardedRows, Spread
 
@@ -69,7 +70,9 @@ def _pull_whole_(
         return own.detach(), dict(zip(parameters, found, strict=True))
 
     def add_up(gathering: Gathering, answer: tuple[Tensor, dict[int, Tensor]] | None) -> None:
-        found = torch.zeros(len(gathering.layers), device=gathering.layers[0].device) if answer is None else answer[0]
+        dtype = working_dtype(gathering.layers[0].parameter.dtype)
+        room = torch.zeros(len(gathering.layers), dtype=dtype, device=gathering.layers[0].device)
+        found = room if answer is None else answer[0].to(dtype)
         found = gathering.spreads[0].send(found, gathering.owner)
         values.update({layer.name: value for layer, value in zip(gathering.layers, found, strict=True)})
         for spread in gathering.spreads:

@@ -33,6 +33,9 @@ from lightning_prehab.targets.find import count_dense_parameters, count_paramete
 from lightning_prehab.targets.locate import Layer, low_rank_layers
 from lightning_prehab.targets.names import clean_name, join
 
+#: What Lightning looks for in a file to go on from.
+_OPTIMIZERS = "optimizer_states"
+
 
 def followed_load(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> "RemovableHandle | ShardedFollowing":
     """For validate, test and predict: the module takes the structure of whatever is loaded, until ``remove()``."""
@@ -97,6 +100,13 @@ class ShardedFollowing:
         except CheckpointException as error:
             failure = first_failure(error)
             raise CheckpointError(f"{path!r} could not be loaded: {type(failure).__name__}: {failure}") from failure
+        except KeyError as error:
+            if error.args[:1] != (_OPTIMIZERS,):
+                raise
+            raise CheckpointError(
+                f"{path!r} holds no {_OPTIMIZERS}, so fit cannot go on from it: it has been consolidated, or was written "
+                "with save_weights_only=True. Give the folder, or the full file, that the run has written."
+            ) from error
 
     def _follow(self, tensors: Mapping[str, Tensor]) -> None:
         trainer, module = self._trainer, self._pl_module

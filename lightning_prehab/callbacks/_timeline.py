@@ -37,8 +37,8 @@ def check_season(trainer: "pl.Trainer", start_epoch: int, who: str = "PrehabCall
         surgery = compression is not None and compression.epoch == end
         why = f"the surgery is at epoch {end}" if surgery else f"max_epochs is {end}"
         raise ArgumentError(
-            f"{who}(start_epoch={start_epoch}) never acts: {why}, and epochs count from 0. Start earlier, or "
-            "leave it out."
+            f"{who}(start_epoch={start_epoch}) never acts: {why}, and epochs count from 0. "
+            f"{'Start earlier' if end > 0 else 'Cut later'}, or leave {who} out."
         )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 
 from lightning_prehab.errors import ArgumentError, CheckpointError, UnsupportedError
-from lightning_prehab.files.distributed import is_distributed
+from lightning_prehab.files.distributed import check_complete, is_distributed
 from lightning_prehab.surgery.holders import names_holders
 from lightning_prehab.surgery.structure import follow_state_dict_
 
@@ -87,6 +87,7 @@ def _blame_the_file(path: Any, error: Exception) -> None:
     if not isinstance(path, str | os.PathLike) or not Path(path).exists():
         return  # a stream, an address, or nothing, which the error says
     if is_distributed(path):
+        check_complete(path)
         raise CheckpointError(
             f"{str(path)!r} holds the pieces of a sharded run; make one file of them first: python -m "
             f"lightning.fabric.utilities.consolidate_checkpoint {path}"

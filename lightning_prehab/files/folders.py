@@ -27,12 +27,14 @@ from lightning_prehab.linalg.matrices import is_quantized
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.surgery.holders import names_holders
 from lightning_prehab.surgery.structure import follow_state_dict_
+from lightning_prehab.targets.shards import check_not_in_shards
 
 #: Of the folder's layout.
 VERSION = 1
 #: Of one whose weights lie in several files, as :func:`~lightning_prehab.compress_folder` writes it.
 VERSION_OF_SEVERAL = 2
 STRUCTURE = "structure.json"
+_OTHER = "it was saved from another architecture"
 _SAME = "Build the model with the class and the settings that it was saved with."
 _WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
 
@@ -53,9 +55,10 @@ def save_compressed(model: nn.Module, folder: str | os.PathLike[str], report: Co
     Raises:
         PrehabError: If the ``safetensors`` package is missing, or the state dict holds something else than tensors.
         CheckpointError: If ``folder`` is a file.
-        UnsupportedError: If a tensor is quantized, sparse or nested.
+        UnsupportedError: If a tensor is quantized, sparse or nested, or lies in shards on several processes.
     """
     save, _ = _safetensors()
+    check_not_in_shards(model, "save_compressed")
     state = dict(model.state_dict())
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
@@ -224,13 +227,11 @@ def _check_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     expected = skeleton.state_dict()
     for name in sorted(expected.keys() | state.keys()):
         if name not in state:
-            raise CheckpointError(
-                f"{name!r} of the model is not in the file: it was saved from another architecture. {_SAME}"
-            )
+            raise CheckpointError(f"{name!r} of the model is not in the file: {_OTHER}. {_SAME}")
         if name not in expected:
-            raise CheckpointError(
-                f"{name!r} of the file is not in the model: it was saved from another architecture. {_SAME}"
-            )
+            unbuilt = not expected and hasattr(model, "configure_model")
+            why = "nothing is built yet: call its configure_model() first" if unbuilt else f"{_OTHER}. {_SAME}"
+            raise CheckpointError(f"{name!r} of the file is not in the model: {why}")
         ours, theirs = expected[name], state[name]
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
             raise CheckpointError(

@@ -312,3 +312,19 @@ def test_tensors_that_a_file_has_no_place_for(make, match, tmp_path):
     with pytest.raises(lp.PrehabError, match=f"'1.odd' {match}"):
         lp.save_compressed(model, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
+
+
+def test_a_module_that_is_built_in_configure_model_is_told_to_build_first(tmp_path):
+    class Late(torch.nn.Module):
+        net = None
+
+        def configure_model(self):
+            self.net = torch.nn.Linear(8, 8)
+
+    model = Late()
+    model.configure_model()
+    lp.save_compressed(model, tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"'net.bias' of the file .*: nothing is built yet: call .*configure_model"
+    ):
+        lp.load_compressed(tmp_path, Late())

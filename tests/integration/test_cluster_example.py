@@ -118,7 +118,9 @@ def reference(tmp_path_factory):
     """The end of the run on one process."""
     folder = tmp_path_factory.mktemp("one")
     alone = ["--trainer.devices", "1", "--trainer.strategy", "auto"]
-    run([sys.executable, EXAMPLE / "train.py", "--config", configure(folder, "ddp"), *alone], env=environment())
+    command = [sys.executable, EXAMPLE / "train.py", "--config", configure(folder, "ddp"), *alone]
+    assert "validation accuracy" in run(command, env=environment())
+    assert "nothing left to train after" in run(command, env=environment())
     return end_of(folder)
 
 

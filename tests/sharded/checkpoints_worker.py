@@ -345,6 +345,14 @@ def check_damage(folder):
         fit("folder", [cut()], f"{folder}/folder-0.ckpt", lit=small)
     with pytest.raises(CheckpointError, match="could not be loaded: .*optimizer_0"):  # Lightning wants their states
         fit("folder", [cut()], f"{folder}/folder-0-weights.ckpt")
+    bare = Path(folder, "bare.ckpt")  # as a consolidated one
+    if int(os.environ["RANK"]) == 0:
+        content = torch.load(f"{folder}/file-{EPOCHS - 1}.ckpt", weights_only=True)
+        del content["optimizer_states"], content["lr_schedulers"]
+        torch.save(content, bare)
+    distributed.barrier()
+    with pytest.raises(CheckpointError, match="bare.ckpt' holds no optimizer_states, so fit cannot go on"):
+        fit("file", [cut()], bare)
 
 
 CHECKS = {

@@ -93,9 +93,9 @@ class Net(nn.Module):
         self.cut = lp.LowRankLinear(12, 12, 5)
 
 
-def nets(**settings):
+def nets(dtype=torch.float32, **settings):
     torch.manual_seed(0)
-    plain = Net()
+    plain = Net().to(dtype)
     sharded = copy.deepcopy(plain)
     for module in (*sharded.blocks, sharded.unit, sharded):
         fully_shard(module, mesh=init_device_mesh("cpu", (2,)), **settings)
@@ -110,7 +110,8 @@ def metric_of(view, space):
         found.append(wide.mT @ wide / len(wide))
     left, right = found
     metric = Metric.from_grams(left if space == "loss" else None, right if space != "weight" else None)
-    return Metric(*(None if root is None else root.float() for root in (metric.left, metric.right)))
+    dtype = view.parameter.dtype
+    return Metric(*(None if root is None else root.to(dtype) for root in (metric.left, metric.right)))
 
 
 def views_of(net):
@@ -159,7 +160,7 @@ def both(space, **settings):
     return ours, layers_of(plain, RegularizedLayer, space)
 
 
-def check_penalties():
+def check_penalties(dtype=torch.float32, spaces=SPACES, tolerance=1e-5):
     penalties = (
         lp.StableRank(),
         lp.TailEnergy(refresh=2),
@@ -167,31 +168,32 @@ def check_penalties():
         lp.EffectiveRank(refresh=2),
         OwnPenalty(),
     )
-    for space in SPACES:
+    for space in spaces:
         for penalty in penalties:
-            ours, theirs = both(space)
+            ours, theirs = both(space, dtype=dtype)
             assert [layer.name for layer in ours] == [layer.name for layer in theirs]
             assert any(layer.rows() is not None and len(layer.rows().own) == RANK - 1 for layer in ours) or not RANK
             for step in range(3):
                 move_(ours, step)
                 move_(theirs, step)
                 (found, mean), (expected, wish) = (pull_of(TWO, penalty, one, one) for one in (ours, theirs))
-                assert_near(mean, wish, f"{penalty}, {space}, step {step}")
+                assert_near(mean, wish, f"{penalty}, {space}, step {step}", tolerance)
                 for (weight, part), (_, gradient) in zip(found, expected, strict=True):
                     name = next(one.name for one in ours if any(weight is held for held in one.parameters))
-                    assert_near(whole(dtensor_like(part, weight)), gradient, f"{penalty}, {space}, {name}, step {step}")
+                    what = f"{penalty}, {space}, {name}, step {step}"
+                    assert_near(whole(dtensor_like(part, weight)), gradient, what, tolerance)
 
 
-def check_shrinkages():
+def check_shrinkages(dtype=torch.float32, spaces=SPACES, tolerance=1e-5):
     shrinkages = (
         lp.TailShrinkage(start=0.2, refresh=4, every=2),
         LateTail(start=0.2, refresh=4, every=2),
         lp.SpectralWeightDecay(decay=0.5, every=3),
         OwnShrinkage(),
     )
-    for space in SPACES:
+    for space in spaces:
         for shrinkage in shrinkages:
-            ours, theirs = both(space)
+            ours, theirs = both(space, dtype=dtype)
             for step, progress in enumerate((0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0)):
                 for layers, trainer in ((ours, TWO), (theirs, ONE)):
                     move_(layers, step)
@@ -199,7 +201,8 @@ def check_shrinkages():
                     shrink_together_(trainer, layers, shrinkage, progress, rates)
                 for one, other in zip(parameters(ours), parameters(theirs), strict=True):
                     name = next(layer.name for layer in ours if any(one is held for held in layer.parameters))
-                    assert_near(whole(one.detach()), other.detach(), f"{shrinkage}, {space}, {name}, {progress}")
+                    what = f"{shrinkage}, {space}, {name}, {progress}"
+                    assert_near(whole(one.detach()), other.detach(), what, tolerance)
 
 
 def check_figures_and_states():
@@ -403,6 +406,8 @@ def check_resume(name, whole_checkpoint):
 CHECKS = {
     "penalties": check_penalties,
     "shrinkages": check_shrinkages,
+    "penalties in float64": lambda: check_penalties(torch.float64, ["loss"], 1e-9),
+    "shrinkages in float64": lambda: check_shrinkages(torch.float64, ["loss"], 1e-9),
     "figures and states": check_figures_and_states,
     "gradients are added": check_gradients_are_added,
     "training, StableRank": lambda: check_training("StableRank"),

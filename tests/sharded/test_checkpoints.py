@@ -5,6 +5,7 @@ One process loads what they have left.
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,10 @@ def test_one_process_loads_what_is_left(written):
     folder, file = written / f"folder-{worker.EPOCHS - 1}.ckpt", written / f"file-{worker.EPOCHS - 1}.ckpt"
     with pytest.raises(CheckpointError, match="python -m lightning.fabric.utilities.consolidate_checkpoint"):
         lp.load_from_checkpoint(worker.Lit, folder)
+    broken = shutil.copytree(folder, written / "broken.ckpt")
+    (broken / "meta.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"is no complete checkpoint: meta.pt is missing"):
+        lp.load_from_checkpoint(worker.Lit, broken)
     whole = written / "whole.ckpt"
     command = [sys.executable, "-m", "lightning.fabric.utilities.consolidate_checkpoint", str(folder)]
     subprocess.run([*command, "--output_file", str(whole)], check=True, capture_output=True, timeout=1800)
