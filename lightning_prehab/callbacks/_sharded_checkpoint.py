@@ -104,8 +104,8 @@ class ShardedFollowing:
             if error.args[:1] != (_OPTIMIZERS,):
                 raise
             raise CheckpointError(
-                f"{path!r} holds no {_OPTIMIZERS}, so fit cannot go on from it: it has been consolidated, or was written "
-                "with save_weights_only=True. Give the folder, or the full file, that the run has written."
+                f"{path!r} holds no {_OPTIMIZERS}, so fit cannot go on from it: it has been consolidated, or was "
+                "written with save_weights_only=True. Give the folder, or the full file, that the run has written."
             ) from error
 
     def _follow(self, tensors: Mapping[str, Tensor]) -> None:
