@@ -2,6 +2,7 @@
 
 import lightning.pytorch as pl
 
+from lightning_prehab.callbacks._distributed import together
 from lightning_prehab.callbacks._listeners import tell_listeners
 from lightning_prehab.callbacks._printing import show
 from lightning_prehab.callbacks._report_logging import log_report
@@ -11,6 +12,8 @@ from lightning_prehab.report.compression_report import CompressionReport
 
 def announce(trainer: "pl.Trainer", pl_module: "pl.LightningModule", report: CompressionReport, number: int) -> None:
     """Prints the report, logs its numbers, gives it to loggers, and calls ``on_surgery`` of whoever has it.
+
+    If a listener fails on one process, all of them raise. The model has been cut by then.
 
     Args:
         trainer: The Trainer.
@@ -22,4 +25,4 @@ def announce(trainer: "pl.Trainer", pl_module: "pl.LightningModule", report: Com
     shares = {"compression/keep": report.keep, "compression/model_keep": report.model_keep}
     pl_module.log_dict(shares, batch_size=1, **EQUAL)
     log_report(trainer, report, number)
-    tell_listeners(trainer, pl_module, "on_surgery", report)
+    together(trainer, lambda: tell_listeners(trainer, pl_module, "on_surgery", report))

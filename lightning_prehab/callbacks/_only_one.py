@@ -35,7 +35,7 @@ class OnlyOne(pl.Callback):
         self._number = None
         all_of_them = [one for one in callbacks_of(trainer) if isinstance(one, OnlyOne)]
         if stage == "fit" and self is next(iter(all_of_them), None):
-            check_same_settings(trainer, [(type(one).__name__, one._settings()) for one in all_of_them])
+            check_same_settings(trainer, ((type(one).__name__, one._settings()) for one in all_of_them))
 
     def _settings(self) -> dict[str, Any]:
         """What has to be the same on all processes, by the name of the argument; not what a subclass has added."""

@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -6,6 +7,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_prehab as lp
+from lightning_prehab.callbacks import _announcement, _distributed
+from lightning_prehab.errors import PrehabError
 from lightning_prehab.layers import LowRankLayer
 
 
@@ -51,6 +54,27 @@ def test_a_listener_that_fails_leaves_the_module_as_it_was(mlp, loader, make_tra
         trainer.fit(lit, loader)
     assert cuts(lit) == 0
     assert all(torch.equal(*pair) for pair in zip(lit.parameters(), refuses.weights, strict=True))
+
+
+def test_a_listener_that_fails_after_the_cut_is_an_error_on_all_processes(monkeypatch):
+    class Fails(pl.Callback):
+        def on_surgery(self, trainer, pl_module, report):
+            raise OSError("disk full")
+
+    def announced(callbacks, answer):
+        monkeypatch.setattr(_distributed, "gather", lambda trainer, value: said.append(value) or answer(value))
+        trainer = SimpleNamespace(world_size=2, callbacks=callbacks)
+        module = SimpleNamespace(log_dict=lambda *_, **__: None)
+        _announcement.announce(trainer, module, SimpleNamespace(keep=0.5, model_keep=0.5), 1)
+
+    for part in ("show", "log_report"):
+        monkeypatch.setattr(_announcement, part, lambda *_: None)
+    said = []
+    with pytest.raises(OSError, match="disk full"):
+        announced([Fails()], lambda own: [None, own])
+    assert said == ["disk full"]
+    with pytest.raises(PrehabError, match="Rank 1 failed: disk full"):
+        announced([], lambda own: [own, "disk full"])
 
 
 def test_nobody_is_told_of_a_surgery_that_a_resumed_run_repeats(mlp, loader, make_trainer, lit_class, tmp_path):
