@@ -207,6 +207,8 @@ class _OneLayer:
         rows = self._agree(self._in_rows)
         shell, made = self._built({} if rows else self._gather(), {name: factors[name] for name in self._cuts})
         if rows:
+            child = made.child("")  # it has copies of the factors: they are kept once
+            made.factors[""] = made.factors[""]._replace(A=child.A.weight.detach(), B=child.B.weight.detach())
             moved = self._from_rows(made)
         else:
             self.errors = self._agree(made.errors)

@@ -3,14 +3,14 @@
 States are such as :func:`~lightning_prehab.surgery.meanings.readable_state` gives them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_prehab.layers.pivot import PivotLayer
-from lightning_prehab.linalg.blocks import row_squares, wide_product
+from lightning_prehab.linalg.blocks import blocks, row_squares, wide_product
 from lightning_prehab.linalg.matrices import working_dtype
 from lightning_prehab.linalg.pivot import from_factor
 from lightning_prehab.surgery.meanings import ITERATES, LARGEST, MEANINGS, SECOND_MOMENTS, STEP_SIZES
@@ -257,12 +257,31 @@ def _factored(key: str, value: Tensor, a: Tensor, b: Tensor, add_up: AddUp) -> t
         mean = add_up(value.sum(0, keepdim=True)) / add_up(value.new_tensor([float(len(value))]))
         return mean.repeat(len(a), 1), value.mean(1, keepdim=True).repeat(1, len(a))
     if key in LARGEST:
-        for_a = add_up(wide_product(b.square().mT, value, of=torch.square))
+        for_a = _sum_of_products(b.square().mT, value, add_up, of=torch.square)
         for_b = wide_product(value, a.square().mT, of=torch.square, dtype=value.dtype)
-        return for_a.to(value.dtype).sqrt(), for_b.sqrt()
+        return for_a.sqrt(), for_b.sqrt()
     if key in SECOND_MOMENTS:
         a, b = a.square(), b.square()
-    return add_up(wide_product(b.mT, value)).to(value.dtype), wide_product(value, a.mT, dtype=value.dtype)
+    return _sum_of_products(b.mT, value, add_up), wide_product(value, a.mT, dtype=value.dtype)
+
+
+def _parts_of_product(
+    left: Tensor, right: Tensor, add_up: AddUp, of: AddUp = _itself
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a product whose inner dimension may be spread over processes, in float64, a block of them at a time.
+
+    The blocks are those of the product, which all processes have alike.
+    """
+    for rows in blocks(len(left), right.shape[1]):
+        yield rows, add_up(wide_product(left[rows], right, of=of))
+
+
+def _sum_of_products(left: Tensor, right: Tensor, add_up: AddUp, of: AddUp = _itself) -> Tensor:
+    """All of them, in the dtype of the right one."""
+    answer = right.new_empty(len(left), right.shape[1])
+    for rows, part in _parts_of_product(left, right, add_up, of):
+        answer[rows] = part
+    return answer
 
 
 def _correlation(moment: Tensor, factor: Tensor, inner: AddUp = _itself, outer: AddUp = _itself) -> Tensor:
@@ -278,8 +297,8 @@ def _correlation(moment: Tensor, factor: Tensor, inner: AddUp = _itself, outer: 
         By row of the product: shape ``(rank,)``; 1 where there is no gradient.
     """
     dtype = working_dtype(moment.dtype)
-    narrow = dtype if inner is _itself else None  # where nothing is to be added to it
-    together = outer(row_squares(inner(wide_product(factor.mT, moment, dtype=narrow)), dtype).squeeze(1))
+    products = _parts_of_product(factor.mT, moment, inner)
+    together = outer(torch.cat([row_squares(part.to(dtype), dtype) for _, part in products]).squeeze(1))
     squares = outer(row_squares(moment, dtype))
     alone = inner(wide_product(factor.square().mT, squares)).to(dtype).squeeze(1)
     return torch.where(together > 0, together / alone.clamp_min(torch.finfo(alone.dtype).tiny), 1.0).to(moment.dtype)
