@@ -8,26 +8,27 @@ from torch import Tensor
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.matrices import working_dtype
 
-#: Entries of a block: 8 MB of float64. A matrix that is not larger is one block.
-ENTRIES = 2**20
+#: Entries of a block: 4 MB of float64. A matrix that is not larger is one block.
+ENTRIES = 2**19
 
 
 def blocks(length: int, width: int) -> list[slice]:
     """Slices of rows that are ``width`` wide, each of ``ENTRIES`` entries at most, or a single row.
 
-    >>> blocks(3, 2**19)
+    >>> blocks(3, 2**18)
     [slice(0, 2, None), slice(2, 3, None)]
     """
     rows = max(ENTRIES // max(width, 1), 1)
     return [slice(start, min(start + rows, length)) for start in range(0, max(length, 1), rows)]
 
 
-def _itself(tensor: Tensor) -> Tensor:
+def unchanged(tensor: Tensor) -> Tensor:
+    """The tensor: what is done to it where there is nothing to do."""
     return tensor
 
 
 def wide_product(
-    left: Tensor, right: Tensor, of: Callable[[Tensor], Tensor] = _itself, dtype: torch.dtype | None = None
+    left: Tensor, right: Tensor, of: Callable[[Tensor], Tensor] = unchanged, dtype: torch.dtype | None = None
 ) -> Tensor:
     """A product of a thin matrix and a large one in float64 (float32 where the device has no float64).
 
@@ -46,11 +47,11 @@ def wide_product(
     wide = torch.float32 if left.device.type == "mps" else torch.float64
     left, right = left.detach(), right.detach()
     answer = left.new_empty(len(left), right.shape[1], dtype=wide if dtype is None else dtype)
-    of_left, of_right = (_itself, of) if left.numel() <= right.numel() else (of, _itself)
+    of_left, of_right = (unchanged, of) if left.numel() <= right.numel() else (of, unchanged)
     for rows in blocks(*left.shape):
-        own = of_left(left[rows]).to(wide)
+        own = of_left(left[rows].to(wide))
         for columns in blocks(right.shape[1], len(right)):
-            answer[rows, columns] = own @ of_right(right[:, columns]).to(wide)
+            answer[rows, columns] = own @ of_right(right[:, columns].to(wide))
     return answer
 
 

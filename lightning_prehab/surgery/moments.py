@@ -3,14 +3,14 @@
 States are such as :func:`~lightning_prehab.surgery.meanings.readable_state` gives them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_prehab.layers.pivot import PivotLayer
-from lightning_prehab.linalg.blocks import blocks, row_squares, wide_product
+from lightning_prehab.linalg.blocks import blocks, row_squares, unchanged, wide_product
 from lightning_prehab.linalg.matrices import working_dtype
 from lightning_prehab.linalg.pivot import from_factor
 from lightning_prehab.surgery.meanings import ITERATES, LARGEST, MEANINGS, SECOND_MOMENTS, STEP_SIZES
@@ -24,12 +24,8 @@ CORRELATED_FLOOR = 1 / 16
 AddUp = Callable[[Tensor], Tensor]
 
 
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def factor_states(
-    state: Mapping[str, Any], a: Tensor, b: Tensor, add_up: AddUp = _itself
+    state: Mapping[str, Any], a: Tensor, b: Tensor, add_up: AddUp = unchanged
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """States of ``A`` and ``B`` from the state of ``W``, for ``W ~ B A``.
 
@@ -73,7 +69,8 @@ def factor_states(
         for_columns = _correlation(state["exp_avg"].mT, a.detach().mT, outer=add_up)
         for key in CORRELATED:
             if key in for_a:
-                for_a[key], for_b[key] = for_a[key] * for_rows, for_b[key] * for_columns
+                for_a[key].mul_(for_rows)
+                for_b[key].mul_(for_columns)
     for moved in (for_a, for_b):
         _raise_(moved, CORRELATED_FLOOR)
         if "grad_avg" in moved:
@@ -265,26 +262,25 @@ def _factored(key: str, value: Tensor, a: Tensor, b: Tensor, add_up: AddUp) -> t
     return _sum_of_products(b.mT, value, add_up), wide_product(value, a.mT, dtype=value.dtype)
 
 
-def _parts_of_product(
-    left: Tensor, right: Tensor, add_up: AddUp, of: AddUp = _itself
-) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of a product whose inner dimension may be spread over processes, in float64, a block of them at a time.
+def _sum_of_products(left: Tensor, right: Tensor, add_up: AddUp, of: AddUp = unchanged) -> Tensor:
+    """A product whose inner dimension may be spread over processes, in the dtype of the right matrix.
 
-    The blocks are those of the product, which all processes have alike.
+    It is added up in float64, a block of rows at a time, which are the same on all processes.
     """
-    for rows in blocks(len(left), right.shape[1]):
-        yield rows, add_up(wide_product(left[rows], right, of=of))
-
-
-def _sum_of_products(left: Tensor, right: Tensor, add_up: AddUp, of: AddUp = _itself) -> Tensor:
-    """All of them, in the dtype of the right one."""
     answer = right.new_empty(len(left), right.shape[1])
-    for rows, part in _parts_of_product(left, right, add_up, of):
-        answer[rows] = part
+    for rows in blocks(*answer.shape):
+        answer[rows] = add_up(wide_product(left[rows], right, of=of))
     return answer
 
 
-def _correlation(moment: Tensor, factor: Tensor, inner: AddUp = _itself, outer: AddUp = _itself) -> Tensor:
+def _squares_of_products(left: Tensor, right: Tensor, add_up: AddUp, dtype: torch.dtype) -> Tensor:
+    """The square of each row of such a product: shape ``(m, 1)``."""
+    return torch.cat(
+        [row_squares(add_up(wide_product(left[rows], right)), dtype) for rows in blocks(len(left), right.shape[1])]
+    )
+
+
+def _correlation(moment: Tensor, factor: Tensor, inner: AddUp = unchanged, outer: AddUp = unchanged) -> Tensor:
     """How much larger the squares of ``factor^T moment`` are than if its entries were uncorrelated.
 
     Args:
@@ -297,8 +293,7 @@ def _correlation(moment: Tensor, factor: Tensor, inner: AddUp = _itself, outer: 
         By row of the product: shape ``(rank,)``; 1 where there is no gradient.
     """
     dtype = working_dtype(moment.dtype)
-    products = _parts_of_product(factor.mT, moment, inner)
-    together = outer(torch.cat([row_squares(part.to(dtype), dtype) for _, part in products]).squeeze(1))
+    together = outer(_squares_of_products(factor.mT, moment, inner, dtype).squeeze(1))
     squares = outer(row_squares(moment, dtype))
     alone = inner(wide_product(factor.square().mT, squares)).to(dtype).squeeze(1)
     return torch.where(together > 0, together / alone.clamp_min(torch.finfo(alone.dtype).tiny), 1.0).to(moment.dtype)

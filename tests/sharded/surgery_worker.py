@@ -360,10 +360,10 @@ class Squares(torch.nn.Module):
         return x
 
 
-def squares(optimizer, dtype, **settings):
-    """A sharded net, its optimizer after a step, a plan to cut all of it and the factors."""
+def squares(optimizer, dtype, ranks=(2, 2, 2), **settings):
+    """A sharded net, its optimizer after a step, a plan to cut its first layers and the factors."""
     plain, net = make(Squares, dtype=dtype), blocks(make(Squares, dtype=dtype), **settings)
-    plan = planned(plain, {f"blocks.{index}": 2 for index in range(3)})
+    plan = planned(plain, {f"blocks.{index}": rank for index, rank in enumerate(ranks)})
     own = optimizer(net.parameters())
     net(torch.randn(4, SQUARE).to(dtype)).square().mean().backward()
     own.step()
@@ -386,6 +386,33 @@ def check_one_whole_layer_lives_at_a_time():
                 with Alive(size) as alive:
                     prepare_sharded_swap(net, plan, factors, [own], together).commit()
                 assert (alive.most, alive.now) == (expected * size, 0), (dtype, optimizer, settings)
+                steps_of_squares(net, own, dtype)
+
+
+class Sent(dict):
+    """Factors that come when they are asked for, as from their owner."""
+
+    dtype = torch.float32
+
+    def __getitem__(self, name):
+        found = super().__getitem__(name)
+        return found._replace(A=found.A.to(self.dtype, copy=True), B=found.B.to(self.dtype, copy=True))
+
+
+def check_a_swap_needs_one_layer_beyond_what_stays():
+    """A layer cut to half: its factors twice, or with what an optimizer will know of them, and a few blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(large, "ENTRIES", 64)
+        for dtype in (torch.float32, torch.bfloat16):
+            for optimizer in (partial(torch.optim.SGD, lr=0.05), SGD, AdamW):
+                net, own, plan, factors = squares(optimizer, dtype, ranks=(SQUARE // 4,))
+                sent = Sent(factors)
+                sent.dtype = dtype
+                gc.collect()
+                with Alive(256) as alive:
+                    prepare_sharded_swap(net, plan, sent, [own], together).commit()
+                beyond = alive.most - alive.now
+                assert 0 < beyond <= SQUARE * SQUARE * dtype.itemsize + 4 * large.ENTRIES * 8, (dtype, optimizer)
                 steps_of_squares(net, own, dtype)
 
 
@@ -526,6 +553,7 @@ CHECKS = {
     "kinds": check_every_kind_of_layer,
     "failures": check_failures_leave_all_as_they_were,
     "memory of the swap": check_one_whole_layer_lives_at_a_time,
+    "a swap beyond what stays": check_a_swap_needs_one_layer_beyond_what_stays,
     "memory of the rounds": check_one_whole_layer_is_worked_on_at_a_time,
     "structures": check_structures_come_and_go,
     "refusals": check_refusals,
