@@ -122,16 +122,15 @@ class Trial(Shakespeare):
     """The cut model, and what is measured of it, on a device."""
 
     def __init__(self, file: str | None, cache: str | Path, device: str) -> None:
-        super().__init__(file, cache)
-        self.device = torch.device(device)
+        super().__init__(file, cache, device)
         self.cuts: dict[tuple[int, float], nn.Module] = {}
         self.scores: dict[tuple[int, float, str], float] = {}  # right after the cut
 
     def cut(self, seed: int, keep: float) -> nn.Module:
         """A copy of the compressed model."""
         if (seed, keep) not in self.cuts:
-            model = self.model(seed).to(self.device)
-            batches = [batch.to(self.device) for batch in self.draw(5000 + seed, CALIBRATION)]
+            model = self.model(seed)
+            batches = self.draw(5000 + seed, CALIBRATION)
             lp.compress_(
                 model,
                 batches=batches,
@@ -146,8 +145,6 @@ class Trial(Shakespeare):
     def score(self, model: nn.Module, split: str) -> float:
         """Cross-entropy per character."""
         model.to(self.device)
-        data = getattr(self, split)
-        setattr(self, split, data.to(self.device))
         return round(self.measure(model, split)["loss"], 5)
 
 

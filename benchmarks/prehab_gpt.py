@@ -96,19 +96,21 @@ class Shakespeare(Task):
     def pretrain(self, model: nn.Module, seed: int) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, self.pretraining)
-        for batch in self.draw(seed, self.pretraining, self.train):
+        for batch in self.draw(seed, self.pretraining):
             self.loss(model, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
 
-    def draw(self, seed: int, count: int, text: Tensor) -> list[Tensor]:
+    def draw(self, seed: int, count: int, text: Tensor | None = None) -> list[Tensor]:
+        """Batches of a text, of the training split by default."""
+        text = self.train if text is None else text
         generator = torch.Generator().manual_seed(seed)
         starts = torch.randint(len(text) - CONTEXT - 1, (count, self.batch, 1), generator=generator)
         return list(text[(starts + torch.arange(CONTEXT + 1)).to(text.device)])
 
     def batches(self, seed: int, epoch: int) -> list[Any]:
-        return self.draw(1000 * (seed + 1) + epoch, self.steps, self.train)
+        return self.draw(1000 * (seed + 1) + epoch, self.steps)
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
         return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())

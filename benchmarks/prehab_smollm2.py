@@ -31,7 +31,7 @@ class SmolLM2(Task):
     metrics: ClassVar = {"wikitext": "Perplexity, WikiText-2", "shakespeare": "Perplexity, tiny Shakespeare"}
 
     def __init__(self, folder: str | None, device: str, results: Path) -> None:
-        self.device, self.results = device, results
+        self.device, self.results = torch.device(device), results
         if folder is not None:
             self.dense, tokenizer = read_model()
             self.texts = Texts(Path(folder), tokenizer)

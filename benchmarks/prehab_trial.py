@@ -66,7 +66,7 @@ class Task(ABC):
     lr: ClassVar[float]
     tuned_at: ClassVar[float] = 0.1
     calibration_batches: ClassVar[int] = 24
-    device: str = "cpu"
+    device: torch.device = torch.device("cpu")
     trainer: ClassVar[Setting] = {}  # more settings of the Trainer
     targets: ClassVar[str]
     results: Path
@@ -173,7 +173,7 @@ def fit(
         module = Module(task, seed)
         torch.manual_seed(seed)  # dropout; not before, since building a model draws numbers too
         trainer = L.Trainer(
-            accelerator=task.device,
+            accelerator="gpu" if task.device.type == "cuda" else "cpu",
             devices=1,
             max_epochs=total,
             reload_dataloaders_every_n_epochs=1,
@@ -212,7 +212,7 @@ def load(task: Task) -> list[Record]:
 
 
 def add(task: Task, record: Record) -> None:
-    device = platform.machine() if task.device == "cpu" else torch.cuda.get_device_name()
+    device = torch.cuda.get_device_name() if task.device.type == "cuda" else platform.machine()
     versions = {"torch": torch.__version__, "lightning": L.__version__, "lightning_prehab": __version__}
     line = json.dumps({**record, "versions": versions, "device": device, "threads": torch.get_num_threads()})
     with task.results.open("a") as file:
