@@ -53,7 +53,7 @@ class Short(Recovering):
     pretraining, batch = 1000, 12
     steps, recovery, equal, recipe = 15, 300, 160, 180
     calibration_batches = 15
-    rates = (5e-4, 1.5e-3, 4.5e-3, 1.35e-2)
+    rates = (5e-4, 1.5e-3, 4.5e-3, 1.35e-2, 4.05e-2)
     results = Path(__file__).with_name("rehab_gpt_short.jsonl")
 
 

@@ -196,11 +196,11 @@ def prehab(trial: Trial, share: float, *others: L.Callback, before: float = 0.0)
     return [prepared, trial.cut(round(share * trial.epochs)), lp.RehabSchedule(), *others]
 
 
-def cuts(trial: Trial, *times: float) -> Callbacks:
+def cuts(trial: Trial, *times: float, **settings: Any) -> Callbacks:
     """Cuts at these shares of the steps, each to half of what the one before has left; distillation."""
     epochs = [round(time * trial.epochs) for time in times]
     keeps = [trial.job.keep * 2 ** (len(times) - 1 - index) for index in range(len(times))]
-    return [trial.cut(epochs, keeps), lp.RehabSchedule(), teacher(trial)]
+    return [trial.cut(epochs, keeps), lp.RehabSchedule(), teacher(trial, **settings)]
 
 
 #: Rows of the recovery; all but one have the default cut.
@@ -230,6 +230,7 @@ RECIPE: dict[str, Row] = {
     "prehab 3/4, distillation before and after": lambda trial: prehab(trial, 3 / 4, teacher(trial), before=1.0),
     "two cuts, distillation": lambda trial: cuts(trial, 0, 1 / 4),
     "three cuts, distillation": lambda trial: cuts(trial, 0, 1 / 4, 1 / 2),
+    "three cuts, distillation alone": lambda trial: cuts(trial, 0, 1 / 4, 1 / 2, task_strength=0.0),
     "prehab, three cuts, distillation throughout": lambda trial: [
         lp.PrehabCallback(self_distillation=1.0),
         *cuts(trial, 1 / 6, 1 / 3, 1 / 2),
@@ -245,5 +246,12 @@ SPIKE: dict[str, Row] = {
 ROWS: dict[str, dict[str, Row]] = {"recovery": RECOVERY, "recipe": RECIPE, "spike": SPIKE}
 #: The row that the others of a part are compared with.
 CONTROLS = {"recovery": "plain training", "recipe": "cut first, distillation"}
+
+
+def cut_first_beside(row: str) -> str:
+    """Cutting first with the distillation of a recipe."""
+    return "cut first, distillation alone" if row.endswith("alone") else CONTROLS["recipe"]
+
+
 #: Few numbers are trained: the rates of a task times this.
 HIGHER = {f"LoRA of rank {LORA_RANK} on the factors": 5.0}

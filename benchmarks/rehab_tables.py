@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from prehab_trial import Record, cell, load
-from rehab_rows import CONTROLS, ROWS, SHARES, TUNED_AT, RehabTask, loss_over
+from rehab_rows import CONTROLS, ROWS, SHARES, TUNED_AT, RehabTask, cut_first_beside, loss_over
 
 #: 97.5 % of Student's t, by degrees of freedom.
 T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -153,7 +153,7 @@ def recovery(stored: Stored, share: float, keep: float) -> Iterator[str]:
 
 
 def recipe(stored: Stored, keep: float) -> Iterator[str]:
-    """What there is in the end, beside cutting first with distillation."""
+    """What there is in the end, beside cutting first with distillation, and with the same distillation."""
     task, control = stored.task, stored.of("recipe", CONTROLS["recipe"], keep)
     heads = ["before the cut", "right after", "in the end"]
     yield (
@@ -161,11 +161,12 @@ def recipe(stored: Stored, keep: float) -> Iterator[str]:
         + " | ".join(
             [*(f"{title}, {when}" for title in task.metrics.values() for when in heads)]
             + [f"{title}, less the control's" for title in task.metrics.values()]
+            + [f"{title}, less cut first's with the same distillation" for title in task.metrics.values()]
             + ["seeds"]
         )
         + " |"
     )
-    yield "|" + "---|" * (3 + 4 * len(task.metrics))
+    yield "|" + "---|" * (3 + 5 * len(task.metrics))
     for row in ROWS["recipe"]:
         runs = stored.of("recipe", row, keep)
         if not runs:
@@ -174,7 +175,8 @@ def recipe(stored: Stored, keep: float) -> Iterator[str]:
         for metric in task.metrics:
             found = [stored.metric(runs, metric, moment) for moment in ("before", "after", "end")]
             cells += [cell(list(values.values()), form(metric)[1]) for values in found]
-        cells += [paired(stored.metric(runs, m), stored.metric(control, m), form(m)[1]) for m in task.metrics]
+        for other in (control, stored.of("recipe", cut_first_beside(row), keep)):
+            cells += [paired(stored.metric(runs, m), stored.metric(other, m), form(m)[1]) for m in task.metrics]
         yield f"| {row} | {' | '.join(cells)} | {len(runs)} |"
 
 
