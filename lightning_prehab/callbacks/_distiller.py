@@ -22,6 +22,7 @@ from lightning_prehab.distillation.calls import Call, Calls, autocast_of, named
 from lightning_prehab.distillation.comparison import Comparison
 from lightning_prehab.distillation.replay import WAY_OUT, Pair, check_calls, features_of, pairs_of
 from lightning_prehab.distillation.teacher import Teacher
+from lightning_prehab.distillation.values import held
 from lightning_prehab.documents.settings import show
 from lightning_prehab.errors import ArgumentError, NumericalError, StatisticsError, UnsupportedError
 from lightning_prehab.refinement.blocks import find_blocks
@@ -72,6 +73,7 @@ class Distiller:
         self._keeper = Keeper(who, precision, self._device)
         self.teacher: Teacher | None = None
         self._stored = True  # in checkpoints
+        self._lent: Teacher | None = None  # a module of the user's
         self._calls: Calls | None = None
         self.forget()
 
@@ -124,6 +126,11 @@ class Distiller:
             "its weights are written into each checkpoint from then on, which grows by as much."
         )
 
+    def announce_size(self) -> None:
+        """Says what a teacher takes that is there already."""
+        assert self.teacher is not None
+        rank_zero_info(f"{self._who}: the teacher takes {self.teacher.bytes / 1e6:,.1f} MB on {self.teacher.device}.")
+
     def keep(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Makes the model of now the teacher.
 
@@ -152,7 +159,8 @@ class Distiller:
     def take(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", module: nn.Module) -> None:
         """Makes a module that was given the teacher, as it is; it is not stored."""
         refuse_shared(self._who, pl_module, module)
-        self.teacher, self._stored = self._keeper.take(trainer, pl_module, module), False
+        self._lent = self.teacher = self._keeper.take(trainer, pl_module, module)
+        self._stored = False
 
     def _adopt(self, trainer: "pl.Trainer", teacher: Teacher) -> None:
         if isinstance(teacher.module, pl.LightningModule):
@@ -170,7 +178,7 @@ class Distiller:
 
     def begin_batch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any) -> None:
         """A batch begins that the teacher has a part in."""
-        self._batch = batch
+        self._batch = held(batch)
         if self._forward is not None:
             return
         compiled = _is_compiled(pl_module)  # then hooks have to stay, or all is compiled anew at each batch
@@ -228,7 +236,7 @@ class Distiller:
             return True
         self._looked = True
         with _undisturbed(pl_module), trainer.precision_plugin.forward_context():
-            answer_in(self._forward(pl_module, batch))
+            answer_in(self._forward(pl_module, held(batch)))
         return False
 
     def look(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
@@ -247,7 +255,7 @@ class Distiller:
         if not calls:
             raise StatisticsError(f"{self._who}: training_step calls no module of the model. {WAY_OUT}")
         if self.teacher is None:
-            check_calls(calls, self._features if self._form == "features" else None)
+            check_calls(pl_module, calls, self._features if self._form == "features" else None)
             return
         self._lessons.try_out(self._pairs(pl_module, calls), self._batch)  # a teacher that was given answers at once
 
@@ -278,7 +286,10 @@ class Distiller:
         self._lessons.forget()
 
     def close(self) -> None:
-        """Takes all hooks off."""
+        """Takes all hooks off, and gives back a module of the user's as it was."""
+        if self._lent is not None:
+            self._lent.give_back()
+            self._lent = None
         self._lessons.forget()
         self._batch = None
         if self._calls is not None:
@@ -292,12 +303,23 @@ class Distiller:
             "teacher": None if stored is None else self._keeper.stored(stored),
             "measure": self._comparison.measure,
             "shifted": self._comparison.shifted,
+            "second": self._comparison.second,
+            "compared": self._compared(),
         }
 
+    def _compared(self) -> list[Any]:
+        return [self._form, self._module, self._forward is not None]
+
     def load_state_dict(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", state: dict[str, Any]) -> None:
-        """The teacher as it was when the state was written."""
-        self._comparison.measure, self._comparison.shifted = state["measure"], state["shifted"]
-        if state["teacher"] is not None:
+        """The teacher as it was when the state was written, unless another one was given now.
+
+        What was found out about the answers holds if the same ones are compared.
+        """
+        if state.get("compared", self._compared()) == self._compared():
+            found = self._comparison
+            found.measure, found.shifted, found.second = state["measure"], state["shifted"], state.get("second", False)
+        given = self.teacher is not None and not self._stored
+        if state["teacher"] is not None and not given:
             self.rebuild(trainer, pl_module, state["teacher"])
 
     def _choose_features(self, pl_module: "pl.LightningModule") -> list[str]:
@@ -323,16 +345,16 @@ class Distiller:
     def _pairs(self, pl_module: "pl.LightningModule", calls: list[Call]) -> list[Pair]:
         assert self.teacher is not None
         if self._form == "features":
-            return features_of(self.teacher, calls, self._features)
+            return features_of(pl_module, self.teacher, calls, self._features)
         return pairs_of(pl_module, self.teacher, calls)
 
     def _answers_of_forward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", forward: Forward) -> Pair:
         assert self.teacher is not None
         with trainer.precision_plugin.forward_context():
             autocast = autocast_of(pl_module)
-            answer = answer_in(forward(pl_module, self._batch))
+            answer = answer_in(forward(pl_module, held(self._batch)))
         with self.teacher.at_work(autocast):
-            output = forward(self.teacher.module, to_device(self._batch, self.teacher.device))
+            output = forward(self.teacher.module, to_device(held(self._batch), self.teacher.device))
         return Pair("forward", [], answer, answer_in(output).to(answer.device), output, self.teacher.module)
 
     def _check(self, value: Tensor, names: list[str]) -> None:

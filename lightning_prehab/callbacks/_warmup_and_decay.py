@@ -87,6 +87,13 @@ class WarmupAndDecay:
         self.end, self.limits = None, []
         self.note_warm()
 
+    def take_lengths(self, warmup: Lengths, decay: Lengths | None) -> None:
+        """Other lengths: of the warm-up from the cut on, of the decay from now on."""
+        self.warmup, self.decay, self.end, self.limits = warmup, decay, None, []
+        for one in self.optimizers:
+            one.decaying_since = None
+        self.note_warm()
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return {**asdict(self), "warmup": dict(self.warmup)}

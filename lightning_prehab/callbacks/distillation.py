@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_prehab.callbacks._checkpoint import check_version
@@ -12,7 +13,7 @@ from lightning_prehab.callbacks._keeper import Precision
 from lightning_prehab.callbacks._only_one import OnlyOne
 from lightning_prehab.callbacks._schedules import Shape, between
 from lightning_prehab.callbacks._self_distillation import SelfDistillation
-from lightning_prehab.callbacks._timeline import steps_of_epochs
+from lightning_prehab.callbacks._timeline import rest_of_run, steps_of_epochs
 from lightning_prehab.callbacks._trainer import (
     batches_per_epoch,
     check_strategy,
@@ -29,6 +30,7 @@ from lightning_prehab.errors import ArgumentError, UnsupportedError
 from lightning_prehab.layers.linear import LowRankLayer
 from lightning_prehab.rank_policies.base import check_choice
 from lightning_prehab.report.compression_report import CompressionReport
+from lightning_prehab.targets.locate import low_rank_layers
 from lightning_prehab.targets.names import Patterns
 
 #: Of the state in checkpoints.
@@ -158,7 +160,7 @@ class RehabDistillation(OnlyOne):
         self._steps: int | None = None  # since it has begun
         self._length: int | None = None
         self._restored: dict[str, Any] = {}
-        self._fits = self._looking = False
+        self._fits = self._looking = self._new_fade = False
         self._loaded_late: tuple[pl.Trainer, pl.LightningModule] | None = None
 
     def _settings(self) -> dict[str, Any]:
@@ -208,12 +210,26 @@ class RehabDistillation(OnlyOne):
     def _go_on(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         state, self._restored = self._restored, {}
         self._steps, self._length = state["steps"], state["length"]
+        self._new_fade = state.get("fade", self._fade()) != self._fade()
         self._distiller.load_state_dict(trainer, pl_module, state)
 
     def _announce(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         compression = find_callback(trainer, CompressionCallback)
-        if self._distiller.teacher is None and compression is not None and not compression.done:
+        if self._distiller.teacher is not None:
+            self._distiller.announce_size()
+        elif compression is None or compression.done or self._steps is not None:
+            return
+        elif find_callback(trainer, SelfDistillation) is not None:
+            rank_zero_info(
+                "RehabDistillation: the teacher of PrehabCallback(self_distillation=...) stays after the cut."
+            )
+        else:
             self._distiller.announce(trainer, pl_module, "right before the cut")
+            if low_rank_layers(pl_module):
+                rank_zero_warn(
+                    "RehabDistillation: the model has been cut already, so that its teacher will not be the dense one. "
+                    "Give that one: RehabDistillation(teacher='dense.ckpt')."
+                )
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Begins at once where no cut is to come."""
@@ -221,15 +237,19 @@ class RehabDistillation(OnlyOne):
             self._announce(trainer, pl_module)
         if self.fade_epochs is not None and batches_per_epoch(trainer) is None:
             raise UnsupportedError("The length of an epoch is not known here; give RehabDistillation(fade_steps=...).")
+        if self._new_fade and self._steps is not None:
+            self._measure(trainer)
+        self._new_fade = False
         compression = find_callback(trainer, CompressionCallback)
-        if self._steps is not None or not (compression is None or compression.done):
+        if not (compression is None or compression.done):
             return
-        if self._distiller.teacher is None:
+        if self._distiller.teacher is None and not self.is_over:
             raise UnsupportedError(
                 "The model has been cut already, and the checkpoint holds no teacher (it was written without "
                 "RehabDistillation, or with save_weights_only=True). Give one: RehabDistillation(teacher='dense.ckpt')."
             )
-        self._begin(trainer)
+        if self._steps is None:
+            self._begin(trainer)
 
     def on_before_surgery(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """The model of now becomes the teacher, or that from before prehab if it is there; at the first cut only."""
@@ -244,6 +264,7 @@ class RehabDistillation(OnlyOne):
     def on_surgery(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", report: CompressionReport) -> None:
         """Begins; after a second cut anew, with the teacher of the first."""
         self._begin(trainer)
+        self._warn_of_too_little_time(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
@@ -302,7 +323,7 @@ class RehabDistillation(OnlyOne):
 
     def state_dict(self) -> dict[str, Any]:
         """How far it has come, and the teacher's weights unless it was given; plain data and tensors only."""
-        own = {"version": STATE_VERSION, "steps": self._steps, "length": self._length}
+        own = {"version": STATE_VERSION, "steps": self._steps, "length": self._length, "fade": self._fade()}
         return {**own, **self._distiller.state_dict()}
 
     def on_load_checkpoint(
@@ -344,6 +365,25 @@ class RehabDistillation(OnlyOne):
         return between(start, end, self._steps / self._length, self.shape)
 
     def _begin(self, trainer: "pl.Trainer") -> None:
-        self._steps, self._length = 0, self.fade_steps
+        self._steps = 0
+        self._measure(trainer)
+
+    def _warn_of_too_little_time(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        compression = find_callback(trainer, CompressionCallback)
+        if compression is None or not compression.done or getattr(trainer, "fast_dev_run", False):
+            return
+        rest = rest_of_run(trainer, pl_module)
+        left = rest.get("steps", rest.get("batches"))
+        if self._length is not None and left is not None and left < self._length:
+            rank_zero_warn(
+                f"RehabDistillation: the teacher fades over {self._length} steps, and {left} are left of the run after "
+                "the cut: it stays to the end. Give a shorter fade_steps or fade_epochs, cut earlier, or train longer."
+            )
+
+    def _measure(self, trainer: "pl.Trainer") -> None:
+        self._length = self.fade_steps
         if self.fade_epochs is not None:
             self._length = max(round(steps_of_epochs(trainer, self.fade_epochs)), 1)
+
+    def _fade(self) -> list[float | None]:
+        return [self.fade_steps, self.fade_epochs]

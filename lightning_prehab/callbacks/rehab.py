@@ -122,6 +122,7 @@ class RehabSchedule(OnlyOne):
         self._rates: list[ScaledRates] = []
         self._following: RemovableHandle | ShardedFollowing | None = None
         self._run_steps = 0  # that the Trainer has counted at the end of the last batch
+        self._new_lengths = False  # than the checkpoint was written with
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Looks for the surgery, and moves before LearningRateMonitor."""
@@ -163,6 +164,10 @@ class RehabSchedule(OnlyOne):
         self._run_steps = trainer.global_step
         length = batches_per_epoch(trainer)
         into_epoch = trainer.fit_loop.epoch_loop.batch_progress.current.ready % length if length else 0
+        if self._new_lengths and self._course is not None:
+            self._course.take_lengths(*self._lengths(trainer))
+            self._find_end(trainer, pl_module, into_epoch)
+        self._new_lengths = False
         if self._course is None and find_callback(trainer, CompressionCallback) is None:
             self._begin(trainer, pl_module, last=True, into_epoch=into_epoch)
         elif self._course is not None and self._course.limits != _limits(trainer):
@@ -205,6 +210,15 @@ class RehabSchedule(OnlyOne):
 
     def _begin(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", last: bool, into_epoch: int = 0) -> None:
         """The next step is the first one after a cut."""
+        warmup, decay = self._lengths(trainer)
+        self._course = WarmupAndDecay(warmup, [Progress() for _ in trainer.optimizers], decay, last=last)
+        self._find_end(trainer, pl_module, into_epoch)
+        self._course.note_warm()
+        if self._course.last and not getattr(trainer, "fast_dev_run", False):
+            self._warn_of_too_little_time(rest_of_run(trainer, pl_module, into_epoch))
+
+    def _lengths(self, trainer: "pl.Trainer") -> tuple[dict[str, int], dict[str, int] | None]:
+        """Of the warm-up, and of the decay if it is known."""
 
         def length(steps: int | None, epochs: float | None, before: float = 0.0) -> dict[str, int]:
             if epochs is None:
@@ -212,14 +226,12 @@ class RehabSchedule(OnlyOne):
             both, first = (round(steps_of_epochs(trainer, number)) for number in (before + epochs, before))
             return {self._unit_of(epochs): both - first}
 
-        warmup = length(self.warmup_steps, self.warmup_epochs)
-        self._course = WarmupAndDecay(warmup, [Progress() for _ in trainer.optimizers], last=last)
-        if self.decay_steps is not None or self.decay_epochs is not None:
-            self._course.decay = length(self.decay_steps, self.decay_epochs, self.warmup_epochs or 0.0)
-        self._find_end(trainer, pl_module, into_epoch)
-        self._course.note_warm()
-        if self._course.last and not getattr(trainer, "fast_dev_run", False):
-            self._warn_of_too_little_time(rest_of_run(trainer, pl_module, into_epoch))
+        decays = self.decay_steps is not None or self.decay_epochs is not None
+        decay = length(self.decay_steps, self.decay_epochs, self.warmup_epochs or 0.0) if decays else None
+        return length(self.warmup_steps, self.warmup_epochs), decay
+
+    def _given_lengths(self) -> list[float | bool | None]:
+        return [self.warmup_steps, self.warmup_epochs, self.decay_steps, self.decay_epochs, self._ends_with_run]
 
     def _warn_of_too_little_time(self, rest: Mapping[str, int]) -> None:
         assert self._course is not None
@@ -328,16 +340,18 @@ class RehabSchedule(OnlyOne):
 
     def state_dict(self) -> dict[str, Any]:
         """How far the rehab has come; plain data only."""
-        return {"version": STATE_VERSION, "course": None if self._course is None else self._course.to_dict()}
+        course = None if self._course is None else self._course.to_dict()
+        return {"version": STATE_VERSION, "course": course, "lengths": self._given_lengths()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where the checkpoint was written."""
+        """Goes on where the checkpoint was written; lengths that are given anew count from the cut on."""
         check_version(state_dict, STATE_VERSION, type(self).__name__)
         if "course" not in state_dict:  # written before there was a decay
             length, unit = state_dict["length"], self._unit_of(self.warmup_epochs)
             made = [Progress({**dict.fromkeys(UNITS, 0), unit: done}) for done in state_dict["done"]]
             self._course = None if length is None else WarmupAndDecay({unit: length}, made)
             return
+        self._new_lengths = state_dict.get("lengths", self._given_lengths()) != self._given_lengths()
         course = state_dict["course"]
         self._course = None if course is None else WarmupAndDecay.from_dict(course)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prehab.distillation.values import all_tensors
+from lightning_prehab.distillation.values import all_tensors, held
 from lightning_prehab.errors import TargetError
 from lightning_prehab.layers.linear import LowRankLayer
 from lightning_prehab.statistics.collector import run_eagerly
@@ -30,6 +30,8 @@ class Call:
         autocast: The dtype of autocast around it, on its device; None if that was off.
         output: What it returned.
         features: What watched modules inside of it have returned, by name, in the order of their calls.
+        copies: By the id of a tensor that it was given: what that was, if the module changes it in place.
+        spoiled: Whether it has changed such a tensor, and nobody knows what that was.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Call:
     autocast: torch.dtype | None
     output: Any = None
     features: dict[str, list[Any]] = field(default_factory=dict)
+    copies: dict[int, Tensor] = field(default_factory=dict)
+    spoiled: bool = False
 
 
 class Calls:
@@ -66,8 +70,9 @@ class Calls:
         self._compiled: list[tuple[nn.Module, Any]] = []
         self.found: list[Call] = []
         self.listening = False
-        self._open: list[tuple[nn.Module, Call]] = []
+        self._open: list[tuple[nn.Module, Call, list[int]]] = []
         self._wrapped = self._inside_wrapper = False
+        self._in_place: dict[str, bool] = {}  # by name: whether it changes what it is given
 
     @property
     def attached(self) -> bool:
@@ -124,11 +129,15 @@ class Calls:
             if self._wrapped and module is self._model and not self._inside_wrapper:
                 self._inside_wrapper = True
             elif name is not None:
-                self._open.append((module, Call(clean_name(name), args, dict(kwargs), autocast_of(module))))
+                call = Call(clean_name(name), held(args), held(kwargs), autocast_of(module))
+                versions = [] if self._open else self._versions(call)  # only the outermost one is asked of the teacher
+                self._open.append((module, call, versions))
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if self._open and self._open[-1][0] is module:
-                _, call = self._open.pop()
+                _, call, versions = self._open.pop()
+                if not self._open:
+                    self._note_changes(call, versions)
                 if self.listening and not self._open and any(one.requires_grad for one in all_tensors(output)):
                     call.output = output
                     self.found.append(call)
@@ -137,12 +146,32 @@ class Calls:
 
         return run_eagerly(before), run_eagerly(after)
 
+    def _versions(self, call: Call) -> list[int]:
+        """How often what a call is given has been changed; with copies of it, unless it is known to stay."""
+        given = _inputs(call)
+        if self._in_place.get(call.name, True):
+            call.copies = {id(one): one.detach().clone() for one in given}
+        return [one._version for one in given]
+
+    def _note_changes(self, call: Call, versions: list[int]) -> None:
+        changed = [one._version for one in _inputs(call)] != versions
+        call.spoiled = changed and not call.copies
+        self._in_place[call.name] = changed or self._in_place.get(call.name, False)
+        if not changed:
+            call.copies = {}
+
     def _feature_hook(self, name: str) -> Any:
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if self.listening and self._open:
                 self._open[0][1].features.setdefault(name, []).append(output)
 
         return after
+
+
+def _inputs(call: Call) -> list[Tensor]:
+    """What a call was given that no module has computed."""
+    given = all_tensors((call.args, call.kwargs))
+    return [one for one in given if one.grad_fn is None and not one.is_inference()]
 
 
 def _doors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_prehab.distillation.values import all_tensors
 from lightning_prehab.linalg.modes import in_full_precision
-from lightning_prehab.refinement.distance import answer_in, distance, measure_for
+from lightning_prehab.refinement.distance import answer_in, are_classes_second, distance, measure_for
 from lightning_prehab.statistics.batches import padding_mask
 from lightning_prehab.statistics.outputs import IGNORED, labels_in
 
@@ -28,12 +28,14 @@ class Comparison:
     Attributes:
         measure: ``"divergence"`` or ``"squared"``, once it is known; then it stays.
         shifted: Whether labels stand one position after the logits that predict them, once it is known.
+        second: Whether the classes are the second dimension, as of logits for each pixel.
     """
 
     def __init__(self, temperature: float = 1.0, relative: bool = False) -> None:
         self.temperature, self.relative = temperature, relative
         self.measure: str | None = "squared" if relative else None
         self.shifted: bool | None = None
+        self.second = False
 
     def decide(self, model: Any, output: Any, asked: Sequence[Any]) -> None:
         """Tells logits from other answers.
@@ -44,8 +46,9 @@ class Comparison:
             asked: What may hold labels.
         """
         if self.measure is None:
-            answer = answer_in(output) if isinstance(output, tuple | list) else output
-            self.measure = measure_for(model, answer, _without_ignored(asked))
+            answer, labels = answer_in(output) if isinstance(output, tuple | list) else output, _without_ignored(asked)
+            self.second = are_classes_second(answer_in(answer), labels)
+            self.measure = "divergence" if self.second else measure_for(model, answer, labels)
 
     def value(self, answer: Tensor, right: Tensor, asked: Sequence[Any]) -> Tensor:
         """The distance, differentiable in the answer.
@@ -60,6 +63,8 @@ class Comparison:
         """
         assert self.measure is not None
         answer = answer.float() if answer.dtype is torch.float16 else answer  # small gradients would be rounded away
+        if self.second:
+            answer, right = answer.movedim(1, -1), right.movedim(1, -1)
         if answer.shape == right.shape:  # else distance says so
             counted = None if self.relative else self._counted(answer, asked)
             mask = _first(padding_mask(one) for one in asked)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_prehab.distillation.calls import Call, by_clean_name
@@ -42,10 +43,11 @@ class Pair:
     module: nn.Module | None = None
 
 
-def check_calls(calls: Sequence[Call], names: Sequence[str] | None = None) -> None:
+def check_calls(student: nn.Module, calls: Sequence[Call], names: Sequence[str] | None = None) -> None:
     """Raises what :func:`pairs_of` would raise of these calls, whoever the teacher is.
 
     Args:
+        student: The model.
         calls: Of a step.
         names: Of the features; then what :func:`features_of` would raise.
     """
@@ -55,7 +57,8 @@ def check_calls(calls: Sequence[Call], names: Sequence[str] | None = None) -> No
         calls = _featured(calls, names)
         for name, outputs in (both for call in calls for both in call.features.items()):
             for output in outputs:
-                _feature(name, output)
+                if not _is_frozen(student, name, output):
+                    _feature(name, output)
     known: set[int] = set()
     for call in calls:
         _check_asked(call, known)
@@ -92,8 +95,10 @@ def pairs_of(student: nn.Module, teacher: Teacher, calls: Sequence[Call]) -> lis
     return [_pair(teacher, calls[number], outputs[number]) for number in cut or ends]
 
 
-def features_of(teacher: Teacher, calls: Sequence[Call], names: Sequence[str]) -> list[Pair]:
+def features_of(student: nn.Module, teacher: Teacher, calls: Sequence[Call], names: Sequence[str]) -> list[Pair]:
     """What the named modules have returned in the calls of a step, and what the teacher's do.
+
+    What a module returns that is frozen, as is all before it, is left out.
 
     Raises:
         StatisticsError: If they were not called, or not as often.
@@ -112,9 +117,20 @@ def features_of(teacher: Teacher, calls: Sequence[Call], names: Sequence[str]) -
             if len(found.get(name, ())) != len(mine):
                 raise StatisticsError(f"Module {name!r} is called {len(mine)} times, the teacher's another number.")
             for one, other in zip(mine, found[name], strict=True):
+                if _is_frozen(student, name, one):
+                    continue
                 answer = _feature(name, one)
                 pairs.append(Pair(name, [call.kwargs, call.args], answer, answer_in(other).to(answer.device)))
+    if not pairs:
+        raise StatisticsError(
+            "Nothing that comes before the modules that are compared is trained; name others (feature_modules=)."
+        )
     return pairs
+
+
+def _is_frozen(student: nn.Module, name: str, output: Any) -> bool:
+    module = by_clean_name(student)[clean_name(name)]
+    return not answer_in(output).requires_grad and not any(one.requires_grad for one in module.parameters())
 
 
 def _answering(calls: Sequence[Call]) -> list[Call]:
@@ -156,6 +172,11 @@ def _check_asked(call: Call, known: Container[int]) -> None:
             f"Module {call.name!r} is called with something that training_step has computed from the outputs of "
             f"the model, and the teacher cannot be asked the same. {WAY_OUT}"
         )
+    if call.spoiled:
+        raise UnsupportedError(
+            f"Module {call.name!r} has changed its input in place, which it did not do before, and the teacher cannot "
+            "be asked the same. Let forward work on a copy."
+        )
     for name in ("past_key_values", "past_key_value"):
         if call.kwargs.get(name) is not None:
             raise UnsupportedError(
@@ -170,13 +191,33 @@ def _ask(teacher: Teacher, call: Call, known: dict[int, Tensor]) -> Any:
     def given(tensor: Tensor) -> Tensor:
         if id(tensor) in known:
             return known[id(tensor)]
+        tensor = call.copies.get(id(tensor), tensor)
         tensor = tensor.detach() if tensor.requires_grad else tensor
         return tensor if tensor.device == device else tensor.to(device)
 
     args, kwargs = with_tensors(call.args, given), with_tensors(call.kwargs, given)
     module = teacher.module_for(call)
     with teacher.at_work(call.autocast):
-        return module(*args, **kwargs)
+        try:
+            return module(*args, **kwargs)
+        except RuntimeError as error:
+            _explain(error, teacher, call, (args, kwargs))
+            raise
+
+
+def _explain(error: Exception, teacher: Teacher, call: Call, given: Any) -> None:
+    """Raises :class:`UnsupportedError` where the reason is that teacher and model compute in two dtypes."""
+    theirs = {one.dtype for one in teacher.module.parameters() if one.is_floating_point()}
+    ours = {one.dtype for one in all_tensors(given) if one.is_floating_point()}
+    if call.autocast is None and teacher.half is None and theirs and ours and not ours <= theirs:
+        raise UnsupportedError(
+            f"The teacher has weights in {_dtypes(theirs)} and was given {_dtypes(ours)}, as module {call.name!r} of "
+            "the model was. Convert the teacher to the dtype of the model, or give precision='half'."
+        ) from error
+
+
+def _dtypes(found: set[torch.dtype]) -> str:
+    return ", ".join(sorted(str(one).removeprefix("torch.") for one in found))
 
 
 def _has_answer(call: Call) -> bool:

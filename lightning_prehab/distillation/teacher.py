@@ -38,6 +38,9 @@ class Teacher:
         half: torch.dtype | None = None,
         by_name: bool = True,
     ) -> None:
+        self._before = [(one, one.training) for one in module.modules()]
+        self._trained = [one for one in module.parameters() if one.requires_grad]
+        self._cached: list[Any] = []
         self.module = module.eval().requires_grad_(False)
         if device is not None:
             self.module.to(device)
@@ -45,6 +48,16 @@ class Teacher:
         for config in (getattr(one, "config", None) for one in module.modules()):
             if getattr(config, "use_cache", None) is True:  # of keys and values
                 config.use_cache = False  # type: ignore[union-attr]
+                self._cached.append(config)
+
+    def give_back(self) -> None:
+        """Leaves a module of the user's as it was, on whatever device it is now."""
+        for module, training in self._before:
+            module.training = training
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        for config in self._cached:
+            config.use_cache = True
 
     @property
     def device(self) -> torch.device:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,24 @@ def all_tensors(value: Any) -> Iterator[Tensor]:
             yield from all_tensors(getattr(value, one.name, None))
     elif isinstance(logits := getattr(value, "logits", None), Tensor):
         yield logits
+
+
+def held(value: Any) -> Any:
+    """The same in dicts, lists and tuples of its own, so that nobody puts anything else into them later.
+
+    >>> batch = {"x": [1, 2]}
+    >>> mine = held(batch)
+    >>> batch["x"].pop(), batch.pop("x"), mine
+    (2, [1], {'x': [1, 2]})
+    """
+    if type(value) is dict or isinstance(value, UserDict):
+        made = copy.copy(value)
+        for key, part in value.items():
+            made[key] = held(part)
+        return made
+    if type(value) in (list, tuple):
+        return type(value)(map(held, value))
+    return value
 
 
 def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -54,7 +54,8 @@ def measure_for(model: Any, output: Any, batch: Any) -> str:
     """``"divergence"`` for logits, ``"squared"`` for other answers.
 
     Logits are what is called so, and a tensor of which each prediction stands at a label or token of the batch, or that
-    has as many columns as the model says to have classes (``num_classes``, as timm's models).
+    has as many columns as the model says to have classes (``num_classes``, as timm's models). Where the labels would
+    fit to classes along the second dimension as well (images, see :func:`are_classes_second`), it is not told which.
     """
     named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     answer = answer_in(output)
@@ -65,12 +66,27 @@ def measure_for(model: Any, output: Any, batch: Any) -> str:
         return "squared"
     if getattr(model, "num_classes", None) == classes and answer.dim() == 2:
         return "divergence"
-    fits = (
-        one.dtype in _WHOLE and one.shape == answer.shape[:-1] and 0 <= int(one.min()) <= int(one.max()) < classes
+    if are_classes_second(answer, batch):
+        return "squared"
+    return "divergence" if _labels_fit(answer.shape[:-1], classes, batch) else "squared"
+
+
+def are_classes_second(answer: Tensor, batch: Any) -> bool:
+    """Whether an answer of four dimensions and more holds logits for each pixel: shape ``(batch, classes, ...)``.
+
+    >>> are_classes_second(torch.zeros(2, 3, 4, 4), [torch.ones(2, 4, 4, dtype=torch.int64)])
+    True
+    """
+    pixels = answer.dim() > 3 and answer.shape[1] > 1
+    return pixels and _labels_fit(answer.shape[:1] + answer.shape[2:], answer.shape[1], batch)
+
+
+def _labels_fit(shape: torch.Size, classes: int, batch: Any) -> bool:
+    return any(
+        one.dtype in _WHOLE and one.shape == shape and 0 <= int(one.min()) <= int(one.max()) < classes
         for one in tensors(batch)
         if one.numel() > 0
     )
-    return "divergence" if any(fits) else "squared"
 
 
 def distance(measure: str, answer: Tensor, right: Tensor, batch: Any) -> Distance:

@@ -176,6 +176,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.filterwarnings("ignore:RehabDistillation. the teacher fades over")
 @pytest.mark.parametrize("settings", [{}, {"precision": "half"}, {"fade_steps": 20, "task_strength": 0.1}], ids=str)
 @pytest.mark.parametrize("killed_at", [8, 14, 20])
 def test_killed_and_resumed_bit_by_bit(killed_at, settings, make_trainer, classes, tmp_path):

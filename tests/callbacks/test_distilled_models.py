@@ -599,6 +599,7 @@ def test_a_model_that_cannot_be_copied_stays_dense(rows, make_trainer):
     assert all(type(one) in (nn.Linear, nn.Tanh) for one in lit.net)
 
 
+@pytest.mark.filterwarnings("ignore:RehabDistillation. the teacher fades over")
 def test_a_second_cut_keeps_the_first_teacher(rows, make_trainer):
     class Plain(Lit):
         def training_step(self, batch, batch_idx):

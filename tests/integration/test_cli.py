@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import lightning_prehab as lp
+
 MAIN = """
 import lightning_prehab
 from lightning.pytorch.cli import LightningCLI
@@ -107,7 +109,7 @@ DISTILLED = """
         strength: 0.5
         task_strength: 0.1
         temperature: 2.0
-        fade_steps: 100
+        FADE
         shape: cosine
         precision: half
         device: cpu
@@ -123,7 +125,32 @@ def test_every_setting_of_the_distillation(its, run, tmp_path):
     (tmp_path / "own.py").write_text("def logits(module, batch):\n    return module.layer(batch)\n")
     net = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 16))
     torch.save({f"layer.{name}": tensor for name, tensor in net.state_dict().items()}, tmp_path / "dense.pt")
-    run(CONFIG + DISTILLED.replace("ITS", its.replace(", f", "\n        f")))
+    fade = "fade_epochs: 1.5" if "module" in its else "fade_steps: 10"
+    run(CONFIG + DISTILLED.replace("ITS", its.replace(", f", "\n        f")).replace("FADE", fade))
+
+
+SCHEDULED = """
+        warmup_epochs: 0.5
+        start_factor: 0.2
+        peak_factor: 1.5
+        shape: cosine
+        end_factor: 0.1
+        group_factors: {0: 0.5}
+        DECAY
+"""
+
+
+@pytest.mark.parametrize("decay", ["decay_steps: 3", "decay_epochs: 0.5", ""])
+def test_every_setting_of_the_schedule(decay, run, monkeypatch):
+    factors, end = [], lp.RehabSchedule.on_train_end
+
+    def noted(self, *args):
+        factors.append((self.factor(), self.group_factors))
+        end(self, *args)
+
+    monkeypatch.setattr(lp.RehabSchedule, "on_train_end", noted)
+    run(CONFIG.replace("        warmup_steps: 4\n", SCHEDULED.replace("DECAY", decay)))
+    assert factors == [(pytest.approx(0.1), {0: 0.5})]
 
 
 OWN = """
