@@ -98,6 +98,22 @@ def test_rivals_train_what_they_say(modules, task, row, monkeypatch):
         assert len(spy.changed) == 2 * 6
 
 
+def test_digits_are_a_task(modules, tmp_path, monkeypatch):
+    digits = importlib.import_module("rehab_digits")
+    monkeypatch.setattr(digits, "PRETRAINING", 2)
+    task = digits.Digits(tmp_path, "cpu")
+    task.labels = torch.arange(1797)  # to tell the images apart
+    parts = [task.split(3, name)[1].tolist() for name in ("train", "validation", "test")]
+    assert list(map(len, parts)) == [1000, 297, 500]
+    assert len(set().union(*parts)) == 1797
+    task.labels %= 10
+    task.steps, task.recipe, task.calibration_batches = 2, 12, 2
+    job = modules.rehab_rows.Job("run", 3, "recipe", "three cuts, distillation alone", 0.1, 1.0, 1e-3)
+    found = modules.rehab_trial.run(task, job)
+    assert len(found["keeps"]) == 3
+    assert all(math.isfinite(loss) for loss in found["end"].values())
+
+
 def test_an_interval_is_that_of_student(modules):
     scipy = pytest.importorskip("scipy.stats")
     values = [0.3, 0.1, 0.4, 0.25]
