@@ -1,8 +1,9 @@
 """When a run is cut, and how each time: one cut, or several, each deeper than the one before."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, overload
 
 from lightning_prehab.documents.settings import show
@@ -112,13 +113,15 @@ def planned_cuts(epoch: Any, keep: Any, policy: RankPolicy | None, **flat: Any) 
     """
     several = _is_list(epoch)
     epochs = list(epoch) if several else [epoch]
+    keep = list(keep) if isinstance(keep, Iterator) else keep
     for one in epochs:
-        if isinstance(one, bool) or not isinstance(one, int) or one < 0:
+        if isinstance(one, bool) or not isinstance(one, Integral) or one < 0:
             if one == "auto" and not several:
                 continue
             what = "each epoch" if several else "epoch"
             alternative = "" if several else ", or 'auto'"
             raise ArgumentError(f"{what} is a whole number that counts from 0{alternative}, got {epoch!r}.")
+    epochs = [one if one == "auto" else int(one) for one in epochs]
     if not several and not _is_list(keep):
         return Cuts([Cut(0 if epochs == ["auto"] else epochs[0], Recipe.of(keep, policy=policy, **flat))])
     if not several or not _is_list(keep) or len(keep) != len(epochs) or not epochs:

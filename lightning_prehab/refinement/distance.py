@@ -54,15 +54,15 @@ def measure_for(model: Any, output: Any, batch: Any) -> str:
     """``"divergence"`` for logits, ``"squared"`` for other answers.
 
     Logits are what is called so, and a tensor of which each prediction stands at a label or token of the batch, or that
-    has as many columns as the model says to have classes (``num_classes``, as timm's models). Where the labels would
-    fit to classes along the second dimension as well (images, see :func:`are_classes_second`), it is not told which.
+    has as many columns as the model says to have classes (``num_classes``, as timm's models). Of four dimensions and
+    more, labels have to tell it: classes may stand second, as for pixels (:func:`are_classes_second`).
     """
     named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     answer = answer_in(output)
-    if answer is named:
+    if answer is named and answer.dim() < 4:
         return "divergence"
     classes = answer.shape[-1]
-    if not isinstance(output, Tensor) or answer.dim() < 2 or classes < 2:
+    if not (isinstance(output, Tensor) or answer is named) or answer.dim() < 2 or classes < 2:
         return "squared"
     if getattr(model, "num_classes", None) == classes and answer.dim() == 2:
         return "divergence"

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
+from lightning_prehab.distillation.comparison import Comparison
 from lightning_prehab.errors import UnsupportedError
 from tests.callbacks.test_distillation import Classifier, classes, divergence  # noqa: F401
 
@@ -216,6 +217,25 @@ def test_logits_of_each_pixel_are_compared_over_their_classes(size, make_trainer
     trainer = make_trainer(max_epochs=1, callbacks=[lp.RehabDistillation(teacher=teacher, module="net"), noted])
     trainer.fit(student, DataLoader(TensorDataset(x, labels), 12))
     assert noted.found[0] == pytest.approx(float(divergence(*answers)), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "measure"),
+    [
+        ((2, 3, 5, 7), (2, 5, 7), "second"),
+        ((2, 3, 4, 4), (2, 16, 16), "squared"),  # as of models that answer at a lower resolution
+        ((2, 4, 5, 3), (2, 4, 5), "divergence"),
+        ((2, 3, 3, 3), (2, 3, 3), "second"),
+        ((2, 5, 3), (2, 5), "divergence"),
+        ((2, 3), (2,), "divergence"),
+    ],
+)
+@pytest.mark.parametrize("named", [False, True])
+def test_where_the_classes_of_logits_are(named, shape, labels, measure):
+    comparison, logits = Comparison(), torch.zeros(shape)
+    comparison.decide(nn.Identity(), {"logits": logits} if named else logits, [torch.full(labels, 2)])
+    assert ("second" if comparison.second else comparison.measure) == measure
+    assert comparison.measure == ("squared" if measure == "squared" else "divergence")
 
 
 @pytest.mark.parametrize("ends", ["well", "with an error"])

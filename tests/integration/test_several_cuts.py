@@ -4,6 +4,7 @@ import copy
 import itertools
 
 import lightning.pytorch as pl
+import numpy
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -40,7 +41,7 @@ KINDS = {
     "paper": lambda: acts(lp.PaperPrehab()),
     "everything": lambda: [
         *acts(lp.PrehabCallback(self_distillation=0.3), layout="pivot"),
-        lp.RehabDistillation(0.5, module="net", fade_epochs=3),
+        lp.RehabDistillation(0.5, module="net", fade_epochs=2),
         lp.FactorTraining(product_decay=0.01, rate_A=0.5),
     ],
     "centered": lambda: acts(factorization=lp.WhitenedSVD(centered=True), layout="pivot"),
@@ -248,6 +249,21 @@ def test_a_cut_that_fails_changes_nothing(how, epoch, tmp_path):
     assert list(after) == list(fails.state)
     changed = [name for name, value in after.items() if not torch.equal(value, fails.state[name])]
     assert len(changed) == (how == "nan")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "keeps"),
+    [
+        (numpy.array([1, 2]), numpy.array([0.6, 0.4])),
+        (range(1, 3), (0.6, 0.4)),
+        ((1, 2), (keep for keep in (0.6, 0.4))),
+    ],
+    ids=["numpy", "range", "generator"],
+)
+def test_epochs_and_keeps_may_come_in_any_sequence(epochs, keeps):
+    cuts = lp.CompressionCallback(epochs, keeps)._cuts
+    assert [(cut.epoch, cut.recipe.keep) for cut in cuts] == [(1, 0.6), (2, 0.4)]
+    assert all(type(cut.epoch) is int for cut in cuts)
 
 
 WRONG = {
