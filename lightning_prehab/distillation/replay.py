@@ -55,10 +55,11 @@ def check_calls(student: nn.Module, calls: Sequence[Call], names: Sequence[str] 
         calls = _answering(calls)
     else:
         calls = _featured(calls, names)
-        for name, outputs in (both for call in calls for both in call.features.items()):
-            for output in outputs:
-                if not _is_frozen(student, name, output):
-                    _feature(name, output)
+        returned = [(name, one) for call in calls for name, outputs in call.features.items() for one in outputs]
+        trained = [(name, one) for name, one in returned if not _is_frozen(student, name, one)]
+        _check_some(trained)
+        for name, output in trained:
+            _feature(name, output)
     known: set[int] = set()
     for call in calls:
         _check_asked(call, known)
@@ -121,11 +122,15 @@ def features_of(student: nn.Module, teacher: Teacher, calls: Sequence[Call], nam
                     continue
                 answer = _feature(name, one)
                 pairs.append(Pair(name, [call.kwargs, call.args], answer, answer_in(other).to(answer.device)))
-    if not pairs:
+    _check_some(pairs)
+    return pairs
+
+
+def _check_some(found: Sequence[Any]) -> None:
+    if not found:
         raise StatisticsError(
             "Nothing that comes before the modules that are compared is trained; name others (feature_modules=)."
         )
-    return pairs
 
 
 def _is_frozen(student: nn.Module, name: str, output: Any) -> bool:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prehab as lp
 from lightning_prehab.distillation.comparison import Comparison
-from lightning_prehab.errors import UnsupportedError
+from lightning_prehab.errors import StatisticsError, UnsupportedError
 from tests.callbacks.test_distillation import Classifier, classes, divergence  # noqa: F401
 
 CUT = {"factorization": lp.SVD()}
@@ -228,12 +228,15 @@ def test_logits_of_each_pixel_are_compared_over_their_classes(size, make_trainer
         ((2, 3, 3, 3), (2, 3, 3), "second"),
         ((2, 5, 3), (2, 5), "divergence"),
         ((2, 3), (2,), "divergence"),
+        ((40, 3), (2, 4, 5), "flattened"),
     ],
 )
 @pytest.mark.parametrize("named", [False, True])
 def test_where_the_classes_of_logits_are(named, shape, labels, measure):
     comparison, logits = Comparison(), torch.zeros(shape)
     comparison.decide(nn.Identity(), {"logits": logits} if named else logits, [torch.full(labels, 2)])
+    if measure == "flattened":  # as the guide says: what is called logits is taken for them
+        measure = "divergence" if named else "squared"
     assert ("second" if comparison.second else comparison.measure) == measure
     assert comparison.measure == ("squared" if measure == "squared" else "divergence")
 
@@ -273,8 +276,28 @@ def test_features_that_nothing_trained_comes_before_are_left_out(classes, make_t
     trainer = make_trainer(max_epochs=3, callbacks=callbacks)
     trainer.fit(module, classes)
     assert trainer.callback_metrics["rehab/distillation"] > 0
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
+
+
+def test_features_of_frozen_modules_alone_are_told_before_anything_is_trained(classes, make_trainer):  # noqa: F811
+    module = Classifier()
+    module.net[0].requires_grad_(False)
+    rehab = lp.RehabDistillation(form="features", feature_modules="net.0")
+    trainer = make_trainer(max_epochs=2, callbacks=[lp.CompressionCallback(1, 0.5, **CUT), rehab])
+    with pytest.raises(StatisticsError, match="Nothing that comes before"):
+        trainer.fit(module, classes)
+    assert trainer.global_step == 0
+
+
+def test_a_module_that_begins_to_change_its_input_is_told(dicts, make_trainer):
+    class Begins(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module.net.how = "in place" if trainer.global_step >= 9 else "copies"
+
+    callbacks = [lp.CompressionCallback(1, 0.5, **CUT), lp.RehabDistillation(), Begins()]
+    trainer = make_trainer(max_epochs=2, callbacks=callbacks)
+    with pytest.raises(UnsupportedError, match="has changed its input in place"):
+        trainer.fit(OfBatch(Shifts("copies")), dicts)
+    assert trainer.global_step == 9
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
