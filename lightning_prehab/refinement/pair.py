@@ -42,18 +42,25 @@ class Pair:
         finally:
             self._lifted = False
 
-    def distance(self, batch: Any) -> Distance:
-        """How far the model's answer is from the teacher's, with its graph if gradients are on."""
-        with torch.no_grad():
-            right = self.ask(self.teacher, batch)
-        return self._compare(self.ask(self.model, batch), right, batch)
-
     @torch.no_grad()
-    def mean_distance(self, batches: Sequence[Any]) -> float:
-        """Over all predictions of some batches."""
-        found = [self.distance(batch) for batch in batches]
-        total = sum(float(one.total) for one in found)
-        return max(total, 0.0) / max(sum(one.weight for one in found), 1e-30)  # of equal answers rounding is left
+    def right(self, batch: Any) -> Tensor:
+        """The teacher's answer to a batch."""
+        output = self.ask(self.teacher, batch)
+        if self.measure is None:
+            self.measure = measure_for(self.teacher, output, batch)
+        return answer_in(output).to(self.device)
+
+    def distance(self, batch: Any, right: Tensor | None = None) -> Distance:
+        """How far the model's answer is from the teacher's, with its graph if gradients are on.
+
+        Args:
+            batch: What is asked.
+            right: The teacher's answer, if it is known.
+        """
+        if right is None:
+            right = self.right(batch)
+        assert self.measure is not None
+        return in_full_precision(distance)(self.measure, answer_in(self.ask(self.model, batch)), right, batch)
 
     def ask(self, module: nn.Module, batch: Any) -> Any:
         """What the model or the teacher, whichever is given, answers to a copy of a batch."""
@@ -73,12 +80,6 @@ class Pair:
             return in_full_precision(work)()
         with torch.autocast(device.type, torch.bfloat16):
             return work()
-
-    def _compare(self, output: Any, right: Any, batch: Any) -> Distance:
-        if self.measure is None:
-            self.measure = measure_for(self.teacher, right, batch)
-        expected: Tensor = answer_in(right).to(self.device)
-        return in_full_precision(distance)(self.measure, answer_in(output), expected, batch)
 
 
 def _floats(model: nn.Module) -> list[nn.Parameter]:

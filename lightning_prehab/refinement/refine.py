@@ -18,6 +18,7 @@ from lightning_prehab.refinement.block_scope import refine_blocks_
 from lightning_prehab.refinement.blocks import find_blocks
 from lightning_prehab.refinement.course import Outcome
 from lightning_prehab.refinement.distance import answer_in
+from lightning_prehab.refinement.exam import Exam
 from lightning_prehab.refinement.memory import bytes_to_train, free_memory, weights_in
 from lightning_prehab.refinement.model_scope import refine_model_
 from lightning_prehab.refinement.pair import Pair
@@ -128,12 +129,13 @@ def refine_with_(
         *(size / 1e6 for size in (_bytes_of(scope, model, parameters), weights_in(teacher))),
     )
     pair = Pair(model, teacher, in_half(refinement, device), refinement.measure)
+    exam = Exam(pair, sequences.held_back)
     try:
         found = attempt(
             pair,
             parameters,
-            lambda: _refine_in(scope, pair, sequences, refinement),
-            lambda: pair.mean_distance(sequences.held_back),
+            lambda: _refine_in(scope, pair, sequences, exam, refinement),
+            exam.distance,
         )
     except Exception:
         raise
@@ -175,10 +177,10 @@ def _bytes_of(scope: Scope, model: nn.Module, parameters: list[nn.Parameter]) ->
     return max(bytes_to_train(parameters_to_train(block)) for _, block in find_blocks(model))
 
 
-def _refine_in(scope: Scope, pair: Pair, sequences: Sequences, refinement: Refinement) -> Outcome:
+def _refine_in(scope: Scope, pair: Pair, sequences: Sequences, exam: Exam, refinement: Refinement) -> Outcome:
     if scope == "model":
-        return refine_model_(pair, sequences, refinement)
-    before = pair.mean_distance(sequences.held_back)
+        return refine_model_(pair, sequences, exam, refinement)
+    before = exam.distance()
     outcomes = refine_blocks_(pair, sequences, refinement)
-    after = pair.mean_distance(sequences.held_back)
+    after = exam.distance()
     return Outcome(before, after, sum(one.steps for one in outcomes), after < before, None)
