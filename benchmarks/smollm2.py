@@ -99,7 +99,7 @@ class Row:
     @property
     def trained(self) -> bool:
         """Whether it takes many minutes."""
-        return self.rehab or self.after not in (None, "prune", "drop")
+        return self.rehab or self.after not in (None, "prune", "round_again", "drop")
 
 
 MORE_TEXTS = ("wikitext", "mixed")
@@ -113,6 +113,7 @@ MORE_TEXT = replace(
 )
 ROWS = {
     "dense": Row("dense (not cut)", texts=()),
+    "rounded": Row("dense, its matrices rounded to 4 bits once more", texts=(), after="round_again"),
     "svd": Row("plain SVD, same ratio", lp.SVD(), texts=()),
     "fwsvd": Row("FWSVD, same ratio", lp.FisherSVD()),
     "asvd": Row("ASVD, same ratio", lp.ActivationSVD()),
@@ -137,7 +138,7 @@ ROWS = {
     "refined-rehab": replace(REFINED, title="refined, 200 steps", rehab=True, texts=("wikitext",)),
 }
 #: Rows that are no cut have one keep.
-UNCUT = ("dense", "dense-rehab")
+UNCUT = ("dense", "rounded", "dense-rehab")
 Key = tuple[str, str | None, int, float]
 
 
@@ -259,6 +260,9 @@ class Study:
 
     def prune(self, model: nn.Module, batches: list[Batch], cut: Cut) -> Record:
         return {"kept": rivals.prune_by_magnitude_(model, cut.keep)}
+
+    def round_again(self, model: nn.Module, batches: list[Batch], cut: Cut) -> None:
+        rivals.round_again_(model)
 
     def drop(self, model: nn.Module, batches: list[Batch], cut: Cut) -> Record:
         kept = rivals.drop_blocks_(model, cut.keep, batches)

@@ -85,6 +85,22 @@ def test_pruning_keeps_the_largest_entries(rivals, keep):
         assert before[name][~left].abs().max() < before[name][left].abs().min()
 
 
+@pytest.mark.parametrize("group", [32, 40])
+def test_rounding_leaves_so_many_values_in_a_group_and_changes_nothing_twice(rivals, group):
+    model = llama()
+    before = {name: layer.weight.detach().clone() for name, layer in lp.find_targets(model).items()}
+    rivals.round_again_(model, 2, group)
+    once = {name: layer.weight.detach().clone() for name, layer in lp.find_targets(model).items()}
+    for name, weight in once.items():
+        entries, rounded = (one.flatten().roll(-group // 2) for one in (before[name], weight))
+        for old, new in zip(entries.split(group), rounded.split(group), strict=True):
+            assert 1 < len(new.unique()) <= 4
+            assert (new - old).abs().max() <= 1.001 * (old.max() - old.min()) / 6
+    rivals.round_again_(model, 2, group)
+    for name, layer in lp.find_targets(model).items():
+        torch.testing.assert_close(layer.weight, once[name])
+
+
 def test_a_model_of_fewer_blocks_still_writes(rivals):
     model = llama()
     model.model.layers = torch.nn.ModuleList(copy.deepcopy(model.model.layers[0]) for _ in range(5))
@@ -223,7 +239,7 @@ def test_every_row_of_the_study_can_be_made(study, monkeypatch, capsys):
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     for name, text in module.settings_of(found):  # perplexity and times the dense one, of two texts, and cost
         lines = [line for line in printed if line.startswith(f"| {module.title(name, text)} |")]
-        assert len(lines) == {"dense": 2, "dense-rehab": 3}.get(name, 5), name
+        assert len(lines) == {"dense": 2, "rounded": 3, "dense-rehab": 3}.get(name, 5), name
         assert len({line.count("|") for line in lines}) <= 2
 
 
