@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_prehab.distillation.values import all_tensors
 from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.refinement.distance import answer_in, are_classes_second, distance, measure_for
-from lightning_prehab.statistics.batches import padding_mask
+from lightning_prehab.statistics.batches import as_predicted, has_decoder, padding_mask
 from lightning_prehab.statistics.outputs import IGNORED, labels_in
 
 
@@ -29,6 +29,7 @@ class Comparison:
         measure: ``"divergence"`` or ``"squared"``, once it is known; then it stays.
         shifted: Whether labels stand one position after the logits that predict them, once it is known.
         second: Whether the classes are the second dimension, as of logits for each pixel.
+        decoded: Whether what is predicted has another mask than what is read.
     """
 
     def __init__(self, temperature: float = 1.0, relative: bool = False) -> None:
@@ -36,6 +37,7 @@ class Comparison:
         self.measure: str | None = "squared" if relative else None
         self.shifted: bool | None = None
         self.second = False
+        self.decoded = False
 
     def decide(self, model: Any, output: Any, asked: Sequence[Any]) -> None:
         """Tells logits from other answers.
@@ -45,6 +47,7 @@ class Comparison:
             output: All that it has returned.
             asked: What may hold labels.
         """
+        self.decoded = has_decoder(model)
         if self.measure is None:
             answer, labels = answer_in(output) if isinstance(output, tuple | list) else output, _without_ignored(asked)
             self.second = are_classes_second(answer_in(answer), labels)
@@ -67,7 +70,7 @@ class Comparison:
             answer, right = answer.movedim(1, -1), right.movedim(1, -1)
         if answer.shape == right.shape:  # else distance says so
             counted = None if self.relative else self._counted(answer, asked)
-            mask = _first(padding_mask(one) for one in asked)
+            mask = _first(padding_mask(as_predicted(one, self.decoded)) for one in asked)
             if mask is not None and answer.dim() > 2 and mask.shape == answer.shape[:2]:
                 mask = mask.to(answer.device)
                 mask = mask.reshape(mask.shape + (1,) * (answer.dim() - 3)).expand(answer.shape[:-1])

@@ -15,7 +15,14 @@ from lightning_prehab.linalg.storage import Layout, largest_saving_rank, rank_wi
 from lightning_prehab.progress import counted, naming_items, tell
 from lightning_prehab.rank_policies import Probe
 from lightning_prehab.rank_policies.base import check_probe_keep
-from lightning_prehab.statistics.batches import batch_size, call_model, check_batches, to_device
+from lightning_prehab.statistics.batches import (
+    as_predicted,
+    batch_size,
+    call_model,
+    check_batches,
+    has_decoder,
+    to_device,
+)
 from lightning_prehab.statistics.calibration import Forward, as_found
 from lightning_prehab.statistics.collector import recompile, run_eagerly
 from lightning_prehab.statistics.divergence import divergence
@@ -92,7 +99,7 @@ def measure_probes(
             total = 0.0
             for batch, before, after in zip(listed, dense, outputs(), strict=True):
                 require_finite_output(after, f"Layer {name!r} cut to rank {rank}: the output of the model")
-                total += _increase(before, after, batch)
+                total += _increase(before, after, as_predicted(batch, has_decoder(model)))
             probes[name] = Probe(rank, max(total / samples, 0.0))
     return probes
 

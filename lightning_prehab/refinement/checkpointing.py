@@ -49,6 +49,14 @@ def is_due(pair: Pair, batch: Any, parameters: list[nn.Parameter]) -> bool:
     if free is None:
         return False
     alone = first_row(batch)
-    with SavedBytes() as saved:
-        pair.distance(alone)
+    saved = SavedBytes()
+    try:
+        with saved:
+            pair.distance(alone)
+    except Exception:
+        if alone is batch:
+            raise
+        alone, saved = batch, SavedBytes()  # a model may take whole batches alone
+        with saved:
+            pair.distance(alone)
     return saved.bytes * (1 if alone is batch else batch_size(batch)) > ROOM * max(free - bytes_to_train(parameters), 0)

@@ -17,6 +17,7 @@ WARM_UP, LAST = 0.1, 0.1
 CLIP = 1.0
 #: Measurements of a whole course, at most.
 MEASUREMENTS = 8
+NOT_FINITE = "the measure was not finite before the first step"
 
 
 class Outcome(NamedTuple):
@@ -81,13 +82,13 @@ class Course:
         best, before = self._state(), measure()
         value, done, without, stopped = before, 0, 0, None
         if not math.isfinite(before):
-            return Outcome(before, before, 0, False, "the measure was not finite before the first step")
-        start()
+            return Outcome(before, before, 0, False, NOT_FINITE)
         lr = self.lr(before) if callable(self.lr) else self.lr
         optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0)
         every = math.ceil(self.steps / MEASUREMENTS)
         steps = list(numbers)
         try:
+            start()
             for number in steps if phase is None else counted(steps, phase):
                 if not self._step(optimizer, loss_of(number), lr * share_of_rate(done, self.steps)):
                     stopped = f"step {done + 1} was not finite"

@@ -1,6 +1,6 @@
 """How far the answers of a model are from those of another one, to be trained on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,17 +31,28 @@ class Distance(NamedTuple):
 
 
 def answer_in(output: Any) -> Tensor:
-    """What counts as the answer: the output itself, its logits, its last hidden state, or its first floating tensor.
+    """What counts as the answer, or as the first one: the output itself, logits, hidden states, a floating tensor.
+
+    Raises:
+        StatisticsError: If there is none.
+    """
+    return answers_in(output)[0]
+
+
+def answers_in(output: Any) -> list[Tensor]:
+    """All that counts as an answer: the logits, or the last hidden state, or all floating tensors.
+
+    So the begins and the ends of spans are compared, and all heads of a model that has several.
 
     Raises:
         StatisticsError: If there is none.
     """
     for name in ("logits", "last_hidden_state"):
-        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        if isinstance(found, Tensor):
-            return found
-    found = next((one for one in tensors(output) if one.is_floating_point() and one.dim() > 0), None)
-    if found is None:
+        named = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(named, Tensor):
+            return [named]
+    found = [one for one in tensors(output) if one.is_floating_point() and one.dim() > 0]
+    if not found:
         shape = f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
         raise StatisticsError(
             f"The output ({type(output).__name__}{shape}) holds nothing to be compared; return logits or numbers for "
@@ -59,9 +70,9 @@ def measure_for(model: Any, output: Any, batch: Any) -> str:
     """
     named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     answer = answer_in(output)
-    if answer is named and answer.dim() < 4:
-        return "divergence"
     classes = answer.shape[-1]
+    if answer is named and 2 <= answer.dim() < 4 and classes > 1:  # one alone is a number: a score, a value
+        return "divergence"
     if not (isinstance(output, Tensor) or answer is named) or answer.dim() < 2 or classes < 2:
         return "squared"
     if getattr(model, "num_classes", None) == classes and answer.dim() == 2:
@@ -87,6 +98,26 @@ def _labels_fit(shape: torch.Size, classes: int, batch: Any) -> bool:
         for one in tensors(batch)
         if one.numel() > 0
     )
+
+
+def distance_of_all(measure: str, answers: Sequence[Tensor], right: Sequence[Tensor], batch: Any) -> Distance:
+    """The distance of all answers of an output: of several, each is taken relative to the square of the right one.
+
+    A divergence is that of the first one alone.
+
+    Raises:
+        StatisticsError: If the answers differ in number or shape.
+    """
+    if len(answers) != len(right):
+        raise StatisticsError(
+            f"The model answers with {len(answers)} tensors, the teacher with {len(right)}; the teacher must be the "
+            "dense form of the model."
+        )
+    if measure == "divergence" or len(right) == 1:
+        return distance(measure, answers[0], right[0], batch)
+    found = [distance(measure, *pair, batch) for pair in zip(answers, right, strict=True)]
+    shares = [one.total / one.weight for one in found if one.weight > 0.0]
+    return Distance(sum(shares, start=torch.zeros(())), float(len(shares)))
 
 
 def distance(measure: str, answer: Tensor, right: Tensor, batch: Any) -> Distance:

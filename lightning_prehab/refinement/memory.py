@@ -36,9 +36,10 @@ class SavedBytes:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter) and tensor.data_ptr() not in self._seen:
-            self._seen.add(tensor.data_ptr())
-            self.bytes += tensor.numel() * tensor.element_size()
+        place = tensor.data_ptr() if tensor.layout is torch.strided else id(tensor)
+        if not isinstance(tensor, nn.Parameter) and place not in self._seen:
+            self._seen.add(place)
+            self.bytes += tensor.numel() * tensor.element_size() if tensor.layout is torch.strided else 0
         return tensor
 
     def __enter__(self) -> "SavedBytes":

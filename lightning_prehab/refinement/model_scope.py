@@ -24,6 +24,7 @@ def refine_model_(pair: Pair, sequences: Sequences, exam: Exam, refinement: Refi
     parameters = parameters_to_train(pair.model, pair.stand_ins)
     steps = refinement.steps_in("model")
     twice = refinement.checkpointing
+    exam.begin()
     if twice is None:
         twice = is_due(pair, sequences.training[0], parameters)
     with checkpointed(pair.model) if twice else nullcontext():

@@ -1,6 +1,5 @@
 """A model and the dense one that it learns from, asked the same."""
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prehab.errors import ArgumentError
 from lightning_prehab.linalg.modes import in_full_precision
-from lightning_prehab.refinement.distance import Distance, answer_in, distance, measure_for
+from lightning_prehab.refinement.distance import Distance, answers_in, distance_of_all, measure_for
 from lightning_prehab.refinement.stand_ins import StandIns
 from lightning_prehab.refinement.trained import is_short, trainable
-from lightning_prehab.statistics.batches import call_model, tensors, to_device
+from lightning_prehab.statistics.batches import as_predicted, call_model, has_decoder, tensors, to_device
+from lightning_prehab.statistics.running import copied
 
 
 class Pair:
@@ -43,29 +44,42 @@ class Pair:
             self._lifted = False
 
     @torch.no_grad()
-    def right(self, batch: Any) -> Tensor:
-        """The teacher's answer to a batch."""
+    def right(self, batch: Any) -> list[Tensor]:
+        """The teacher's answers to a batch.
+
+        Raises:
+            ArgumentError: If they are no predictions of several classes, and are to be compared as such.
+        """
         output = self.ask(self.teacher, batch)
+        found = [answer.detach().to(self.device) for answer in answers_in(output)]
         if self.measure is None:
             self.measure = measure_for(self.teacher, output, batch)
-        return answer_in(output).to(self.device)
+        if self.measure == "divergence" and (found[0].dim() < 2 or found[0].shape[-1] < 2):
+            raise ArgumentError(
+                f"measure='divergence' compares predictions of two classes and more, and the answer has shape "
+                f"{tuple(found[0].shape)}; take measure='squared'."
+            )
+        return found
 
-    def distance(self, batch: Any, right: Tensor | None = None) -> Distance:
-        """How far the model's answer is from the teacher's, with its graph if gradients are on.
+    def distance(self, batch: Any, right: Sequence[Tensor] | None = None) -> Distance:
+        """How far the model's answers are from the teacher's, with their graph if gradients are on.
 
         Args:
             batch: What is asked.
-            right: The teacher's answer, if it is known.
+            right: The teacher's answers, if they are known.
         """
         if right is None:
             right = self.right(batch)
         assert self.measure is not None
-        return in_full_precision(distance)(self.measure, answer_in(self.ask(self.model, batch)), right, batch)
+        found = [answer.to(self.device) for answer in answers_in(self.ask(self.model, batch))]
+        return in_full_precision(distance_of_all)(
+            self.measure, found, right, as_predicted(batch, has_decoder(self.teacher))
+        )
 
     def ask(self, module: nn.Module, batch: Any) -> Any:
         """What the model or the teacher, whichever is given, answers to a copy of a batch."""
         device = next((one.device for one in module.parameters()), self.device)
-        given = to_device(copy.deepcopy(batch), device)
+        given = to_device(copied(batch), device)
         for one in tensors(given):
             if self._lifted and module is self.model and is_short(one):  # as its weights were
                 one.data = one.data.float()
@@ -78,7 +92,7 @@ class Pair:
         """
         if not self.half or (self._short and (dense or not self._lifted)):
             return in_full_precision(work)()
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):  # weights change inside the user's own
             return work()
 
 

@@ -1,6 +1,7 @@
 """Refines a cut model: the whole way, from what is wished for to what came of it."""
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Iterable
@@ -9,15 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prehab.errors import ArgumentError, StatisticsError, TargetError
+from lightning_prehab.errors import ArgumentError, PrehabError, StatisticsError, TargetError
 from lightning_prehab.layers import LowRankLayer
 from lightning_prehab.linalg.modes import outside_inference_mode
 from lightning_prehab.progress import shown
 from lightning_prehab.refinement.attempt import at_work, attempt
 from lightning_prehab.refinement.block_scope import refine_blocks_
 from lightning_prehab.refinement.blocks import find_blocks
-from lightning_prehab.refinement.course import Outcome
-from lightning_prehab.refinement.distance import answer_in
+from lightning_prehab.refinement.course import NOT_FINITE, Outcome
 from lightning_prehab.refinement.exam import Exam
 from lightning_prehab.refinement.memory import bytes_to_train, free_memory, weights_in
 from lightning_prehab.refinement.model_scope import refine_model_
@@ -91,12 +91,18 @@ def check_models(model: nn.Module, teacher: nn.Module) -> None:
         check_not_in_shards(found, "refine_")
     if not any(isinstance(one, LowRankLayer) for one in model.modules()):
         raise ArgumentError(f"{type(model).__name__} has no low-rank layers; compress it first.")
-    theirs = {id(one) for one in teacher.parameters()}
-    if any(id(one) in theirs for one in [*parameters_to_train(model), *filter(is_short, model.parameters())]):
+    theirs = set(map(_place_of, teacher.parameters()))
+    if any(_place_of(one) in theirs for one in [*parameters_to_train(model), *filter(is_short, model.parameters())]):
         raise ArgumentError(
             "The teacher shares weights with the model that are going to be trained; give a copy of the dense model, "
             "made before the cut: copy.deepcopy(model)."
         )
+
+
+def _place_of(parameter: nn.Parameter) -> int:
+    """Where its numbers lie, or what it is where that is not to be known: parameters of two models may share memory."""
+    plain = type(parameter) is nn.Parameter and parameter.layout is torch.strided and parameter.device.type != "meta"
+    return parameter.data_ptr() if plain and parameter.numel() > 0 else id(parameter)
 
 
 def check_answers(model: nn.Module, sequences: Sequences, refinement: Refinement) -> None:
@@ -104,10 +110,16 @@ def check_answers(model: nn.Module, sequences: Sequences, refinement: Refinement
     if refinement.scope == "blocks" or refinement.checkpointing:
         find_blocks(model)
     parameters_to_train(model)
-    pair = Pair(model, model, in_half(refinement, next(model.parameters()).device))
+    pair = Pair(model, model, in_half(refinement, next(model.parameters()).device), refinement.measure)
+    whole = sequences.held_back[0]
     with at_work(pair), torch.no_grad():
         try:
-            answer_in(pair.ask(model, first_row(sequences.held_back[0])))
+            try:
+                pair.right(first_row(whole))
+            except PrehabError:
+                raise
+            except Exception:  # it may take whole batches alone
+                pair.right(whole)
         except (ArgumentError, StatisticsError) as error:
             raise type(error)(
                 "refine calls the model on the batches alone, without loss=, and compares what it returns. "
@@ -181,6 +193,8 @@ def _refine_in(scope: Scope, pair: Pair, sequences: Sequences, exam: Exam, refin
     if scope == "model":
         return refine_model_(pair, sequences, exam, refinement)
     before = exam.distance()
+    if not math.isfinite(before):
+        return Outcome(before, before, 0, False, NOT_FINITE)
     outcomes = refine_blocks_(pair, sequences, refinement)
     after = exam.distance()
     return Outcome(before, after, sum(one.steps for one in outcomes), after < before, None)

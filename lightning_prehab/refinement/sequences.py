@@ -10,6 +10,7 @@ from lightning_prehab.errors import ArgumentError
 from lightning_prehab.refinement.settings import Refinement
 from lightning_prehab.statistics.batches import batch_size, check_batches, tensors
 from lightning_prehab.statistics.held_back import hold_back, rows_of
+from lightning_prehab.statistics.running import copied
 
 #: Tokens of text that a step takes, unless the settings say something else.
 TOKENS = 2048
@@ -40,7 +41,7 @@ class Sequences:
         found: list[Any] = []
         parts = 0
         for batch in batches:
-            found.append(batch)
+            found.append(batch if isinstance(batches, list | tuple) else copied(batch))  # a generator may refill one
             parts += len(_parts(batch, refinement.rows))
             if (1.0 - refinement.held_back) * parts > steps and parts > steps + MOST_HELD_BACK:
                 break
@@ -82,7 +83,7 @@ def _parts(batch: Any, rows: int | None) -> list[Any]:
     total = batch_size(batch)
     if rows is None:
         positions = next((one.shape[1] for one in tensors(batch) if _are_tokens(one)), None)
-        rows = total if positions is None else max(round(TOKENS / positions), 1)
+        rows = total if positions is None else max(round(TOKENS / max(positions, 1)), 1)
     if rows >= total:
         return [batch]
     pieces = []

@@ -9,6 +9,9 @@ from lightning_prehab.linalg.matrices import is_quantized
 from lightning_prehab.refinement.settings import Refinement
 from lightning_prehab.refinement.trained import is_short, parameters_to_train
 
+#: Ends of the names of what inputs are multiplied with; a token or a mask that is a parameter may be used as it is.
+PRODUCTS = ("weight", "proj")
+
 
 def fast_in_half(device: torch.device) -> bool:
     """Whether products in bfloat16 are fast on a device."""
@@ -42,13 +45,15 @@ def keep_teacher(model: nn.Module, half: bool) -> nn.Module:
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     looked_up = {id(weight) for table in tables for weight in table.parameters()}
     trained = {id(one) for one in parameters_to_train(model)}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if id(parameter) in trained or is_short(parameter):
             known[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        elif (
-            half and parameter.dtype == torch.float32 and not is_quantized(parameter) and id(parameter) not in looked_up
-        ):
+        elif half and name.endswith(PRODUCTS) and id(parameter) not in looked_up and _is_plain(parameter):
             known[id(parameter)] = nn.Parameter(parameter.detach().to(torch.bfloat16), requires_grad=False)
         else:
             known[id(parameter)] = parameter
     return copy.deepcopy(model, dict(known)).eval()
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    return parameter.dtype == torch.float32 and not is_quantized(parameter)

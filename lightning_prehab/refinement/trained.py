@@ -98,7 +98,7 @@ def trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[
     The values of the parameters are those that the training has left, rounded to their own dtype.
     """
     wanted = [(one, one.requires_grad) for one in model.parameters()]
-    short = [(one, one.dtype) for one in model.parameters() if is_short(one)]
+    short = [(one, one.data) for one in model.parameters() if is_short(one)]
     buffers = [
         (owner._buffers, name, buffer)
         for owner in model.modules()
@@ -117,8 +117,8 @@ def trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[
         with torch.enable_grad():
             yield
     finally:
-        for one, dtype in short:
-            one.data = one.data.to(dtype)
+        for one, data in short:  # into the memory that others may see too
+            one.data = one.data.to(data.dtype) if data.is_inference() else data.copy_(one.data)
         for owner, name, buffer in buffers:
             owner[name] = buffer
         for one, requires in wanted:

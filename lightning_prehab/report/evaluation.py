@@ -12,7 +12,7 @@ from lightning_prehab.linalg.modes import outside_inference_mode
 from lightning_prehab.progress import counted
 from lightning_prehab.report.scores import Score
 from lightning_prehab.report.tally import FITS, LOSS, OUTPUTS, Tally
-from lightning_prehab.statistics.batches import batch_size, padding_mask, tensors, to_device
+from lightning_prehab.statistics.batches import as_predicted, batch_size, has_decoder, padding_mask, tensors, to_device
 from lightning_prehab.statistics.calibration import Forward, as_found
 from lightning_prehab.statistics.effect import same_randomness
 from lightning_prehab.statistics.held_back import hold_back
@@ -124,7 +124,7 @@ class Evaluation:
             output = main_tensor(self._call(model, to_device(copied(batch), device))[0])
             if output is None or output.shape != dense.shape:
                 return None
-            mask = padding_mask(batch)
+            mask = padding_mask(as_predicted(batch, has_decoder(model)))
             shown = slice(None) if mask is None or mask.shape != dense.shape[:-1] else mask.cpu()
             expected, found = dense[shown].double(), output.cpu()[shown].double()
             difference += float((expected - found).square().sum())

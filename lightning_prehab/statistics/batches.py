@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from lightning_prehab.documents.settings import show
 from lightning_prehab.errors import ArgumentError
 
+#: Labels that do not count, as torch's ``cross_entropy`` has it.
+IGNORED = -100
+
 
 def check_batches(batches: object, forward: object = None) -> None:
     """Raises :class:`ArgumentError` for what is no iterable of batches, and for what cannot be called on one.
@@ -65,6 +68,29 @@ def padding_mask(batch: Any) -> Tensor | None:
     """
     mask = _of_tokens(batch, "attention_mask")
     return None if mask is None else mask.bool()
+
+
+def has_decoder(model: Any) -> bool:
+    """Whether a model of transformers, or what is in it, reads one sequence and predicts another."""
+    parts = [model, *model.children()] if isinstance(model, nn.Module) else []
+    return any(getattr(getattr(one, "config", None), "is_encoder_decoder", False) is True for one in parts)
+
+
+def as_predicted(batch: Any, decoded: bool) -> Any:
+    """A batch with the mask of what is predicted, of a model that has a decoder.
+
+    Its ``attention_mask`` is about the source, which may be as long as the target by chance. What counts of the target
+    says ``decoder_attention_mask``, or labels that are not -100.
+    """
+    if not (decoded and isinstance(batch, Mapping)):
+        return batch
+    found = {key: value for key, value in batch.items() if key != "attention_mask"}
+    mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    if isinstance(mask, Tensor):
+        found["attention_mask"] = mask
+    elif isinstance(labels, Tensor):
+        found["attention_mask"] = labels != IGNORED
+    return found
 
 
 def position_ids(batch: Any) -> Tensor | None:

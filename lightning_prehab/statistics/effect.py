@@ -16,7 +16,7 @@ from lightning_prehab.kinds import MatrixView
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.progress import tell
-from lightning_prehab.statistics.batches import call_model, to_device
+from lightning_prehab.statistics.batches import as_predicted, call_model, has_decoder, to_device
 from lightning_prehab.statistics.calibration import Forward, as_found
 from lightning_prehab.statistics.divergence import divergence
 from lightning_prehab.statistics.outputs import logits_in, loss_in, next_token_loss, require_finite_output
@@ -78,21 +78,34 @@ def moved(changes: Sequence[Change], step: float) -> Iterator[None]:
             parameter.data = ours[id(parameter)]
         for bias, shift in shifted:
             _put_(bias, bias.detach() + step * shift)
+        torch.clear_autocast_cache()  # inside the user's autocast casts of the old weights would be taken
         yield
     finally:
         for parameter, data in theirs:
             parameter.data = data
         for bias, old in biases:
             _put_(bias, old)
+        torch.clear_autocast_cache()
 
 
 @contextmanager
-def same_randomness(device: torch.device) -> Iterator[None]:
-    """Inside, the random numbers of torch, Python and numpy go on from where they are, and outside too."""
+def same_randomness(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Inside, the random numbers of torch, Python and numpy go on from where they are, and outside too.
+
+    With a seed those inside are always the same ones.
+    """
     numpy = sys.modules.get("numpy")
     python, arrays = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)
+                if device.type == "cuda":
+                    with torch.cuda.device(device):
+                        torch.cuda.manual_seed(seed)
+                random.seed(seed)
+                if numpy is not None:
+                    numpy.random.seed(seed)
             yield
     finally:
         random.setstate(python)
@@ -239,7 +252,7 @@ def effect_of_cuts(
             return 0.0
         dense = logits_in(output_of(batch, 0.0))
         assert dense is not None
-        total, count = divergence(dense.detach(), logits, batch)
+        total, count = divergence(dense.detach(), logits, as_predicted(batch, has_decoder(model)))
         return total / max(count, 1)
 
     speaks: dict[int, bool] = {}  # whether the dense model predicts the next tokens of a batch

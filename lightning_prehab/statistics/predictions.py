@@ -76,7 +76,7 @@ class Outputs:
     def __init__(self, output: Tensor, batch: Any) -> None:
         require_finite_output(output, "The output of the dense model")
         self._mask = fitting_mask(output, batch)
-        self._expected = output if self._mask is None else output[self._mask]
+        self._expected = output.clone() if self._mask is None else output[self._mask]  # it may be written over
 
     def distance(self, output: Tensor) -> Distance:
         """The squared difference, and the square of the dense output."""

@@ -25,6 +25,8 @@ def gram(rows: Tensor) -> Tensor:
         end = min(start + BLOCK, size)
         torch.mm(rows[:, start:end].mT, rows[:, start:], out=found[start:end, start:])
         found[end:, start:end] = found[start:end, end:].mT
+        square = found[start:end, start:end]  # which a product gives to rounding alone, on some machines
+        square.copy_(square.triu() + square.triu(1).mT)
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.errors import NumericalError, StatisticsError
-from lightning_prehab.statistics.batches import to_device
+from lightning_prehab.statistics.batches import as_predicted, has_decoder, to_device
 from lightning_prehab.statistics.calibration import Forward, as_found
 from lightning_prehab.statistics.effect import Change, measure_increase, moved, same_randomness
 from lightning_prehab.statistics.kept import KEPT_BYTES
@@ -115,10 +115,10 @@ class Trials:
             if math.isinf(loss):
                 raise NumericalError("The loss of the dense model is not finite; check the batches and the precision.")
             if output is not None and are_logits:
-                kept = Predictions(output, self._here(batch), KEPT_BYTES // len(self._batches))
+                kept = Predictions(output, self._asked(batch), KEPT_BYTES // len(self._batches))
             elif output is not None and (left == KEPT_BYTES or output.numel() * output.element_size() <= left):
                 left -= output.numel() * output.element_size()
-                kept = Outputs(output, self._here(batch))
+                kept = Outputs(output, self._asked(batch))
             found.append(_Dense(kept, loss))
         if all(one.kept is None and math.isnan(one.loss) for one in found):
             raise StatisticsError(
@@ -154,6 +154,9 @@ class Trials:
             return True
         fits = (fit(logits.detach(), self._here(batch)) for fit in (fit_to_labels, fit_to_next_tokens))
         return any(found is not None for found in fits)
+
+    def _asked(self, batch: Any) -> Any:
+        return as_predicted(self._here(batch), has_decoder(self._model))
 
     def _here(self, batch: Any) -> Any:
         return to_device(batch, next(self._model.parameters()).device)

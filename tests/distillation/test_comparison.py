@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -93,3 +95,16 @@ def test_half_precision_does_not_round_small_gradients_away():
     batch = [torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)]
     _, gradient = decided(batch, output=right).gradient(answer, right, [batch], 1024.0)
     assert (gradient != 0).all()
+
+
+def test_what_a_decoder_predicts_has_the_mask_of_the_target():
+    model = nn.Linear(2, 2)
+    model.config = SimpleNamespace(is_encoder_decoder=True)
+    answer, right = torch.randn(3, 6, 7), torch.randn(3, 6, 7)
+    labels = torch.randint(0, 7, (3, 6))
+    labels[:, 4:] = -100
+    batch = {"input_ids": torch.randint(1, 7, (3, 6)), "attention_mask": torch.eye(3, 6, dtype=torch.long)}
+    batch["labels"] = labels
+    comparison = decided(batch, output={"logits": right}, model=model)
+    expected = kl(answer, right, 1.0)[labels != -100].mean()
+    torch.testing.assert_close(comparison.value(answer, right, [batch]), expected)

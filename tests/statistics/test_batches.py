@@ -1,12 +1,14 @@
 """How a model is called on a batch: pairs of inputs and labels."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 import lightning_prehab as lp
 from lightning_prehab.errors import ArgumentError
-from lightning_prehab.statistics.batches import call_model, is_labelled
+from lightning_prehab.statistics.batches import as_predicted, call_model, has_decoder, is_labelled, padding_mask
 
 
 class Two(nn.Module):
@@ -85,3 +87,22 @@ def test_image_models_are_calibrated_with_labelled_batches():
     assert reports[0] == reports[1]
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_decoder_has_a_mask_of_its_own():
+    plain, translator = nn.Linear(2, 2), nn.Linear(2, 2)
+    translator.config = SimpleNamespace(is_encoder_decoder=True)
+    assert not has_decoder(plain)
+    assert not has_decoder(None)
+    assert has_decoder(translator)
+    assert has_decoder(nn.Sequential(translator))
+    read = torch.tensor([[1, 1, 0]])
+    batch = {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": read}
+    labels, mask = torch.tensor([[5, -100, -100]]), torch.tensor([[1, 0, 1]])
+    assert as_predicted(batch, decoded=False) is batch
+    assert padding_mask(as_predicted(batch, decoded=True)) is None
+    assert padding_mask(as_predicted(batch | {"labels": labels}, decoded=True)).tolist() == [[True, False, False]]
+    both = batch | {"labels": labels, "decoder_attention_mask": mask}
+    assert padding_mask(as_predicted(both, decoded=True)).tolist() == [[True, False, True]]
+    assert padding_mask(both).tolist() == [[True, True, False]]  # the batch is as it was
+    assert as_predicted([both], decoded=True) == [both]
