@@ -5,16 +5,37 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+#: What Linux says of the memory of the machine, and of that of a container (control groups, version 2 and 1).
+MACHINE = Path("/proc/meminfo")
+CONTAINERS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can be had on a device; None where nobody says."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = MACHINE.read_text().splitlines()
     except OSError:
         return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    return free if free is None else min([free, *_left_in_containers()])
+
+
+def _left_in_containers() -> list[int]:
+    """Bytes up to the limit of a container, where there is one; what files hold there can be had too."""
+    found = []
+    for limit, used in CONTAINERS:
+        try:
+            left = int(Path(limit).read_text()) - int(Path(used).read_text())
+            kept = Path(limit).with_name("memory.stat").read_text().split()
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+        found.append(max(left + int(kept[kept.index("inactive_file") + 1]) if "inactive_file" in kept else left, 0))
+    return found
 
 
 def bytes_to_train(parameters: list[nn.Parameter]) -> int:

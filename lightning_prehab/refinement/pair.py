@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prehab.errors import ArgumentError
+from lightning_prehab.errors import ArgumentError, PrehabError, UnsupportedError
 from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.refinement.distance import Distance, answers_in, distance_of_all, measure_for
 from lightning_prehab.refinement.stand_ins import StandIns
@@ -92,8 +92,17 @@ class Pair:
         """
         if not self.half or (self._short and (dense or not self._lifted)):
             return in_full_precision(work)()
-        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):  # weights change inside the user's own
-            return work()
+        try:
+            with torch.autocast(
+                device.type, torch.bfloat16, cache_enabled=False
+            ):  # weights change inside the user's own
+                return work()
+        except RuntimeError as error:
+            if isinstance(error, PrehabError) or not any(word in str(error) for word in ("BFloat16", "dtype")):
+                raise
+            raise UnsupportedError(
+                f"The model does not compute in bfloat16 ({error}); take Refinement(precision='full')."
+            ) from error
 
 
 def _floats(model: nn.Module) -> list[nn.Parameter]:

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 import lightning_prehab as lp
-from lightning_prehab.errors import ArgumentError
+from lightning_prehab.errors import ArgumentError, UnsupportedError
 from lightning_prehab.kinds import view_of
 from lightning_prehab.refinement import trained
 from lightning_prehab.refinement.exam import Exam
@@ -399,3 +399,31 @@ def test_a_token_that_is_put_in_as_it_is_stays_in_full_precision():
     assert teacher.net[0].weight.dtype == torch.bfloat16
     report = lp.compress_(dense, 0.4, mlp()[1], refine=lp.Refinement(16, lr=3e-3, precision="half"), progress=False)
     assert report.refinement is not None
+
+
+class Encoder(nn.Module):
+    """Torch's own encoder, which on a processor does not take a mask under autocast in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(48, 32)
+        layer = nn.TransformerEncoderLayer(32, 2, 48, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, input_ids):
+        hidden = self.encoder(self.table(input_ids), src_key_padding_mask=input_ids == 0)
+        if hidden.dtype is torch.bfloat16 or torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("expected scalar type Float but found BFloat16")
+        return hidden
+
+
+def test_a_model_that_does_not_compute_in_half_is_told_what_to_do():
+    dense, batches = Encoder().eval(), text()
+    first = copy.deepcopy(dense)
+    with pytest.raises(UnsupportedError, match=r"precision='full'"):
+        lp.compress_(dense, 0.4, batches, refine=lp.Refinement(2, precision="half"), progress=False)
+    assert_same_weights(dense, first)
+    with pytest.raises(UnsupportedError, match=r"precision='full'"):
+        refine(cut(dense), dense, batches, 2, precision="half")
+    assert refine(cut(dense), dense, batches, 2).steps == 2
