@@ -69,7 +69,7 @@ def compress_(
         optimizers: Optimizers that hold the weights; edited in place.
         rank_overrides: ``{pattern: rank}``: an int is a rank, a float a share of the layer's parameters, ``"dense"``
             keeps the layer.
-        rank_multiple_of: Ranks are multiples of this; multiples of 8 to 32 run faster on most hardware.
+        rank_multiple_of: Ranks are multiples of this; multiples of 8 to 32 may run faster, on GPUs above all: measure.
         split_fused: Cut the parts of fused projections (queries, keys and values; gate and up) each for itself; else
             they are one matrix.
         layers_at_once: Keep the statistics of so many layers in memory at a time, and run over the batches once for

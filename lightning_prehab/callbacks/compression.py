@@ -96,7 +96,7 @@ class CompressionCallback(OnlyOne):
         exclude_modules: Names or fnmatch patterns of the layers to leave.
         rank_overrides: ``{pattern: rank}``: an int is a rank, a float a share of the layer's parameters, ``"dense"``
             keeps it.
-        rank_multiple_of: Ranks are multiples of this; multiples of 8 to 32 run faster on most hardware.
+        rank_multiple_of: Ranks are multiples of this; multiples of 8 to 32 may run faster, on GPUs above all: measure.
         reset_scores: Make ModelCheckpoint and EarlyStopping forget the scores of the dense model at the surgery; files
             that are written already stay. Otherwise "best" can remain a dense checkpoint, and patience counts on.
         forecast_below: With ``epoch="auto"``: predicted increase of the loss, in its units, at which the cut counts as

@@ -50,8 +50,8 @@ class Recipe:
         exclude_modules: Names or fnmatch patterns of the layers to leave.
         rank_overrides: ``{pattern: rank}``: an int is a rank, a float a share of the layer's parameters in ``(0, 1)``,
             ``"dense"`` keeps the layer. Later patterns win.
-        rank_multiple_of: Ranks are multiples of this; multiples of 8 to 32 run faster on most hardware. Layers for
-            which no multiple saves parameters are free.
+        rank_multiple_of: Ranks are multiples of this; multiples of 8 to 32 may run faster, on GPUs above all: measure.
+            Layers for which no multiple saves parameters are free.
         split_fused: Cut the parts of fused projections (queries, keys and values; gate and up) each for itself; else
             they are one matrix.
 

@@ -93,9 +93,8 @@ class Pair:
         if not self.half or (self._short and (dense or not self._lifted)):
             return in_full_precision(work)()
         try:
-            with torch.autocast(
-                device.type, torch.bfloat16, cache_enabled=False
-            ):  # weights change inside the user's own
+            # no cache of casts: inside the user's own autocast it would outlive a step
+            with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
                 return work()
         except RuntimeError as error:
             if isinstance(error, PrehabError) or not any(word in str(error) for word in ("BFloat16", "dtype")):
