@@ -9,8 +9,8 @@ from torch import Tensor
 from lightning_prehab.distillation.values import all_tensors
 from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.refinement.distance import answer_in, are_classes_second, distance, measure_for
-from lightning_prehab.statistics.batches import as_predicted, has_decoder, padding_mask
-from lightning_prehab.statistics.outputs import IGNORED, labels_in
+from lightning_prehab.statistics.batches import IGNORED, as_predicted, has_decoder, padding_mask
+from lightning_prehab.statistics.outputs import labels_in
 
 
 class Comparison:

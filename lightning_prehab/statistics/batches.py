@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_prehab.documents.settings import show
 from lightning_prehab.errors import ArgumentError
 
-#: Labels that do not count, as torch's ``cross_entropy`` has it.
+#: A label that does not count, as for ``torch.nn.functional.cross_entropy``.
 IGNORED = -100
 
 

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_prehab.errors import NumericalError
-from lightning_prehab.statistics.batches import padding_mask, tensors
+from lightning_prehab.statistics.batches import IGNORED, padding_mask, tensors
 from lightning_prehab.statistics.divergence import in_parts, wide
 
-#: A label that does not count, as for ``torch.nn.functional.cross_entropy``.
-IGNORED = -100
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
