@@ -48,7 +48,8 @@ def symmetric_eigh(gram: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Te
 
     Returns:
         Eigenvalues ``(..., k)``, descending and clamped to >= 0, and eigenvectors ``(..., k, k)`` in columns, on the
-        device of the input (on the CPU where the device has no float64).
+        device of the input (on the CPU where the device has no float64). The largest entry of each vector is positive:
+        a solver leaves the sign to rounding, and factors on other processes and machines would differ by it.
 
     Raises:
         NumericalError: If a matrix is not finite or no solver converges.
@@ -63,6 +64,8 @@ def symmetric_eigh(gram: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Te
             values, vectors = (part.to(gram.device) for part in torch.linalg.eigh(gram.cpu()))
         except RuntimeError as error:
             raise NumericalError(f"The eigendecomposition of a {tuple(gram.shape)} matrix did not converge.") from error
+    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True)) if vectors.numel() else vectors
+    vectors = torch.where(largest < 0.0, -vectors, vectors)
     return values.flip(-1).clamp_min(0.0), vectors.flip(-1)
 
 

@@ -144,3 +144,22 @@ def test_finite_entries_whose_sum_overflows_are_finite():
     for pair in ([float("inf"), -float("inf")], [float("nan"), 1.0]):
         with pytest.raises(NumericalError, match="The matrix has [12] NaN or Inf entries out of 2"):
             matrices.require_finite(torch.tensor(pair), "The matrix")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_signs_of_eigenvectors_are_not_left_to_the_solver(dtype, monkeypatch):
+    rows = torch.randn(3, 12, 20, dtype=dtype)
+    gram = rows @ rows.mT
+    values, vectors = matrices.symmetric_eigh(gram, dtype)
+    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
+    assert bool((largest > 0).all())
+    torch.testing.assert_close((vectors * values[:, None]) @ vectors.mT, gram, rtol=1e-4, atol=1e-4)
+    assert matrices.symmetric_eigh(torch.zeros(0, 0, dtype=dtype), dtype)[1].shape == (0, 0)
+    solve = torch.linalg.eigh
+
+    def turned(matrix):
+        values, vectors = solve(matrix)
+        return values, vectors * torch.tensor([1.0, -1.0]).repeat(6).to(vectors)
+
+    monkeypatch.setattr(torch.linalg, "eigh", turned)
+    assert torch.equal(matrices.symmetric_eigh(gram, dtype)[1], vectors)
