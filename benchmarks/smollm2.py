@@ -16,7 +16,7 @@ matrices of the body, 106 of 135 million parameters; ``keep`` is a share of them
 another draw for each seed, of the validation text of WikiText-2 ("wikitext"), of the first nine tenths of tiny
 Shakespeare ("shakespeare"), half of each ("mixed"), written by the model itself ("own"), or half of that and half
 WikiText-2 ("own-wikitext"). Texts come with labels, own samples alone without. All that is trained after a cut sees
-these 64 blocks and no other text (the trials of ``CalibratedBudget`` four more), but for one row that is refined on 512
+these 64 blocks and no other text (the trials of ``CalibratedBudget`` four more), but for rows that are refined on 512
 blocks of the same text, in as many steps, and rows with rehab, which train on the whole validation text, by its loss.
 
 Each row is given the seconds of its calibration, decomposition, cut and training. SVD-LLM is given the statistics
@@ -78,7 +78,7 @@ class Row:
         factorization: How factors are computed; None for what is no cut.
         policy: From a keep to a rank policy.
         layout: How the matrices are stored.
-        after: What follows: an attribute of :class:`Study`.
+        after: What follows, in turn: methods of :class:`Study`.
         texts: What it is calibrated with; the first one comes first. None for rows that look at no text.
         rehab: Whether ordinary training follows in the end.
     """
@@ -87,7 +87,7 @@ class Row:
     factorization: Factorization | None = None
     policy: Callable[[float], RankPolicy] = lp.RankRatio
     layout: str = "factors"
-    after: str | None = None
+    after: tuple[str, ...] = ()
     texts: Sequence[str] = ("wikitext",)
     rehab: bool = False
 
@@ -99,39 +99,44 @@ class Row:
     @property
     def trained(self) -> bool:
         """Whether it takes many minutes."""
-        return self.rehab or self.after not in (None, "prune", "round_again", "drop")
+        return self.rehab or not set(self.after) <= {"prune", "round_again", "drop"}
 
 
-MORE_TEXTS = ("wikitext", "mixed")
 LLM = Row("SVD-LLM whitening, same ratio", lp.WhitenedSVD())
 OURS = Row("**KroneckerSVD, one budget (default)**", lp.KroneckerSVD(), lp.ParameterBudget, texts=tuple(TEXTS))
 PIVOT = replace(OURS, title="the same in the pivot layout", layout="pivot")
 CALIBRATED = replace(PIVOT, title="pivot, `CalibratedBudget`", policy=lp.CalibratedBudget)
-REFINED = replace(CALIBRATED, title="**pivot, `CalibratedBudget`, `Refinement`**", after="refine")
-MORE_TEXT = replace(
-    REFINED, title=f"the same, refined on {MORE} blocks", after="refine_more", texts=("wikitext", "mixed")
+REFINED = replace(CALIBRATED, title="**pivot, `CalibratedBudget`, `Refinement`**", after=("refine",))
+REFINED_MORE = replace(
+    REFINED, title=f"the same, refined on {MORE} blocks", after=("refine_more",), texts=("wikitext", "mixed")
 )
+LLM_REFINED = replace(LLM, title="SVD-LLM, pivot, our `Refinement`", layout="pivot", after=("refine",))
+AA_REFINED = replace(LLM, title="AA-SVD, pivot, our `Refinement`", layout="pivot", after=("refine_blocks", "refine"))
 ROWS = {
     "dense": Row("dense (not cut)", texts=()),
-    "rounded": Row("dense, its matrices rounded to 4 bits once more", texts=(), after="round_again"),
+    "rounded": Row("dense, its matrices rounded to 4 bits once more", texts=(), after=("round_again",)),
     "svd": Row("plain SVD, same ratio", lp.SVD(), texts=()),
     "fwsvd": Row("FWSVD, same ratio", lp.FisherSVD()),
     "asvd": Row("ASVD, same ratio", lp.ActivationSVD()),
     "svd-llm": LLM,
     "zs-svd": Row("ZS-SVD (whitening, chosen ranks)", lp.WhitenedSVD(), lp.ZeroSum),
-    "magnitude": Row("magnitude pruning, same share of each matrix", texts=(), after="prune"),
-    "depth": Row("fewer blocks (ShortGPT)", after="drop"),
+    "magnitude": Row("magnitude pruning, same share of each matrix", texts=(), after=("prune",)),
+    "depth": Row("fewer blocks (ShortGPT)", after=("drop",)),
     "default": OURS,
     "pivot": PIVOT,
     "calibrated": CALIBRATED,
     "svd-llm-pivot": replace(LLM, title="SVD-LLM in the pivot layout", layout="pivot"),
     "refined": REFINED,
-    "refined-more": MORE_TEXT,
-    "svd-llm-refined": replace(LLM, title="SVD-LLM, pivot, our `Refinement`", layout="pivot", after="refine"),
-    "svd-llm-update": replace(LLM, title="SVD-LLM and its sequential update", after="update"),
-    "aa-svd": replace(LLM, title="AA-SVD (whitening, blocks refined)", after="refine_blocks"),
-    "aa-svd-pivot": replace(LLM, title="AA-SVD in the pivot layout", layout="pivot", after="refine_blocks"),
-    "aa-svd-refined": replace(LLM, title="AA-SVD, pivot, our `Refinement`", layout="pivot", after="refine_both"),
+    "refined-more": REFINED_MORE,
+    "svd-llm-refined": LLM_REFINED,
+    "svd-llm-refined-more": replace(LLM_REFINED, title=f"{LLM_REFINED.title} on {MORE} blocks", after=("refine_more",)),
+    "svd-llm-update": replace(LLM, title="SVD-LLM and its sequential update", after=("update",)),
+    "aa-svd": replace(LLM, title="AA-SVD (whitening, blocks refined)", after=("refine_blocks",)),
+    "aa-svd-pivot": replace(LLM, title="AA-SVD in the pivot layout", layout="pivot", after=("refine_blocks",)),
+    "aa-svd-refined": AA_REFINED,
+    "aa-svd-refined-more": replace(
+        AA_REFINED, title=f"{AA_REFINED.title} on {MORE} blocks", after=("refine_blocks", "refine_more")
+    ),
     "dense-rehab": Row("dense, 200 steps", texts=(), rehab=True),
     "default-rehab": replace(OURS, title="default, 200 steps", rehab=True, texts=("wikitext",)),
     "pivot-rehab": replace(PIVOT, title="pivot, 200 steps", rehab=True, texts=("wikitext",)),
@@ -206,10 +211,11 @@ class Study:
             trials = split({name: tensor[-TRIED:] for name, tensor in given.items()}, TRIED)
             site = StudySite(model, trials or None)
             record = self.cut(site, row, keep, text, seed, rows, costs)
-        if row.after is not None:
+        if row.after:
             costs["train"] = {}
             with measured(costs["train"]):
-                record |= getattr(self, row.after)(model, batches, Cut(keep, seed, text)) or {}
+                for step in row.after:
+                    record |= getattr(self, step)(model, batches, Cut(keep, seed, text)) or {}
         if row.rehab:
             costs["rehab"] = {}
             with measured(costs["rehab"]):
@@ -284,9 +290,6 @@ class Study:
     def refine_blocks(self, model: nn.Module, batches: list[Batch], cut: Cut) -> Record:
         found = lp.refine_(model, self.model, batches, lp.Refinement(scope="blocks", seed=cut.seed))
         return {"refinement_of_blocks": asdict(found)}
-
-    def refine_both(self, model: nn.Module, batches: list[Batch], cut: Cut) -> Record:
-        return self.refine_blocks(model, batches, cut) | self.refine(model, batches, cut)
 
     def rehab_batches(self, seed: int) -> Iterator[Batch]:
         """Of the whole text that may be trained on, without an end, in another order for each seed and round."""
