@@ -63,6 +63,7 @@ TEXTS = {
     "own": "own samples",
     "own-wikitext": "half own samples, half WikiText-2",
 }
+ONE_TEXT = ("wikitext",)
 REHAB_STEPS = 200
 #: Blocks of a refinement that is given more text than the statistics, about all that WikiText-2 has for it.
 MORE = 512
@@ -88,7 +89,7 @@ class Row:
     policy: Callable[[float], RankPolicy] = lp.RankRatio
     layout: str = "factors"
     after: tuple[str, ...] = ()
-    texts: Sequence[str] = ("wikitext",)
+    texts: Sequence[str] = ONE_TEXT
     rehab: bool = False
 
     @property
@@ -123,6 +124,12 @@ ROWS = {
     "magnitude": Row("magnitude pruning, same share of each matrix", texts=(), after=("prune",)),
     "depth": Row("fewer blocks (ShortGPT)", after=("drop",)),
     "default": OURS,
+    "trimmed": replace(
+        OURS, title="default, `gradient_trim=0.125`", factorization=lp.KroneckerSVD(gradient_trim=0.125), texts=ONE_TEXT
+    ),
+    "clipped": replace(
+        OURS, title="default, `gradient_clip=3`", factorization=lp.KroneckerSVD(gradient_clip=3.0), texts=ONE_TEXT
+    ),
     "pivot": PIVOT,
     "calibrated": CALIBRATED,
     "svd-llm-pivot": replace(LLM, title="SVD-LLM in the pivot layout", layout="pivot"),
@@ -138,9 +145,9 @@ ROWS = {
         AA_REFINED, title=f"{AA_REFINED.title} on {MORE} blocks", after=("refine_blocks", "refine_more")
     ),
     "dense-rehab": Row("dense, 200 steps", texts=(), rehab=True),
-    "default-rehab": replace(OURS, title="default, 200 steps", rehab=True, texts=("wikitext",)),
-    "pivot-rehab": replace(PIVOT, title="pivot, 200 steps", rehab=True, texts=("wikitext",)),
-    "refined-rehab": replace(REFINED, title="refined, 200 steps", rehab=True, texts=("wikitext",)),
+    "default-rehab": replace(OURS, title="default, 200 steps", rehab=True, texts=ONE_TEXT),
+    "pivot-rehab": replace(PIVOT, title="pivot, 200 steps", rehab=True, texts=ONE_TEXT),
+    "refined-rehab": replace(REFINED, title="refined, 200 steps", rehab=True, texts=ONE_TEXT),
 }
 #: Rows that are no cut have one keep.
 UNCUT = ("dense", "rounded", "dense-rehab")
@@ -248,7 +255,7 @@ class Study:
         recipe = lp.Recipe(policy=row.policy(keep), factorization=row.factorization, layout=row.layout)
         if text is not None and any(recipe.wanted):
             weights = recipe.wanted.weight_gradients or recipe.wanted.magnitudes
-            of_loss = lp.KroneckerSVD().wanted
+            of_loss = lp.KroneckerSVD().wanted.union(recipe.wanted)
             wanted = Wanted(True, True, weight_gradients=True, magnitudes=True) if weights else of_loss
             name = f"{text}-{seed}-{'weights' if weights else 'loss'}"
             site.sums, costs["calibrate"] = self.cache.statistics(self.model, rows, wanted, name)
