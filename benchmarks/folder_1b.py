@@ -6,9 +6,9 @@
 Makes a folder of random weights in the shape of Llama-3.2-1B (bfloat16, two files, 2.5 GB), and compresses it with
 ``compress_folder`` in a process of its own, which is killed (SIGKILL) on the way forward, on the way back and while it
 writes, and started again each time. Reported are the peak of the resident memory of all four processes, what was said
-beforehand, and the time. With ``--blocks N`` (1) all matrices of the first N blocks are cut, and the keys of all
-others: the eigenproblems of one block take minutes on two cores, and the memory is the same for all blocks. That the
-result is the one of the cut in memory is looked at on a twin of 4 small blocks.
+beforehand, and the time. With ``--blocks N`` (16) all matrices of the first N blocks are cut, and the keys of all
+others: a block takes about a minute on two cores. That the result is the one of the cut in memory is looked at on a
+twin of 4 small blocks.
 """
 
 import argparse
@@ -175,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--folder", type=Path, help="where the models go, and are deleted (a temporary one)")
-    parser.add_argument("--blocks", type=int, default=1)
+    parser.add_argument("--blocks", type=int, default=SIZES["num_hidden_layers"])
     parser.add_argument("--child", nargs=2)
     settings = parser.parse_args()
     if settings.child:

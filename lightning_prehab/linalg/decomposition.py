@@ -29,6 +29,8 @@ FLOAT32_SIZE = 256
 FLOAT32_LOSS = 1e-6
 #: Largest number of matrix entries that one call of the eigensolver gets.
 BATCH_ENTRIES = 2**24
+#: Entries of a metric that are converted to another dtype at a time.
+AT_ONCE = 2**23
 
 
 @dataclass(eq=False)
@@ -203,14 +205,21 @@ class _Problem:
         rows = to_float64(self.rows) if dtype == torch.float64 else self.rows.float()
         product = rows
         if self._large is not None:
-            metric = self._large.to(rows)
-            product = rows * metric if metric.dim() == 1 else rows @ metric
+            product = rows * self._large.to(rows) if self._large.dim() == 1 else _product(rows, self._large)
         gram = product @ rows.mT
         scale = float(product.norm(dim=1).max() * rows.norm(dim=1).max())
         if self._small is None:
             return gram, None, scale
         root = _Root(self._small, rows)
         return root.congruence(gram), root, scale
+
+
+def _product(rows: Tensor, metric: Tensor) -> Tensor:
+    """``rows @ metric``; a metric of another dtype is converted part by part: it may be the largest thing in memory."""
+    if metric.dtype == rows.dtype:
+        return rows @ metric.to(rows.device)
+    columns = max(AT_ONCE // len(metric), 1)
+    return torch.cat([rows @ part.to(rows) for part in torch.split(metric, columns, dim=1)], dim=1)
 
 
 def _batches(indices: Sequence[int], problems: dict[int, _Problem]) -> list[list[int]]:

@@ -30,8 +30,8 @@ from lightning_prehab.targets.locate import Target
 LOSS = 15
 #: Numbers that a block keeps of each token for the backward pass, for each input and output of its matrices (measured).
 GRAPH = 2.0
-#: Copies, in float32, of the largest Gram matrix of a layer that is decomposed: as it is read, shrunk, in float64.
-COPIES = 4.0
+#: Copies, in float32, of the largest Gram matrix of a layer that is decomposed: as it is read, as a mean, shrunk.
+COPIES = 3.0
 #: Share by which low-rank layers keep more for a backward pass: what lies between their factors.
 BETWEEN = 1.25
 #: Bytes for each number that is trained: gradient, two moments, the best state, the first one.

@@ -12,6 +12,7 @@ from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.storage import Layout
 from lightning_prehab.offload.chain import Chain
+from lightning_prehab.offload.heap import give_back
 from lightning_prehab.offload.memories import Decompositions, Remembered, Seen
 from lightning_prehab.offload.parts import Part, highest_rank, parts_of
 from lightning_prehab.offload.refining import FolderRefinement, check_blocks_alone
@@ -111,6 +112,7 @@ class FolderSite(Site):
         key = f"statistics-{part.key}"
         if self._work.done(key) is None:
             Seen.write(self._work, key, self._seen_of(part), wanted)
+            give_back()
         found = Remembered.of(self._work, key)
         self._starved |= starved(found)
         return found
@@ -130,6 +132,8 @@ class FolderSite(Site):
                 self._decompositions.keep(
                     form, solution, highest_rank(target, self._recipe.layout), view.parameter.dtype, key
                 )
+                del solution
+            give_back()
         notes = [self._decompositions.note(form) for form in solver.targets]
         if all(note is not None and note["kept"] for note in notes):
             self._work.remove(f"{key}.safetensors")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prehab.errors import ArgumentError, NumericalError
 from lightning_prehab.linalg import decomposition, matrices
@@ -296,3 +297,27 @@ def test_compact_keeps_the_leading_factors_alone():
     assert alive() is None
     with pytest.raises(ArgumentError, match="Only ranks up to 20 were kept, not 21"):
         svd.low_rank(21)
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6)])
+@pytest.mark.parametrize("at_once", [1, 7 * 40, 40 * 40])
+def test_a_large_metric_is_never_converted_whole(shape, at_once, monkeypatch):
+    """It is what fills the memory when a layer is decomposed; its other copies are counted beforehand."""
+    monkeypatch.setattr(decomposition, "AT_ONCE", at_once)
+    m, n = shape
+    weight, g, c = torch.randn(m, n), spd(m, 1).float(), spd(n, 2).float()
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor) and found.dtype == torch.float64:
+                sizes.append(found.numel())
+            return found
+
+    with Sizes():
+        values = decompose(weight, g, c).singular_values
+    lt, r = np.linalg.cholesky(g.double().numpy()).T, np.linalg.cholesky(c.double().numpy())
+    expected = np.linalg.svd(lt @ weight.double().numpy() @ r, compute_uv=False)
+    torch.testing.assert_close(values, torch.from_numpy(expected), atol=1e-7, rtol=1e-7)
+    assert max(sizes) <= max(at_once, m * n)
