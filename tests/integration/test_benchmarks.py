@@ -229,7 +229,7 @@ def test_every_row_of_the_study_can_be_made(study, monkeypatch, capsys):
     assert {key[:2] for key in found if key[0] == "refined"} == {("refined", text) for text in module.TEXTS}
     for (name, _, _, keep), row in found.items():
         assert name in module.UNCUT or 0.5 <= row["kept"] <= keep, name
-        assert ("train" in row["costs"]) == (module.ROWS[name].after is not None), name
+        assert ("train" in row["costs"]) == (bool(module.ROWS[name].after)), name
         assert ("rehab" in row["costs"]) == module.ROWS[name].rehab, name
     by_name = {key[0]: row["perplexity"]["wikitext"] for key, row in found.items() if key[1] in (None, "wikitext")}
     assert len(set(by_name.values())) > len(by_name) - 3  # they differ in what they do
