@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lightning_prehab.errors import CheckpointError, StatisticsError
 from lightning_prehab.linalg.modes import outside_inference_mode
 from lightning_prehab.offload.chain import Chain
 from lightning_prehab.offload.effort import Effort
@@ -16,13 +17,13 @@ from lightning_prehab.offload.site import FolderSite, check_possible
 from lightning_prehab.offload.skeleton import Skeleton, Source
 from lightning_prehab.offload.wish import describe_wish
 from lightning_prehab.offload.work import FIT, Work
-from lightning_prehab.offload.writer import FolderWriter, check_place, check_writable
+from lightning_prehab.offload.writer import FolderWriter, check_place, check_writable, is_over, written
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.progress import shown
 from lightning_prehab.refinement.settings import Refinement
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.road import operate
-from lightning_prehab.statistics.batches import check_batches
+from lightning_prehab.statistics.batches import NO_BATCHES, check_batches
 
 
 @outside_inference_mode
@@ -71,6 +72,8 @@ def compress_folder(
     Raises:
         ArgumentError: If something cannot be used, if the output is there already, if ``memory`` is too little for the
             largest block (the numbers are named), or if another process works on the same.
+        StatisticsError: If ``data`` is empty.
+        CheckpointError: If a file cannot be read, or was changed in the meantime.
         UnsupportedError: If the model cannot be run block by block; the reason is named.
         PrehabError: Whatever ``compress_`` raises. The output is then not there.
     """
@@ -78,39 +81,48 @@ def compress_folder(
     if refinement is not None:
         check_blocks_alone(refinement)
         refinement = replace(refinement, scope="blocks")
-    recipe, given = Recipe.of(keep), None if data is None else list(_checked(data))
+    recipe, given = Recipe.of(keep), None if data is None else _batches(data)
     recipe = recipe.where_calibrated(given is not None)
     limit = bytes_in(memory)
     check_possible(recipe)
-    source, output = Path(source), Path(output).absolute()
+    source, output = Path(source), Path(output).resolve()
     skeleton = Skeleton(Source(source))
     chain = Chain(skeleton)
     needs = Needs.of(skeleton, chain, recipe, given, refinement)
     check_writable(output)
-    work = Work(output, describe_wish(skeleton.source, recipe, given, limit, refinement))
+    wish = describe_wish(skeleton.source, recipe, given, limit, refinement)
+    work = Work(output, wish)
     try:
+        if is_over(work):
+            known = written(work, output)
+            work.clear()
+            if known is not None:
+                return known
+            work = Work(output, wish)
+        check_place(output, source, overwrite)
         batches, needs = fitting_batches(needs, given, limit, work.done(FIT))
         writer = FolderWriter(skeleton, chain, work, output)
-        report = writer.written()
-        if report is None:
-            check_place(output, source, overwrite)
-            needs.check_disk(output, work)
-            if work.done(FIT) is None:
-                work.finish(FIT, needs.fit)
-            if progress:
-                seconds = Effort.of(skeleton, chain, recipe, batches, refinement).seconds()
-                print("\n".join(needs.lines(work, seconds)), file=sys.stderr)
-            site = FolderSite(skeleton, chain, batches, work, writer, needs.sums_at_most)
-            with shown(progress):
-                report = operate(recipe, site, refinement)
-            writer.finish(report)
-        work.clear()
+        needs.check_disk(output, work)
+        if work.done(FIT) is None:
+            work.finish(FIT, needs.fit)
+        if progress:
+            seconds = Effort.of(skeleton, chain, recipe, batches, refinement).seconds()
+            print("\n".join(needs.lines(work, seconds)), file=sys.stderr)
+        site = FolderSite(skeleton, chain, batches, work, writer, needs.sums_at_most)
+        with shown(progress):
+            report = operate(recipe, site, refinement)
+        if skeleton.source.facts() != wish["files"]:
+            raise CheckpointError(f"{source} was changed while it was read, so nothing is written; call again.")
+        writer.finish(report)
         return report
     finally:
         work.close()
 
 
-def _checked(data: Iterable[Any]) -> Iterable[Any]:
-    """Raises :class:`ArgumentError` for what is no iterable of batches."""
+def _batches(data: Iterable[Any]) -> list[Any]:
+    """Raises unless there are some."""
     check_batches(data)
-    return data
+    found = list(data)
+    if not found:
+        raise StatisticsError(NO_BATCHES)
+    return found

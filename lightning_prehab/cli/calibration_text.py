@@ -14,7 +14,7 @@ from lightning_prehab.cli.inputs import Batches, can_write, describe, read_batch
 from lightning_prehab.cli.outputs import beside, note
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.files.statistics import fingerprint, save_tensors
-from lightning_prehab.integrations.own_samples import check_writes, own_samples
+from lightning_prehab.integrations.own_samples import check_writes, own_samples, tokens_of
 from lightning_prehab.plan.compression_plan import CompressionPlan
 from lightning_prehab.plan.recipe import Recipe
 from lightning_prehab.statistics.scarce import REAL_SIZE
@@ -94,6 +94,7 @@ def with_own_text(model: nn.Module, batches: Batches | None, settings: Any) -> B
     share = settings.self_share
     if share is None or batches is None:
         return batches
+    batches = [{"input_ids": one} if _is_tokens(one) else one for one in batches]  # as the own samples are
     wanted = round(share / (1.0 - share) * sum(_count(batch, settings.data) for batch in batches))
     longest = _longest(model)
     sequences = max(-(-wanted // longest), 1)
@@ -114,7 +115,8 @@ def _written(model: nn.Module, settings: Any, sequences: int, length: int) -> tu
     made = {"sequences": sequences, "length": length, "seed": 0, "temperature": 1.0}
     file = None
     if settings.output is not None:
-        key = hashlib.sha256(json.dumps([fingerprint(model), made]).encode()).hexdigest()[:8]
+        facts = [fingerprint(model), made, *tokens_of(model, tokenizer)]
+        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
         name = f"{Path(settings.source).resolve().name}-own-samples-{key}.safetensors"
         file = Path(settings.output).parent / name
     if file is None or not file.is_file():
@@ -138,6 +140,10 @@ def _keep(batches: Batches, file: Path) -> None:
 def _longest(model: nn.Module) -> int:
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return min(LENGTH, positions) if isinstance(positions, int) and positions > 0 else LENGTH
+
+
+def _is_tokens(batch: Any) -> bool:
+    return isinstance(batch, Tensor) and batch.dim() == 2 and not batch.is_floating_point()
 
 
 def _count(batch: Any, data: str) -> int:

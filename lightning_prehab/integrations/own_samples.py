@@ -124,12 +124,13 @@ class _Writer:
     ) -> None:
         self._model: Any = model
         self._device = next(model.parameters()).device
-        self._size = len(tokenizer)
+        self._size = _count(model, tokenizer)
         self._temperatures = temperatures
         source = torch.Generator().manual_seed(seed)
         self._drawn = torch.rand(sequences, length, dtype=torch.float64, generator=source).to(self._device)
-        self._firsts = torch.tensor(_first_tokens(model, tokenizer, first), device=self._device)
-        self._ends = torch.tensor(_last_tokens(model, tokenizer), dtype=torch.int64, device=self._device)
+        firsts, ends = tokens_of(model, tokenizer, first)
+        self._firsts = torch.tensor(firsts, device=self._device)
+        self._ends = torch.tensor(ends, dtype=torch.int64, device=self._device)
         self._rows = slice(0, 0)
         self._done = 0
         self._tell(0)
@@ -171,22 +172,33 @@ class _Writer:
         tell("sample", self._done + more, self._drawn.numel())
 
 
+def tokens_of(model: Any, tokenizer: Any, first: First | None = None) -> tuple[list[int], list[int]]:
+    """The tokens that texts may begin with, and those that end them."""
+    return _first_tokens(model, tokenizer, first), _last_tokens(model, tokenizer)
+
+
+def _count(model: Any, tokenizer: Any) -> int:
+    """How many tokens both know: a tokenizer may have more than the model has embeddings for, or fewer."""
+    return min(len(tokenizer), len(model.get_input_embeddings().weight))
+
+
 def _first_tokens(model: Any, tokenizer: Any, first: First | None) -> list[int]:
     """Those to choose from."""
-    if isinstance(first, int) and not isinstance(first, bool) and 0 <= first < len(tokenizer):
+    count = _count(model, tokenizer)
+    if isinstance(first, int) and not isinstance(first, bool) and 0 <= first < count:
         return [first]
     if first not in (None, "bos", "any"):
-        raise ArgumentError(f"first must be 'bos', 'any' or a token below {len(tokenizer)}, got {show(first)}.")
+        raise ArgumentError(f"first must be 'bos', 'any' or a token below {count}, got {show(first)}.")
     if first != "any":
         holders = (tokenizer, getattr(model, "generation_config", None), model.config)
         found = [getattr(holder, "bos_token_id", None) for holder in holders]
-        usable = [token for token in found if isinstance(token, int) and 0 <= token < len(tokenizer)]
+        usable = [token for token in found if isinstance(token, int) and 0 <= token < count]
         if usable:
             return usable[:1]
         if first == "bos":
             raise ArgumentError("first='bos': neither the tokenizer nor the model knows such a token; give 'any'.")
     special = set(tokenizer.all_special_ids)
-    return [token for token in range(len(tokenizer)) if token not in special]
+    return [token for token in range(count) if token not in special]
 
 
 def _last_tokens(model: Any, tokenizer: Any) -> list[int]:

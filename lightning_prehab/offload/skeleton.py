@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_prehab.errors import ArgumentError, PrehabError, UnsupportedError
-from lightning_prehab.offload.tensors import Entry, Written, entries_in
+from lightning_prehab.errors import ArgumentError, CheckpointError, PrehabError, UnsupportedError
+from lightning_prehab.offload.tensors import Entry, Written, entries_in, same
 
 INDEX = "model.safetensors.index.json"
 
@@ -36,10 +36,10 @@ class Source:
         if not (folder / "config.json").is_file():
             what = "holds no config.json" if folder.is_dir() else "is no folder"
             raise ArgumentError(f"{folder} {what}; give a Hugging Face folder, as save_pretrained writes it.")
-        if (folder / INDEX).is_file():
-            files = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
-        elif (folder / "model.safetensors").is_file():
+        if (folder / "model.safetensors").is_file():  # from_pretrained prefers it to an index, too
             files = ["model.safetensors"]
+        elif (folder / INDEX).is_file():
+            files = _named_in(folder / INDEX)
         else:
             files = sorted(path.name for path in folder.glob("*.safetensors"))
         if not files:
@@ -61,11 +61,19 @@ class Source:
         return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
+def _named_in(index: Path) -> list[str]:
+    """The files that an index names."""
+    try:
+        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read ({type(error).__name__}: {error}); copy it again.") from error
+
+
 class Skeleton:
     """A model of transformers whose parameters hold nothing until they are loaded, and nothing afterwards.
 
-    A parameter that is not loaded has its shape, four bytes of memory, and NaN wherever one looks. Buffers that are not
-    in the file (frequencies of rotary embeddings, say) are what the class computes.
+    A parameter that is not loaded has its shape, four bytes of memory, and NaN wherever one looks. Buffers that are in
+    the file are read at once; others (frequencies of rotary embeddings, say) are what the class computes.
 
     Args:
         source: The weights.
@@ -76,7 +84,8 @@ class Skeleton:
 
     Raises:
         ArgumentError: If transformers does not know the model.
-        UnsupportedError: If the file lacks some of its weights, or lays them out in another way.
+        UnsupportedError: If the file lacks some of its weights, lays them out in another way, or has two where the
+            model has one.
         PrehabError: If transformers is missing.
     """
 
@@ -86,7 +95,7 @@ class Skeleton:
         self._entries = self._found()
 
     def _found(self) -> dict[int, tuple[Tensor, Entry]]:
-        """Each parameter and buffer that is in the file, by id, with its place there."""
+        """Each parameter, by id, with its place in the file; buffers that are there have been read then."""
         prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
         names: dict[int, list[str]] = {}
         tensors: dict[int, Tensor] = {}
@@ -97,7 +106,16 @@ class Skeleton:
         for key, known in names.items():
             spelled = [other for name in known for other in (name, name.removeprefix(prefix), prefix + name)]
             entry = next((self.source.entries[name] for name in spelled if name in self.source.entries), None)
-            if entry is None and isinstance(tensors[key], nn.Parameter):
+            stored = [name for name in known if name in self.source.entries]
+            for other in stored[1:]:
+                if not same(self.source.entries[other], self.source.entries[stored[0]]):
+                    raise UnsupportedError(
+                        f"{stored[0]!r} and {other!r} are one weight of {type(self.model).__name__} by config.json, "
+                        f"and differ in {self.source.folder}; set tie_word_embeddings to false in its config.json, or "
+                        "compress it in memory, with compress_."
+                    )
+            valueless = isinstance(tensors[key], nn.Parameter) or (tensors[key].dim() > 0 and _is_empty(tensors[key]))
+            if entry is None and valueless:
                 raise UnsupportedError(
                     f"{self.source.folder} holds no {known[0]!r}, a weight of {type(self.model).__name__}: the file is "
                     "of another architecture, or lays the weights out in another way than the model does. Load it with "
@@ -110,7 +128,10 @@ class Skeleton:
                     f"{known[0]!r} is {list(entry.shape)} in {entry.path.name} and {list(tensors[key].shape)} in "
                     f"{type(self.model).__name__}; the file is of another architecture than config.json."
                 )
-            found[key] = tensors[key], entry
+            if isinstance(tensors[key], nn.Parameter):
+                found[key] = tensors[key], entry
+            else:
+                tensors[key].data = entry.read().to(tensors[key].dtype)
         return found
 
     def adopt(self, entries: Mapping[str, Entry]) -> None:

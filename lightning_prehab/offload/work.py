@@ -5,6 +5,7 @@ there in one step of the file system; data first.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import shutil
@@ -18,6 +19,9 @@ from lightning_prehab.errors import ArgumentError
 from lightning_prehab.offload.tensors import to_disk
 
 _WISH = "wish.json"
+_DIGEST = "[0-9a-f]" * 12
+#: Behind the name of a folder that is being removed.
+_GONE = ".gone"
 #: The stage before the work: what has been chosen to fit into memory.
 FIT = "fit"
 
@@ -47,6 +51,8 @@ class Work:
         self.resumed = (self.folder / _WISH).is_file()
         for left in self.folder.rglob("*.part"):
             left.unlink()
+        for over in output.parent.glob(f".{glob.escape(output.name)}.{_DIGEST}{_GONE}"):
+            shutil.rmtree(over, ignore_errors=True)
         if self.resumed:
             return
         try:
@@ -58,7 +64,7 @@ class Work:
 
     def others(self) -> list[Path]:
         """Folders with the unfinished work of other wishes for the same output."""
-        found = self._output.parent.glob(f".{self._output.name}.{'[0-9a-f]' * 12}")
+        found = self._output.parent.glob(f".{glob.escape(self._output.name)}.{_DIGEST}")
         return sorted(path for path in found if path != self.folder and (path / _WISH).is_file())
 
     def done(self, stage: str) -> Any:
@@ -104,9 +110,13 @@ class Work:
             self._lock = None
 
     def clear(self) -> None:
-        """Removes the folder: everything is done."""
+        """Removes the folder, in one step for whoever looks for it: half of it would be no work at all."""
         self.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.exists():
+            gone = self.folder.with_name(f"{self.folder.name}{_GONE}")
+            shutil.rmtree(gone, ignore_errors=True)
+            self.folder.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
     def _note(self, stage: str) -> Path:
         return self.path(f"{stage}.done")

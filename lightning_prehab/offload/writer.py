@@ -1,5 +1,6 @@
 """Writes the compressed folder, one file for each block, as they are cut."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,6 +26,8 @@ from lightning_prehab.surgery.swap import swap_
 from lightning_prehab.targets.find import count_parameters
 from lightning_prehab.targets.locate import locate
 
+#: The stage after which the new folder is whole; its note is the checksum of the structure.
+COMPLETE = "complete"
 #: The stage after which all blocks are refined.
 REFINED = "refined"
 
@@ -60,6 +63,19 @@ def check_place(output: Path, source: Path, overwrite: bool) -> None:
         raise ArgumentError(f"{output} holds no compressed model, so it is left as it is; give another output.")
 
 
+def is_over(work: Work) -> bool:
+    """Whether the process ended right after the new folder was put in its place, with nothing left but to clear up."""
+    return work.done(COMPLETE) is not None and not _new(work).exists()
+
+
+def written(work: Work, output: Path) -> CompressionReport | None:
+    """The report of the folder that was put in its place; None if it is not there any more, or another one is."""
+    structure = output / STRUCTURE
+    if not structure.is_file() or _checksum(structure) != work.done(COMPLETE):
+        return None
+    return CompressionReport.load_json(output / REPORT)
+
+
 class FolderWriter:
     """Cuts a model part by part, each written before the next one is read, and puts the folder in its place.
 
@@ -72,13 +88,7 @@ class FolderWriter:
 
     def __init__(self, skeleton: Skeleton, chain: Chain, work: Work, output: Path) -> None:
         self._skeleton, self._chain, self._work, self._output = skeleton, chain, work, output
-        self._new = work.folder / "new"
-
-    def written(self) -> CompressionReport | None:
-        """The report of a folder that was put in its place right before the process ended; None if there is none."""
-        if self._work.done("complete") is None or self._new.exists() or not self._output.is_dir():
-            return None
-        return CompressionReport.load_json(self._output / REPORT)
+        self._new = _new(work)
 
     def write(self, plan: CompressionPlan, factors: Mapping[str, Factors]) -> CompressionReport:
         """Cuts and writes everything but the report, see :meth:`finish`; what was written before is left as it is.
@@ -141,7 +151,8 @@ class FolderWriter:
         where = {name: note["file"] for note in notes for name in note["tensors"]}
         write_index(self._new, where, sum(p.numel() * p.element_size() for p in model.parameters()))
         copy_beside(self._skeleton.source.folder, self._new)
-        self._work.finish("complete")
+        self._work.finish(COMPLETE, _checksum(self._new / STRUCTURE))
+        self._work.remove("old")
         old_output = self._work.folder / "old"
         if self._output.exists():
             os.replace(self._output, old_output)
@@ -226,6 +237,15 @@ class FolderWriter:
         }
         follow_state_dict_(self._skeleton.model, state)
         self._skeleton.unload(self._skeleton.model)
+
+
+def _new(work: Work) -> Path:
+    """Where the folder is written."""
+    return work.folder / "new"
+
+
+def _checksum(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _modules(model: nn.Module, plan: CompressionPlan) -> list[nn.Module]:

@@ -15,6 +15,12 @@ from lightning_prehab.errors import ArgumentError
 IGNORED = -100
 
 
+NO_BATCHES = (
+    "batches is empty; calibration needs at least one batch. A generator can be gone through once only: make a "
+    "new one, or give a list."
+)
+
+
 def check_batches(batches: object, forward: object = None) -> None:
     """Raises :class:`ArgumentError` for what is no iterable of batches, and for what cannot be called on one.
 

@@ -14,7 +14,7 @@ from lightning_prehab.linalg.matrices import require_finite, widened
 from lightning_prehab.linalg.modes import in_full_precision, outside_inference_mode
 from lightning_prehab.progress import counted
 from lightning_prehab.statistics.backward import cheaply_if_possible, gradients_for
-from lightning_prehab.statistics.batches import batch_size, call_model, check_batches, to_device
+from lightning_prehab.statistics.batches import NO_BATCHES, batch_size, call_model, check_batches, to_device
 from lightning_prehab.statistics.collector import Collector
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 from lightning_prehab.targets.locate import Target
@@ -107,10 +107,7 @@ def _pass(
         finally:
             collector.detach()
     if seen == 0:
-        raise StatisticsError(
-            "batches is empty; calibration needs at least one batch. A generator can be gone through once only: make a "
-            "new one, or give a list."
-        )
+        raise StatisticsError(NO_BATCHES)
     return collector.statistics
 
 

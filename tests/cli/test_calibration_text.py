@@ -207,12 +207,36 @@ def test_shares_are_shares_of_tokens(folder, tmp_path, capsys, monkeypatch, shar
     assert kept(tmp_path)
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_tokens_in_a_file_are_mixed_with_own_samples(folder, tmp_path, capsys, named):
+    ids = torch.randint(3, 20, (8, 16), generator=torch.Generator().manual_seed(0))
+    torch.save({"input_ids": ids} if named else ids, tmp_path / "ids.pt")
+    words = ["compress", folder, "--data", tmp_path / "ids.pt", "--self-share", 0.5, "--output", tmp_path / "small"]
+    assert main([str(word) for word in words]) == 0
+    assert "own samples beside" in capsys.readouterr().err
+    assert (tmp_path / "small" / "structure.json").is_file()
+
+
+def test_another_first_token_is_another_text(folder, tmp_path):
+    from types import SimpleNamespace
+
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    settings = SimpleNamespace(source=folder, output=tmp_path / "small", batch_size=4)
+    first = calibration_text._written(model, settings, 4, 8)[1]
+    model.generation_config.eos_token_id = model.config.eos_token_id = 11
+    second = calibration_text._written(model, settings, 4, 8)[1]
+    assert first != second
+    assert calibration_text._written(model, settings, 4, 8)[1] == second
+
+
 def test_what_is_refused(folder, tmp_path, capsys):
     words = ["compress", folder, "--output", tmp_path / "small"]
     for more in (["--data", "self"], ["--data", "none"], []):
         assert "give --data FILE too" in refused(capsys, *words, *more, "--self-share", 0.5)
-    torch.save([torch.zeros(4, 8, dtype=torch.long)], tmp_path / "ids.pt")
-    assert "have no input_ids" in refused(capsys, *words, "--data", tmp_path / "ids.pt", "--self-share", 0.5)
+    torch.save([{"inputs_embeds": torch.zeros(4, 8, 32)}], tmp_path / "numbers.pt")
+    assert "have no input_ids" in refused(capsys, *words, "--data", tmp_path / "numbers.pt", "--self-share", 0.5)
     for share in ("0", "1", "1.5", "half"):
         with pytest.raises(SystemExit):
             main([*map(str, words), "--data", str(folder.parent / "text.txt"), "--self-share", share])

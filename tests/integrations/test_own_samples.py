@@ -162,6 +162,12 @@ def test_a_vocabulary_that_is_padded_is_used_as_far_as_the_tokenizer_knows_it():
     assert 15 < found.max() < 20
 
 
+@pytest.mark.parametrize("first", [None, "any"])
+def test_tokens_that_the_model_has_no_embedding_for_are_left_out(first):
+    found = ids(lp.own_samples(tiny(), Tokenizer(bos=None, size=400), 64, 4, first=first, progress=False))
+    assert 40 < found.max() < VOCABULARY
+
+
 def test_temperatures():
     model = tiny()
     with torch.no_grad():

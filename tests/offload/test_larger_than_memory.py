@@ -8,6 +8,8 @@ from lightning_prehab.layers.linear import LowRankLayer
 
 pytest.importorskip("transformers")
 
+from safetensors.torch import save_file
+
 from tests.offload.folders import MODELS, batches, dense
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fewer calibration tokens")
@@ -137,3 +139,85 @@ def test_what_is_no_compressed_model_is_never_replaced(tmp_path):
             )
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert after == before
+
+
+def scaled(monkeypatch) -> None:
+    """Blocks of LLaMA whose output is multiplied by a buffer that lies in the file, as those of Gemma 4 are."""
+    from transformers.models.llama import modeling_llama
+
+    class LlamaDecoderLayer(modeling_llama.LlamaDecoderLayer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.register_buffer("scale", torch.ones(1))
+
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs) * self.scale
+
+    monkeypatch.setattr(modeling_llama, "LlamaDecoderLayer", LlamaDecoderLayer)
+
+
+def test_buffers_are_those_of_the_file(tmp_path, monkeypatch):
+    scaled(monkeypatch)
+    torch.manual_seed(0)
+    model = MODELS["llama"]()
+    for number, block in enumerate(model.model.layers):
+        block.scale.fill_(0.25 * (number + 1))
+    model.save_pretrained(tmp_path / "dense")
+    report = lp.compress_(model, 0.5, batches(), progress=False)
+    ours = lp.compress_folder(tmp_path / "dense", tmp_path / "small", 0.5, batches(), progress=False)
+    assert ours.ranks == report.ranks
+    state = type(model).from_pretrained(tmp_path / "small").state_dict()
+    assert [float(state[f"model.layers.{number}.scale"]) for number in (0, 1)] == [0.25, 0.5]
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(state[name], tensor)
+
+
+def test_a_head_that_differs_from_the_embeddings_it_should_be_tied_to_is_refused(tmp_path):
+    dense("llama", tmp_path / "dense")
+    config = tmp_path / "dense" / "config.json"
+    untied = config.read_text()
+    assert '"tie_word_embeddings": false' in untied
+    config.write_text(untied.replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    with pytest.raises(lp.PrehabError, match=r"'lm_head.weight' are one weight of .* and differ in"):
+        lp.compress_folder(tmp_path / "dense", tmp_path / "small", 0.5, batches(), progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+    model = MODELS["tied llama"]()
+    state = {**model.state_dict(), "lm_head.weight": model.lm_head.weight.detach().clone()}
+    model.save_pretrained(tmp_path / "twice")
+    save_file(state, tmp_path / "twice" / "model.safetensors", metadata={"format": "pt"})  # twice, and the same
+    lp.compress_folder(tmp_path / "twice", tmp_path / "small", 0.5, batches(), progress=False)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": ', "[]", '{"weight_map": 3}', "\xff"])
+def test_a_damaged_index_is_named(content, tmp_path):
+    dense("llama", tmp_path / "dense")
+    (tmp_path / "dense" / "model.safetensors.index.json").write_text(content, encoding="latin-1")
+    with pytest.raises(lp.PrehabError, match=r"index.json cannot be read .* copy it again"):
+        lp.compress_folder(tmp_path / "dense", tmp_path / "small", 0.5, batches(), progress=False)
+
+
+def test_of_two_sets_of_weights_it_takes_the_one_that_transformers_takes(tmp_path):
+    kind = dense("llama", tmp_path / "dense")
+    other = MODELS["llama"]()
+    save_file(other.state_dict(), tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+    expected = kind.from_pretrained(tmp_path / "dense")
+    lp.compress_folder(tmp_path / "dense", tmp_path / "small", 1.0, batches(), progress=False)
+    found = kind.from_pretrained(tmp_path / "small").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.state_dict().items())
+
+
+@pytest.mark.parametrize("data", [[], iter(())])
+def test_no_batches_are_no_data(data, tmp_path):
+    dense("llama", tmp_path / "dense")
+    with pytest.raises(lp.PrehabError, match="batches is empty"):
+        lp.compress_folder(tmp_path / "dense", tmp_path / "small", 0.5, data, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_an_output_behind_a_link_is_written_where_it_points_to(tmp_path):
+    dense("llama", tmp_path / "dense")
+    (tmp_path / "large").mkdir()
+    (tmp_path / "small").symlink_to(tmp_path / "large" / "small")
+    lp.compress_folder(tmp_path / "dense", tmp_path / "small", 0.5, batches(), progress=False)
+    assert (tmp_path / "small").is_symlink()
+    assert (tmp_path / "large" / "small" / "structure.json").is_file()

@@ -1,6 +1,7 @@
 """Whenever the process ends, the same call goes on where it was; another call has nothing to do with it."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 import lightning_prehab as lp
+from lightning_prehab.offload.work import Work
+from lightning_prehab.offload.writer import FolderWriter
 from lightning_prehab.plan.spectra import Solver
 
 pytest.importorskip("transformers")
@@ -61,8 +64,6 @@ def test_every_stage_is_done_once(factorization, step, tmp_path, monkeypatch):
 
 
 def test_a_kill_after_the_last_step_leaves_nothing_to_do(tmp_path, monkeypatch):
-    from lightning_prehab.offload.work import Work
-
     dense("llama", tmp_path / "dense")
     with monkeypatch.context() as patch:
         patch.setattr(Work, "clear", lambda self: (_ for _ in ()).throw(Killed))
@@ -110,8 +111,6 @@ def test_memory_that_is_in_use_elsewhere_makes_no_other_wish(tmp_path, monkeypat
 
 def test_two_processes_do_not_work_on_the_same(tmp_path, monkeypatch):
     pytest.importorskip("fcntl")
-    from lightning_prehab.offload.work import Work
-
     work = Work(tmp_path / "small", {"wish": 1})
     with pytest.raises(lp.PrehabError, match="Another process works on this very wish"):
         Work(tmp_path / "small", {"wish": 1})
@@ -163,3 +162,83 @@ def test_killed_processes_leave_what_they_have_done(tmp_path):
     report = lp.CompressionReport.load_json(tmp_path / "small" / "report.json")
     assert report.weight_errors == expected.weight_errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "small", "whole"]
+
+
+def size_of(folder: Path) -> int:
+    return sum(tensor.numel() for tensor in weights(folder).values())
+
+
+def killed_while_clearing(folder: Path, monkeypatch, **settings) -> None:
+    """The new folder is in its place, and the work folder is still there."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "clear", lambda self: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            compress(folder, **settings)
+
+
+def test_an_output_that_is_gone_is_made_again(tmp_path, monkeypatch):
+    dense("llama", tmp_path / "dense")
+    compress(tmp_path, "whole")
+    killed_while_clearing(tmp_path, monkeypatch)
+    shutil.rmtree(tmp_path / "small")
+    compress(tmp_path)
+    ours, theirs = weights(tmp_path / "small"), weights(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_output_of_another_wish_is_not_taken_for_this_one(tmp_path, monkeypatch):
+    dense("llama", tmp_path / "dense")
+    compress(tmp_path, "whole")
+    killed_while_clearing(tmp_path, monkeypatch)
+    lp.compress_folder(tmp_path / "dense", tmp_path / "small", 0.9, batches(), progress=False, overwrite=True)
+    with pytest.raises(lp.PrehabError, match="exists; give overwrite"):
+        compress(tmp_path)
+    assert compress(tmp_path, overwrite=True).keep <= 0.5
+    assert size_of(tmp_path / "small") == size_of(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "small", "whole"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("removed", [0, 1, 4, 20])
+def test_a_kill_while_the_work_is_cleared_up_leaves_a_call_that_works(removed, overwrite, tmp_path, monkeypatch):
+    dense("llama", tmp_path / "dense")
+    if overwrite:
+        lp.compress_folder(tmp_path / "dense", tmp_path / "small", 0.9, batches(), progress=False)
+    left = iter(range(removed))
+    unlink = os.unlink
+
+    def killing(path, *args, **kwargs):
+        if finished and next(left, None) is None:
+            raise Killed
+        unlink(path, *args, **kwargs)
+
+    finished = []
+    finish = FolderWriter.finish
+    monkeypatch.setattr(FolderWriter, "finish", lambda self, report: (finished.append(1), finish(self, report)))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", killing)
+        with pytest.raises(Killed):
+            compress(tmp_path, overwrite=overwrite)
+    report = compress(tmp_path, overwrite=True)
+    assert report.keep <= 0.5
+    assert size_of(tmp_path / "small") == report.parameters_after
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "small"]
+
+
+def test_a_source_that_changes_while_it_is_read_gives_no_output(tmp_path, monkeypatch):
+    dense("llama", tmp_path / "dense")
+    finish, seen = Work.finish, []
+
+    def changing(work, stage, note=True):
+        seen.append(stage)
+        if len(seen) == 12:
+            os.utime(tmp_path / "dense" / "config.json", (1, 1))
+        finish(work, stage, note)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "finish", changing)
+        with pytest.raises(lp.PrehabError, match="was changed while it was read"):
+            compress(tmp_path)
+    assert not (tmp_path / "small").exists()
+    compress(tmp_path)
