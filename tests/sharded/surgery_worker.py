@@ -383,7 +383,7 @@ def check_one_whole_layer_lives_at_a_time():
             for optimizer, settings, expected in cases:
                 net, own, plan, factors = squares(optimizer, dtype, **settings)
                 gc.collect()
-                with Alive(size) as alive:
+                with Alive(size, expected * size) as alive:
                     prepare_sharded_swap(net, plan, factors, [own], together).commit()
                 assert (alive.most, alive.now) == (expected * size, 0), (dtype, optimizer, settings)
                 steps_of_squares(net, own, dtype)
@@ -434,12 +434,13 @@ def check_one_whole_layer_is_worked_on_at_a_time():
             seen += wholes
             return [one.weight.detach().sum() for one in wholes.values()]
 
-        with Alive(size) as alive:
+        expected = size * (rank in owners.values())
+        with Alive(size, expected) as alive:
             gather = partial(gather_on, views, owners)
             for _, found in whole_in_rounds(trainer, views, owners, gather, work):
                 assert len(found) <= 1
         assert seen == [name for name in views if owners[name] == rank]
-        assert (alive.most, alive.now) == (size * (rank in owners.values()), 0)
+        assert (alive.most, alive.now) == (expected, 0)
 
 
 def gather_on(views, owners, name):
