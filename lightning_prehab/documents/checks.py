@@ -25,6 +25,18 @@ def check_whole(name: str, value: object, least: int, *, optional: bool = False)
         raise ArgumentError(f"{name} must {bound}, got {show(value)}{_needed('a whole number', whole, optional)}.")
 
 
+def check_seed(name: str, value: object) -> None:
+    """Raises :class:`ArgumentError` unless ``value`` is a seed for a generator of torch: a whole number below 2**64.
+
+    >>> check_seed("seed", 2**64)
+    Traceback (most recent call last):
+    lightning_prehab.errors.ArgumentError: seed must be below 2**64, got 18446744073709551616.
+    """
+    check_whole(name, value, 0)
+    if int(value) >= 2**64:  # type: ignore[call-overload]
+        raise ArgumentError(f"{name} must be below 2**64, got {show(value)}.")
+
+
 def check_real(name: str, value: object, where: str, *, optional: bool = False) -> None:
     """Raises :class:`ArgumentError` unless ``value`` is a finite number in a range, or None where it may be.
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_prehab.documents.checks import check_real, check_whole
+from lightning_prehab.documents.checks import check_real, check_seed, check_whole
 from lightning_prehab.documents.settings import show
 from lightning_prehab.errors import ArgumentError, NumericalError, UnsupportedError
 from lightning_prehab.linalg.cumulated import running_sum
@@ -76,8 +76,10 @@ def own_samples(
     """
     check_whole("sequences", sequences, 1)
     check_whole("length", length, 2)
-    check_whole("seed", seed, 0)
+    check_seed("seed", seed)
     check_whole("batch_size", batch_size, 1)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ArgumentError(f"dtype must be a floating-point dtype of torch or None, got {show(dtype)}.")
     check_writes(model, length)
     if not hasattr(tokenizer, "all_special_ids"):
         raise ArgumentError(f"own_samples needs the tokenizer of the model, got {show(tokenizer)}.")

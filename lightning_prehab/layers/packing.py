@@ -47,7 +47,7 @@ def unpacked(layer: LowRankLayer) -> LowRankLayer:
 
 def why_not_packed(layer: nn.Module) -> str | None:
     """Why a low-rank layer has no pivot layout, or None if it has one."""
-    for part in (module for module in layer.modules() if isinstance(module, LowRankLayer)):
+    for part in _low_rank_parts(layer):
         if isinstance(part, LowRankPlusSparseLinear):
             return "it has a sparse part"
         if isinstance(part, LowRankConv) and part.groups > 1:
@@ -58,15 +58,28 @@ def why_not_packed(layer: nn.Module) -> str | None:
             return "it has as many inner channels as outputs"
         if not isinstance(part, PivotLayer | LowRankBlocks | LowRankMultiheadAttention) and type(part) not in _PACKED:
             return f"a {type(part).__name__} has none"
-    return _why_not_read(layer)
+    return _why_not_read(layer, [part for part in _low_rank_parts(layer) if type(part) in _PACKED])
 
 
-def _why_not_read(layer: nn.Module) -> str | None:
-    """Why the numbers of a layer cannot be made into others."""
+def why_not_unpacked(layer: nn.Module) -> str | None:
+    """Why a low-rank layer cannot be made into two factors, or None if it can."""
+    return _why_not_read(layer, [part for part in _low_rank_parts(layer) if isinstance(part, PivotLayer)])
+
+
+def _low_rank_parts(layer: nn.Module) -> list[LowRankLayer]:
+    return [module for module in layer.modules() if isinstance(module, LowRankLayer)]
+
+
+def _why_not_read(layer: nn.Module, parts: list[LowRankLayer]) -> str | None:
+    """Why the numbers of a layer cannot be made into others, or None if those of these parts can."""
     if any(is_quantized(parameter) for parameter in layer.parameters()):
         return "it is quantized"
     if any(is_parametrized(part) for part in layer.modules()):
         return "a parametrization is on its parts, and would be lost; remove_parametrizations first"
+    for part in parts:
+        keys = ("D", "C") if isinstance(part, PivotLayer) else ("A", "B")
+        if len({part.get_submodule(key).weight.requires_grad for key in keys}) > 1:
+            return f"of {keys[0]} and {keys[1]} one is frozen, and each part of the other layout comes of both"
     return None
 
 
@@ -105,7 +118,7 @@ def _pack(layer: LowRankLayer) -> LowRankLayer:
 def _unpack(layer: LowRankLayer) -> LowRankLayer:
     if not isinstance(layer, PivotLayer):
         return layer
-    reason = _why_not_read(layer)
+    reason = why_not_unpacked(layer)
     if reason is not None:
         raise UnsupportedError(f"{type(layer).__name__} cannot be made into two factors: {reason}.")
     return layer.low_rank()

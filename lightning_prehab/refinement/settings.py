@@ -5,7 +5,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, get_args
 
 from lightning_prehab.documents import settings
-from lightning_prehab.documents.checks import check_real, check_whole
+from lightning_prehab.documents.checks import check_real, check_seed, check_whole
 from lightning_prehab.errors import ArgumentError, PlanError
 from lightning_prehab.rank_policies.base import check_choice
 
@@ -86,7 +86,7 @@ checkpointing=None, patience=8, seed=0)
         if self.checkpointing is not None and not isinstance(self.checkpointing, bool):
             raise ArgumentError(f"checkpointing must be True, False or None, got {settings.show(self.checkpointing)}.")
         check_whole("patience", self.patience, 1)
-        check_whole("seed", self.seed, 0)
+        check_seed("seed", self.seed)
 
     @classmethod
     def of(cls, wish: "Refinement | bool | int | None") -> "Refinement | None":

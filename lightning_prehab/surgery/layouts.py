@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_prehab.errors import TargetError, UnsupportedError
 from lightning_prehab.layers.linear import LowRankLayer, weights_in
-from lightning_prehab.layers.packing import packed, unpacked, why_not_packed
+from lightning_prehab.layers.packing import packed, unpacked, why_not_packed, why_not_unpacked
 from lightning_prehab.layers.pivot import PivotLayer
 from lightning_prehab.linalg.matrices import to_float64
 from lightning_prehab.linalg.modes import in_full_precision, outside_inference_mode
@@ -36,7 +36,7 @@ def to_pivot_(model: nn.Module, names: Patterns = None, optimizers: Iterable[tor
         model: Any module. A layer that is the model itself cannot be replaced: use
             :func:`lightning_prehab.layers.packed`.
         names: Names or patterns of the layers, as for :func:`~lightning_prehab.find_targets`; None takes all that have
-            such a layout.
+            such a layout and share their weights with no other.
         optimizers: Those that train the layers. First moments move exactly, second moments as if the entries of the
             gradients were uncorrelated.
 
@@ -45,15 +45,16 @@ def to_pivot_(model: nn.Module, names: Patterns = None, optimizers: Iterable[tor
 
     Raises:
         TargetError: If a pattern matches no low-rank layer, or an adapter of peft is on the factors of one.
-        UnsupportedError: If a layer that is named has no pivot layout, somebody has put hooks on the parts of one, or
-            an optimizer cannot follow. The model is then as it was.
+        UnsupportedError: If a layer that is named has no pivot layout (as one of whose factors just one is frozen) or
+            shares its weights, somebody has put hooks on the parts of one, or an optimizer cannot follow. The model is
+            then as it was.
 
     >>> from lightning_prehab import LowRankLinear
     >>> model = nn.Sequential(LowRankLinear(8, 8, rank=4))
     >>> to_pivot_(model), type(model[0]).__name__, sum(p.numel() for p in model.parameters())
     (['0'], 'PivotLinear', 56)
     """
-    return _relay_(model, names, optimizers, packed, why_not_packed)
+    return _relay_(model, names, optimizers, packed, why_not_packed, "has no pivot layout", leave_out=True)
 
 
 @names_holders
@@ -79,7 +80,8 @@ def to_factors_(
     >>> to_factors_(model), type(model[0]).__name__
     (['0'], 'LowRankLinear')
     """
-    return _relay_(model, names, optimizers, unpacked, lambda layer: None)
+    refusal = "cannot be made into two factors"
+    return _relay_(model, names, optimizers, unpacked, why_not_unpacked, refusal, leave_out=False)
 
 
 @outside_inference_mode
@@ -90,22 +92,28 @@ def _relay_(
     optimizers: Iterable[torch.optim.Optimizer],
     change: Callable[[LowRankLayer], LowRankLayer],
     why_not: Callable[[LowRankLayer], str | None],
+    refusal: str,
+    leave_out: bool,
 ) -> list[str]:
-    """Changes the layout of some layers."""
+    """Changes the layout of some layers, and without names of all, where that can leave those out that have none."""
     check_not_in_shards(model, "A change of the layout")
     layers = {clean_name(name): layer for name, layer in low_rank_layers(model) if name}
-    if names is None:
-        wanted = [name for name, layer in layers.items() if why_not(layer) is None]
-    else:
-        wanted = match_names(names, list(layers), "names")
+    wanted = list(layers) if names is None else match_names(names, list(layers), "names")
+    holders = _holders_of_parameters(model)
     exchanges = {}
     for name in wanted:
         layer = layers[name]
         reason = why_not(layer)
+        new = layer if reason is not None else change(layer)
+        replaced = {id(one) for one in weights_in(layer)} - {id(one) for one in weights_in(new)}
+        inside = {id(module) for module in layer.modules()}
+        if any(holders[one] - inside for one in replaced):
+            reason = "its weights are shared with another layer"
+        if reason is not None and names is None and leave_out:
+            continue
         if reason is not None:
-            raise UnsupportedError(f"Layer {name!r} has no pivot layout: {reason}. Leave it out of names.")
-        new = change(layer)
-        if {id(parameter) for parameter in weights_in(new)} == {id(parameter) for parameter in weights_in(layer)}:
+            raise UnsupportedError(f"Layer {name!r} {refusal}: {reason}. Leave it out of names.")
+        if not replaced:
             continue  # it is stored like that
         if adapted_modules(layer):
             raise TargetError(
@@ -126,6 +134,15 @@ def _relay_(
         edit.commit()
     note_structure_(model)
     return list(exchanges)
+
+
+def _holders_of_parameters(model: nn.Module) -> dict[int, set[int]]:
+    """Which modules hold each parameter; all by their id."""
+    holders: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            holders.setdefault(id(parameter), set()).add(id(module))
+    return holders
 
 
 @dataclass

@@ -36,6 +36,7 @@ def test_there_and_back_as_yaml(wish):
         ("checkpointing", "auto"),
         ("patience", 0),
         ("seed", -1),
+        ("seed", 2**64),
     ],
 )
 def test_what_is_out_of_range_is_named(setting, value):

@@ -131,6 +131,62 @@ def test_what_has_no_such_layout_says_why(make, reason):
         lp.to_factors_(model, "nowhere")
 
 
+@pytest.mark.parametrize("change", [lp.to_pivot_, lp.to_factors_])
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("make", PACKABLE)
+def test_what_is_half_frozen_stays_so(make, number, change):
+    """Either part of the other layout comes of both, so it could be neither frozen nor trained."""
+    model, _ = model_of(make)
+    model.append(lp.LowRankLinear(12, 8, 3))
+    if change is lp.to_factors_:
+        assert lp.to_pivot_(model) == ["1", "2"]
+    layer = next(m for m in model.modules() if isinstance(m, LowRankLayer) and {"A", "D"} & m._modules.keys())
+    part = [child.weight for child in layer.children()][number]
+    part.requires_grad_(False)
+    before = list(model.modules())
+    with pytest.raises(UnsupportedError, match="Layer '1' .*of . and . one is frozen.*Leave it out of names"):
+        change(model, "*")
+    assert list(model.modules()) == before
+    if change is lp.to_pivot_:
+        assert change(model) == ["2"]
+    else:
+        with pytest.raises(UnsupportedError, match="one is frozen"):
+            change(model)
+        assert change(model, "2") == ["2"]
+    assert not part.requires_grad
+    part.requires_grad_(True)
+    assert change(model, "1") == ["1"]
+
+
+@pytest.mark.parametrize("change", [lp.to_pivot_, lp.to_factors_])
+@pytest.mark.parametrize("number", [0, 1])
+def test_shared_weights_stay_shared(number, change):
+    model = nn.Sequential(*(lp.LowRankLinear(8, 8, 3) for _ in range(3)))
+    model.append(model[2])  # a layer that hangs in two places is one layer
+    if change is lp.to_factors_:
+        assert lp.to_pivot_(model) == ["0", "1", "2"]
+    first, second = (list(layer.children())[number] for layer in model[:2])
+    second.weight = first.weight
+    before = list(model.modules())
+    with pytest.raises(UnsupportedError, match="Layer '0' .*its weights are shared with another layer"):
+        change(model, "*")
+    assert list(model.modules()) == before
+    assert change(model, None if change is lp.to_pivot_ else "2") == ["2"]
+    assert model[2] is model[3]
+    assert second.weight is first.weight
+
+
+@pytest.mark.parametrize("change", [lp.to_pivot_, lp.to_factors_])
+def test_what_is_stored_like_that_needs_no_reason(change):
+    model = nn.Sequential(lp.LowRankLinear(8, 8, 3), lp.LowRankLinear(8, 8, 3))
+    if change is lp.to_pivot_:
+        lp.to_pivot_(model)
+    children = [list(layer.children()) for layer in model]
+    children[1][0].weight = children[0][0].weight
+    children[0][0].weight.requires_grad_(False)
+    assert change(model, "*") == []
+
+
 @pytest.mark.parametrize(("kind", "number"), every_case(), ids=name_of)
 def test_every_layer_is_packed_or_says_why_not(kind, number):
     case = Case(kind, number)
