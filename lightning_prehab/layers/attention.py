@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.layers.attend import Masks, Projections, Three, attend
-from lightning_prehab.layers.linear import LowRankLayer, LowRankLinear, weights_in
+from lightning_prehab.layers.linear import LowRankLayer, LowRankLinear, learns
 from lightning_prehab.layers.pivot import PivotLinear
 
 #: The weight matrices of an attention layer, in the order of its parameters.
@@ -250,12 +250,12 @@ class LowRankMultiheadAttention(LowRankLayer):
             device="meta",
         )
         weights = [child.weight.detach().clone() for child in children]
-        learn = [next(weights_in(child)).requires_grad for child in children]
+        learn = [learns(child) for child in children]
         if dense._qkv_same_embed_dim:
             dense.in_proj_weight = nn.Parameter(torch.cat(weights[:3]), requires_grad=any(learn[:3]))
         else:
-            for name, weight, learns in zip(PARTS[:3], weights[:3], learn[:3], strict=True):
-                setattr(dense, f"{name}_weight", nn.Parameter(weight, requires_grad=learns))
+            for name, weight, one in zip(PARTS[:3], weights[:3], learn[:3], strict=True):
+                setattr(dense, f"{name}_weight", nn.Parameter(weight, requires_grad=one))
         dense.out_proj.weight = nn.Parameter(weights[3], requires_grad=learn[3])
         self._write_biases(dense, [_bias(child) for child in children])
         for name in ("bias_k", "bias_v"):
@@ -272,9 +272,9 @@ class LowRankMultiheadAttention(LowRankLayer):
         zeros = dense.out_proj.weight.new_zeros(self.embed_dim)
         total = torch.cat([zeros if bias is None else bias for bias in biases[:3]])
         total = total if own is None else total + own
-        learns = any(bias is not None and bias.requires_grad for bias in (own, *biases[:3]))
+        trained = any(bias is not None and bias.requires_grad for bias in (own, *biases[:3]))
         out = biases[3]
-        dense.in_proj_bias = nn.Parameter(total, requires_grad=learns)
+        dense.in_proj_bias = nn.Parameter(total, requires_grad=trained)
         dense.out_proj.bias = nn.Parameter(
             zeros if out is None else out.detach().clone(), requires_grad=out is not None and out.requires_grad
         )

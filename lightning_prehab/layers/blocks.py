@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.errors import ArgumentError
-from lightning_prehab.layers.linear import LowRankLayer, LowRankLinear, weights_in
+from lightning_prehab.layers.linear import LowRankLayer, LowRankLinear, learns
 from lightning_prehab.layers.pivot import PivotLinear
 from lightning_prehab.linalg.matrices import dequantized
 
@@ -83,15 +83,15 @@ class LowRankBlocks(LowRankLayer):
         """An ``nn.Linear`` with the same function; its parameters are copies."""
         weight = self._product()
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=weight.dtype)
-        requires_grad = next(weights_in(next(self.children()))).requires_grad
-        linear.weight = nn.Parameter(weight, requires_grad=requires_grad)
+        linear.weight = nn.Parameter(weight, requires_grad=learns(self))
         biases = [block.bias for block in self._blocks()]
         if self.bias is not None or any(bias is not None for bias in biases):
             own = [
                 weight.new_zeros(block.out_features) if block.bias is None else block.bias for block in self._blocks()
             ]
             total = torch.cat(own) if self.bias is None else torch.cat(own) + self.bias
-            linear.bias = nn.Parameter(total, requires_grad if self.bias is None else self.bias.requires_grad)
+            trained = any(bias is not None and bias.requires_grad for bias in (self.bias, *biases))
+            linear.bias = nn.Parameter(total, requires_grad=trained)
         return linear.train(self.training)
 
     def to_dense(self) -> nn.Module:

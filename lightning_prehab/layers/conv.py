@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.errors import ArgumentError
-from lightning_prehab.layers.linear import LowRankLayer, parameter_like
+from lightning_prehab.layers.linear import LowRankLayer, learns, parameter_like
 from lightning_prehab.linalg.decomposition import weighted_low_rank
 
 #: Which matrix of a kernel is factorized: ``"channel"``, of shape ``(out, in k_h k_w)``, or ``"spatial"``, of shape
@@ -221,7 +221,7 @@ class LowRankConv(LowRankLayer, nn.Sequential):
             device="meta",
             dtype=self.A.weight.dtype,
         )
-        dense.weight = parameter_like(self.weight, self.A.weight)
+        dense.weight = parameter_like(self.weight, self.A.weight).requires_grad_(learns(self))
         if self.bias is not None:
             dense.bias = parameter_like(self.bias, self.bias)
         return dense.train(self.training)

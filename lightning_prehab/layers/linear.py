@@ -174,7 +174,7 @@ class LowRankLinear(LowRankLayer, nn.Sequential):
         linear = nn.Linear(
             self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=weight.dtype
         )
-        linear.weight = nn.Parameter(weight, requires_grad=self.A.weight.requires_grad)
+        linear.weight = nn.Parameter(weight, requires_grad=learns(self))
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
@@ -284,6 +284,15 @@ class LowRankPlusSparseLinear(LowRankLinear):
 def weights_in(layer: nn.Module) -> Iterator[nn.Parameter]:
     """The matrices that a layer is made of, without its biases."""
     return (parameter for parameter in layer.parameters() if parameter.dim() > 1)
+
+
+def learns(layer: nn.Module) -> bool:
+    """Whether anything of what the matrices of a layer are made of is trained; then the dense weight is, too."""
+    return any(
+        parameter.requires_grad
+        for name, parameter in layer.named_parameters()
+        if not name.rpartition(".")[2].startswith("bias")
+    )
 
 
 def parameter_like(value: Tensor, like: Tensor) -> nn.Parameter:

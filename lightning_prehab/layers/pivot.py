@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.layers.conv import LowRankConv, LowRankConv1d, LowRankConv2d
-from lightning_prehab.layers.linear import LowRankLayer, LowRankLinear, LowRankPlusSparseLinear, parameter_like
+from lightning_prehab.layers.linear import LowRankLayer, LowRankLinear, LowRankPlusSparseLinear, learns, parameter_like
 from lightning_prehab.linalg.decomposition import weighted_low_rank
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.matrices import dequantized
@@ -199,7 +199,7 @@ class PivotLinear(PivotLayer):
         with torch.no_grad():
             weight = self._product()
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=weight.dtype)
-        linear.weight = nn.Parameter(weight, requires_grad=self.D.weight.requires_grad)
+        linear.weight = nn.Parameter(weight, requires_grad=learns(self))
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
@@ -310,7 +310,7 @@ class PivotConv(PivotLayer):
     def to_dense(self) -> nn.Module:
         """A dense convolution with the same function; its parameters are copies."""
         bias = None if self.bias is None else parameter_like(self.bias, self.bias)
-        dense: nn.Module = self._like(parameter_like(self._product(), self.D.weight), bias)
+        dense: nn.Module = self._like(parameter_like(self._product(), self.D.weight).requires_grad_(learns(self)), bias)
         return dense
 
     def count_dense(self) -> int:

@@ -220,3 +220,16 @@ def test_adapters_on_the_factors_are_merged(case):
         if isinstance(part, peft.tuners.tuners_utils.BaseTunerLayer):
             part.merge()
     close(case.run(model["layer"]), expected)
+
+
+def test_a_dense_weight_is_trained_if_any_part_of_it_is(case):
+    def trained():
+        return [name for name, parameter in case.layer.to_dense().named_parameters() if parameter.requires_grad]
+
+    case.layer.requires_grad_(False)
+    assert trained() == []
+    for name, parameter in case.layer.named_parameters():
+        parameter.requires_grad_(True)
+        assert len(trained()) == 1, name
+        assert ("bias" in trained()[0]) == ("bias" in name), name
+        parameter.requires_grad_(False)
