@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 #: Seconds that a thread of the backend may take, on a busy machine.
-PATIENCE = 10
+PATIENCE = 600
 
 
 class Alive(TorchDispatchMode):
@@ -60,6 +60,8 @@ class Alive(TorchDispatchMode):
         end = time.monotonic() + PATIENCE
         while self.now > size and time.monotonic() < end:
             time.sleep(0.001)
+        if self.now > size:
+            self.allowed = None  # what has stayed so long stays: once is enough
 
 
 def _plain(things):
