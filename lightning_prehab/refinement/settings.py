@@ -25,10 +25,11 @@ POWER, LEAST = 2 / 3, 0.1
 class Refinement:
     """Training without labels right after the cut: the cut model learns to answer as the dense one did.
 
-    Factors, norms and biases are trained; all other weights stay. Each step takes some rows of the batches, in an order
-    of its own; AdamW without weight decay, the learning rate rises over the first tenth of the steps and falls as a
-    cosine to a tenth of it, gradients are clipped to norm 1, dropout is off. A part of the rows is held back to measure
-    on: the best state is kept, and what is not better than right after the cut is undone.
+    Factors, norms and biases are trained, also frozen ones, which stay marked as frozen; all other weights stay. Each
+    step takes some rows of the batches, in an order of its own; AdamW without weight decay, the learning rate rises
+    over the first tenth of the steps and falls as a cosine to a tenth of it, gradients are clipped to norm 1, dropout
+    is off. A part of the rows is held back to measure on: the best state is kept, and what is not better than right
+    after the cut is undone.
 
     Args:
         steps: Of training, at least 1; for scope ``"blocks"`` in each block. None means 128, for blocks 32.

@@ -65,7 +65,7 @@ def to_factors_(
 
     Args:
         model: Any module.
-        names: As for :func:`to_pivot_`; None takes all.
+        names: As for :func:`to_pivot_`; None takes all, and raises if one of them cannot be changed.
         optimizers: As for :func:`to_pivot_`.
 
     Returns:

@@ -62,6 +62,8 @@ def follow_state_dict_(model: nn.Module, state_dict: Mapping[str, Any], prefix: 
 def to_dense_(model: nn.Module, names: Patterns = None) -> list[str]:
     """Replaces low-rank layers by dense ones with the same function, in place: the way back from the surgery.
 
+    A dense weight is trained if any part of the layer's factors was.
+
     Args:
         model: Any module. A layer that is the model itself cannot be replaced: use its ``to_linear()``. Make optimizers
             anew afterwards; they still hold the factors.
