@@ -24,6 +24,7 @@ from lightning_prehab.targets.adapters import adapted_modules
 from lightning_prehab.targets.locate import low_rank_layers
 from lightning_prehab.targets.names import Patterns, clean_name, join, match_names
 from lightning_prehab.targets.shards import check_not_in_shards
+from lightning_prehab.targets.weights import parameter_owners
 
 
 @names_holders
@@ -99,7 +100,7 @@ def _relay_(
     check_not_in_shards(model, "A change of the layout")
     layers = {clean_name(name): layer for name, layer in low_rank_layers(model) if name}
     wanted = list(layers) if names is None else match_names(names, list(layers), "names")
-    holders = _holders_of_parameters(model)
+    owners = parameter_owners(model)
     exchanges = {}
     for name in wanted:
         layer = layers[name]
@@ -107,7 +108,7 @@ def _relay_(
         new = layer if reason is not None else change(layer)
         replaced = {id(one) for one in weights_in(layer)} - {id(one) for one in weights_in(new)}
         inside = {id(module) for module in layer.modules()}
-        if any(holders[one] - inside for one in replaced):
+        if any(owners[one] - inside for one in replaced):
             reason = "its weights are shared with another layer"
         if reason is not None and names is None and leave_out:
             continue
@@ -134,15 +135,6 @@ def _relay_(
         edit.commit()
     note_structure_(model)
     return list(exchanges)
-
-
-def _holders_of_parameters(model: nn.Module) -> dict[int, set[int]]:
-    """Which modules hold each parameter; all by their id."""
-    holders: dict[int, set[int]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            holders.setdefault(id(parameter), set()).add(id(module))
-    return holders
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Which layers of a model can be cut, by dotted name, and why the others are left alone."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from lightning_prehab.targets.attached import why_not_attached
 from lightning_prehab.targets.locate import Target, cut_layers_of, layers_of, low_rank_layers
 from lightning_prehab.targets.metrics import measured_by
 from lightning_prehab.targets.names import Patterns, as_list, begins_with, clean_name, join, match_names
-from lightning_prehab.targets.weights import has_matrix
+from lightning_prehab.targets.weights import has_matrix, parameter_owners
 
 _TIED = "its weight is tied to another layer"
 _CUT = "it is low-rank already; to_dense_ gives the dense layer back, cut_again=True takes it for a deeper cut"
@@ -185,7 +185,7 @@ class _Candidate(NamedTuple):
 
 
 def _candidates(model: nn.Module, split_fused: bool, cut_again: bool) -> dict[str, _Candidate]:
-    owners = _parameter_owners(model)
+    owners = parameter_owners(model)
     found: dict[str, _Candidate] = {}
     for layer in layers_of(model):
         if layer.reason is not None:
@@ -251,13 +251,3 @@ def _too_wide(view: MatrixView) -> str:
     return (
         f"the Gram matrix of its {max(view.shape):,} features takes {gigabytes:.1f} GB; name it to cut it all the same"
     )
-
-
-def _parameter_owners(model: nn.Module) -> dict[int, set[int]]:
-    """For the id of each parameter the ids of the modules that hold it."""
-    owners: dict[int, set[int]] = defaultdict(set)
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)].add(id(module))
-    return owners

@@ -1,5 +1,7 @@
 """The weights that a module holds itself, and why some of them cannot be cut."""
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -13,6 +15,16 @@ from lightning_prehab.linalg.sharding import is_distributed, local_part, why_not
 _REPARAMETRIZED = {"weight_orig", "weight_v"}
 #: Numbers that can be decomposed, trained as factors and stored.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def parameter_owners(model: nn.Module) -> dict[int, set[int]]:
+    """For the id of each parameter the ids of the modules that hold it."""
+    owners: dict[int, set[int]] = defaultdict(set)
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)].add(id(module))
+    return owners
 
 
 def has_matrix(module: nn.Module) -> bool:
