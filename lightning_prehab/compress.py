@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prehab.documents.checks import check_kind
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.factorizations import Factorization
 from lightning_prehab.kinds import view_of
@@ -25,9 +26,11 @@ from lightning_prehab.statistics.sums import LayerStatistics
 from lightning_prehab.surgery.factors import cut_targets
 from lightning_prehab.surgery.holders import names_holders
 from lightning_prehab.surgery.pretrained import check_pretrained
-from lightning_prehab.targets.find import Targets
+from lightning_prehab.targets.find import Targets, check_model
 from lightning_prehab.targets.locate import Target
 from lightning_prehab.targets.names import Patterns
+
+_STATISTICS = "a mapping of statistics by name, as collect_statistics returns it"
 
 
 @names_holders
@@ -151,7 +154,7 @@ def make_plan(
         The plan; its achieved ``keep`` is never above the asked one.
 
     Raises:
-        ArgumentError: If a value is out of range.
+        ArgumentError: If a value is out of range, or something else than what it should be.
         PlanError: If the wish cannot be met.
         NumericalError: If a weight or a statistic is not finite (the layer is named).
     """
@@ -166,6 +169,9 @@ def make_plan(
     )
     if isinstance(targets, nn.Module):
         raise ArgumentError("make_plan takes targets, not a model: write make_plan(find_targets(model), ...).")
+    check_kind("targets", targets, Mapping, "a mapping of layers by name, as find_targets returns it")
+    check_kind("statistics", statistics, Mapping, _STATISTICS, optional=True)
+    check_kind("probes", probes, Mapping, "a mapping of probes by name, as measure_probes returns it", optional=True)
     known = targets if isinstance(targets, Targets) else Targets(targets, {}, None)
     found = survey(recipe, KnownSite(known, statistics))
     return found.plan(recipe, probes)
@@ -205,11 +211,14 @@ def apply_plan_(
         The report. Biases stay the same parameter objects.
 
     Raises:
+        ArgumentError: If an argument is something else.
         PlanError: If the plan does not fit the model.
         NumericalError: If factors are not finite (the layer is named).
         UnsupportedError: If an optimizer cannot be edited, or the model could not be saved afterwards.
         PrehabError: Whatever a factorization raises. The model and the optimizers are then as they were.
     """
+    check_model(model)
+    check_kind("statistics", statistics, Mapping, _STATISTICS, optional=True)
     targets = cut_targets(model, plan)
     check_pretrained(model, (view_of(target).module for target in targets.values()))
     pivot = any(layer.layout == "pivot" for layer in plan.layers)

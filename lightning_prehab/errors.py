@@ -1,5 +1,7 @@
 """The errors that this package raises on purpose; every one of them is a :class:`PrehabError`."""
 
+import textwrap
+
 
 class PrehabError(Exception):
     """Base of every error of this package."""
@@ -35,3 +37,13 @@ class UnsupportedError(PrehabError, RuntimeError):
 
 class ReadOnlyError(UnsupportedError, AttributeError):
     """What a layer computes was assigned or deleted."""
+
+
+def reason(error: BaseException) -> str:
+    r"""What somebody else's code says, in one line.
+
+    >>> reason(ValueError("too long\nand more"))
+    'ValueError: too long'
+    """
+    words = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {textwrap.shorten(words, 200)}"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lightning_prehab.documents.checks import check_path
 from lightning_prehab.errors import CheckpointError, StatisticsError
 from lightning_prehab.linalg.modes import outside_inference_mode
 from lightning_prehab.offload.chain import Chain
@@ -77,6 +78,8 @@ def compress_folder(
         UnsupportedError: If the model cannot be run block by block; the reason is named.
         PrehabError: Whatever ``compress_`` raises. The output is then not there.
     """
+    check_path("source", source)
+    check_path("output", output)
     refinement = Refinement.of(refine)
     if refinement is not None:
         check_blocks_alone(refinement)

@@ -86,6 +86,131 @@ def cut(**wrong):
     return lp.compress_(**{"model": model(), "keep": 0.5, "batches": batches(), **wrong})
 
 
+def refined():
+    return {"model": low_rank(), "teacher": model(), "batches": batches(), "refinement": 1, "progress": False}
+
+
+def low_rank(layout="factors"):
+    net = model()
+    lp.compress_(net, 0.5, batches(), layout=layout)
+    return net
+
+
+#: Every public function with arguments that it takes, but for those that need transformers or a Trainer.
+CALLS = {
+    "apply_plan_": lambda path: {
+        "model": (net := model()),
+        "plan": lp.make_plan(lp.find_targets(net), 0.5, lp.SVD()),
+    },
+    "collect_statistics": lambda path: {
+        "model": (net := model()),
+        "targets": lp.find_targets(net),
+        "batches": batches(),
+    },
+    "compress_": lambda path: {"model": model(), "batches": batches()},
+    "find_targets": lambda path: {"model": model()},
+    "load_compressed": lambda path: {"folder": lp.save_compressed(model(), path / "saved"), "model": model()},
+    "make_plan": lambda path: {"targets": lp.find_targets(model()), "policy_or_keep": 0.5, "factorization": lp.SVD()},
+    "print_compression": lambda path: {"model": model()},
+    "refine_": lambda path: refined(),
+    "save_compressed": lambda path: {"model": low_rank(), "folder": path / "new"},
+    "to_dense_": lambda path: {"model": low_rank()},
+    "to_factors_": lambda path: {"model": low_rank("pivot")},
+    "to_pivot_": lambda path: {"model": low_rank()},
+}
+ELSEWHERE = {"compress_folder", "load_from_checkpoint", "own_samples"}
+
+
+def things():
+    """Every argument of every public function, with things that it cannot be."""
+    for function in CALLS:
+        hints = typing.get_type_hints(inspect.unwrap(getattr(lp, function)))
+        for name in inspect.signature(getattr(lp, function)).parameters:
+            kinds = types_of(hints[name])
+            if bool in kinds and len(kinds) == 1:
+                continue  # whatever is true
+            wrong = [object()] + [5] * (int not in kinds) + [None] * (types.NoneType not in kinds) + [[3]]
+            wrong = [one for one in wrong if one != [3] or name not in ("batches", "evaluate")]  # told of when used
+            for value in wrong:
+                kind = type(value).__name__
+                yield pytest.param(function, name, value, id=f"{function}-{name}-{kind}")
+
+
+def test_every_public_function_is_called():
+    functions = {name for name in lp.__all__ if inspect.isfunction(getattr(lp, name))}
+    assert functions == {*CALLS, *ELSEWHERE}
+    assert len(list(things())) > 120
+
+
+@pytest.mark.parametrize("function", CALLS)
+def test_the_arguments_that_are_right(function, tmp_path):
+    getattr(lp, function)(**CALLS[function](tmp_path))
+
+
+@pytest.mark.parametrize(("function", "name", "value"), list(things()))
+def test_something_else_for_an_argument(function, name, value, tmp_path):
+    arguments = CALLS[function](tmp_path)
+    net = arguments.get("model")
+    before = None if net is None else {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    with pytest.raises(lp.PrehabError) as caught:
+        getattr(lp, function)(**{**arguments, name: value})
+    assert len(str(caught.value)) < 420
+    if net is not None:
+        assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["source", "output"])
+@pytest.mark.parametrize("value", [None, 5, nn.Linear(2, 2)])
+def test_a_model_is_no_folder(name, value, tmp_path):
+    with pytest.raises(ArgumentError, match=f"{name} must be a path, got"):
+        lp.compress_folder(**{"source": tmp_path, "output": tmp_path / "new", name: value})
+
+
+def bad(batch):
+    """Batches of which the last one cannot be used."""
+    return [*batches(), batch]
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        (torch.ones(40, 3), r"batch 2 of type Tensor \(RuntimeError: mat1 and mat2 shapes"),
+        ({"inputs": torch.ones(40, 16)}, r"batch 2 of type dict \(TypeError: .*unexpected keyword argument 'inputs'"),
+        (torch.ones(40, 16, dtype=torch.int64), r"batch 2 of type Tensor \(RuntimeError: "),
+    ],
+)
+def test_a_batch_of_something_else_is_named(batch, said):
+    net = model()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    for policy in (None, lp.ProbeBudget(0.5), lp.CalibratedBudget(0.5, trials=2)):
+        number = said if policy is None else said.replace("batch 2", r"batch \d")  # some are held back
+        with pytest.raises(ArgumentError, match=f"The model cannot be called on {number}"):
+            lp.compress_(net, 0.5, bad(batch), policy=policy)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_a_token_beyond_the_vocabulary():
+    net = nn.Sequential(nn.Embedding(9, 16), nn.Linear(16, 16))
+    data = [torch.randint(9, (4, 5)) for _ in range(3)]
+    with pytest.raises(
+        ArgumentError, match=r"cannot be called on batch 3 of type Tensor \(IndexError: index out of range.*give data"
+    ):
+        lp.compress_(net, 0.5, [*data, torch.full((4, 5), 9)])
+    with pytest.raises(ArgumentError, match=r"The model cannot be called on a batch of type Tensor \(IndexError"):
+        lp.compress_(net, 0.5, data, evaluate=[torch.full((4, 5), 9)])
+    assert type(net[1]) is nn.Linear
+
+
+def test_memory_that_is_not_there_is_no_fault_of_the_batch():
+    class Large(nn.Module):
+        def forward(self, x):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        lp.compress_(nn.Sequential(nn.Linear(16, 16), Large()), 0.5, batches())
+
+
 #: What people write, and what they are told.
 WRONG = {
     "percent": (lambda: cut(keep=60), "must lie in (0, 1], got 60. For 60 % write 0.6."),

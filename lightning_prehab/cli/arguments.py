@@ -206,9 +206,7 @@ def _add_data(parser: Parser, *, own: bool) -> None:
     parser.add_argument(
         "--self-share", type=mixture, metavar="SHARE", help="of all tokens, written by the model beside --data FILE"
     )
-    parser.add_argument(
-        "--self-sequences", type=count, metavar="N", default=64, help="of --data self, of 512 tokens each (64)"
-    )
+    parser.add_argument("--self-sequences", type=count, metavar="N", help="of --data self, of 512 tokens each (64)")
 
 
 def share(word: str) -> float:

@@ -21,6 +21,8 @@ from lightning_prehab.statistics.scarce import REAL_SIZE
 
 #: Words for ``--data`` that are no files.
 SELF, NONE = "self", "none"
+#: Sequences that it writes where nothing else is said.
+SEQUENCES = 64
 #: Tokens of a sequence that the model writes, if it has positions for them.
 LENGTH = 512
 _SAID = "no --data: calibrated with text that the model writes; --data FILE takes yours, --data none cuts without."
@@ -35,8 +37,10 @@ def settle_data(settings: Any, wish: object) -> None:
         wish: The recipe; anything else, such as a plan, brings what it needs.
 
     Raises:
-        ArgumentError: If ``--self-share`` has nothing to be a share of.
+        ArgumentError: If ``--self-share`` has nothing to be a share of, or ``--self-sequences`` no effect.
     """
+    if settings.self_share is not None and settings.data in (None, SELF, NONE):
+        raise ArgumentError("--self-share is the part of own samples beside a text; give --data FILE too.")
     refines = getattr(settings, "refine", None) is not None
     profits = isinstance(wish, Recipe) and (refines or _profits(wish))
     if settings.data is None and profits and can_write(settings.source):
@@ -49,8 +53,11 @@ def settle_data(settings: Any, wish: object) -> None:
             note(_SAID)
     elif settings.data == NONE:
         settings.data = None
-    if settings.self_share is not None and settings.data in (None, SELF):
-        raise ArgumentError("--self-share is the part of own samples beside a text; give --data FILE too.")
+    if settings.self_sequences is not None and settings.data != SELF:
+        raise ArgumentError(
+            "--self-sequences says how many --data self has, and has no effect here; leave it out"
+            + (" (--self-share says how much there is beside a text)." if settings.data is not None else ".")
+        )
 
 
 def _profits(recipe: Recipe) -> bool:
@@ -79,7 +86,7 @@ def note_of_no_data(settings: Any, plan: CompressionPlan) -> None:
 
 def own_text(model: nn.Module, settings: Any) -> Batches:
     """Text that the model writes, for ``--data self``; in the settings its file stands for it from now on."""
-    batches, file = _written(model, settings, settings.self_sequences, _longest(model))
+    batches, file = _written(model, settings, settings.self_sequences or SEQUENCES, _longest(model))
     settings.data = "own samples" if file is None else str(file)
     note(f"{settings.data}: {describe(batches, text=False)}")
     return batches

@@ -31,14 +31,13 @@ from lightning_prehab.cli.inputs import (
     is_compressed,
     load_model,
     read_batches,
-    reason,
 )
 from lightning_prehab.cli.offloaded import compress_offloaded
 from lightning_prehab.cli.outputs import check_output, how_to_load, megabytes, note, show, write_model
 from lightning_prehab.cli.plans import PlanFiles, RecordingSite, beside_plan, read_plan
 from lightning_prehab.cli.recipes import read_recipe
 from lightning_prehab.compress import apply_plan_
-from lightning_prehab.errors import ArgumentError, PrehabError
+from lightning_prehab.errors import ArgumentError, PrehabError, reason
 from lightning_prehab.files.beside import REPORT
 from lightning_prehab.files.folders import load_compressed
 from lightning_prehab.plan.compression_plan import CompressionPlan
@@ -50,7 +49,7 @@ from lightning_prehab.report.figures import to_png
 from lightning_prehab.report.latency import ModelLatency, compare_latencies
 from lightning_prehab.road import operate, plan_budgets
 from lightning_prehab.sites import ProcessSite
-from lightning_prehab.statistics.batches import call_model, to_device
+from lightning_prehab.statistics.batches import call_model, explained, to_device
 from lightning_prehab.statistics.calibration import as_found
 from lightning_prehab.statistics.sums import LayerStatistics
 from lightning_prehab.surgery.factors import planned_targets
@@ -205,16 +204,12 @@ def _inputs(settings: Any, *, cut: bool = False) -> tuple[nn.Module, Batches | N
 
 def _check_fit(model: nn.Module, batch: Any, settings: Any) -> None:
     """One forward pass, so that data of another model is refused in one sentence, not in the middle of the work."""
-    try:
-        with as_found(model), torch.no_grad():
-            call_model(model, to_device(batch, torch.device(settings.device)))
-    except PrehabError:
-        raise
-    except Exception as error:  # whatever the user's model leads to
-        raise ArgumentError(
-            f"--data {settings.data}: the model cannot be called on its first batch ({reason(error)}); give "
-            "other data, or for lines that are too long a smaller --max-length."
-        ) from error
+    who, way_out = (
+        f"--data {settings.data}: the model",
+        "give other data, or for lines that are too long a smaller --max-length",
+    )
+    with explained("its first batch", who, way_out), as_found(model), torch.no_grad():
+        call_model(model, to_device(batch, torch.device(settings.device)))
 
 
 def _report_of(path: Path) -> Path:

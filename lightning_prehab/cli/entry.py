@@ -1,7 +1,9 @@
 """Where the command line begins. What a command works with is imported once its words have been understood."""
 
+import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from lightning_prehab.cli.arguments import parse
 from lightning_prehab.cli.warned import plainly
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with plainly():
             COMMANDS[settings.command](settings)
     except PrehabError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_with_option(str(error), settings)}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)
@@ -38,3 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _with_option(message: str, settings: Any) -> str:
+    """A message that begins with the name of an argument, with the option that it was given with instead."""
+    argument = re.split("[: ]", message, maxsplit=1)[0]
+    name = {"rank_overrides": "rank_override"}.get(argument, argument)
+    if getattr(settings, name, None) in (None, False):
+        return message
+    return f"--{name.replace('_', '-')}{message.removeprefix(argument)}"

@@ -4,7 +4,6 @@ import json
 import pickle
 import pkgutil
 import re
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_prehab.errors import ArgumentError, PrehabError
+from lightning_prehab.errors import ArgumentError, PrehabError, reason
 from lightning_prehab.files.checkpoints import load_from_checkpoint
 from lightning_prehab.files.folders import STRUCTURE
 from lightning_prehab.layers.linear import LowRankLayer
@@ -71,12 +70,6 @@ def is_compressed(folder: Path) -> bool:
         return bool(config["quantization_config"]["quant_method"] == METHOD)
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def reason(error: Exception) -> str:
-    """What another library says, in one line."""
-    words = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {textwrap.shorten(words, 200)}"
 
 
 def check_compressed(folder: Path) -> None:
@@ -160,8 +153,12 @@ def describe(batches: Batches, *, text: bool) -> str:
     rows = sum(batch_size(batch) for batch in batches)
     masks = [padding_mask(batch) for batch in batches]
     tokens = sum(int(mask.sum()) for mask in masks if mask is not None)
-    counted = f", {tokens:,} tokens" if tokens else ""
-    return f"{rows:,} {'lines' if text else 'rows'}{counted} in {len(batches):,} batches"
+    counted = f", {_many(tokens, 'token')}" if tokens else ""
+    return f"{_many(rows, 'line' if text else 'row')}{counted} in {_many(len(batches), 'batch')}"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 'es' if what.endswith('h') else 's'}"
 
 
 def example_batch(model: nn.Module, batches: Batches | None, rows: int, max_length: int) -> Any:
@@ -214,7 +211,19 @@ def _tokens(path: Path, source: Path, max_length: int) -> dict[str, Tensor]:
         encoded = tokenizer(lines, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
     except Exception as error:  # whatever a damaged tokenizer leads to
         raise _no_use(source, error) from error
+    if _is_all_unknown(encoded["input_ids"], tokenizer):
+        raise ArgumentError(f"--data {path}: the tokenizer of {source} knows no word of it; give text of the model.")
     return dict(encoded)
+
+
+def _is_all_unknown(tokens: Tensor, tokenizer: Any) -> bool:
+    """Whether a text is nothing but the token for what is unknown, and special ones around it."""
+    unknown = tokenizer.unk_token_id
+    others = set(tokenizer.all_special_ids) - {unknown}
+    if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        return False
+    words = tokens[~torch.isin(tokens, torch.tensor(sorted(others), dtype=tokens.dtype))]
+    return bool((words == unknown).all())
 
 
 def read_tokenizer(source: Path, why: str) -> Any:

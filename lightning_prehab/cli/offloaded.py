@@ -16,6 +16,8 @@ from lightning_prehab.offload.skeleton import Skeleton, Source
 _NOT_HERE = {
     "plan": "--offload plans by itself; leave --plan out",
     "model": "--offload is for Hugging Face folders; leave --model out",
+    "trials": "--trials tries cuts on the whole model, and --offload never has it in memory; leave one out",
+    "self_sequences": "--self-sequences has the whole model write text, and --offload never has it; leave one out",
     "self_share": "--self-share has the whole model write text, and --offload never has it in memory; leave one out",
     "layers_at_once": "--offload chooses by --memory how many layers it observes at a time; leave --layers-at-once out",
 }

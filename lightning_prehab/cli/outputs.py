@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,17 @@ def write_model(model: nn.Module, report: CompressionReport, source: Path, outpu
 
 @contextmanager
 def beside(output: Path) -> Iterator[Path]:
-    """A folder beside the output, on the same disk, that is gone afterwards."""
+    """A folder beside the output, on the same disk, that is gone afterwards, and folders around it that stay empty."""
+    missing = [folder for folder in output.absolute().parents if not folder.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     try:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        for folder in missing:  # from the innermost on
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
 
 
 def _make_pretrained(model: nn.Module, source: Path, folder: Path) -> None:

@@ -1,12 +1,35 @@
-"""Settings that are numbers: one sentence with the name and the value for those that cannot be used."""
+"""Arguments that cannot be used: one sentence with the name and the value."""
 
 import math
 import numbers
+import os
 
 from lightning_prehab.documents.settings import show
 from lightning_prehab.errors import ArgumentError
 
 _WORDS = {"[0, inf)": "be finite and not negative", "(0, inf)": "be positive and finite"}
+
+
+def check_kind(name: str, value: object, kind: type, words: str, *, optional: bool = False) -> None:
+    """Raises :class:`ArgumentError` unless ``value`` is of some type, or None where it may be.
+
+    >>> check_kind("statistics", 5, dict, "a mapping of statistics", optional=True)
+    Traceback (most recent call last):
+    lightning_prehab.errors.ArgumentError: statistics must be a mapping of statistics, or None, got 5.
+    """
+    if not (isinstance(value, kind) or (optional and value is None)):
+        raise ArgumentError(f"{name} must be {words}{', or None' if optional else ''}, got {show(value)}.")
+
+
+def check_path(name: str, value: object) -> None:
+    """Raises :class:`ArgumentError` unless ``value`` can be a path.
+
+    >>> check_path("folder", None)
+    Traceback (most recent call last):
+    lightning_prehab.errors.ArgumentError: folder must be a path, got None.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise ArgumentError(f"{name} must be a path, got {show(value)}.")
 
 
 def check_whole(name: str, value: object, least: int, *, optional: bool = False) -> None:

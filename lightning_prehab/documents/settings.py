@@ -164,7 +164,10 @@ def parse_yaml(text: str, *, whole: bool = True) -> object:
     except Exception as error:  # whatever a damaged file leads to
         raise PlanError(f"This is not a YAML document ({type(error).__name__}: {error}).") from error
     if whole and not text.rstrip().endswith("\n..."):
-        raise PlanError("The last line is not '...': the document is cut off. If it is complete, add that line.")
+        raise PlanError(
+            "The last line is not '...', which ends such a document: it is cut off, or another one. If it is complete, "
+            "add that line."
+        )
     return data
 
 

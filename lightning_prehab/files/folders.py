@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.__about__ import __version__
+from lightning_prehab.documents.checks import check_kind, check_path
 from lightning_prehab.errors import CheckpointError, PrehabError, UnsupportedError
 from lightning_prehab.layers.linear import LowRankLayer, LowRankPlusSparseLinear
 from lightning_prehab.layers.pivot import PivotLayer
@@ -27,6 +28,7 @@ from lightning_prehab.linalg.matrices import is_quantized
 from lightning_prehab.report.compression_report import CompressionReport
 from lightning_prehab.surgery.holders import names_holders
 from lightning_prehab.surgery.structure import follow_state_dict_
+from lightning_prehab.targets.find import check_model
 from lightning_prehab.targets.shards import check_not_in_shards
 
 #: Of the folder's layout.
@@ -53,11 +55,15 @@ def save_compressed(model: nn.Module, folder: str | os.PathLike[str], report: Co
         The folder.
 
     Raises:
+        ArgumentError: If an argument is something else.
         PrehabError: If the ``safetensors`` package is missing, or the state dict holds something else than tensors.
         CheckpointError: If ``folder`` is a file.
         UnsupportedError: If a tensor is quantized, sparse or nested, or lies in shards on several processes.
     """
     save, _ = _safetensors()
+    check_model(model)
+    check_path("folder", folder)
+    check_kind("report", report, CompressionReport, "a CompressionReport", optional=True)
     check_not_in_shards(model, "save_compressed")
     state = dict(model.state_dict())
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
@@ -141,10 +147,13 @@ def load_compressed(folder: str | os.PathLike[str], model: nn.Module) -> nn.Modu
         The same model, with the low-rank layers of the file and its weights.
 
     Raises:
+        ArgumentError: If an argument is something else.
         CheckpointError: If the files are missing, damaged or do not fit the model; the model is then as it was.
         PrehabError: If the ``safetensors`` package is missing.
     """
     _, load = _safetensors()
+    check_model(model)
+    check_path("folder", folder)
     path = Path(folder)
     _check_folder(path)
     try:

@@ -236,7 +236,7 @@ class Needs:
         found = [
             f"{self.blocks} blocks, one at a time: about {_gigabytes(self.memory)} of memory (for {what}) and "
             f"{_gigabytes(self.disk)} of disk{data}.",
-            f"About {in_words(seconds)} of computing, by a short measurement: an estimate, more on a busy machine.",
+            f"{in_words(seconds).capitalize()} of computing, by a short measurement: an estimate, more if others work.",
         ]
         if work.resumed:
             found.append(f"Going on with the unfinished work in {work.folder}.")

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prehab.errors import ArgumentError, PrehabError, StatisticsError
+from lightning_prehab.errors import StatisticsError
 from lightning_prehab.offload.chain import Call, Chain, Entrance
 from lightning_prehab.offload.skeleton import Skeleton
 from lightning_prehab.offload.states import States
 from lightning_prehab.offload.work import Work
 from lightning_prehab.progress import counted
 from lightning_prehab.statistics.backward import gradients_for
-from lightning_prehab.statistics.batches import batch_size
+from lightning_prehab.statistics.batches import batch_size, explained
 from lightning_prehab.statistics.calibration import loss_of
 from lightning_prehab.statistics.collector import Collector
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
@@ -172,15 +172,9 @@ def entered(chain: Chain, batch: Any, number: int) -> Entrance:
         ArgumentError: If the model does not take it.
         UnsupportedError: If the blocks cannot be run one at a time.
     """
-    try:
+    way_out = "give data of this model, in rows that are not too long for it"
+    with explained(f"batch {number}", way_out=way_out):
         return chain.enter(batch)
-    except PrehabError:
-        raise
-    except Exception as error:  # whatever the model leads to
-        raise ArgumentError(
-            f"The model cannot be called on batch {number} ({type(error).__name__}: {error}); give data of this model, "
-            "in rows that are not too long for it."
-        ) from error
 
 
 @contextmanager

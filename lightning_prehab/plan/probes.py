@@ -17,8 +17,8 @@ from lightning_prehab.rank_policies import Probe
 from lightning_prehab.rank_policies.base import check_probe_keep
 from lightning_prehab.statistics.batches import (
     as_predicted,
+    ask_model,
     batch_size,
-    call_model,
     check_batches,
     has_decoder,
     to_device,
@@ -78,9 +78,9 @@ def measure_probes(
         raise StatisticsError("batches is empty; probes need at least one batch.")
 
     def outputs() -> Iterator[Tensor]:
-        for batch in listed:
+        for number, batch in enumerate(listed):
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                output = call_model(model, batch) if forward is None else forward(model, batch)
+                output = ask_model(model, batch, number) if forward is None else forward(model, batch)
             yield _logits_or_loss(output)
 
     probes = {}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_prehab.errors import StatisticsError
 from lightning_prehab.refinement.memory import free_memory
 from lightning_prehab.refinement.pair import Pair
 from lightning_prehab.statistics.effect import same_randomness
@@ -35,14 +36,23 @@ class Exam:
 
     @torch.no_grad()
     def distance(self) -> float:
-        """The mean over all predictions."""
+        """The mean over all predictions.
+
+        Raises:
+            StatisticsError: If there are none, or the teacher answers with zeros alone where squares are compared.
+        """
         found = []
         for number, batch in enumerate(self._batches):
             right = self._right(number)
             with same_randomness(self._pair.device, number):
                 found.append(self._pair.distance(batch, right))
-        total = sum(float(one.total) for one in found)
-        return max(total, 0.0) / max(sum(one.weight for one in found), 1e-30)  # of equal answers rounding is left
+        total, weight = (sum(float(one[place]) for one in found) for place in range(2))
+        if weight == 0.0:
+            raise StatisticsError(
+                "There is nothing to measure on in the rows that are held back: no position of them counts, or the "
+                "teacher answers with zeros alone."
+            )
+        return max(total, 0.0) / weight  # of equal answers rounding is left
 
     def _right(self, number: int) -> list[Tensor]:
         if number in self._known:

@@ -12,8 +12,11 @@ from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.refinement.distance import Distance, answers_in, distance_of_all, measure_for
 from lightning_prehab.refinement.stand_ins import StandIns
 from lightning_prehab.refinement.trained import is_short, trainable
-from lightning_prehab.statistics.batches import as_predicted, call_model, has_decoder, tensors, to_device
+from lightning_prehab.statistics.batches import as_predicted, call_model, explained, has_decoder, tensors, to_device
 from lightning_prehab.statistics.running import copied
+
+_BATCHES = "give batches that it takes alone, without loss="
+_DENSE = "give the dense form of the model, and batches that both take alone"
 
 
 class Pair:
@@ -77,13 +80,20 @@ class Pair:
         )
 
     def ask(self, module: nn.Module, batch: Any) -> Any:
-        """What the model or the teacher, whichever is given, answers to a copy of a batch."""
+        """What the model or the teacher, whichever is given, answers to a copy of a batch.
+
+        Raises:
+            ArgumentError: If it does not take it.
+        """
+        dense = module is self.teacher
         device = next((one.device for one in module.parameters()), self.device)
         given = to_device(copied(batch), device)
         for one in tensors(given):
             if self._lifted and module is self.model and is_short(one):  # as its weights were
                 one.data = one.data.float()
-        return self.precisely(lambda: call_model(module, given), device, dense=module is self.teacher)
+        who, way_out = ("The teacher", _DENSE) if dense and module is not self.model else ("The model", _BATCHES)
+        with explained(f"a batch of type {type(batch).__name__}", who, way_out):
+            return self.precisely(lambda: call_model(module, given), device, dense)
 
     def precisely(self, work: Callable[[], Any], device: torch.device, dense: bool) -> Any:
         """What work of the model or the teacher gives in the precision of this pair, whatever autocast is on around it.

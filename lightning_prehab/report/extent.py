@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_prehab.layers.linear import LowRankLayer
-from lightning_prehab.targets.find import count_dense_parameters, count_parameters
+from lightning_prehab.targets.find import check_model, count_dense_parameters, count_parameters
 from lightning_prehab.targets.locate import layers_of
 
 
@@ -56,6 +56,9 @@ def print_compression(model: nn.Module) -> None:
     Args:
         model: Any model: one that was cut here or in a Trainer, that was loaded, or that was never cut.
 
+    Raises:
+        ArgumentError: If it is no module.
+
     >>> from lightning_prehab import compress_
     >>> model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
     >>> print_compression(model)
@@ -64,6 +67,7 @@ def print_compression(model: nn.Module) -> None:
     >>> print_compression(model)
     low-rank layers: 2 of 2 matrices || parameters: 672 of 1,320 (50.9 %), 1.96 times smaller
     """
+    check_model(model)
     print(Extent.of(model))
 
 

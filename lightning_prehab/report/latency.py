@@ -17,7 +17,7 @@ from lightning_prehab.documents.tables import Table
 from lightning_prehab.errors import ArgumentError, CheckpointError, PrehabError
 from lightning_prehab.plan.timing import time_calls
 from lightning_prehab.progress import counted, tell
-from lightning_prehab.statistics.batches import batch_size, call_model, to_device
+from lightning_prehab.statistics.batches import ask_model, batch_size, to_device
 from lightning_prehab.statistics.calibration import Forward, as_found
 from lightning_prehab.targets.find import count_parameters
 from lightning_prehab.targets.names import clean_name
@@ -189,7 +189,7 @@ def compare_latencies(
         forward: ``(model, batch) -> anything``, instead of calling the model on the batch.
 
     Raises:
-        ArgumentError: If there are no batches, or the models are on different devices.
+        ArgumentError: If there are no batches, a model cannot be called on them, or both are on different devices.
 
     >>> model = nn.Sequential(nn.Linear(8, 8))
     >>> latency = compare_latencies(model, model, [torch.ones(2, 8)])
@@ -199,7 +199,7 @@ def compare_latencies(
     device, other = (next(model.parameters()).device for model in (dense, compressed))
     if device != other:
         raise ArgumentError(f"The dense model is on {device}, the compressed one on {other}; move one of them.")
-    run = call_model if forward is None else forward
+    run = ask_model if forward is None else forward
     measured = []
     with as_found(dense), as_found(compressed), torch.no_grad():
         for batch in (to_device(found, device) for found in counted(batches, "measure")):

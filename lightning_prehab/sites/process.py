@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.documents.checks import check_whole
-from lightning_prehab.errors import ArgumentError, UnsupportedError
+from lightning_prehab.errors import UnsupportedError
 from lightning_prehab.factorizations import Decomposition
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.factors import Factors
@@ -38,6 +38,7 @@ from lightning_prehab.statistics.scarce import starved, warning_of_few_tokens, w
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 from lightning_prehab.statistics.trials import Trials, Tried
 from lightning_prehab.surgery.factors import compute_factors, planned_targets
+from lightning_prehab.surgery.optimizers import listed_optimizers
 from lightning_prehab.surgery.pretrained import check_pretrained
 from lightning_prehab.surgery.swap import swap_
 from lightning_prehab.surgery.untrained import held_by_none
@@ -83,13 +84,12 @@ class ProcessSite(Site):
             check_not_in_shards(model, "compress_")
         check_batches(batches, forward)
         check_whole("layers_at_once", layers_at_once, 1, optional=True)
-        if isinstance(optimizers, torch.optim.Optimizer):
-            raise ArgumentError("optimizers is one optimizer; give a list, for example optimizers=[optimizer].")
+        optimizers = listed_optimizers(optimizers)
         batches, self._evaluation = for_calibration(batches, evaluate, forward)
         if isinstance(batches, Iterator) and layers_at_once is not None:
             batches = list(batches)  # several passes are needed
         self.model = model
-        self._batches, self._forward, self._optimizers = batches, forward, list(optimizers)
+        self._batches, self._forward, self._optimizers = batches, forward, optimizers
         self._layers_at_once = layers_at_once
         self._decompositions: dict[str, Decomposition] = {}
         self._kept = KeptBatches()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_prehab.errors import ArgumentError
 from lightning_prehab.kinds import Kind, kind_of, view_of
 from lightning_prehab.statistics.collector import run_eagerly
 from lightning_prehab.targets.attached import has_hooks
@@ -20,7 +21,7 @@ def cheaply_if_possible(run: Callable[[bool], T]) -> T:
     """``run(True)``, without weight gradients; ``run(False)`` where a loss asks for the gradient in a weight itself."""
     try:
         return run(True)
-    except RuntimeError as error:
+    except (RuntimeError, ArgumentError) as error:  # of the loss, or of the model that makes it
         if "does not require grad" not in str(error):
             raise
     return run(False)

@@ -3,13 +3,14 @@
 import inspect
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prehab.documents.settings import show
-from lightning_prehab.errors import ArgumentError
+from lightning_prehab.errors import ArgumentError, PrehabError, reason
 
 #: A label that does not count, as for ``torch.nn.functional.cross_entropy``.
 IGNORED = -100
@@ -18,6 +19,12 @@ IGNORED = -100
 NO_BATCHES = (
     "batches is empty; calibration needs at least one batch. A generator can be gone through once only: make a "
     "new one, or give a list."
+)
+
+
+_WAY_OUT = (
+    "give data that it takes, or pass loss=, a function (model, batch) -> scalar that calls it, to collect_statistics "
+    "forward="
 )
 
 
@@ -122,25 +129,56 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
     Of a pair of inputs and labels a model that takes one argument is given the inputs alone; see :func:`is_labelled`.
 
+    Args:
+        model: It is called in the mode that it is in.
+        batch: On its device.
+
     Raises:
-        ArgumentError: If the model does not take it.
+        ArgumentError: If the batch is something else. What the model raises goes through: see :func:`explained`.
     """
-    try:
-        if isinstance(batch, Mapping):
-            return model(**batch)
-        if isinstance(batch, tuple | list):
-            return model(*batch[:1] if is_labelled(model, batch) else batch)
-        if isinstance(batch, Tensor):
-            return model(batch)
-    except TypeError as error:
-        raise ArgumentError(
-            f"The model cannot be called on a batch of type {type(batch).__name__} ({error}); pass loss=, a function "
-            "(model, batch) -> scalar, or to collect_statistics forward=."
-        ) from error
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch[:1] if is_labelled(model, batch) else batch)
+    if isinstance(batch, Tensor):
+        return model(batch)
     raise ArgumentError(
         f"A batch must be a mapping, a tuple, a list or a tensor, got {type(batch).__name__}; pass loss=, a "
         "function (model, batch) -> scalar, or to collect_statistics forward=, to call the model yourself."
     )
+
+
+def ask_model(model: nn.Module, batch: Any, number: int | None = None) -> Any:
+    """What a model answers to a batch, the one of this number if it has one.
+
+    Raises:
+        ArgumentError: If the model does not take it.
+    """
+    which = "a batch" if number is None else f"batch {number}"
+    with explained(f"{which} of type {type(batch).__name__}"):
+        return call_model(model, batch)
+
+
+@contextmanager
+def explained(what: str, who: str = "The model", way_out: str = _WAY_OUT) -> Iterator[None]:
+    """Inside, the error of a model that is called on a batch becomes one that says so.
+
+    Memory that is not there is no fault of the batch.
+
+    Args:
+        what: What it is called on.
+        who: What is called.
+        way_out: What can be done about it.
+
+    Raises:
+        ArgumentError: Instead of what is no :class:`~lightning_prehab.errors.PrehabError`, which is its cause.
+    """
+    try:
+        yield
+    except (PrehabError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the user's model leads to
+        raise ArgumentError(f"{who} cannot be called on {what} ({reason(error)}); {way_out}.") from error
 
 
 def is_labelled(model: nn.Module, batch: Any) -> bool:

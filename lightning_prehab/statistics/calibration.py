@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prehab.documents.checks import check_kind
 from lightning_prehab.errors import StatisticsError
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.matrices import require_finite, widened
 from lightning_prehab.linalg.modes import in_full_precision, outside_inference_mode
 from lightning_prehab.progress import counted
 from lightning_prehab.statistics.backward import cheaply_if_possible, gradients_for
-from lightning_prehab.statistics.batches import NO_BATCHES, batch_size, call_model, check_batches, to_device
+from lightning_prehab.statistics.batches import NO_BATCHES, ask_model, batch_size, check_batches, to_device
 from lightning_prehab.statistics.collector import Collector
 from lightning_prehab.statistics.sums import LayerStatistics, Wanted
 from lightning_prehab.targets.locate import Target
@@ -57,11 +58,17 @@ def collect_statistics(
         so on.
 
     Raises:
+        ArgumentError: If an argument is something else, or the model cannot be called on a batch (it is named).
         StatisticsError: If there are no batches, or no loss can be found.
         NumericalError: If a weight (the layer is named) or the model's logits are not finite.
     """
+    check_kind("model", model, nn.Module, "an nn.Module")
+    check_kind("targets", targets, Mapping, "a mapping of layers by name, as find_targets returns it")
+    check_kind("wanted", wanted, Wanted, "a Wanted, such as factorization.wanted", optional=True)
+    batches = [] if batches is None else batches
     check_batches(batches, forward)
     if wanted is None:
+        gradients = bool(gradients)
         wanted = Wanted(inputs=True, gradients=gradients, weight_gradients=gradients, magnitudes=True)
     for name, layer in targets.items():
         require_finite(view_of(layer).weight.detach(), f"Layer {name!r}: the weight")
@@ -91,7 +98,7 @@ def _pass(
             for batch in (to_device(found, device) for found in counted(batches, "calibrate")):
                 collector.begin_batch(batch, seen)
                 with torch.set_grad_enabled(wanted.backward):
-                    output = call_model(model, batch) if forward is None else forward(model, batch)
+                    output = ask_model(model, batch, seen) if forward is None else forward(model, batch)
                     if wanted.backward:
                         loss = loss_of(output, batch_size(batch), generator)
                         if not loss.requires_grad:

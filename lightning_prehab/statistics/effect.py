@@ -16,7 +16,7 @@ from lightning_prehab.kinds import MatrixView
 from lightning_prehab.linalg.factors import Factors
 from lightning_prehab.linalg.modes import in_full_precision
 from lightning_prehab.progress import tell
-from lightning_prehab.statistics.batches import as_predicted, call_model, has_decoder, to_device
+from lightning_prehab.statistics.batches import as_predicted, ask_model, has_decoder, to_device
 from lightning_prehab.statistics.calibration import Forward, as_found
 from lightning_prehab.statistics.divergence import divergence
 from lightning_prehab.statistics.outputs import logits_in, loss_in, next_token_loss, require_finite_output
@@ -227,21 +227,20 @@ def effect_of_cuts(
     changes = [Change.by_cut(views[name], found) for name, found in factors.items()]
     device = next(model.parameters()).device
 
-    def output_of(batch: Any, step: float) -> Any:
-        given = to_device(copy.deepcopy(batch), device)
+    def output_of(number: int, step: float) -> Any:
+        given = to_device(copy.deepcopy(batches[number]), device)
         with moved(changes, step), same_randomness(device), torch.set_grad_enabled(forward is not None):
-            return call_model(model, given) if forward is None else forward(model, given)
+            return ask_model(model, given, number) if forward is None else forward(model, given)
 
     def loss_at(number: int, step: float) -> float:
-        batch = batches[number]
-        output = output_of(batch, step)
+        output = output_of(number, step)
         found, logits = loss_in(output), logits_in(output)
         if found is not None:
             require_finite_output(found.detach(), "The loss")
             return float(found.detach())
         if logits is None:
             raise StatisticsError(f"The output ({type(output).__name__}) has neither a loss nor logits.")
-        logits, batch = logits.detach(), to_device(batch, device)
+        logits, batch = logits.detach(), to_device(batches[number], device)
         require_finite_output(logits, "The output of the model")
         text = next_token_loss(logits, batch)
         if number not in speaks:
@@ -250,7 +249,7 @@ def effect_of_cuts(
             return text[0]
         if step == 0.0:
             return 0.0
-        dense = logits_in(output_of(batch, 0.0))
+        dense = logits_in(output_of(number, 0.0))
         assert dense is not None
         total, count = divergence(dense.detach(), logits, as_predicted(batch, has_decoder(model)))
         return total / max(count, 1)

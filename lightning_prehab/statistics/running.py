@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_prehab.statistics.batches import call_model
+from lightning_prehab.statistics.batches import ask_model
 from lightning_prehab.statistics.calibration import Forward
 
 
@@ -15,7 +15,7 @@ def outputs_of(model: nn.Module, batch: Any, forward: Forward | None) -> list[An
     So there are logits to be found where a ``forward`` makes a loss of them.
     """
     if forward is None:
-        return [call_model(model, batch)]
+        return [ask_model(model, batch)]
     seen: list[Any] = []
     hook = model.register_forward_hook(lambda module, args, output: seen.append(output))
     try:

@@ -16,11 +16,12 @@ from lightning_prehab.linalg.modes import in_full_precision, outside_inference_m
 from lightning_prehab.surgery.holders import names_holders
 from lightning_prehab.surgery.hooks import lost_hooks
 from lightning_prehab.surgery.moments import mixed_state
-from lightning_prehab.surgery.optimizers import inherited_states, plan_edits
+from lightning_prehab.surgery.optimizers import inherited_states, listed_optimizers, plan_edits
 from lightning_prehab.surgery.pretrained import note_structure_
 from lightning_prehab.surgery.replacement import StateOf
 from lightning_prehab.surgery.swap import replace_modules_
 from lightning_prehab.targets.adapters import adapted_modules
+from lightning_prehab.targets.find import check_model
 from lightning_prehab.targets.locate import low_rank_layers
 from lightning_prehab.targets.names import Patterns, clean_name, join, match_names
 from lightning_prehab.targets.shards import check_not_in_shards
@@ -45,6 +46,7 @@ def to_pivot_(model: nn.Module, names: Patterns = None, optimizers: Iterable[tor
         The names of the changed layers, in model order.
 
     Raises:
+        ArgumentError: If an argument is something else.
         TargetError: If a pattern matches no low-rank layer, or an adapter of peft is on the factors of one.
         UnsupportedError: If a layer that is named has no pivot layout (as one of whose factors just one is frozen) or
             shares its weights, somebody has put hooks on the parts of one, or an optimizer cannot follow. The model is
@@ -73,6 +75,7 @@ def to_factors_(
         The names of the changed layers, in model order.
 
     Raises:
+        ArgumentError: As :func:`to_pivot_`.
         TargetError: As :func:`to_pivot_`.
         UnsupportedError: As :func:`to_pivot_`.
 
@@ -97,7 +100,9 @@ def _relay_(
     leave_out: bool,
 ) -> list[str]:
     """Changes the layout of some layers, and without names of all, where that can leave those out that have none."""
+    check_model(model)
     check_not_in_shards(model, "A change of the layout")
+    optimizers = listed_optimizers(optimizers)
     layers = {clean_name(name): layer for name, layer in low_rank_layers(model) if name}
     wanted = list(layers) if names is None else match_names(names, list(layers), "names")
     owners = parameter_owners(model)

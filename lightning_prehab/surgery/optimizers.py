@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_prehab.errors import UnsupportedError
+from lightning_prehab.documents.settings import show
+from lightning_prehab.errors import ArgumentError, UnsupportedError
 from lightning_prehab.linalg.sharding import is_distributed, local_part
 from lightning_prehab.surgery.meanings import ITERATES, counts_in_group, flags, readable_state
 from lightning_prehab.surgery.rehearsal import fresh_states
@@ -115,6 +116,20 @@ class GroupEdit:
 
 #: What an optimizer shall know of what takes the place of a weight: its group, the weight, the exchange.
 StatesOf = Callable[[torch.optim.Optimizer, Mapping[str, Any], Tensor, X], dict[Tensor, dict[str, Any]]]
+
+
+def listed_optimizers(optimizers: object) -> list[torch.optim.Optimizer]:
+    """The optimizers one by one.
+
+    Raises:
+        ArgumentError: If they are none.
+    """
+    if isinstance(optimizers, torch.optim.Optimizer):
+        raise ArgumentError("optimizers is one optimizer; give a list, for example optimizers=[optimizer].")
+    found: list[Any] = list(optimizers) if isinstance(optimizers, Iterable) else [None]
+    if not all(hasattr(one, "param_groups") for one in found):
+        raise ArgumentError(f"optimizers must be a list of optimizers, got {show(optimizers)}.")
+    return found
 
 
 def plan_edits(optimizer: torch.optim.Optimizer, replacements: Sequence[X], states: StatesOf[X]) -> list[GroupEdit]:

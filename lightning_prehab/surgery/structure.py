@@ -14,6 +14,7 @@ from lightning_prehab.surgery.pretrained import note_structure_
 from lightning_prehab.surgery.stored import follower, stored_factors
 from lightning_prehab.surgery.swap import replace_modules_
 from lightning_prehab.targets.adapters import adapted_modules
+from lightning_prehab.targets.find import check_model
 from lightning_prehab.targets.locate import low_rank_layers
 from lightning_prehab.targets.names import Patterns, clean_name, join, match_names
 from lightning_prehab.targets.shards import check_not_in_shards
@@ -73,6 +74,7 @@ def to_dense_(model: nn.Module, names: Patterns = None) -> list[str]:
         The names of the replaced layers, in model order; empty if ``names`` is None and there are none.
 
     Raises:
+        ArgumentError: If ``model`` is no module, or ``names`` are no names.
         TargetError: If a pattern matches no low-rank layer, or an adapter of peft is on the factors of one; the model
             is then as it was.
 
@@ -81,6 +83,7 @@ def to_dense_(model: nn.Module, names: Patterns = None) -> list[str]:
     >>> to_dense_(model), type(model[0]).__name__
     (['0'], 'Linear')
     """
+    check_model(model)
     check_not_in_shards(model, "to_dense_")
     found = [clean_name(name) for name, _ in low_rank_layers(model) if name]
     wanted = found if names is None else match_names(names, found, "names")

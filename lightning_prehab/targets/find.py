@@ -79,7 +79,7 @@ def find_targets(
         The targets in model order. Layers under several names (shared modules) appear once, under the first.
 
     Raises:
-        ArgumentError: If ``model`` is no module.
+        ArgumentError: If ``model`` is no module, or there are patterns that are none.
         TargetError: If nothing matches, a pattern matches nothing, or a layer addressed by its full name cannot be cut.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -93,7 +93,7 @@ def find_targets(
     metrics = measured_by(model)
     measuring = {name: metrics[id(found.module)] for name, found in candidates.items() if id(found.module) in metrics}
     wanted = {name for name in names if name not in measuring} if target_modules is None else set()
-    for pattern in as_list(target_modules):
+    for pattern in as_list(target_modules, "target_modules"):
         fits = match_names(pattern, names, "target_modules", owner)
         wanted.update(name for name in fits if name not in measuring or begins_with(pattern, measuring[name]))
         if pattern in candidates and candidates[pattern].reason is not None:

@@ -2,10 +2,11 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from lightning_prehab.errors import TargetError
+from lightning_prehab.documents.settings import show
+from lightning_prehab.errors import ArgumentError, TargetError
 
 Patterns = str | Sequence[str] | None
 
@@ -22,10 +23,11 @@ def match_names(
         layers: Name of the layer for each name that may be matched in its place.
 
     Raises:
+        ArgumentError: If they are no patterns.
         TargetError: If a pattern fits no name; near names are listed.
     """
     found: set[str] = set()
-    for pattern in as_list(patterns):
+    for pattern in as_list(patterns, what):
         fits: list[str] = []
         for tried in (pattern, f"*.{pattern}"):
             fits = fits or [name for name in names if fnmatchcase(name, tried)]
@@ -79,8 +81,18 @@ def stored_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_checkpoint_wrapped_module")
 
 
-def as_list(patterns: Patterns) -> list[str]:
-    """The patterns one by one."""
+def as_list(patterns: Patterns, what: str) -> list[str]:
+    """The patterns one by one.
+
+    Raises:
+        ArgumentError: If they are no patterns.
+
+    >>> as_list("fc*", "names"), as_list(None, "names")
+    (['fc*'], [])
+    """
     if patterns is None:
         return []
-    return [patterns] if isinstance(patterns, str) else list(patterns)
+    found = [patterns] if isinstance(patterns, str) else list(patterns) if isinstance(patterns, Iterable) else [None]
+    if not all(isinstance(one, str) for one in found):
+        raise ArgumentError(f"{what} must be a name or a pattern, or a list of them, or None, got {show(patterns)}.")
+    return found

@@ -173,7 +173,7 @@ def test_policies_that_ask_for_more(words, tmp_path, policy, capsys):
 
 def test_wrong_numbers_are_refused_before_the_work(words, capsys):
     for options, message in (
-        (["--rank-override", "mlp.0=99"], "rank_overrides: 99 does not suit layer 'net.mlp.0'"),
+        (["--rank-override", "mlp.0=99"], "--rank-override: 99 does not suit layer 'net.mlp.0'"),
         (["--rank-override", "nowhere=3"], "'nowhere' matches no layer"),
     ):
         assert main(["plan", *words, *options]) == 1

@@ -98,7 +98,7 @@ def test_an_interrupted_run_finds_them_and_leaves_nothing_half_written(
     with monkeypatch.context() as broken:
         broken.setattr(calibration_text.os, "replace", interrupted)
         assert main(words) == 130
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
     with monkeypatch.context() as broken:
         broken.setattr("lightning_prehab.cli.commands.operate", interrupted)
         assert main(words) == 130
@@ -138,8 +138,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(folder, tmp_path, capsys
 
 @pytest.mark.parametrize("more", [[], ["--method", "svd"], ["--layout", "pivot", "--trials", 2]])
 def test_a_refinement_trains_on_it_too(folder, tmp_path, capsys, more):
-    words = ["compress", folder, *ROWS, "--output", tmp_path / "small", "--refine", 1, *more]
-    assert json.loads(run(capsys, *words, "--json"))["report"]["refinement"]["steps"] <= 1
+    words = ["compress", folder, "--output", tmp_path / "small", "--refine", 1, *more]
+    assert json.loads(run(capsys, *words, *ROWS, "--json"))["report"]["refinement"]["steps"] <= 1
     assert "give --data FILE, or self" in refused(capsys, *words, "--force", "--data", "none")
 
 
@@ -235,6 +235,13 @@ def test_what_is_refused(folder, tmp_path, capsys):
     words = ["compress", folder, "--output", tmp_path / "small"]
     for more in (["--data", "self"], ["--data", "none"], []):
         assert "give --data FILE too" in refused(capsys, *words, *more, "--self-share", 0.5)
+    assert main([*map(str, words), "--self-share", "0.5"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1  # it does not say that own samples are taken, too
+    text = folder.parent / "text.txt"
+    for more in ([], ["--self-share", 0.5]):
+        told = refused(capsys, *words, "--data", text, *more, "--self-sequences", 8)
+        assert "has no effect here; leave it out (--self-share says how much" in told
+    assert "has no effect here; leave it out." in refused(capsys, *words, "--data", "none", "--self-sequences", 8)
     torch.save([{"inputs_embeds": torch.zeros(4, 8, 32)}], tmp_path / "numbers.pt")
     assert "have no input_ids" in refused(capsys, *words, "--data", tmp_path / "numbers.pt", "--self-share", 0.5)
     for share in ("0", "1", "1.5", "half"):

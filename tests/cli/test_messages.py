@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -221,3 +222,31 @@ def test_how_much_data_there_is(name, said, bert, tmp_path, capsys):  # noqa: F8
     if name == "text.txt":
         words = sum(len(line.split()) for line in path.read_text().splitlines())
         assert f"{words:,} tokens in " in err
+
+
+def test_an_argument_is_named_as_its_option(bert, tmp_path, capsys):  # noqa: F811
+    for option, value in (("--target-modules", "nope"), ("--exclude-modules", "nope"), ("--rank-override", "nope=3")):
+        told = refused(capsys, "plan", bert, option, value)
+        assert told.startswith(f"error: {option}: 'nope' matches no layer"), told
+    (tmp_path / "recipe.yaml").write_text("target_modules: nope\n")
+    told = refused(capsys, "plan", bert, "--recipe", tmp_path / "recipe.yaml")
+    assert told.startswith("error: target_modules: 'nope' matches no layer"), told  # as it stands in the file
+
+
+def test_one_of_a_thing_is_said_so(bert, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "one.txt").write_text((bert / "text.txt").read_text().split()[0] + "\n")
+    assert main(["plan", str(bert), "--data", str(tmp_path / "one.txt")]) == 0
+    assert re.search(r": 1 line, 1 token in 1 batch\n", capsys.readouterr().err)
+
+
+def test_text_of_unknown_words_is_refused(bert, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "other.txt").write_text("☃ ☃\n☃\n")
+    told = refused(capsys, "plan", bert, "--data", tmp_path / "other.txt")
+    assert "knows no word of it; give text of the model" in told
+    (tmp_path / "other.txt").write_text("☃ ☃\n" + (bert / "text.txt").read_text().splitlines()[0])
+    run(capsys, "plan", bert, "--data", tmp_path / "other.txt")
+
+
+def test_a_file_that_is_no_plan(bert, tmp_path, capsys):  # noqa: F811
+    told = refused(capsys, "compress", bert, "--plan", bert / "text.txt", "--output", tmp_path / "small")
+    assert "it is cut off, or another one" in told

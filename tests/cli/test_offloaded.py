@@ -81,8 +81,8 @@ def test_json_and_force(folder, capsys):
         (["--refine", "--data", "none"], "with --offload give --data FILE"),
         (["--self-share", "0.5"], "--self-share has the whole model write text"),
         (["--data", "self"], "--data self has the whole model write text"),
-        (["--trials", "2"], "tries cuts on the whole model"),
-        (["--data", "none", "--trials", "2"], "tries cuts on the whole model"),
+        (["--trials", "2"], "--trials tries cuts on the whole model"),
+        (["--self-sequences", "2"], "--self-sequences has the whole model write text"),
         (["--data", "none", "--method", "whitened"], "needs --data"),
     ],
 )
@@ -100,7 +100,7 @@ HOW |= {"split_fused", "layout", "refine"}
 
 def test_no_option_is_passed_over_in_silence():
     """What the offloaded way does not read, it refuses: see the cases above."""
-    refused = {"evaluate", "device", "trials", *_NOT_HERE} | {"self_sequences"}  # with --data self alone
+    refused = {"evaluate", "device", *_NOT_HERE}
     assert {*vars(parse(["compress", "x", "--output", "y"]))} - {"command"} == HERE | HOW | refused
 
 

@@ -190,7 +190,7 @@ def test_yaml_round_trip_is_exact(key, value, one_line):
         ("a: 2001-99-99\n...\n", "not a YAML document .ValueError"),
         ("a: 1\n--- \nb: 2\n...\n", "not a YAML document .ComposerError"),
         ("a: !!python/object/apply:os.system ['true']\n...\n", "not a YAML document .ConstructorError"),
-        ("a: 1\nb: 2\n", "The last line is not '...': the document is cut off"),
+        ("a: 1\nb: 2\n", "The last line is not '...', which ends such a document: it is cut off"),
         ("", "cut off"),
         ("a: 1\nb:\n- {c: 1, d: 2}\n- c: 1\n  d: 2\n  c: 3\n...\n", "Line 6: the key 'c' stands twice"),
     ],

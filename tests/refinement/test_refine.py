@@ -353,6 +353,53 @@ def test_what_cannot_be_refined_is_refused_before_the_cut(wrap, make, wish, word
     assert_same_weights(model, before)
 
 
+@pytest.mark.parametrize("scope", ["model", "blocks"])
+@pytest.mark.parametrize("where", [0, -1])
+def test_a_batch_that_the_model_does_not_take_is_told(scope, where):
+    model, dense, batches = cut("language")
+    before = copy.deepcopy(model)
+    batches[where] = {"input_ids": torch.full((32, 16), 48)}  # one more than it knows
+    words = r"The (model|teacher) cannot be called on a batch of type dict \(IndexError: index out of range.*give"
+    with pytest.raises(PrehabError, match=words):
+        lp.refine_(model, dense, batches, lp.Refinement(8, scope=scope), progress=False)
+    assert_same_weights(model, before)
+    with pytest.raises(PrehabError, match="cannot be called on"):
+        lp.compress_(copy.deepcopy(dense), 0.5, batches, refine=2, progress=False)
+
+
+def test_another_model_is_no_teacher():
+    model, _, batches = cut("mlp")
+    before = copy.deepcopy(model)
+    with pytest.raises(PrehabError, match=r"The teacher cannot be called on .*; give the dense form of the model"):
+        lp.refine_(model, nn.Linear(3, 3), batches, 2, progress=False)
+    assert_same_weights(model, before)
+
+
+@pytest.mark.parametrize("all_of_them", [True, False])
+def test_masks_that_leave_nothing_are_refused(all_of_them):
+    model, dense, batches = cut("language")
+    before = copy.deepcopy(model)
+    for batch in batches[: None if all_of_them else 1]:
+        batch["attention_mask"] = torch.zeros(32, 16, dtype=torch.int64)
+    if not all_of_them:
+        assert lp.refine_(model, dense, batches, 2, progress=False).before > 0.0
+        return
+    with pytest.raises(PrehabError, match="attention_mask leaves out every position of the rows that are held back"):
+        lp.refine_(model, dense, batches, 2, progress=False)
+    assert_same_weights(model, before)
+
+
+def test_a_teacher_that_says_nothing_is_refused():
+    model, dense, batches = cut("mlp")
+    before = copy.deepcopy(model)
+    with torch.no_grad():
+        for one in dense.parameters():
+            one.zero_()
+    with pytest.raises(PrehabError, match="the teacher answers with zeros alone"):
+        lp.refine_(model, dense, batches, lp.Refinement(2, measure="squared"), progress=False)
+    assert_same_weights(model, before)
+
+
 def test_a_block_with_nothing_to_train_is_passed_over():
     dense = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16, bias=False), nn.Tanh()) for _ in range(2)))
     model, batches = copy.deepcopy(dense), [torch.randn(32, 16) for _ in range(4)]

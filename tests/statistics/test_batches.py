@@ -8,7 +8,14 @@ from torch import nn
 
 import lightning_prehab as lp
 from lightning_prehab.errors import ArgumentError
-from lightning_prehab.statistics.batches import as_predicted, call_model, has_decoder, is_labelled, padding_mask
+from lightning_prehab.statistics.batches import (
+    as_predicted,
+    ask_model,
+    call_model,
+    has_decoder,
+    is_labelled,
+    padding_mask,
+)
 
 
 class Two(nn.Module):
@@ -73,8 +80,8 @@ def test_a_model_that_takes_two_is_given_two(kind):
     ],
 )
 def test_what_may_be_something_else_is_refused_and_the_way_out_named(batch):
-    with pytest.raises(ArgumentError, match=r"cannot be called on a batch of type list .*; pass loss="):
-        call_model(nn.Sequential(nn.Linear(3, 2)), batch)
+    with pytest.raises(ArgumentError, match=r"cannot be called on a batch of type list .*or pass loss="):
+        ask_model(nn.Sequential(nn.Linear(3, 2)), batch)
 
 
 def test_image_models_are_calibrated_with_labelled_batches():

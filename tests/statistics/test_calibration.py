@@ -276,7 +276,7 @@ def test_batches_keep_their_type():
     batch = Batch(torch.randn(6, 4), torch.randn(6, 3))
     targets = lp.find_targets(model)
     lp.collect_statistics(model, targets, [batch], forward=lambda m, b: (m(b.x) - b.y).square().mean(), gradients=True)
-    with pytest.raises(ArgumentError, match="cannot be called on a batch of type Batch.*pass loss="):
+    with pytest.raises(ArgumentError, match="cannot be called on batch 0 of type Batch .*pass loss="):
         lp.collect_statistics(model, targets, [batch])
     with pytest.raises(ArgumentError, match="batches is one tensor"):
         lp.collect_statistics(model, targets, batch.x)
