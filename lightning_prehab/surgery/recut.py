@@ -16,6 +16,7 @@ from lightning_prehab.linalg.pivot import from_factor
 from lightning_prehab.linalg.products import Product
 from lightning_prehab.surgery.moments import mixed_state
 from lightning_prehab.surgery.replacement import Replacement, StateOf
+from lightning_prehab.targets.locate import Layer
 from lightning_prehab.targets.names import join
 
 #: A sum of products ``L g R``: see :func:`~lightning_prehab.surgery.moments.mixed_state`.
@@ -38,6 +39,19 @@ class Recut(Replacement):
     move exactly, as those of a dense weight do. In the pivot layout ``B`` holds rows of the identity and of ``C``, and
     its gradient is known from those of ``C`` and ``D``; see :class:`~lightning_prehab.surgery.layouts.Relaid`.
     """
+
+    @classmethod
+    def prepare(cls, layer: Layer, views: dict[str, MatrixView], factors: Mapping[str, Factors]) -> Replacement:
+        """The smaller factors: each is trained if the one in its place was; in another layout both if any was."""
+        made = super().prepare(layer, views, factors)
+        assert isinstance(made, Recut)
+        before = low_rank_view(views[""])
+        flags = [one.requires_grad for one in before.parameters]
+        if (before.layout == "pivot") != isinstance(made.new, PivotLayer):
+            flags = [any(flags)] * 2
+        for name, trained in zip(made._names(), flags, strict=True):
+            made.new.get_parameter(name).requires_grad_(trained)
+        return made
 
     def replaced(self) -> list[nn.Parameter]:
         """Both factors."""

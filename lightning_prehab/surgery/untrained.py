@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 import torch
+from torch import nn
 
 from lightning_prehab.kinds import view_of
 from lightning_prehab.targets.locate import Target
@@ -27,9 +28,14 @@ def held_by_none(targets: Mapping[str, Target], optimizers: Iterable[torch.optim
 
 def frozen(targets: Mapping[str, Target]) -> list[str]:
     """Names of those whose weights are not trained at all."""
-    return [name for name, target in targets.items() if not view_of(target).parameter.requires_grad]
+    return [name for name, target in targets.items() if not any(one.requires_grad for one in _matrices(target))]
 
 
 def _held(targets: Mapping[str, Target], optimizers: Iterable[torch.optim.Optimizer]) -> set[str]:
     held = {id(parameter) for one in optimizers for group in one.param_groups for parameter in group["params"]}
-    return {name for name, target in targets.items() if id(view_of(target).parameter) in held}
+    return {name for name, target in targets.items() if any(id(one) in held for one in _matrices(target))}
+
+
+def _matrices(target: Target) -> tuple[nn.Parameter, ...]:
+    """The weight, or both factors of a layer that has been cut before."""
+    return view_of(target).parameters

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 import lightning_prehab as lp
 from lightning_prehab.errors import PlanError, TargetError
 from lightning_prehab.layers.linear import LowRankLayer
+from lightning_prehab.layers.pivot import PivotLayer
 from lightning_prehab.linalg.products import Product, decompose_product
 from lightning_prehab.road import plan_budgets
 from lightning_prehab.sites import ProcessSite
@@ -262,6 +263,33 @@ def test_a_layer_that_keeps_its_rank_is_not_touched():
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items() if name[0] == "0")
 
 
+@pytest.mark.parametrize("flags", list(itertools.product([True, False], repeat=2)), ids=str)
+@pytest.mark.parametrize("layouts", list(itertools.product(["factors", "pivot"], repeat=2)), ids="-".join)
+@pytest.mark.parametrize("name", ["linear", "images", "transposed", "attention"])
+def test_what_was_frozen_stays_frozen(name, layouts, flags):
+    model, batches = _made(name)
+    lp.compress_(model, 0.7, batches, factorization=lp.SVD(), layout=layouts[0], progress=False)
+    for layer in _products(model):
+        for matrix, trained in zip(_sides(layer), flags, strict=True):
+            matrix.requires_grad_(trained)
+    lp.compress_(model, 0.3, batches, factorization=lp.SVD(), layout=layouts[1], progress=False)
+    for layer in _products(model):
+        same = isinstance(layer, PivotLayer) == (layouts[0] == "pivot")
+        wanted = list(flags) if same else [any(flags)] * 2
+        assert [matrix.requires_grad for matrix in _sides(layer)] == wanted, layer
+
+
+def _products(model):
+    """The low-rank layers that hold two matrices and no layers of the kind."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LowRankLayer)]
+    return [layer for layer in layers if not any(isinstance(one, LowRankLayer) for one in list(layer.modules())[1:])]
+
+
+def _sides(layer):
+    parts = ("D", "C") if isinstance(layer, PivotLayer) else ("A", "B")
+    return [getattr(layer, part).weight for part in parts]
+
+
 def test_keep_counts_against_the_dense_weights_and_must_be_less():
     model, batches = _made("linear")
     report = _cut(model, 0.5, batches)
@@ -411,7 +439,7 @@ def test_padding_is_left_out_of_layers_inside_of_attention(batch_first):
         assert_close(ours.gradient_second_moment(), found[1][name].gradient_second_moment(), atol=1e-9, rtol=1e-3)
 
 
-@pytest.mark.parametrize("layouts", itertools.product(["factors", "pivot"], repeat=2), ids="-".join)
+@pytest.mark.parametrize("layouts", list(itertools.product(["factors", "pivot"], repeat=2)), ids="-".join)
 def test_a_layer_that_is_within_its_share_does_not_grow(layouts):
     model, batches = _made("linear")
     _cut(model, 0.3, batches, target_modules=["0"], layout=layouts[0])
