@@ -1,6 +1,7 @@
 """The errors that this package raises on purpose; every one of them is a :class:`PrehabError`."""
 
-import textwrap
+#: Letters of what somebody else says.
+_LONGEST = 200
 
 
 class PrehabError(Exception):
@@ -39,11 +40,24 @@ class ReadOnlyError(UnsupportedError, AttributeError):
     """What a layer computes was assigned or deleted."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was missing, on any device: torch has a class of its own for that only where it is a GPU's.
+
+    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory")), is_out_of_memory(ValueError())
+    (True, False)
+    """
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(one in str(error) for one in words)
+    )
+
+
 def reason(error: BaseException) -> str:
     r"""What somebody else's code says, in one line.
 
     >>> reason(ValueError("too long\nand more"))
     'ValueError: too long'
     """
-    words = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {textwrap.shorten(words, 200)}"
+    words = next(iter(str(error).strip().splitlines()), "")
+    said = words if len(words) <= _LONGEST else f"{words[:_LONGEST]}..."
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -5,6 +5,7 @@ import math
 import types
 import typing
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from lightning_prehab.errors import ArgumentError, PlanError, TargetError
 from lightning_prehab.factorizations import Factorization
 from lightning_prehab.rank_policies import RankPolicy
 from lightning_prehab.regularizers import Penalty, Shrinkage
+from lightning_prehab.report.latency import compare_latencies
 
 #: What has no default.
 REQUIRED = {"epoch": 1, "keep": 0.5, "energy": 0.9, "density": 0.1}
@@ -118,6 +120,8 @@ CALLS = {
     "to_factors_": lambda path: {"model": low_rank("pivot")},
     "to_pivot_": lambda path: {"model": low_rank()},
 }
+#: Arguments that the message calls otherwise.
+NAMED = {"policy_or_keep": "keep", "forward": "loss", "refinement": "refine", "folder": ""}
 ELSEWHERE = {"compress_folder", "load_from_checkpoint", "own_samples"}
 
 
@@ -154,10 +158,52 @@ def test_something_else_for_an_argument(function, name, value, tmp_path):
     before = None if net is None else {key: tensor.clone() for key, tensor in net.state_dict().items()}
     with pytest.raises(lp.PrehabError) as caught:
         getattr(lp, function)(**{**arguments, name: value})
+    assert NAMED.get(name, name) in str(caught.value).lower()
     assert len(str(caught.value)) < 420
+    assert "\n" not in str(caught.value)
     if net is not None:
         assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
     assert not (tmp_path / "new").exists()
+
+
+def test_what_is_loaded_is_a_path():
+    class Lit(L.LightningModule):
+        pass
+
+    for load in (lp.CompressionPlan.from_yaml, lp.Recipe.from_yaml, lp.CompressionReport.load_json):
+        for value in (None, 5, [3]):
+            with pytest.raises(lp.PrehabError, match="must be a path, got"):
+                load(value)
+    for value in (None, 5, [3]):
+        with pytest.raises(lp.PrehabError, match=r"path must be the path of a \.ckpt file, or an open one, got"):
+            lp.load_from_checkpoint(Lit, value)
+    report = cut()
+    for save in (report.save_json, report.plan.to_yaml, lp.Recipe(0.5).to_yaml):
+        with pytest.raises(lp.PrehabError, match="path must be a path, got 5"):
+            save(5)
+
+
+def test_callbacks_refuse_them_when_they_are_made():
+    with pytest.raises(ArgumentError, match="module must be the dotted name of a module, or None, got 5"):
+        lp.RehabDistillation(module=5)
+    with pytest.raises(ArgumentError, match="device must be one that torch knows"):
+        lp.RehabDistillation(device=[3])
+    with pytest.raises(ArgumentError, match="objective must be"):
+        lp.PaperPrehab([3])
+
+
+def test_models_to_compare_or_to_look_at():
+    for wrong in (5, None):
+        with pytest.raises(ArgumentError, match="dense must be an nn.Module"):
+            compare_latencies(wrong, model(), batches())
+        with pytest.raises(ArgumentError, match="compressed must be an nn.Module"):
+            compare_latencies(model(), wrong, batches())
+    with pytest.raises(ArgumentError, match="There are no batches"):
+        compare_latencies(model(), model(), None)
+    with pytest.raises(ArgumentError, match="batches is one tensor"):
+        compare_latencies(model(), model(), torch.ones(2, 16))
+    with pytest.raises(ArgumentError, match="ReLU has no parameters"):
+        lp.collect_statistics(nn.ReLU(), {}, batches())
 
 
 @pytest.mark.parametrize("name", ["source", "output"])
@@ -167,48 +213,66 @@ def test_a_model_is_no_folder(name, value, tmp_path):
         lp.compress_folder(**{"source": tmp_path, "output": tmp_path / "new", name: value})
 
 
-def bad(batch):
-    """Batches of which the last one cannot be used."""
-    return [*batches(), batch]
+OTHER_BATCHES = [
+    (torch.ones(40, 3), r"Tensor with \d+x3 \(RuntimeError: mat1 and mat2 shapes"),
+    ({"inputs": torch.ones(40, 16)}, r"dict with inputs \d+x16 \(TypeError: .*unexpected keyword argument 'inputs'"),
+    ([torch.ones(40, 16, dtype=torch.int64)], r"list with \d+x16 \(RuntimeError: "),
+]
 
 
-@pytest.mark.parametrize(
-    ("batch", "said"),
-    [
-        (torch.ones(40, 3), r"batch 2 of type Tensor \(RuntimeError: mat1 and mat2 shapes"),
-        ({"inputs": torch.ones(40, 16)}, r"batch 2 of type dict \(TypeError: .*unexpected keyword argument 'inputs'"),
-        (torch.ones(40, 16, dtype=torch.int64), r"batch 2 of type Tensor \(RuntimeError: "),
-    ],
-)
-def test_a_batch_of_something_else_is_named(batch, said):
+@pytest.mark.parametrize(("batch", "said"), OTHER_BATCHES)
+@pytest.mark.parametrize("policy", [None, lp.ProbeBudget(0.5), lp.CalibratedBudget(0.5, trials=2)], ids=str)
+@pytest.mark.parametrize("where", [0, 2])
+def test_a_batch_of_something_else_is_told(batch, said, policy, where):
     net = model()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    for policy in (None, lp.ProbeBudget(0.5), lp.CalibratedBudget(0.5, trials=2)):
-        number = said if policy is None else said.replace("batch 2", r"batch \d")  # some are held back
-        with pytest.raises(ArgumentError, match=f"The model cannot be called on {number}"):
-            lp.compress_(net, 0.5, bad(batch), policy=policy)
+    data = batches()
+    data.insert(where, batch)
+    with pytest.raises(ArgumentError, match=f"The model cannot be called on a batch of type {said}.*; give data that"):
+        lp.compress_(net, 0.5, data, policy=policy)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    with pytest.raises(ArgumentError, match=f"The model cannot be called on a batch of type {said}"):
+        lp.compress_(net, 0.5, batches(), evaluate=[batch])
+    with pytest.raises(ArgumentError, match=f"The model cannot be called on a batch of type {said}"):
+        compare_latencies(net, model(), [batch])
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_a_token_beyond_the_vocabulary():
     net = nn.Sequential(nn.Embedding(9, 16), nn.Linear(16, 16))
     data = [torch.randint(9, (4, 5)) for _ in range(3)]
-    with pytest.raises(
-        ArgumentError, match=r"cannot be called on batch 3 of type Tensor \(IndexError: index out of range.*give data"
-    ):
-        lp.compress_(net, 0.5, [*data, torch.full((4, 5), 9)])
-    with pytest.raises(ArgumentError, match=r"The model cannot be called on a batch of type Tensor \(IndexError"):
-        lp.compress_(net, 0.5, data, evaluate=[torch.full((4, 5), 9)])
+    with pytest.raises(ArgumentError, match=r"of type Tensor with 6x5 \(IndexError: index out of range.*give data"):
+        lp.compress_(net, 0.5, [*data, torch.full((6, 5), 9)])
     assert type(net[1]) is nn.Linear
 
 
-def test_memory_that_is_not_there_is_no_fault_of_the_batch():
-    class Large(nn.Module):
-        def forward(self, x):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+class Raises(nn.Module):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
 
-    with pytest.raises(torch.OutOfMemoryError):
-        lp.compress_(nn.Sequential(nn.Linear(16, 16), Large()), 0.5, batches())
+    def forward(self, x):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError("none is left"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        TimeoutError("of the user's"),
+        UserWarning("made an error"),
+        KeyboardInterrupt(),
+        type("Stop", (Exception,), {})("control flow of the user's"),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_what_is_no_fault_of_the_batch_comes_as_it_is(error):
+    with pytest.raises(type(error)) as caught:
+        lp.compress_(nn.Sequential(nn.Linear(16, 16), Raises(error)), 0.5, batches())
+    assert caught.value is error
 
 
 #: What people write, and what they are told.

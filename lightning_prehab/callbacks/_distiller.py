@@ -23,6 +23,7 @@ from lightning_prehab.distillation.comparison import Comparison
 from lightning_prehab.distillation.replay import WAY_OUT, Pair, check_calls, features_of, pairs_of
 from lightning_prehab.distillation.teacher import Teacher
 from lightning_prehab.distillation.values import held
+from lightning_prehab.documents.checks import check_kind
 from lightning_prehab.documents.settings import show
 from lightning_prehab.errors import ArgumentError, NumericalError, StatisticsError, UnsupportedError
 from lightning_prehab.refinement.blocks import find_blocks
@@ -66,6 +67,7 @@ class Distiller:
         precision: Precision = "auto",
         device: str | torch.device | None = None,
     ) -> None:
+        check_kind("module", module, str, "the dotted name of a module", optional=True)
         self._who, self._form, self._temperature = who, form, temperature
         self._module, self._forward, self._feature_modules = module, forward, feature_modules
         self._precision: Precision = precision
@@ -393,7 +395,7 @@ def _undisturbed(pl_module: "pl.LightningModule") -> Iterator[None]:
 def _device(wish: str | torch.device) -> torch.device:
     try:
         return torch.device(wish)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ArgumentError(f"device must be one that torch knows ('cpu', 'cuda:0', ...), got {show(wish)}.") from error
 
 

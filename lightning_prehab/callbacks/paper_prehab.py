@@ -66,7 +66,7 @@ class PaperPrehab(PrehabCallback):
         target_modules: Patterns = None,
         exclude_modules: Patterns = None,
     ) -> None:
-        if objective not in STRENGTHS:
+        if not isinstance(objective, str) or objective not in STRENGTHS:
             raise ArgumentError(f"objective must be 'stable_rank' or 'nuclear_norm', got {objective!r}.")
         self._inside: list[tuple[RegularizedLayer, Tensor, Tensor]] = []  # the layer, its W and its M, during a step
         super().__init__(

@@ -204,11 +204,8 @@ def _inputs(settings: Any, *, cut: bool = False) -> tuple[nn.Module, Batches | N
 
 def _check_fit(model: nn.Module, batch: Any, settings: Any) -> None:
     """One forward pass, so that data of another model is refused in one sentence, not in the middle of the work."""
-    who, way_out = (
-        f"--data {settings.data}: the model",
-        "give other data, or for lines that are too long a smaller --max-length",
-    )
-    with explained("its first batch", who, way_out), as_found(model), torch.no_grad():
+    way_out = "give other data, or for lines that are too long a smaller --max-length"
+    with explained(batch, f"--data {settings.data}: the model", way_out), as_found(model), torch.no_grad():
         call_model(model, to_device(batch, torch.device(settings.device)))
 
 

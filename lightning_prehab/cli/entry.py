@@ -7,7 +7,15 @@ from typing import Any
 
 from lightning_prehab.cli.arguments import parse
 from lightning_prehab.cli.warned import plainly
-from lightning_prehab.errors import PrehabError
+from lightning_prehab.errors import PrehabError, is_out_of_memory, reason
+
+#: Names of arguments that messages begin with, and those of their options.
+_OPTIONS = {
+    "exclude_modules": "exclude_modules",
+    "memory": "memory",
+    "rank_overrides": "rank_override",
+    "target_modules": "target_modules",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,6 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: {reason(error)}. A smaller --batch-size or --max-length takes less.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -45,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _with_option(message: str, settings: Any) -> str:
     """A message that begins with the name of an argument, with the option that it was given with instead."""
     argument = re.split("[: ]", message, maxsplit=1)[0]
-    name = {"rank_overrides": "rank_override"}.get(argument, argument)
-    if getattr(settings, name, None) in (None, False):
+    name = _OPTIONS.get(argument)
+    if name is None or getattr(settings, name, None) is None:
         return message
     return f"--{name.replace('_', '-')}{message.removeprefix(argument)}"

@@ -223,7 +223,7 @@ def _is_all_unknown(tokens: Tensor, tokenizer: Any) -> bool:
     if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         return False
     words = tokens[~torch.isin(tokens, torch.tensor(sorted(others), dtype=tokens.dtype))]
-    return bool((words == unknown).all())
+    return len(words) > 0 and bool((words == unknown).all())
 
 
 def read_tokenizer(source: Path, why: str) -> Any:

@@ -64,17 +64,19 @@ def write_model(model: nn.Module, report: CompressionReport, source: Path, outpu
 
 @contextmanager
 def beside(output: Path) -> Iterator[Path]:
-    """A folder beside the output, on the same disk, that is gone afterwards, and folders around it that stay empty."""
+    """A folder beside the output, on the same disk, that is gone afterwards; on failure new ones around it are, too."""
     missing = [folder for folder in output.absolute().parents if not folder.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     try:
         yield work
-    finally:
+    except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         for folder in missing:  # from the innermost on
             with suppress(OSError):  # it holds something
                 folder.rmdir()
+        raise
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _make_pretrained(model: nn.Module, source: Path, folder: Path) -> None:

@@ -29,7 +29,7 @@ _short.maxstring = _short.maxother = 120
 
 def show(value: object) -> str:
     """``repr`` for messages, cut short: a damaged file can hold anything."""
-    return _short.repr(value)
+    return " ".join(_short.repr(value).split("\n"))  # of modules and optimizers it has lines
 
 
 def read_mapping(data: object, where: str, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
+from lightning_prehab.documents.settings import show
 from lightning_prehab.errors import ArgumentError, CheckpointError, UnsupportedError
 from lightning_prehab.files.distributed import check_complete, is_distributed
 from lightning_prehab.surgery.holders import names_holders
@@ -57,7 +58,7 @@ def load_from_checkpoint(cls: type[ModuleT], path: Any, *, weights_only: bool | 
         The module with its weights.
 
     Raises:
-        ArgumentError: If ``cls`` is no LightningModule class.
+        ArgumentError: If ``cls`` is no LightningModule class, or ``path`` is none.
         CheckpointError: If the factors do not fit the module (the layer is named), or the file is damaged, holds more
             than weights, or is no checkpoint of Lightning (the file is named).
         UnsupportedError: If ``weights_only`` is True, and Lightning is older than 2.6 and knows nothing of it.
@@ -68,6 +69,8 @@ def load_from_checkpoint(cls: type[ModuleT], path: Any, *, weights_only: bool | 
             f"load_from_checkpoint takes a LightningModule class and the path of a .ckpt file, got {found} in the "
             "place of the class: load_from_checkpoint(LitModel, path)."
         )
+    if not (isinstance(path, str | os.PathLike) or hasattr(path, "read")):
+        raise ArgumentError(f"path must be the path of a .ckpt file, or an open one, got {show(path)}.")
     if weights_only is not None and "weights_only" in inspect.signature(cls.load_from_checkpoint).parameters:
         kwargs["weights_only"] = weights_only
     elif weights_only:

@@ -173,7 +173,7 @@ class FolderSite(Site):
         """There must be batches, and blocks that run one at a time."""
         check_blocks_alone(refinement)
         self._sequences = Sequences(self._batches, refinement)
-        entered(self._chain, first_row(self._sequences.held_back[0]), 0)
+        entered(self._chain, first_row(self._sequences.held_back[0]))
         self._chain.rest()
 
     def teacher(self, refinement: Refinement) -> Skeleton:

@@ -1,7 +1,7 @@
 """The passes over a model on disk: forward block by block, then back, with what calibration sees of each on the way."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -48,8 +48,8 @@ class Sweep:
             work.finish("states-0")
 
     def _enter(self, take: Callable[[Tensor], None]) -> None:
-        for number, batch in enumerate(self._batches):
-            entrance = entered(self._chain, batch, number)
+        for batch in self._batches:
+            entrance = entered(self._chain, batch)
             self._calls.append(entrance.calls)
             self._states.note(entrance.states)
             take(entrance.states)
@@ -64,7 +64,9 @@ class Sweep:
             with self._skeleton.loaded(block), self._states.writing(f"states-{at}") as file, torch.no_grad():
                 for index in range(len(self._batches)):
                     states = self._states.read(f"states-{at - 1}", index)
-                    file.add(self._chain.run(at - 1, states, self._calls[index][at - 1]))
+                    with _asked(self._batches[index]):
+                        found = self._chain.run(at - 1, states, self._calls[index][at - 1])
+                    file.add(found)
 
     def block(self, number: int, targets: Mapping[str, Target]) -> dict[str, LayerStatistics]:
         """What calibration sees of targets in a block; what comes next is on disk then."""
@@ -83,7 +85,7 @@ class Sweep:
             for index, batch in enumerate(counted(self._batches, "calibrate")):
                 states = self._states.read(f"states-{number}", index).requires_grad_(backward)
                 collector.begin_batch(batch, index)
-                with torch.set_grad_enabled(backward):
+                with torch.set_grad_enabled(backward), _asked(batch):
                     found = chain.run(number, states, self._calls[index][number])
                 if backward:
                     gradient = self._states.read(f"gradients-{number + 1}", index)
@@ -107,7 +109,8 @@ class Sweep:
                 states = self._states.read(f"states-{last}", index).requires_grad_(backward)
                 collector.begin_batch(batch, index)
                 with torch.set_grad_enabled(backward):
-                    output = chain.leave(batch, states)
+                    with _asked(batch):
+                        output = chain.leave(batch, states)
                     if backward:
                         loss = loss_of(output, batch_size(batch), generator)
                         del output
@@ -127,7 +130,8 @@ class Sweep:
         with self._observing(collector, targets):
             for index, batch in enumerate(counted(self._batches, "calibrate")):
                 collector.begin_batch(batch, index)
-                states = chain.enter(batch, differentiable=backward).states
+                with _asked(batch):
+                    states = chain.enter(batch, differentiable=backward).states
                 if backward:
                     states.backward(self._states.read("gradients-0", index))  # type: ignore[no-untyped-call]
                     self._model.zero_grad(set_to_none=True)
@@ -165,15 +169,19 @@ class Sweep:
             yield file
 
 
-def entered(chain: Chain, batch: Any, number: int) -> Entrance:
+def _asked(batch: Any) -> AbstractContextManager[None]:
+    """Inside, the model or a part of it works on a batch, and what it raises is told as such."""
+    return explained(batch, way_out="give data of this model, in rows that are not too long for it")
+
+
+def entered(chain: Chain, batch: Any) -> Entrance:
     """What the blocks are given for a batch.
 
     Raises:
         ArgumentError: If the model does not take it.
         UnsupportedError: If the blocks cannot be run one at a time.
     """
-    way_out = "give data of this model, in rows that are not too long for it"
-    with explained(f"batch {number}", way_out=way_out):
+    with _asked(batch):
         return chain.enter(batch)
 
 

@@ -34,8 +34,8 @@ class Way:
     def enter(self, begin: bool) -> None:
         """Learns what the blocks are called with; the states before the first one are written if it begins."""
         with self._states.writing(self._file(0)) if begin else nullcontext() as file:
-            for number, part in enumerate(self._parts):
-                entrance = entered(self.chain, part, number)
+            for part in self._parts:
+                entrance = entered(self.chain, part)
                 self._calls.append(entrance.calls)
                 self._states.note(entrance.states)
                 if file is not None:

@@ -46,6 +46,7 @@ class Work:
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         self._output = output
         self.folder = output.parent / f".{output.name}.{digest}"
+        self._missing = [folder for folder in output.absolute().parents if not folder.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.folder)
         self.resumed = (self.folder / _WISH).is_file()
@@ -105,6 +106,9 @@ class Work:
             return
         if not any(note != self._note(FIT) for note in self.folder.glob("*.done")):
             shutil.rmtree(self.folder, ignore_errors=True)
+            for folder in self._missing:  # from the innermost on
+                with contextlib.suppress(OSError):  # it holds something
+                    folder.rmdir()
         if self._lock is not None:
             self._lock.close()
             self._lock = None

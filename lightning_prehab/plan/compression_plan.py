@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_prehab.documents import settings
+from lightning_prehab.documents.checks import check_path
 from lightning_prehab.documents.numbers import format_increase, format_loss, format_times
 from lightning_prehab.documents.tables import Table
 from lightning_prehab.errors import PlanError
@@ -206,6 +207,7 @@ class CompressionPlan:
             text += "- " + "".join(lines.values()).rstrip("\n").replace("\n", "\n  ") + "\n"
         text += settings.format_yaml("skipped", skipped) + "...\n"
         if path is not None:
+            check_path("path", path)
             Path(path).write_text(text, encoding="utf-8")
         return text
 
@@ -221,6 +223,7 @@ class CompressionPlan:
         """
         if isinstance(text_or_path, str) and "\n" in text_or_path:
             return cls.from_dict(settings.parse_yaml(text_or_path))
+        check_path("text_or_path", text_or_path)
         text = settings.read_file(text_or_path)
         try:
             return cls.from_dict(settings.parse_yaml(text))

@@ -78,9 +78,9 @@ def measure_probes(
         raise StatisticsError("batches is empty; probes need at least one batch.")
 
     def outputs() -> Iterator[Tensor]:
-        for number, batch in enumerate(listed):
+        for batch in listed:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                output = ask_model(model, batch, number) if forward is None else forward(model, batch)
+                output = ask_model(model, batch) if forward is None else forward(model, batch)
             yield _logits_or_loss(output)
 
     probes = {}

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from torch import nn
 
 from lightning_prehab.documents import settings
-from lightning_prehab.documents.checks import check_whole
+from lightning_prehab.documents.checks import check_path, check_whole
 from lightning_prehab.errors import ArgumentError, PlanError
 from lightning_prehab.factorizations import SVD, Factorization, KroneckerSVD
 from lightning_prehab.linalg.storage import Layout
@@ -198,6 +198,7 @@ class Recipe:
         """
         text = _HEADER + "".join(settings.format_yaml(key, value) for key, value in self.to_dict().items())
         if path is not None:
+            check_path("path", path)
             Path(path).write_text(text, encoding="utf-8")
         return text
 
@@ -214,6 +215,7 @@ class Recipe:
         where, text = "", text_or_path
         try:
             if not (isinstance(text, str) and "\n" in text):
+                check_path("text_or_path", text_or_path)
                 where, text = f"{os.fspath(text_or_path)}: ", settings.read_file(text_or_path)
             return cls.from_dict(settings.parse_yaml(text, whole=False))
         except (ArgumentError, PlanError) as error:

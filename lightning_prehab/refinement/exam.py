@@ -49,8 +49,8 @@ class Exam:
         total, weight = (sum(float(one[place]) for one in found) for place in range(2))
         if weight == 0.0:
             raise StatisticsError(
-                "There is nothing to measure on in the rows that are held back: no position of them counts, or the "
-                "teacher answers with zeros alone."
+                "There is nothing to measure on in the rows that are held back: attention_mask or labels leave out "
+                "every position of them, or the dense model answers with zeros alone."
             )
         return max(total, 0.0) / weight  # of equal answers rounding is left
 

@@ -15,8 +15,7 @@ from lightning_prehab.refinement.trained import is_short, trainable
 from lightning_prehab.statistics.batches import as_predicted, call_model, explained, has_decoder, tensors, to_device
 from lightning_prehab.statistics.running import copied
 
-_BATCHES = "give batches that it takes alone, without loss="
-_DENSE = "give the dense form of the model, and batches that both take alone"
+_WAY_OUT = "both forms of the model are called on the batches alone, without loss="
 
 
 class Pair:
@@ -91,8 +90,7 @@ class Pair:
         for one in tensors(given):
             if self._lifted and module is self.model and is_short(one):  # as its weights were
                 one.data = one.data.float()
-        who, way_out = ("The teacher", _DENSE) if dense and module is not self.model else ("The model", _BATCHES)
-        with explained(f"a batch of type {type(batch).__name__}", who, way_out):
+        with explained(batch, "The dense model" if dense else "The cut model", _WAY_OUT):
             return self.precisely(lambda: call_model(module, given), device, dense)
 
     def precisely(self, work: Callable[[], Any], device: torch.device, dense: bool) -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.refinement.settings import Refinement
-from lightning_prehab.statistics.batches import batch_size, check_batches, padding_mask, tensors
+from lightning_prehab.statistics.batches import batch_size, check_batches, tensors
 from lightning_prehab.statistics.held_back import hold_back, rows_of
 from lightning_prehab.statistics.running import copied
 
@@ -30,7 +30,7 @@ class Sequences:
         held_back: What is measured on, in parts of the same size.
 
     Raises:
-        ArgumentError: If there is too little to hold something back, or nothing in it counts.
+        ArgumentError: If there is too little to hold something back.
     """
 
     def __init__(self, batches: Iterable[Any] | None, refinement: Refinement) -> None:
@@ -54,12 +54,6 @@ class Sequences:
         training, held_back = hold_back(found, share, " (a refinement measures on a part of them)")
         self.training = [part for batch in training for part in _parts(batch, refinement.rows)]
         self.held_back = [part for batch in held_back for part in _parts(batch, refinement.rows)]
-        masks = [padding_mask(batch) for batch in held_back]
-        if all(mask is not None and not mask.any() for mask in masks):
-            raise ArgumentError(
-                "attention_mask leaves out every position of the rows that are held back to measure on; it has to be 1 "
-                "where a token counts."
-            )
         self._generator = torch.Generator().manual_seed(refinement.seed)
 
     @property

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightning_prehab.documents import settings
+from lightning_prehab.documents.checks import check_path
 from lightning_prehab.documents.tables import Table
 from lightning_prehab.errors import ArgumentError, CheckpointError, PrehabError
 from lightning_prehab.factorizations import Factorization
@@ -233,6 +234,7 @@ class CompressionReport(Facts):
         Raises:
             PlanError: If the factorization cannot be written down (a class of your own, in most cases local).
         """
+        check_path("path", path)
         data = {**self.to_dict(), "method": settings.describe(self.plan.factorization)}
         Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
@@ -247,6 +249,7 @@ class CompressionReport(Facts):
         Raises:
             CheckpointError: If the file cannot be read, or holds something else; the file is named.
         """
+        check_path("path", path)
         where = os.fspath(path)
         if Path(path).is_dir():
             inside = Path(path) / "report.json"
@@ -331,6 +334,7 @@ class CompressionReport(Facts):
         drawn = {name: figures.to_png(self.figure(name)) for name in self.figure_names}
         if metrics is not None:
             drawn["timeline"] = figures.to_png(figures.timeline_figure(metrics))
+        check_path("path", path)
         Path(path).write_text(build_page(self, drawn), encoding="utf-8")
 
     def table(self, every_layer: bool = False) -> Table:

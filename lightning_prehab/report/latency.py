@@ -13,11 +13,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prehab.documents import settings
+from lightning_prehab.documents.checks import check_kind
 from lightning_prehab.documents.tables import Table
 from lightning_prehab.errors import ArgumentError, CheckpointError, PrehabError
 from lightning_prehab.plan.timing import time_calls
 from lightning_prehab.progress import counted, tell
-from lightning_prehab.statistics.batches import ask_model, batch_size, to_device
+from lightning_prehab.statistics.batches import ask_model, batch_size, check_batches, to_device
 from lightning_prehab.statistics.calibration import Forward, as_found
 from lightning_prehab.targets.find import count_parameters
 from lightning_prehab.targets.names import clean_name
@@ -196,6 +197,10 @@ def compare_latencies(
     >>> latency.batches[0].batch_size, latency.batches[0].dense_seconds > 0
     (2, True)
     """
+    check_kind("dense", dense, nn.Module, "an nn.Module")
+    check_kind("compressed", compressed, nn.Module, "an nn.Module")
+    check_batches(batches, forward)
+    batches = [] if batches is None else batches
     device, other = (next(model.parameters()).device for model in (dense, compressed))
     if device != other:
         raise ArgumentError(f"The dense model is on {device}, the compressed one on {other}; move one of them.")

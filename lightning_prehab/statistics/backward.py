@@ -22,9 +22,15 @@ def cheaply_if_possible(run: Callable[[bool], T]) -> T:
     try:
         return run(True)
     except (RuntimeError, ArgumentError) as error:  # of the loss, or of the model that makes it
-        if "does not require grad" not in str(error):
+        if not any("does not require grad" in str(one) for one in _causes_of(error)):
             raise
     return run(False)
+
+
+def _causes_of(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def gradients_for(

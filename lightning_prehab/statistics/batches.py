@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.documents.settings import show
-from lightning_prehab.errors import ArgumentError, PrehabError, reason
+from lightning_prehab.errors import ArgumentError, PrehabError, is_out_of_memory, reason
 
 #: A label that does not count, as for ``torch.nn.functional.cross_entropy``.
 IGNORED = -100
@@ -22,10 +22,9 @@ NO_BATCHES = (
 )
 
 
-_WAY_OUT = (
-    "give data that it takes, or pass loss=, a function (model, batch) -> scalar that calls it, to collect_statistics "
-    "forward="
-)
+_WAY_OUT = "give data that it takes, or in Python a function that calls it: loss= or forward="
+#: What a model raises on a batch that is not for it.
+_OF_BATCHES = (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError)
 
 
 def check_batches(batches: object, forward: object = None) -> None:
@@ -148,37 +147,49 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     )
 
 
-def ask_model(model: nn.Module, batch: Any, number: int | None = None) -> Any:
-    """What a model answers to a batch, the one of this number if it has one.
+def ask_model(model: nn.Module, batch: Any) -> Any:
+    """What a model answers to a batch.
 
     Raises:
         ArgumentError: If the model does not take it.
     """
-    which = "a batch" if number is None else f"batch {number}"
-    with explained(f"{which} of type {type(batch).__name__}"):
+    with explained(batch):
         return call_model(model, batch)
 
 
 @contextmanager
-def explained(what: str, who: str = "The model", way_out: str = _WAY_OUT) -> Iterator[None]:
+def explained(batch: Any, who: str = "The model", way_out: str = _WAY_OUT) -> Iterator[None]:
     """Inside, the error of a model that is called on a batch becomes one that says so.
 
-    Memory that is not there is no fault of the batch.
+    That is for errors that a batch can lead to. Memory that is not there is no fault of the batch.
 
     Args:
-        what: What it is called on.
+        batch: What it is called on.
         who: What is called.
         way_out: What can be done about it.
 
     Raises:
-        ArgumentError: Instead of what is no :class:`~lightning_prehab.errors.PrehabError`, which is its cause.
+        ArgumentError: With the error of the model as its cause.
     """
     try:
         yield
-    except (PrehabError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever the user's model leads to
-        raise ArgumentError(f"{who} cannot be called on {what} ({reason(error)}); {way_out}.") from error
+    except _OF_BATCHES as error:
+        if isinstance(error, PrehabError) or is_out_of_memory(error):
+            raise
+        raise ArgumentError(f"{who} cannot be called on {in_words(batch)} ({reason(error)}); {way_out}.") from error
+
+
+def in_words(batch: Any) -> str:
+    """A batch by its type and the sizes of its tensors.
+
+    >>> in_words({"input_ids": torch.zeros(4, 8), "labels": torch.zeros(4)}), in_words([torch.zeros(4, 3), "x"])
+    ('a batch of type dict with input_ids 4x8, labels 4', 'a batch of type list with 4x3')
+    """
+    whole = [batch] if isinstance(batch, Tensor) else batch if isinstance(batch, tuple | list) else []
+    parts = batch.items() if isinstance(batch, Mapping) else [("", one) for one in whole]
+    sizes = [f"{key} {'x'.join(map(str, one.shape))}".strip() for key, one in parts if isinstance(one, Tensor)]
+    sizes = [*sizes[:8], "..."] if len(sizes) > 8 else sizes
+    return f"a batch of type {type(batch).__name__}" + (f" with {', '.join(sizes)}" if sizes else "")
 
 
 def is_labelled(model: nn.Module, batch: Any) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prehab.documents.checks import check_kind
-from lightning_prehab.errors import StatisticsError
+from lightning_prehab.errors import ArgumentError, StatisticsError
 from lightning_prehab.kinds import view_of
 from lightning_prehab.linalg.matrices import require_finite, widened
 from lightning_prehab.linalg.modes import in_full_precision, outside_inference_mode
@@ -58,13 +58,15 @@ def collect_statistics(
         so on.
 
     Raises:
-        ArgumentError: If an argument is something else, or the model cannot be called on a batch (it is named).
+        ArgumentError: If an argument is something else, or the model cannot be called on a batch.
         StatisticsError: If there are no batches, or no loss can be found.
         NumericalError: If a weight (the layer is named) or the model's logits are not finite.
     """
     check_kind("model", model, nn.Module, "an nn.Module")
     check_kind("targets", targets, Mapping, "a mapping of layers by name, as find_targets returns it")
     check_kind("wanted", wanted, Wanted, "a Wanted, such as factorization.wanted", optional=True)
+    if next(model.parameters(), None) is None:
+        raise ArgumentError(f"{type(model).__name__} has no parameters, so there is nothing to collect statistics of.")
     batches = [] if batches is None else batches
     check_batches(batches, forward)
     if wanted is None:
@@ -98,7 +100,7 @@ def _pass(
             for batch in (to_device(found, device) for found in counted(batches, "calibrate")):
                 collector.begin_batch(batch, seen)
                 with torch.set_grad_enabled(wanted.backward):
-                    output = ask_model(model, batch, seen) if forward is None else forward(model, batch)
+                    output = ask_model(model, batch) if forward is None else forward(model, batch)
                     if wanted.backward:
                         loss = loss_of(output, batch_size(batch), generator)
                         if not loss.requires_grad:

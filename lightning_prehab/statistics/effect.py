@@ -230,7 +230,7 @@ def effect_of_cuts(
     def output_of(number: int, step: float) -> Any:
         given = to_device(copy.deepcopy(batches[number]), device)
         with moved(changes, step), same_randomness(device), torch.set_grad_enabled(forward is not None):
-            return ask_model(model, given, number) if forward is None else forward(model, given)
+            return ask_model(model, given) if forward is None else forward(model, given)
 
     def loss_at(number: int, step: float) -> float:
         output = output_of(number, step)

@@ -284,7 +284,9 @@ def test_wrong_inputs(bert, ckpt, tmp_path, capsys):
     assert "a smaller --max-length" in refused(capsys, "plan", bert, "--data", tmp_path / "long.txt")
     run(capsys, "plan", bert, "--data", tmp_path / "long.txt", "--max-length", 16)
     torch.save({"input_ids": torch.full((2, 3), 9999)}, tmp_path / "other.pt")
-    assert "cannot be called on its first batch" in refused(capsys, "plan", bert, "--data", tmp_path / "other.pt")
+    assert "the model cannot be called on a batch of type" in refused(
+        capsys, "plan", bert, "--data", tmp_path / "other.pt"
+    )
     assert "text needs a Hugging Face folder" in refused(
         capsys, "plan", ckpt, "--model", "lit_of_a_user.Lit", "--data", bert / "text.txt"
     )
@@ -357,3 +359,28 @@ def test_all_shows_every_layer(bert, tmp_path, capsys):
     assert "model.layers.29.mlp.down_proj " in every
     assert "model.layers.29" not in text
     assert run(capsys, "plan", bert, "--all") == run(capsys, "plan", bert)  # few layers are all shown anyway
+
+
+@pytest.mark.parametrize("error", [MemoryError("none"), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])
+def test_memory_that_is_not_there_is_one_sentence(bert, capsys, monkeypatch, error):
+    def greedy(*args, **settings):
+        raise error
+
+    monkeypatch.setattr(transformers.BertForSequenceClassification, "forward", greedy)
+    told = refused(capsys, "plan", bert, "--data", bert / "text.txt")
+    assert type(error).__name__ in told
+    assert "A smaller --batch-size or --max-length takes less." in told
+
+
+def test_other_errors_of_the_process_come_through(bert, monkeypatch):
+    def broken(*args, **settings):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("lightning_prehab.cli.commands.plan_budgets", broken)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        main(["plan", str(bert), "--data", "none"])
+
+
+def test_a_path_that_goes_up_again_is_left(bert, tmp_path, capsys):
+    run(capsys, "compress", bert, "--output", tmp_path / "new" / ".." / "small", "--method", "svd")
+    assert (tmp_path / "new" / ".." / "small" / "structure.json").is_file()

@@ -250,3 +250,8 @@ def test_text_of_unknown_words_is_refused(bert, tmp_path, capsys):  # noqa: F811
 def test_a_file_that_is_no_plan(bert, tmp_path, capsys):  # noqa: F811
     told = refused(capsys, "compress", bert, "--plan", bert / "text.txt", "--output", tmp_path / "small")
     assert "it is cut off, or another one" in told
+
+
+def test_special_tokens_that_the_tokenizer_knows_are_text(bert, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "special.txt").write_text("[PAD] [PAD]\n[PAD]\n")
+    run(capsys, "plan", bert, "--data", tmp_path / "special.txt")

@@ -98,13 +98,31 @@ def test_wrong_wishes_are_refused_before_the_work(tmp_path):
     refused("too little: about .* are needed for", 0.5, batches(1), memory="1MiB")
     refused("batches is one", 0.5, batches(1)[0])
     refused("needs calibration statistics", lp.Recipe(factorization=lp.WhitenedSVD()))
-    refused("cannot be called on batch 0", 0.5, [{"pixels": torch.zeros(2, 3)}])
-    refused("cannot be called on batch 0", 0.5, [torch.full((2, 3), 48)])
+    refused("cannot be called on a batch of type", 0.5, [{"pixels": torch.zeros(2, 3)}])
+    refused("cannot be called on a batch of type", 0.5, [torch.full((2, 3), 48)])
+    for data in (batches(1)[0], [torch.full((2, 3), 48)]):
+        with pytest.raises(lp.PrehabError):
+            lp.compress_folder(tmp_path / "dense", tmp_path / "new" / "deep" / "small", 0.5, data, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
     with pytest.raises(lp.PrehabError, match="holds no config.json"):
         lp.compress_folder(tmp_path, tmp_path / "small", 0.5, batches(1))
     with pytest.raises(lp.PrehabError, match="is no folder"):
         lp.compress_folder(tmp_path / "nowhere", tmp_path / "small", 0.5, batches(1))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"labels": torch.full((2, 3), 99)}, "labels 2x3 .IndexError: Target 99 is out of bounds"),
+        ({"attention_mask": torch.ones(2, 1, 3, 5)}, "attention_mask 2x1x3x5 .RuntimeError: "),
+    ],
+)
+def test_a_batch_that_a_block_or_the_head_does_not_take_is_told(more, said, tmp_path):
+    dense("llama", tmp_path / "dense")
+    data = [*batches(1), {"input_ids": torch.ones(2, 3, dtype=torch.long), **more}]
+    with pytest.raises(lp.PrehabError, match=f"cannot be called on a batch of type dict with input_ids 2x3, {said}"):
+        lp.compress_folder(tmp_path / "dense", tmp_path / "small", 0.5, data, progress=False)
+    assert not (tmp_path / "small").exists()
 
 
 def test_memory_is_kept_to_with_smaller_batches_and_fewer_layers(tmp_path, capsys, monkeypatch):

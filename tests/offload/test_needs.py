@@ -84,7 +84,10 @@ def test_the_time_is_what_is_counted_at_the_speed_that_was_measured(source, tmp_
     assert found.seconds() == pytest.approx(3 * 10 + 4 * 100 + 5 * 1000)
     monkeypatch.setattr(Effort, "seconds", lambda self: 1500.0)
     lp.compress_folder(source, tmp_path / "small", lp.Recipe(0.5, factorization=lp.SVD()))
-    assert "25 minutes of computing, by a short measurement" in capsys.readouterr().err
+    assert "\n25 minutes of computing, by a short measurement" in capsys.readouterr().err
+    monkeypatch.setattr(Effort, "seconds", lambda self: 5.0)
+    lp.compress_folder(source, tmp_path / "again", lp.Recipe(0.5, factorization=lp.SVD()))
+    assert "\nLess than a minute of computing, by a short measurement" in capsys.readouterr().err
 
 
 def test_a_speed_is_measured():

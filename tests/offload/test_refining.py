@@ -247,7 +247,7 @@ def test_wrong_wishes_are_refused_before_the_work(tmp_path):
     refused("needs batches to train on", True, None)
     refused("a refinement measures on a part of them", 4, [{"input_ids": torch.ones(1, 4, dtype=torch.long)}])
     refused("refine must be a Refinement", "yes", batches())
-    refused("cannot be called on batch 0", 4, [{"input_ids": torch.full((16, 3), 48)}])
+    refused("cannot be called on a batch of type dict", 4, [{"input_ids": torch.full((16, 3), 48)}])
 
 
 @pytest.mark.parametrize("layout", ["factors", "pivot"])

@@ -359,7 +359,7 @@ def test_a_batch_that_the_model_does_not_take_is_told(scope, where):
     model, dense, batches = cut("language")
     before = copy.deepcopy(model)
     batches[where] = {"input_ids": torch.full((32, 16), 48)}  # one more than it knows
-    words = r"The (model|teacher) cannot be called on a batch of type dict \(IndexError: index out of range.*give"
+    words = r"The dense model cannot be called on a batch of type dict with input_ids \d*x16 \(IndexError: index out"
     with pytest.raises(PrehabError, match=words):
         lp.refine_(model, dense, batches, lp.Refinement(8, scope=scope), progress=False)
     assert_same_weights(model, before)
@@ -367,26 +367,54 @@ def test_a_batch_that_the_model_does_not_take_is_told(scope, where):
         lp.compress_(copy.deepcopy(dense), 0.5, batches, refine=2, progress=False)
 
 
+def test_a_batch_that_the_cut_model_alone_does_not_take_is_told():
+    model, dense, batches = cut("language")
+    model.set_input_embeddings(nn.Embedding(40, 32))
+    before = copy.deepcopy(model)
+    with pytest.raises(
+        PrehabError, match=r"The cut model cannot be called on .*; both forms of the model are called on"
+    ):
+        lp.refine_(model, dense, batches, 2, progress=False)
+    assert_same_weights(model, before)
+
+
 def test_another_model_is_no_teacher():
     model, _, batches = cut("mlp")
     before = copy.deepcopy(model)
-    with pytest.raises(PrehabError, match=r"The teacher cannot be called on .*; give the dense form of the model"):
+    with pytest.raises(PrehabError, match=r"The dense model cannot be called on .*; both forms of the model are"):
         lp.refine_(model, nn.Linear(3, 3), batches, 2, progress=False)
     assert_same_weights(model, before)
 
 
-@pytest.mark.parametrize("all_of_them", [True, False])
-def test_masks_that_leave_nothing_are_refused(all_of_them):
+@pytest.mark.parametrize("held_back", ["all", "one", "another"])
+def test_masks_that_leave_nothing_to_measure_on_are_refused(held_back):
     model, dense, batches = cut("language")
     before = copy.deepcopy(model)
-    for batch in batches[: None if all_of_them else 1]:
-        batch["attention_mask"] = torch.zeros(32, 16, dtype=torch.int64)
-    if not all_of_them:
-        assert lp.refine_(model, dense, batches, 2, progress=False).before > 0.0
+    hidden = {"all": range(8), "one": [4], "another": [0]}[held_back]
+    for number in hidden:
+        batches[number]["attention_mask"] = torch.zeros(32, 16, dtype=torch.int64)
+    if held_back == "another":
+        assert lp.refine_(model, dense, batches, 8, progress=False).before > 0.0
         return
-    with pytest.raises(PrehabError, match="attention_mask leaves out every position of the rows that are held back"):
-        lp.refine_(model, dense, batches, 2, progress=False)
+    with pytest.raises(StatisticsError, match="attention_mask or labels leave out every position of them"):
+        lp.refine_(model, dense, batches, 8, progress=False)
     assert_same_weights(model, before)
+
+
+def test_masks_of_an_answer_without_positions_are_no_business_of_ours():
+    """Additive masks, say, which are 0 where a token counts."""
+
+    class Pooled(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, attention_mask):
+            return self.net(x) + attention_mask.sum()
+
+    model, dense, batches = cut("mlp")
+    rows = [{"x": x, "attention_mask": torch.zeros(128, 3)} for x in batches]
+    assert lp.refine_(Pooled(model), Pooled(dense), rows, 20, progress=False).kept
 
 
 def test_a_teacher_that_says_nothing_is_refused():
@@ -395,7 +423,7 @@ def test_a_teacher_that_says_nothing_is_refused():
     with torch.no_grad():
         for one in dense.parameters():
             one.zero_()
-    with pytest.raises(PrehabError, match="the teacher answers with zeros alone"):
+    with pytest.raises(PrehabError, match="the dense model answers with zeros alone"):
         lp.refine_(model, dense, batches, lp.Refinement(2, measure="squared"), progress=False)
     assert_same_weights(model, before)
 

@@ -80,7 +80,7 @@ def test_a_model_that_takes_two_is_given_two(kind):
     ],
 )
 def test_what_may_be_something_else_is_refused_and_the_way_out_named(batch):
-    with pytest.raises(ArgumentError, match=r"cannot be called on a batch of type list .*or pass loss="):
+    with pytest.raises(ArgumentError, match=r"cannot be called on a batch of type list .*; give data"):
         ask_model(nn.Sequential(nn.Linear(3, 2)), batch)
 
 

@@ -276,7 +276,7 @@ def test_batches_keep_their_type():
     batch = Batch(torch.randn(6, 4), torch.randn(6, 3))
     targets = lp.find_targets(model)
     lp.collect_statistics(model, targets, [batch], forward=lambda m, b: (m(b.x) - b.y).square().mean(), gradients=True)
-    with pytest.raises(ArgumentError, match="cannot be called on batch 0 of type Batch .*pass loss="):
+    with pytest.raises(ArgumentError, match="cannot be called on a batch of type Batch with 6x4, 6x3 .*loss="):
         lp.collect_statistics(model, targets, [batch])
     with pytest.raises(ArgumentError, match="batches is one tensor"):
         lp.collect_statistics(model, targets, batch.x)
@@ -538,3 +538,30 @@ def test_no_pass_of_a_cut_leaves_a_trace_in_the_buffers(policy, layers_at_once, 
     )
     assert model.calls is calls
     assert calls == 0
+
+
+class AsksForGradients(nn.Module):
+    """Forces of an energy, say: a gradient inside of forward, in a weight that calibration would leave out."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.layer, self.wrap = nn.Linear(6, 6), wrap
+
+    def forward(self, x):
+        out = self.layer(x)
+        try:
+            (slope,) = torch.autograd.grad(out.square().sum(), self.layer.weight, create_graph=True)
+        except RuntimeError as error:
+            if self.wrap:
+                raise RuntimeError("in block 3:\n" + str(error)) from error
+            raise
+        return out @ slope
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_a_model_may_ask_for_a_gradient_in_a_weight(wrap):
+    torch.manual_seed(0)
+    model, data = AsksForGradients(wrap), [torch.randn(8, 6) for _ in range(2)]
+    found = lp.collect_statistics(model, lp.find_targets(model), data, gradients=True)["layer"]
+    assert found.samples == 16
+    assert found.gradient_gram is not None
