@@ -7,12 +7,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from lightning_prehab.documents.folders import missing_around, remove_empty
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.files.beside import REPORT, copy_beside, write_index
 from lightning_prehab.files.folders import STRUCTURE, save_compressed
@@ -65,16 +66,14 @@ def write_model(model: nn.Module, report: CompressionReport, source: Path, outpu
 @contextmanager
 def beside(output: Path) -> Iterator[Path]:
     """A folder beside the output, on the same disk, that is gone afterwards; on failure new ones around it are, too."""
-    missing = [folder for folder in output.absolute().parents if not folder.exists()]
+    missing = missing_around(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     try:
         yield work
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
-        for folder in missing:  # from the innermost on
-            with suppress(OSError):  # it holds something
-                folder.rmdir()
+        remove_empty(missing)
         raise
     shutil.rmtree(work, ignore_errors=True)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from lightning_prehab.documents.folders import missing_around, remove_empty
 from lightning_prehab.errors import ArgumentError
 from lightning_prehab.offload.tensors import to_disk
 
@@ -46,7 +47,7 @@ class Work:
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         self._output = output
         self.folder = output.parent / f".{output.name}.{digest}"
-        self._missing = [folder for folder in output.absolute().parents if not folder.exists()]
+        self._missing = missing_around(output)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.folder)
         self.resumed = (self.folder / _WISH).is_file()
@@ -106,9 +107,7 @@ class Work:
             return
         if not any(note != self._note(FIT) for note in self.folder.glob("*.done")):
             shutil.rmtree(self.folder, ignore_errors=True)
-            for folder in self._missing:  # from the innermost on
-                with contextlib.suppress(OSError):  # it holds something
-                    folder.rmdir()
+            remove_empty(self._missing)
         if self._lock is not None:
             self._lock.close()
             self._lock = None

@@ -82,6 +82,7 @@ def test_json_and_force(folder, capsys):
         (["--self-share", "0.5"], "--self-share has the whole model write text"),
         (["--data", "self"], "--data self has the whole model write text"),
         (["--trials", "2"], "--trials tries cuts on the whole model"),
+        (["--data", "none", "--trials", "2"], "--trials tries cuts on the whole model"),
         (["--self-sequences", "2"], "--self-sequences has the whole model write text"),
         (["--data", "none", "--method", "whitened"], "needs --data"),
     ],
